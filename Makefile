@@ -1,0 +1,45 @@
+# `make test` and `make demo` set up their own .venv and can each be the first command on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Where a real ComfyUI may be; the host tests run when one is found, else they skip with one line.
+COMFYUI := $(firstword $(wildcard $(COMFYUI_PATH) $(if $(filter custom_nodes,$(notdir $(abspath ..))),../..) $(HOME)/comfy/ComfyUI))
+# torchaudio, which ComfyUI imports, was last released for torch 2.11: with a host the three are installed as a set. This is a choice of
+# this test environment, not a requirement of the pack.
+HOST_TORCH ?= torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0
+
+.PHONY: test test-slow demo clean
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest --run-slow
+
+demo: $(VENV)/.demo
+	$(BIN)/dmm demo run
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/.torch: $(VENV)/.created
+ifneq ($(COMFYUI),)
+	$(BIN)/python -m pip install --quiet $(HOST_TORCH)
+endif
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[headless]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet -e '.[headless,test]'
+ifneq ($(COMFYUI),)
+	$(BIN)/python -m pip install --quiet -r $(COMFYUI)/requirements.txt
+endif
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build *.egg-info

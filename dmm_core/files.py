@@ -1,0 +1,51 @@
+"""Files that are either the old version or the new one, never half of each."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary file beside ``path`` to write to; it takes the place of ``path`` only if the block succeeds.
+
+    The data are on disk before the rename (fsync), so a crash, a full disk or an interrupt leaves what was there before.
+    Links are followed. Raises ValueError when ``path`` is a folder or lies in a folder that does not exist.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise ValueError(f"{path} is a folder: give a file name")
+    if not target.parent.is_dir():
+        raise ValueError(f"the folder of {path} does not exist: create it first")
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.touch(exist_ok=False)
+        # safetensors replaces the file by one that only its owner may read; give back the user's own default.
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the rename itself must survive a power cut too; Windows cannot open folders
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a whole file as 64 lower-case hexadecimal digits: how recipes and style lists name a teacher."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

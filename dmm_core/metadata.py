@@ -1,0 +1,221 @@
+"""The words inside a DMM checkpoint: what its styles are called, how it was made, and the community's ``modelspec.*`` keys.
+
+safetensors metadata are strings, so lists and dictionaries travel as JSON. The words come from strangers' files: they are
+checked both when read and when written, and are only ever data, never a path, a format string or markup.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from typing import Any
+
+from .unet import UNetConfig
+
+FORMAT = 1
+"""Version of the ``dmm.*`` keys that this code writes, and the newest that it reads."""
+
+LONGEST = {"name": 100, "description": 4000, "thumbnail": 200_000, "teacher": 255, "licence": 20_000, "recommended": 4000}
+"""Characters allowed per field of a style; a licence may be given in full, a thumbnail is one small picture."""
+
+MAX_DEPTH = 20
+"""Levels of nesting accepted in a file's JSON, so that code which walks it may recurse."""
+
+_THUMBNAIL = re.compile(r"data:image/(jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_LINE_BREAKS = "\n\r\t"
+_STALE_HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+
+
+@dataclass(frozen=True)
+class StyleInfo:
+    """What a person should know about one style of a checkpoint; every field but the name may be empty.
+
+    thumbnail: ``data:image/jpeg;base64,...`` or ``image/webp``; teacher: file name of the model that the style was learned
+    from, and sha256 its digest; recommended: sampling settings such as ``{"cfg": 7, "sampler": "dpmpp_2m"}``.
+    Raises ValueError, naming the field, for anything that could not be shown or stored.
+    """
+
+    name: str
+    description: str = ""
+    thumbnail: str = ""
+    teacher: str = ""
+    sha256: str = ""
+    licence: str = ""
+    recommended: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for key in ("name", "description", "thumbnail", "teacher", "sha256", "licence"):
+            _check_text(key, getattr(self, key), breaks=key in ("description", "licence"))
+        if not self.name.strip():
+            raise ValueError("a style has an empty name: give it one")
+        if self.thumbnail and not _THUMBNAIL.fullmatch(self.thumbnail):
+            raise ValueError(f"the thumbnail of style '{self.name}' is not a base64 data URI of a JPEG or WebP image")
+        if self.sha256 and not _SHA256.fullmatch(self.sha256):
+            raise ValueError(f"the sha256 of style '{self.name}' is not 64 lower-case hexadecimal digits")
+        if not isinstance(self.recommended, dict):
+            raise ValueError(f"the recommended settings of style '{self.name}' are not a dictionary")
+        if len(_to_json(f"recommended settings of style '{self.name}'", self.recommended)) > LONGEST["recommended"]:
+            raise ValueError(f"the recommended settings of style '{self.name}' exceed {LONGEST['recommended']} characters")
+
+
+def default_styles(num_styles: int) -> list[StyleInfo]:
+    """Names for a file that has none, such as the authors' own: "style 0" .. "style N-1"."""
+    return [StyleInfo(f"style {i}") for i in range(num_styles)]
+
+
+def check_styles(styles: Sequence[StyleInfo], num_styles: int) -> None:
+    """Raise ValueError unless there is exactly one description per style of the weights, each with a name of its own."""
+    if len(styles) != num_styles:
+        raise ValueError(
+            f"the style list names {len(styles)} styles but the weights hold {num_styles}: "
+            "the list and the weights must come from the same model"
+        )
+    names = [style.name for style in styles]
+    doubles = sorted({name for name in names if names.count(name) > 1})
+    if doubles:
+        raise ValueError(f"style names must differ, but {doubles[:8]} appear more than once: rename them")
+
+
+def read_metadata(
+    metadata: Mapping[str, str], num_styles: int
+) -> tuple[list[StyleInfo], dict[str, Any], str | None, dict[str, str]]:
+    """Styles, recipe, prediction ("eps", "v" or None if not said) and all other keys, from a file's metadata.
+
+    Raises ValueError for a newer format and for damaged entries, naming the key.
+    """
+    rest = dict(metadata)
+    version = rest.pop("dmm.format", str(FORMAT))
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", version):
+        raise ValueError(f"metadata 'dmm.format' is {version[:40]!r}, not a version number: the file is damaged")
+    if int(version) > FORMAT:
+        raise ValueError(
+            f"the file has DMM format {version}, this version of comfyui-dmm reads up to {FORMAT}: update comfyui-dmm"
+        )
+    styles = default_styles(num_styles)
+    if "dmm.styles" in rest:
+        entries = _from_json("dmm.styles", rest.pop("dmm.styles"), list)
+        styles = [_style(i, entry) for i, entry in enumerate(entries)]
+        check_styles(styles, num_styles)
+    recipe = _from_json("dmm.recipe", rest.pop("dmm.recipe", "{}"), dict)
+    prediction = rest.pop("dmm.prediction", None)
+    if prediction not in ("eps", "v", None):
+        raise ValueError(f"metadata 'dmm.prediction' is {prediction[:40]!r}, expected 'eps' or 'v': the file is damaged")
+    return styles, recipe, prediction, rest
+
+
+def write_metadata(
+    styles: Sequence[StyleInfo],
+    recipe: Mapping[str, Any],
+    prediction: str,
+    rest: Mapping[str, str],
+    config: UNetConfig,
+    title: str,
+) -> dict[str, str]:
+    """A file's metadata: ``rest`` as it is, the ``dmm.*`` keys, and the ``modelspec.*`` keys that ``rest`` lacks.
+
+    Raises ValueError for what cannot be stored: a value that is not a string, NaN in JSON.
+    """
+    for key, value in rest.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ValueError(f"metadata {key!r} is {type(value).__name__}: safetensors stores strings only")
+    metadata = {**_modelspec(styles, prediction, config, title), **rest}
+    for key in _STALE_HASHES:  # they are digests of the weights that the metadata came with
+        metadata.pop(key, None)
+    # Both spellings in use: the specification's, and the one that ComfyUI writes.
+    metadata["modelspec.prediction_type"] = metadata["modelspec.predict_key"] = "v" if prediction == "v" else "epsilon"
+    metadata["dmm.format"] = str(FORMAT)
+    metadata["dmm.prediction"] = prediction
+    if styles:
+        entries = [{k: v for k, v in asdict(style).items() if v} for style in styles]
+        metadata["dmm.styles"] = _to_json("dmm.styles", entries)
+    if recipe:
+        metadata["dmm.recipe"] = _to_json("dmm.recipe", recipe)
+    return metadata
+
+
+def modelspec_prediction(metadata: Mapping[str, str]) -> str | None:
+    """What the community's keys say about the prediction: "eps", "v" or None."""
+    said = metadata.get("modelspec.prediction_type", metadata.get("modelspec.predict_key", "")).lower()
+    if said in ("v", "v_prediction", "v-prediction") or metadata.get("modelspec.architecture", "").endswith("-768-v"):
+        return "v"
+    return "eps" if said in ("epsilon", "eps") else None
+
+
+def architecture(config: UNetConfig, prediction: str) -> tuple[str, str | None]:
+    """The ``modelspec.architecture`` of a UNet and its base resolution "WxH", None where the sizes are nobody's standard."""
+    v2 = ("stable-diffusion-v2-768-v", "768x768") if prediction == "v" else ("stable-diffusion-v2-512", "512x512")
+    known = {
+        (320, 768, 0, 4): ("stable-diffusion-v1", "512x512"),
+        (320, 768, 0, 9): ("stable-diffusion-v1-inpainting", "512x512"),
+        (320, 1024, 0, 4): v2,
+        (320, 1024, 0, 9): ("stable-diffusion-v2-inpainting", "512x512"),
+        (320, 2048, 2816, 4): ("stable-diffusion-xl-v1-base", "1024x1024"),
+        (384, 1280, 2560, 4): ("stable-diffusion-xl-v1-refiner", "1024x1024"),
+    }
+    sizes = (config.model_channels, config.context_dim, config.adm_channels, config.in_channels)
+    return known.get(sizes, ("stable-diffusion-custom", None))
+
+
+def _modelspec(styles: Sequence[StyleInfo], prediction: str, config: UNetConfig, title: str) -> dict[str, str]:
+    """Stability AI's Model Metadata Standard 1.0.0: the keys it demands, the date, and the teachers as ``merged_from``."""
+    name, resolution = architecture(config, prediction)
+    spec = {
+        "sai_model_spec": "1.0.0",
+        "architecture": name,
+        "implementation": "sgm",
+        "title": title,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "resolution": resolution,
+        "merged_from": ", ".join(style.teacher for style in styles if style.teacher),
+    }
+    return {f"modelspec.{key}": value for key, value in spec.items() if value}
+
+
+def _style(index: int, entry: Any) -> StyleInfo:
+    if not isinstance(entry, dict) or "name" not in entry:
+        raise ValueError(f"metadata 'dmm.styles': entry {index} is not a style with a name: the file is damaged")
+    known = {f.name for f in fields(StyleInfo)}  # a field that a later version added is not an error
+    try:
+        return StyleInfo(**{k: v for k, v in entry.items() if k in known})
+    except ValueError as error:
+        raise ValueError(f"metadata 'dmm.styles': entry {index}: {error}") from error
+
+
+def _check_text(key: str, value: Any, breaks: bool) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"a style's {key} is {type(value).__name__}, expected text")
+    if len(value) > LONGEST.get(key, 255):
+        raise ValueError(
+            f"a style's {key} has {len(value)} characters, at most {LONGEST.get(key, 255)} are allowed: '{value[:40]}...'"
+        )
+    # Control characters and lone surrogates break terminals, menus and UTF-8.
+    bad = [c for c in value if unicodedata.category(c) in ("Cc", "Cs") and not (breaks and c in _LINE_BREAKS)]
+    if bad:
+        raise ValueError(f"a style's {key} holds the control character {bad[0]!r}: remove it")
+
+
+def _from_json(key: str, text: str, kind: type) -> Any:
+    try:
+        value = json.loads(text, parse_constant=lambda _: None)  # NaN is Python's own addition to JSON
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"metadata '{key}' is not valid JSON ({error}): the file is damaged, get it again") from error
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for v in level if isinstance(v, (dict, list)) for child in (v.values() if isinstance(v, dict) else v)]
+    if level:
+        raise ValueError(f"metadata '{key}' is nested deeper than {MAX_DEPTH} levels: the file is damaged")
+    if not isinstance(value, kind):
+        raise ValueError(f"metadata '{key}' is a JSON {type(value).__name__}, expected a {kind.__name__}")
+    return value
+
+
+def _to_json(key: str, value: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{key} cannot be written as JSON: {error}") from error

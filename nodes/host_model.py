@@ -1,0 +1,273 @@
+"""A DMM checkpoint as the host's MODEL, CLIP and VAE, and back.
+
+The host's own UNet class does the sampling; the style modules are attached to it as submodules, so that the host manages,
+patches and saves them like its other weights. What the weights cannot tell (style names, recipe) travels with the MODEL.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import comfy.model_base
+import comfy.model_detection
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.ops
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import folder_paths
+import torch
+from torch import Tensor
+
+from ..dmm_core.checkpoint import STYLE_KEYS, TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX, Checkpoint, load_checkpoint
+from ..dmm_core.metadata import StyleInfo
+from ..dmm_core.style import CODEBOOK, StyleMLP, no_style_row
+from ..dmm_core.vae import vae_config_from_state_dict
+from . import style_patch
+
+CLIP_LAYERS = "cond_stage_model.transformer.text_model."
+ATTACHMENT = "dmm"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a MODEL from a DMM file knows beyond its weights. ``dtype`` is the precision of the file's UNet."""
+
+    styles: tuple[StyleInfo, ...]
+    recipe: dict
+    metadata: dict[str, str]
+    prediction: str
+    zero_snr: bool
+    dtype: torch.dtype
+
+    @property
+    def style_names(self) -> list[str]:
+        return [style.name for style in self.styles]
+
+
+def model_info(patcher) -> ModelInfo:
+    """The information on a MODEL. Raises ValueError when it did not come from Load DMM Model."""
+    info = patcher.get_attachment(ATTACHMENT)
+    if info is None:
+        raise ValueError("this MODEL carries no DMM styles: connect it to Load DMM Model (other loaders drop the styles)")
+    return info
+
+
+# --- file to host -----------------------------------------------------------------------------------------------------
+
+
+def load(path: str) -> tuple:
+    """A safetensors checkpoint, DMM or plain -> (MODEL, CLIP or None, VAE, ModelInfo).
+
+    A file without a VAE gives the host's empty VAE, whose use names the problem. Raises ValueError for files that are no
+    Stable Diffusion checkpoint.
+    """
+    checkpoint = load_checkpoint(path)
+    model, clip, vae = build_model(checkpoint), build_clip(checkpoint), build_vae(checkpoint)
+    # The host reloads from these when it needs a second copy (torch.compile and hooks under DynamicVRAM, several GPUs).
+    model.cached_patcher_init = (reload_model, (path,))
+    if clip is not None:
+        clip.patcher.cached_patcher_init = (reload_clip, (path,))
+    if checkpoint.vae:
+        vae.patcher.cached_patcher_init = (reload_vae, (path,))
+    return model, clip, vae, model_info(model)
+
+
+def reload_model(path: str, disable_dynamic: bool = False):
+    return build_model(load_checkpoint(path), disable_dynamic)
+
+
+def reload_clip(path: str, disable_dynamic: bool = False):
+    return build_clip(load_checkpoint(path), disable_dynamic).patcher
+
+
+def reload_vae(path: str, disable_dynamic: bool = False):
+    return build_vae(load_checkpoint(path)).patcher  # the host's VAE offers no choice here
+
+
+def build_model(checkpoint: Checkpoint, disable_dynamic: bool = False):
+    """The MODEL of a checkpoint, styles attached and set to no style."""
+    styles = {k: v for k, v in checkpoint.unet.items() if k.startswith(STYLE_KEYS)}
+    sd = plain_unet(checkpoint)
+    dtype = comfy.utils.weight_dtype(sd, UNET_PREFIX)
+    config, is_known = model_config(sd)
+    if is_known:
+        patcher = comfy.sd.load_state_dict_guess_config(
+            sd, output_vae=False, output_clip=False, disable_dynamic=disable_dynamic
+        )[0]
+    else:
+        patcher = build_small_model(config, sd, dtype, disable_dynamic)
+    set_sampling(patcher.model, checkpoint)
+    if styles:
+        attach_styles(patcher, styles, dtype)
+        style_patch.install(patcher, no_style_row(checkpoint.num_styles))
+    info = ModelInfo(
+        styles=tuple(checkpoint.styles),
+        recipe=checkpoint.recipe,
+        metadata=checkpoint.metadata,
+        prediction=checkpoint.prediction,
+        zero_snr=checkpoint.zero_snr,
+        dtype=dtype,
+    )
+    patcher.set_attachments(ATTACHMENT, info)
+    return patcher
+
+
+def plain_unet(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The UNet without its styles, in the host's key names (the host's detection misreads ``add_embedding``)."""
+    return {UNET_PREFIX + k: v for k, v in checkpoint.unet.items() if not k.startswith(STYLE_KEYS)}
+
+
+def model_config(sd: dict[str, Tensor]) -> tuple:
+    """The host's description of a UNet, and whether its own loader knows these sizes.
+
+    The host tells models apart by their exact widths; the small ones of the demo family are described by hand.
+    """
+    sizes = comfy.model_detection.detect_unet_config(sd, UNET_PREFIX)
+    if sizes is None:
+        raise ValueError("this file holds no Stable Diffusion UNet in the single-file layout")
+    for kind in comfy.supported_models.models:
+        if kind.matches(sizes, sd, UNET_PREFIX):
+            return kind(sizes), True
+    if sizes["adm_in_channels"] is not None:
+        raise ValueError(
+            f"this UNet takes pooled conditioning of width {sizes['adm_in_channels']}, but ComfyUI knows no model of its "
+            f"sizes (width {sizes['model_channels']}, context {sizes['context_dim']})"
+        )
+    kind = comfy.supported_models.SD20 if sizes["use_linear_in_transformer"] else comfy.supported_models.SD15
+    config = kind(sizes)
+    if sizes["model_channels"] < 320:  # no weight shows the heads: the rule of UNetConfig.heads
+        config.unet_config |= {"num_heads": -1, "num_head_channels": 64}
+    return config, False
+
+
+def build_small_model(config, sd: dict[str, Tensor], weight_dtype: torch.dtype, disable_dynamic: bool):
+    """A MODEL of sizes that the host's loader refuses, by that loader's own steps."""
+    load_device = mm.get_torch_device()
+    dtypes = config.supported_inference_dtypes
+    parameters = comfy.utils.calculate_parameters(sd)
+    dtype = mm.unet_dtype(model_params=parameters, supported_dtypes=dtypes, weight_dtype=weight_dtype)
+    config.set_inference_dtype(dtype, mm.unet_manual_cast(dtype, load_device, dtypes))
+    offload_device = mm.unet_offload_device()
+    model = config.get_model(sd, UNET_PREFIX, device=offload_device)
+    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    model.load_model_weights(sd, UNET_PREFIX, assign=patcher.is_dynamic())
+    return patcher
+
+
+def set_sampling(model, checkpoint: Checkpoint) -> None:
+    """Prediction and noise schedule of a fresh model: the host guesses them from the weights, the file knows."""
+    types = comfy.model_base.ModelType
+    model.model_type = types.V_PREDICTION if checkpoint.prediction == "v" else types.EPS
+    model.model_config.sampling_settings["zsnr"] = checkpoint.zero_snr
+    model.model_sampling = comfy.model_base.model_sampling(model.model_config, model.model_type)
+
+
+def attach_styles(patcher, styles: dict[str, Tensor], file_dtype: torch.dtype) -> None:
+    """Make codebook and MLP submodules of a fresh MODEL's UNet, from the host's layers, so that casting and offloading work."""
+    unet = patcher.model.diffusion_model
+    dtype = patcher.model.get_dtype()
+    dtype = dtype if dtype.itemsize > 1 else file_dtype  # eight bits are too few for the codes
+    device = next(unet.parameters()).device
+    ops = comfy.ops.manual_cast
+    num_styles, dim = styles[f"{CODEBOOK}.weight"].shape
+    mlp = next(k.split(".")[0] for k in styles if not k.startswith(f"{CODEBOOK}."))
+    modules = {
+        CODEBOOK: ops.Embedding(num_styles, dim, dtype=dtype, device=device),
+        mlp: StyleMLP(dim, operations=ops, dtype=dtype, device=device),
+    }
+    for name, module in modules.items():
+        weights = {k.removeprefix(f"{name}."): v.to(dtype) for k, v in styles.items() if k.startswith(f"{name}.")}
+        module.load_state_dict(weights, assign=patcher.is_dynamic())
+        unet.add_module(name, module.requires_grad_(False).eval())
+        mm.archive_model_dtypes(module)
+    patcher.size = 0  # counted anew, styles included
+
+
+def build_clip(checkpoint: Checkpoint, disable_dynamic: bool = False):
+    """The CLIP of a checkpoint, or None when it holds no text encoder."""
+    config, _ = model_config(plain_unet(checkpoint))
+    target = config.clip_target(state_dict=checkpoint.text)
+    weights = config.process_clip_state_dict(dict(checkpoint.text))
+    if target is None or not weights:
+        return None
+    return comfy.sd.CLIP(
+        target,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        tokenizer_data=weights,
+        parameters=comfy.utils.calculate_parameters(weights),
+        state_dict=weights,
+        model_options=text_model_options(checkpoint.text),
+        disable_dynamic=disable_dynamic,
+    )
+
+
+def text_model_options(text: dict[str, Tensor]) -> dict:
+    """The sizes of an SD1.x text encoder that is not CLIP-L, as the host's CLIP takes them (64 channels a head)."""
+    embedding = text.get(f"{CLIP_LAYERS}embeddings.token_embedding.weight")
+    if embedding is None or embedding.shape[1] == 768:
+        return {}
+    width = embedding.shape[1]
+    layers = {k.removeprefix(f"{CLIP_LAYERS}encoder.layers.").split(".")[0] for k in text if ".encoder.layers." in k}
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": text[f"{CLIP_LAYERS}encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": max(1, width // 64),
+    }
+    return {"clip_l_model_config": sizes}
+
+
+def build_vae(checkpoint: Checkpoint):
+    """The VAE of a checkpoint; the host's empty one, which explains itself when used, if there is none."""
+    first = checkpoint.vae.get("encoder.conv_in.weight")
+    config = None
+    if first is not None and first.shape[0] != 128:  # 128 is the one width that the host's detection builds
+        sizes = vae_config_from_state_dict(checkpoint.vae)
+        config = {"params": {"ddconfig": sizes.ddconfig(), "embed_dim": sizes.embed_dim}}
+    return comfy.sd.VAE(sd=dict(checkpoint.vae), config=config)
+
+
+# --- host to file -----------------------------------------------------------------------------------------------------
+
+
+def to_checkpoint(model, clip=None, vae=None) -> Checkpoint:
+    """A MODEL, with LoRAs and merges folded in, and optionally CLIP and VAE -> the checkpoint that loads as the same.
+
+    Weights have the precision of the file the MODEL came from (without a GPU the host holds halves as float32).
+    Raises ValueError for a MODEL without styles and for a CLIP of another kind of model.
+    """
+    info = model_info(model)
+    if not info.styles:
+        raise ValueError("this MODEL has no styles (it is a plain checkpoint): save it with ComfyUI's Save Checkpoint")
+    patchers = [model] if clip is None else [model, clip.load_model()]
+    mm.load_models_gpu(patchers)
+    clip_sd = None if clip is None else clip.state_dict_for_saving()
+    vae_sd = None if vae is None or vae.first_stage_model is None else vae.get_sd()
+    sd = model.state_dict_for_saving(clip_sd, vae_sd)
+    unet = part(sd, UNET_PREFIX, info.dtype)
+    text = {k: as_file(v, info.dtype) for k, v in sd.items() if k.startswith(TEXT_PREFIXES)}
+    if clip is not None and not text:
+        raise ValueError("this CLIP is not the kind of text encoder that the MODEL takes: connect the one it was loaded with")
+    return Checkpoint(
+        unet=unet,
+        text=text,
+        vae=part(sd, VAE_PREFIX, info.dtype),
+        styles=list(info.styles),
+        recipe=info.recipe,
+        metadata=dict(info.metadata),
+        prediction=info.prediction,
+        zero_snr=info.zero_snr,
+    )
+
+
+def part(sd: dict[str, Tensor], prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): as_file(v, dtype) for k, v in sd.items() if k.startswith(prefix)}
+
+
+def as_file(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # In two steps: the host's lazily patched weights answer only to a device.
+    tensor = tensor.to("cpu").detach()
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,0 +1,57 @@
+"""Load DMM Model: a checkpoint with styles as MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+import os
+
+from comfy_api.latest import io, ui
+
+from . import host_model, paths
+
+
+def describe(info: host_model.ModelInfo, has_clip: bool, has_vae: bool) -> str:
+    """What the file holds, for the node's text field."""
+    names = info.style_names
+    lines = [f"{len(names)} styles: {', '.join(names)}" if names else "no styles: this is a plain checkpoint, not a DMM model"]
+    if not has_clip:
+        lines.append("no text encoder in this file: use Load CLIP")
+    if not has_vae:
+        lines.append("no VAE in this file: use Load VAE")
+    return "\n".join(lines)
+
+
+class LoadDMMModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMMLoadModel",
+            display_name="Load DMM Model",
+            category="DMM",
+            description=(
+                "Loads one model that holds many styles. Pick a style with Style Selector; without one it paints without style."
+            ),
+            search_aliases=["load checkpoint", "multi style", "distilled model merging"],
+            inputs=[
+                io.Combo.Input(
+                    "ckpt_name",
+                    options=paths.model_files(),
+                    tooltip="A file from models/dmm, output/dmm or models/checkpoints. Plain checkpoints load too, without styles.",
+                )
+            ],
+            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, ckpt_name):
+        status = os.stat(paths.model_path(ckpt_name))
+        return (ckpt_name, status.st_mtime_ns, status.st_size)  # a training run may have replaced the file
+
+    @classmethod
+    def execute(cls, ckpt_name) -> io.NodeOutput:
+        model, clip, vae, info = host_model.load(paths.model_path(ckpt_name))
+        text = describe(info, clip is not None, vae.first_stage_model is not None)
+        return io.NodeOutput(model, clip, vae, ui=ui.PreviewText(text))
+
+
+NODES = [LoadDMMModel]

@@ -1,0 +1,57 @@
+"""Save DMM Model: MODEL, and CLIP and VAE if given, as one safetensors file that keeps the styles."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import folder_paths
+from comfy.cli_args import args
+from comfy_api.latest import io, ui
+
+from ..dmm_core.checkpoint import save_checkpoint
+from . import paths
+from .host_model import to_checkpoint
+
+
+def workflow_metadata(prompt, extra_pnginfo) -> dict[str, str]:
+    """The workflow, where the host's own savers put it, unless the user runs with --disable-metadata."""
+    if args.disable_metadata:
+        return {}
+    entries = {"prompt": prompt, **(extra_pnginfo or {})}
+    return {name: json.dumps(value) for name, value in entries.items() if value is not None}
+
+
+class SaveDMMModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMMSaveModel",
+            display_name="Save DMM Model",
+            category="DMM",
+            description=(
+                "Saves a DMM model with its styles, their names and its recipe to output/dmm. LoRAs and merges become part of "
+                "it; the selected style does not."
+            ),
+            search_aliases=["save checkpoint", "export model"],
+            inputs=[
+                io.Model.Input("model"),
+                io.Clip.Input("clip", optional=True),
+                io.Vae.Input("vae", optional=True),
+                io.String.Input("filename_prefix", default="model"),
+            ],
+            outputs=[],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, filename_prefix, clip=None, vae=None) -> io.NodeOutput:
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, paths.output_folder())
+        path = os.path.join(folder, f"{name}_{counter:05}_.safetensors")
+        extra = workflow_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
+        save_checkpoint(path, to_checkpoint(model, clip, vae), extra)
+        return io.NodeOutput(ui=ui.PreviewText(f"saved {os.path.relpath(path, folder_paths.get_output_directory())}"))
+
+
+NODES = [SaveDMMModel]

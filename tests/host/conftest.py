@@ -1,0 +1,60 @@
+"""A real ComfyUI for the tests: imported into this process on the CPU, and as a server behind HTTP.
+
+Which one: see ``comfyui_dmm.training.host_path.find_host`` (COMFYUI_PATH first). Its folder is only read: models, outputs and
+settings go to temporary folders. Without a host, every test here is skipped.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from comfyui_dmm.training.host_path import find_host
+
+from .server import Server
+
+HERE = Path(__file__).parent
+HOST = find_host()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.host)
+            if HOST is None:
+                item.add_marker(pytest.mark.skip(reason="no ComfyUI found: set COMFYUI_PATH to its folder"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def host(tmp_path_factory):
+    """The host's ``comfy`` package in this process, on the CPU, with an empty base folder (``host_folder``)."""
+    sys.path.insert(0, str(HOST))
+    from comfy.cli_args import args
+
+    args.cpu = True
+    args.base_directory = str(tmp_path_factory.mktemp("base"))
+    import comfy.sd
+    import folder_paths
+
+    from comfyui_dmm.nodes import paths
+
+    assert Path(folder_paths.base_path) == Path(args.base_directory), "the host was imported before this fixture"
+    for name in ("dmm", "checkpoints", "loras"):
+        Path(folder_paths.models_dir, name).mkdir(parents=True)
+    paths.register()
+    return comfy
+
+
+@pytest.fixture(scope="session")
+def models(host) -> Path:
+    """The models folder of the in-process host."""
+    import folder_paths
+
+    return Path(folder_paths.models_dir)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A running ComfyUI with only this pack."""
+    with Server(HOST, tmp_path_factory.mktemp("server")) as running:
+        yield running

@@ -1,0 +1,210 @@
+"""The demo scenes and looks against brute-force geometry and the real CLIP vocabulary; the classifier against fresh renders."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from comfyui_dmm.training.demo import classifier
+from comfyui_dmm.training.demo.looks import BASE_LOOK, LOOKS, LORA_LOOK, TEACHER_LOOKS, render
+from comfyui_dmm.training.demo.scenes import (BACKGROUNDS, COLOURS, SHAPES, SIZE, VOCABULARY, Scene, control_hint, layers,
+                                              sample_scene)
+
+
+def some_scenes(count, seed=0, **fixed):
+    rng = np.random.default_rng(seed)
+    return [sample_scene(rng, **fixed) for _ in range(count)]
+
+
+def edge_points(mask):
+    """Midpoints between neighbouring pixels of which one is inside: (K, 2) as (y, x)."""
+    inside = mask > 0.5
+    down, right = np.argwhere(inside[1:] != inside[:-1]), np.argwhere(inside[:, 1:] != inside[:, :-1])
+    return np.concatenate([down + (0.5, 0), right + (0, 0.5)])
+
+
+def brute_force_distance(mask):
+    """Distance of each pixel to the nearest edge point, negative inside, without any transform: (H, W)."""
+    points = np.argwhere(np.ones_like(mask, bool))[:, None]
+    nearest = np.sqrt(((points - edge_points(mask)) ** 2).sum(2)).min(1).reshape(mask.shape)
+    return np.where(mask > 0.5, -nearest, nearest)
+
+
+def chroma(rgb):
+    """Colour without lightness: RGB over its largest channel, so that a shaded yellow is still a yellow. (..., 3) -> same."""
+    return rgb / rgb.max(-1, keepdims=True)
+
+
+def test_every_word_is_one_clip_token_and_captions_use_no_other():
+    tokenizer = pytest.importorskip("open_clip", reason="needs the headless extra").SimpleTokenizer()
+    tokens = {word: tokenizer.encode(word) for word in VOCABULARY}
+    assert {word: ids for word, ids in tokens.items() if len(ids) != 1} == {}
+    assert len(VOCABULARY) == len(set(VOCABULARY)) <= 48
+    known = {ids[0] for ids in tokens.values()}
+    used = {token for scene in some_scenes(3000) for token in tokenizer.encode(scene.caption)}
+    assert used == known  # nothing unknown is said, and no word is idle
+
+
+def test_the_caption_tells_the_scene():
+    for scene in some_scenes(300):
+        words = re.findall(r"\w+", scene.caption)
+        assert [word for word in words if word in SHAPES] == [scene.shape]
+        assert [word for word in words if word in COLOURS] == [scene.colour]
+        backgrounds = [word for word in words if word in BACKGROUNDS]
+        assert backgrounds == ([] if scene.background == "plain" else [scene.background])
+        assert ("small" in words, "big" in words) == (scene.size_word == "small", scene.size_word == "big")
+        assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", scene.caption)
+
+
+def test_pinning_a_field_leaves_the_others_alone():
+    free, pinned = some_scenes(20), some_scenes(20, shape="cat")
+    assert [dataclasses.replace(scene, shape="cat") for scene in free] == pinned
+
+
+def test_size_words_order_the_drawn_sizes():
+    side = {word: [] for word in ("small", "", "big")}
+    for scene in some_scenes(200, shape="heart", tilt=0.0):
+        rows, columns = np.nonzero(layers(scene).mask[..., 0] > 0.5)
+        side[scene.size_word].append(max(np.ptp(rows), np.ptp(columns)) + 1)
+    assert max(side["small"]) < min(side[""]) and max(side[""]) < min(side["big"])
+    assert min(side["small"]) >= 0.45 * SIZE and max(side["big"]) <= 0.76 * SIZE
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_distance_field_matches_brute_force(shape):
+    drawn = layers(some_scenes(1, shape=shape)[0])
+    error = np.abs(drawn.distance[..., 0] - brute_force_distance(drawn.mask[..., 0]))
+    assert error.mean() < 0.5 and error.max() < 2.5  # pixels; the field is computed at half resolution
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_render_depends_on_scene_and_look_alone(look):
+    scene = some_scenes(1, seed=3)[0]
+    first = render(scene, look)
+    render(some_scenes(1, seed=4)[0], "echo")
+    assert first.shape == (SIZE, SIZE, 3) and first.dtype == np.uint8
+    assert np.array_equal(first, render(dataclasses.replace(scene), look))
+    assert not np.array_equal(first, render(dataclasses.replace(scene, x=scene.x + 0.05), look))
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_every_look_keeps_composition_and_colour(look):
+    """Where the picture changes when only the colour word does is the object; and the colour there is the word's."""
+    for scene in some_scenes(6, seed=1):
+        mask = layers(scene).mask[..., 0] > 0.5
+        painted = {c: render(dataclasses.replace(scene, colour=c), look).astype(float) for c in COLOURS}
+        change = np.std(np.stack(list(painted.values())), 0).mean(2)
+        assert change[mask].mean() > (2 if look == "pop" else 8) * change[~mask].mean()  # pop dots carry the colour too
+        palette = chroma(np.array(list(COLOURS.values()), float))
+        for i, colour in enumerate(COLOURS):
+            pixels = painted[colour][mask]
+            vivid = pixels[np.ptp(pixels, 1) > 60]  # neither outlines nor pale parts
+            nearest = np.linalg.norm(chroma(vivid.mean(0)) - palette, axis=1).argmin()
+            assert nearest == i, f"{scene.caption} in {look}: {colour} reads as {list(COLOURS)[nearest]}"
+
+
+def test_one_pair_of_twins_and_one_outlier():
+    assert set(LOOKS) == {BASE_LOOK, LORA_LOOK, *TEACHER_LOOKS}
+    scenes = some_scenes(24, seed=2)
+    pictures = {look: np.stack([render(s, look) for s in scenes]) / 255 for look in TEACHER_LOOKS}
+    # at the latents' resolution, where the models work: per pixel, hatching a few pixels apart would count as a difference
+    pictures = {look: p.reshape(-1, SIZE // 8, 8, SIZE // 8, 8, 3).mean((2, 4)) for look, p in pictures.items()}
+    gap = {(a, b): ((pictures[a] - pictures[b]) ** 2).mean() for a in pictures for b in pictures if a < b}
+    by_size = sorted(gap, key=gap.get)
+    assert by_size[0] == ("ink", "pen") and gap[by_size[0]] * 2 < gap[by_size[1]]
+    assert all("echo" in pair for pair in by_size[-(len(TEACHER_LOOKS) - 1):])
+    largest_without, smallest_with = by_size[-len(TEACHER_LOOKS)], by_size[-len(TEACHER_LOOKS) + 1]
+    assert gap[smallest_with] > 2 * gap[largest_without]
+
+
+def test_control_hint_traces_the_silhouette():
+    for scene in some_scenes(16):
+        hint, mask = control_hint(scene), layers(scene).mask[..., 0]
+        assert hint.shape == (SIZE, SIZE, 3) and hint.dtype == np.uint8
+        away = np.abs(brute_force_distance(mask))
+        outline = hint[..., 0] > 200
+        assert (hint[(away > 5) & (mask < 0.5)] == 0).all()
+        assert away[outline].max() < 5.5
+        to_line = np.linalg.norm(edge_points(mask)[:, None] - np.argwhere(outline), axis=2).min(1)
+        assert to_line.max() < 3 and to_line.mean() < 1  # pixels: no part of the edge goes untraced
+
+
+def test_objects_stay_on_the_canvas():
+    for scene in some_scenes(400):
+        mask = layers(scene).mask[..., 0]
+        assert max(mask[0].max(), mask[-1].max(), mask[:, 0].max(), mask[:, -1].max()) == 0
+
+
+@pytest.mark.parametrize("field", ["shape", "colour", "background"])
+def test_unknown_words_are_named(field):
+    scene = dataclasses.replace(Scene("cat", "red", "sea"), **{field: "wrong"})
+    with pytest.raises(ValueError, match=f"unknown {field} 'wrong': choose one of"):
+        layers(scene)
+
+
+def test_unknown_look_is_named():
+    with pytest.raises(ValueError, match="unknown look 'oil': choose one of plain"):
+        render(Scene("cat", "red", "sea"), "oil")
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return classifier.train_classifier(seed=0, samples=3200)
+
+
+def test_classifier_learns_from_little(judge):
+    """50 steps: the global answers are already far above chance (1/9 and 1/7), so labels and pictures belong together."""
+    images, labels = classifier.labelled_renders(np.random.default_rng(99), 16)
+    share = classifier.accuracy(judge, images.float() / 127.5 - 1, labels)
+    assert share["look"] > 0.35 and share["colour"] > 0.7, share
+
+
+def test_labels_follow_the_scene():
+    rng = np.random.default_rng(5)
+    images, labels = classifier.labelled_renders(np.random.default_rng(5), 4)
+    expected = [[getattr(scene, q) for q in ("shape", "colour", "background")] + [look]
+                for scene in (sample_scene(rng) for _ in range(4)) for look in LOOKS]
+    assert [[classifier.CLASSES[q][i] for q, i in zip(classifier.CLASSES, row)] for row in labels.tolist()] == expected
+    assert images.shape == (len(expected), 3, SIZE, SIZE)
+
+
+def test_classifier_survives_its_file(judge, tmp_path):
+    path = tmp_path / "judge.safetensors"
+    classifier.save_classifier(path, judge)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.stat().st_size < 500_000
+    again = classifier.load_classifier(path)
+    x = torch.rand(3, 3, SIZE, SIZE) * 2 - 1
+    before, after = classifier.classify(judge, x), classifier.classify(again, x)
+    assert again.classes == judge.classes
+    for question, answers in judge.classes.items():
+        assert before[question].shape == (3, len(answers))
+        torch.testing.assert_close(after[question], before[question], atol=0.02, rtol=0.02)  # half precision weights
+
+
+def test_foreign_file_and_wrong_size_are_refused(judge, tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file({"w": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="demo.classifier is None, expected '1'"):
+        classifier.load_classifier(path)
+    with pytest.raises(ValueError, match=r"\(B, 3, 128, 128\), got \(1, 3, 64, 64\)"):
+        classifier.classify(judge, torch.zeros(1, 3, 64, 64))
+
+
+def test_disturbance_keeps_range_and_repeats():
+    x = classifier.labelled_renders(np.random.default_rng(0), 1)[0].float() / 127.5 - 1
+    once, twice = (classifier.disturb(x, torch.Generator().manual_seed(7)) for _ in range(2))
+    assert torch.equal(once, twice) and once.shape == x.shape and once.abs().max() <= 1
+    assert 0.02 < (once - x).abs().mean() < 0.4
+
+
+def test_the_shipped_judge_reads_fresh_renders():
+    path = Path(__file__).parents[2] / "models" / "demo-classifier.safetensors"
+    model = classifier.load_classifier(path)
+    assert model.classes == classifier.CLASSES  # else the scenes changed after it was trained
+    images, labels = classifier.labelled_renders(np.random.default_rng(2024), 40)
+    share = classifier.accuracy(model, images.float() / 127.5 - 1, labels)
+    assert min(share["shape"], share["colour"], share["background"]) >= 0.98 and share["look"] >= 0.95, share

@@ -1,0 +1,148 @@
+"""The ``dmm`` command: each subcommand is a thin face on a function that the nodes call too."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 after an error that was explained, 130 when interrupted."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = parser().parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        args.run(args)
+    except ValueError as error:
+        print(f"dmm: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"dmm: {error.strerror or error}: {error.filename or 'while writing'}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("dmm: interrupted; what was learnt is saved, the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="dmm", description="Distil many Stable Diffusion checkpoints into one, and paint with it.")
+    top.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
+    commands = top.add_subparsers(required=True, metavar="command")
+
+    distill = commands.add_parser("distill", help="distil teachers into a DMM checkpoint; the same command again goes on")
+    distill.add_argument("--config", required=True, help="YAML file, see training/configs/")
+    distill.add_argument("--dry-run", action="store_true", help="check and print the resolved config, train nothing")
+    distill.set_defaults(run=run_distill)
+
+    sample = commands.add_parser("sample", help="paint with a checkpoint")
+    sample.add_argument("checkpoint")
+    sample.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    sample.add_argument("--style", default="none", help='style name, or "all" for one row per style (default: none)')
+    sample.add_argument("--strength", type=float, default=1.0)
+    sample.add_argument("--parts-from", help="full checkpoint to take a missing text encoder or VAE from")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--size", type=int, default=0, help="pixels a side (default: 512, demo models 128)")
+    for name, default in (("steps", 20), ("cfg", 4.0), ("sampler", "dpmpp_2m"), ("scheduler", "karras"), ("negative", "")):
+        sample.add_argument(f"--{name}", type=type(default), default=default)
+    sample.add_argument("--output", default="sample.png")
+    sample.set_defaults(run=run_sample)
+
+    info = commands.add_parser("info", help="what is in a checkpoint file")
+    info.add_argument("checkpoint")
+    info.set_defaults(run=run_info)
+
+    demo = commands.add_parser("demo", help="the demo family")
+    actions = demo.add_subparsers(required=True, metavar="action")
+    build = actions.add_parser("build", help="train the whole demo family from nothing")
+    build.add_argument("--work", default="out/demo-build", help="folder for the parts; an interrupted build goes on there")
+    build.add_argument("--models", default=str(Path(__file__).parents[1] / "models"), help="where the finished files go")
+    build.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    build.set_defaults(run=run_demo_build)
+    tour = actions.add_parser("run", help="distil the demo teachers, print a table, paint grids (`make demo`)")
+    tour.add_argument("--config", default=str(Path(__file__).parent / "configs" / "demo.yaml"))
+    tour.set_defaults(run=run_demo)
+    return top
+
+
+class Bar:
+    """A tqdm progress bar with the loss of every teacher (smoothed over about 20 steps) and the time left."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+        self.smooth: dict[str, float] = {}
+
+    def __call__(self, run, metrics) -> None:
+        if self.bar is None:
+            self.bar = tqdm(total=metrics.steps, initial=metrics.step - 1, unit="step", dynamic_ncols=True)
+        for name, value in metrics.score.items():
+            self.smooth[name] = value if name not in self.smooth else 0.95 * self.smooth[name] + 0.05 * value
+        self.bar.set_postfix_str(" ".join(f"{name} {value:.4f}" for name, value in self.smooth.items()), refresh=False)
+        self.bar.update()
+        if metrics.step == metrics.steps:
+            self.bar.close()
+
+
+def run_distill(args) -> None:
+    from .config import load_config
+    from .distill import distill
+
+    config = load_config(args.config)
+    print(json.dumps(config.to_dict(), indent=2))
+    if args.dry_run:
+        return
+    distill(config, Bar())
+    print(f"wrote {config.output}")
+
+
+def run_sample(args) -> None:
+    from ..dmm_core.checkpoint import load_checkpoint
+    from .images import grid
+    from .paint import Settings, painter
+
+    companion = load_checkpoint(args.parts_from) if args.parts_from else None
+    brush = painter(load_checkpoint(args.checkpoint), companion)
+    size = args.size or (512 if brush.unet.config.model_channels >= 320 else 128)
+    settings = Settings(args.steps, args.cfg, args.sampler, args.scheduler, size, size, args.negative)
+    styles = brush.styles if args.style == "all" else [args.style]
+    rows = []
+    for style in styles:
+        row = brush.style_row(style, args.strength)
+        rows.append(brush.pictures(brush.latents(args.prompt, row, args.seed, settings)))
+    image = rows[0][0] if len(rows) == len(rows[0]) == 1 else grid(rows, styles, args.prompt)
+    image.save(args.output)
+    print(f"wrote {args.output}")
+
+
+def run_info(args) -> None:
+    from .info import describe
+
+    print(describe(args.checkpoint))
+
+
+def run_demo_build(args) -> None:
+    from .demo.build import Budget, build_parts, write_models
+
+    started = time.monotonic()
+    seconds = build_parts(Path(args.work), Budget(), args.jobs)
+    for path in write_models(Path(args.work), Path(args.models)):
+        print(f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB)")
+    print(f"built in {time.monotonic() - started:.0f} s: " + ", ".join(f"{n} {s:.0f} s" for n, s in seconds.items()))
+
+
+def run_demo(args) -> None:
+    from .demo.tour import tour
+
+    tour(args.config, Bar())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""The configuration of a distillation run: one dataclass, read from YAML, checked before anything is loaded or written."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+INITS = ("base", "soup")
+PRECISIONS = ("fp32", "bf16", "fp16")
+DATA_KINDS = ("demo_scenes", "latents")
+LR_SCHEDULES = ("constant", "cosine", "linear")
+
+
+@dataclass
+class TeacherSpec:
+    """One teacher of a headless run: the name its style gets, its checkpoint file, and what to tell users about it."""
+
+    name: str
+    file: str
+    description: str = ""
+    licence: str = ""
+
+
+@dataclass
+class DataSpec:
+    """Captioned latents. ``demo_scenes`` renders ``count`` procedural scenes; ``latents`` reads a safetensors ``file``."""
+
+    kind: str = "demo_scenes"
+    file: str = ""
+    count: int = 600
+    seed: int = 0
+
+
+@dataclass
+class TrainConfig:
+    """What training does, whatever the models and the data are. The defaults are the plain recipe of arXiv:2504.12364.
+
+    steps: optimiser steps. batch_size: samples a step, shared by all teachers. lr: of AdamW; style_lr_scale multiplies it
+    for codebook and MLP. warmup: steps. lambda_feat: weight of eq. 10. caption_dropout: share of empty prompts.
+    base_share: share of samples without a style, distilled to the base model. init: where the student starts, "base" or
+    "soup" (the teachers' mean). ema_gamma: power-function average of the weights (arXiv:2312.02696), None for none.
+    save_every: steps between run states, keep: how many of them stay.
+    """
+
+    steps: int = 100_000
+    batch_size: int = 8
+    lr: float = 1e-5
+    style_lr_scale: float = 1.0
+    lr_schedule: str = "constant"
+    warmup: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    lambda_feat: float = 0.001
+    caption_dropout: float = 0.1
+    base_share: float = 0.05
+    init: str = "base"
+    ema_gamma: float | None = None
+    precision: str = "fp32"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    device: str = "auto"
+    save_every: int = 500
+    keep: int = 2
+
+    def check(self) -> None:
+        """Raises ValueError naming the first setting that makes no sense."""
+
+        def need(ok: bool, name: str, what: str) -> None:
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: {what}")
+
+        for name in ("steps", "batch_size", "save_every", "keep"):
+            value = getattr(self, name)
+            need(isinstance(value, int) and not isinstance(value, bool) and value >= 1, name, "expected a whole number from 1")
+        for name in ("lr", "style_lr_scale"):
+            need(_finite(getattr(self, name)) and getattr(self, name) > 0, name, "expected a positive number")
+        for name in ("weight_decay", "grad_clip", "lambda_feat"):
+            need(_finite(getattr(self, name)) and getattr(self, name) >= 0, name, "expected 0 or more")
+        for name in ("caption_dropout", "base_share"):
+            need(_finite(getattr(self, name)) and 0 <= getattr(self, name) < 1, name, "expected a share from 0 to below 1")
+        need(isinstance(self.warmup, int) and self.warmup >= 0, "warmup", "expected a number of steps")
+        need(isinstance(self.seed, int), "seed", "expected a whole number")
+        need(self.init in INITS, "init", f"choose one of {', '.join(INITS)}")
+        need(self.precision in PRECISIONS, "precision", f"choose one of {', '.join(PRECISIONS)}")
+        need(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"choose one of {', '.join(LR_SCHEDULES)}")
+        need(len(self.betas) == 2 and all(_finite(b) and 0 <= b < 1 for b in self.betas), "betas", "expected two from 0 to 1")
+        need(self.ema_gamma is None or (_finite(self.ema_gamma) and self.ema_gamma > 0), "ema_gamma", "expected > 0 or null")
+
+
+@dataclass
+class DistillConfig:
+    """A headless run: ``dmm distill --config FILE``. Paths in the file are relative to the file.
+
+    parts_from: a full checkpoint of the same family, whose VAE (and text encoder) the result gets where the base has none.
+    """
+
+    base: str
+    teachers: list[TeacherSpec]
+    output: str
+    run_dir: str
+    parts_from: str = ""
+    title: str = "DMM"
+    data: DataSpec = field(default_factory=DataSpec)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def check(self) -> None:
+        """Raises ValueError naming the first setting that makes no sense."""
+        check_names([teacher.name for teacher in self.teachers])
+        if self.data.kind not in DATA_KINDS:
+            raise ValueError(f"data.kind is {self.data.kind!r}: choose one of {', '.join(DATA_KINDS)}")
+        if not self.output.endswith(".safetensors"):
+            raise ValueError(f"output is {self.output!r}: the file name must end in .safetensors")
+        files = [("base", self.base), *((f"teacher '{t.name}'", t.file) for t in self.teachers), ("parts_from", self.parts_from)]
+        for role, path in files:
+            if path and not Path(path).is_file():
+                raise ValueError(f"{role}: there is no file '{path}'")
+        self.train.check()
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def check_names(names: list[str]) -> None:
+    """Raises ValueError unless there is at least one name and all are non-empty and different (case and spaces aside)."""
+    if not names:
+        raise ValueError("no teachers given: connect or list at least one")
+    seen: dict[str, str] = {}
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"teacher name {name!r} is empty: every teacher needs a name, it becomes the style's name")
+        folded = name.strip().casefold()
+        if folded in seen:
+            raise ValueError(f"teacher names '{seen[folded]}' and '{name}' are the same style name: rename one of them")
+        if folded == "none":
+            raise ValueError("a teacher cannot be called 'none': that name means painting without a style")
+        seen[folded] = name
+
+
+def load_config(path: str | Path) -> DistillConfig:
+    """Read and check a YAML config. Raises ValueError naming the file and the key that is wrong."""
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the config '{path}': {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"'{path}' is not a YAML file: {error}") from error
+    try:
+        config = _build(DistillConfig, raw, "config")
+        for name in ("base", "output", "run_dir", "parts_from"):
+            if getattr(config, name):
+                setattr(config, name, str((path.parent / getattr(config, name)).resolve()))
+        for teacher in config.teachers:
+            teacher.file = str((path.parent / teacher.file).resolve())
+        if config.data.file:
+            config.data.file = str((path.parent / config.data.file).resolve())
+        config.check()
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    return config
+
+
+def _build(cls, raw: Any, where: str):
+    """A dataclass from a mapping; unknown and missing keys are named, with the nearest known one."""
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"{where} must be a mapping of settings, got {type(raw).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in raw:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(sorted(fields))}"
+            raise ValueError(f"{where} has an unknown setting '{key}'{hint}")
+    values = dict(raw)
+    nested = {"data": DataSpec, "train": TrainConfig}
+    for key, kind in nested.items():
+        if cls is DistillConfig and key in values:
+            values[key] = _build(kind, values[key], key)
+    if cls is DistillConfig and isinstance(values.get("teachers"), list):
+        values["teachers"] = [_build(TeacherSpec, t, f"teachers[{i}]") for i, t in enumerate(values["teachers"])]
+    if cls is TrainConfig:
+        values = {k: _number(fields[k].type, v) for k, v in values.items()}
+    required = {
+        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - values.keys()):
+        raise ValueError(f"{where} lacks the settings {', '.join(missing)}")
+    return cls(**values)
+
+
+def _number(kind: str, value: Any) -> Any:
+    """YAML 1.1 reads '1e-5' as text and '2' as an int: give float settings their floats."""
+    if "float" in kind and isinstance(value, (str, int)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if kind.startswith("tuple") and isinstance(value, list):
+        return tuple(_number("float", v) for v in value)
+    return value
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

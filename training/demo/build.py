@@ -1,0 +1,256 @@
+"""``dmm demo build``: make the whole demo family from nothing. Every weight in models/ comes out of here.
+
+Stages write to a work folder and are skipped when their file is there, so an interrupted build goes on where it was. One thread
+per process and ``jobs`` processes: at these sizes more threads are slower.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import multiprocessing
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
+from ...dmm_core.files import atomic_write
+from ...dmm_core.unet import UNet, UNetConfig, load_unet
+from ...dmm_core.vae import load_vae
+from ..data import CaptionedLatents
+from ..text import ClipText
+from . import controlnet, lora
+from .autoencoder import PHASES, train_vae
+from .bank import captioned_latents
+from .denoiser import fit
+from .looks import BASE_LOOK, LOOKS, LORA_LOOK, TEACHER_LOOKS
+from .scenes import control_hint, sample_scene
+from .text_encoder import DIM, train_text_encoder
+
+log = logging.getLogger(__name__)
+
+DEMO_UNET = UNetConfig(
+    model_channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=(1, 1),
+    depth_input=(0, 1),
+    depth_output=(1, 1, 0, 0),
+    context_dim=DIM,
+)
+LORA_RANK = 4
+SEED_SCENES = 100
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Training samples per network, and scenes rendered for them; the figures of the shipped family."""
+
+    vae: tuple = PHASES
+    text_steps: int = 700
+    scenes: int = 2400
+    base: int = 98_000
+    teacher: int = 32_000
+    lora: int = 12_000
+    control: int = 24_000
+
+
+TINY = Budget(vae=((32, 4, 2), (128, 2, 1)), text_steps=3, scenes=8, base=64, teacher=64, lora=64, control=64)
+"""Runs every stage in seconds and learns nothing: for tests of the machinery."""
+
+
+def _reporter(name: str, every: float = 20.0):
+    """Progress in the log, once in ``every`` seconds."""
+    state = {"next": time.monotonic() + every, "start": time.monotonic()}
+
+    def report(step: int, steps: int, loss: float) -> None:
+        now = time.monotonic()
+        if now >= state["next"] or step == steps:
+            state["next"] = now + every
+            left = (now - state["start"]) / step * (steps - step)
+            log.info("%s: step %d of %d, loss %.4f, %d s left", name, step, steps, loss, left)
+
+    return report
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    with atomic_write(path) as temporary:
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary)
+
+
+def build_vae(work: Path, budget: Budget) -> None:
+    _save(work / "vae.safetensors", train_vae(budget.vae, progress=_reporter("VAE")).state_dict())
+
+
+def build_text(work: Path, budget: Budget) -> None:
+    weights, right = train_text_encoder(budget.text_steps, progress=_reporter("text encoder"))
+    log.info("text encoder: %.1f%% of held-out captions read without a mistake", 100 * right)
+    _save(work / "text.safetensors", weights)
+
+
+def build_latents(work: Path, budget: Budget, look: str) -> None:
+    vae = load_vae(load_file(work / "vae.safetensors"))
+    data = captioned_latents(vae, [look], budget.scenes * (2 if look == BASE_LOOK else 1), SEED_SCENES)
+    _save(work / f"latents-{look}.safetensors", {"latents": data.latents})
+
+
+def _data(work: Path, look: str) -> tuple[CaptionedLatents, Tensor]:
+    """The scenes of one look with the text encoder's states of their captions (U, 77, d)."""
+    latents = load_file(work / f"latents-{look}.safetensors")["latents"]
+    rng = np.random.default_rng(SEED_SCENES)
+    data = CaptionedLatents(latents, [sample_scene(rng).caption for _ in range(len(latents))])
+    encoder = ClipText(load_file(work / "text.safetensors"))
+    return data, torch.cat([encoder.encode(data.prompts[i : i + 64]) for i in range(0, len(data.prompts), 64)])
+
+
+def _train_unet(work: Path, look: str, name: str, unet: UNet, samples: int, lr: float) -> None:
+    data, contexts = _data(work, look)
+    average = fit(
+        lambda x_t, t, context, index: unet(x_t, t, context),
+        list(unet.named_parameters()),
+        data.latents,
+        data.rows,
+        contexts,
+        samples,
+        lr,
+        progress=_reporter(name),
+    )
+    _save(work / f"{name}.safetensors", average)
+
+
+def build_base(work: Path, budget: Budget) -> None:
+    torch.manual_seed(0)
+    _train_unet(work, BASE_LOOK, "base", UNet(DEMO_UNET), budget.base, lr=2e-3)
+
+
+def build_teacher(work: Path, budget: Budget, look: str) -> None:
+    unet = load_unet(load_file(work / "base.safetensors"))
+    _train_unet(work, look, look, unet, budget.teacher, lr=1.5e-3)
+
+
+def build_lora(work: Path, budget: Budget) -> None:
+    torch.manual_seed(1)
+    unet = load_unet(load_file(work / "base.safetensors")).requires_grad_(False)
+    adapters = lora.add_lora(unet, LORA_RANK, LORA_RANK)
+    params = [(f"{n}.{k}", p) for n, adapter in adapters.items() for k, p in adapter.named_parameters()]
+    data, contexts = _data(work, LORA_LOOK)
+    average = fit(
+        lambda x_t, t, context, index: unet(x_t, t, context), params, data.latents, data.rows, contexts,
+        budget.lora, lr=3e-3, progress=_reporter("LoRA"),
+    )  # fmt: skip
+    with torch.no_grad():
+        for key, p in params:
+            p.copy_(average[key])
+    _save(work / "lora.safetensors", lora.lora_state_dict(unet, adapters, LORA_RANK, LORA_RANK))
+
+
+def build_control(work: Path, budget: Budget) -> None:
+    torch.manual_seed(2)
+    unet = load_unet(load_file(work / "base.safetensors")).requires_grad_(False)
+    net = controlnet.ControlNet(unet)
+    data, contexts = _data(work, BASE_LOOK)
+    rng = np.random.default_rng(SEED_SCENES)
+    hints = torch.from_numpy(np.stack([control_hint(sample_scene(rng)) for _ in range(len(data.latents))]))
+
+    def predict(x_t, t, context, index):
+        hint = hints[index].permute(0, 3, 1, 2).float().contiguous() / 255  # (B, H, W, 3) -> (B, 3, H, W)
+        return unet(x_t, t, context, control=net(x_t, hint, t, context))
+
+    average = fit(
+        predict, list(net.named_parameters()), data.latents, data.rows, contexts, budget.control,
+        lr=1e-3, caption_dropout=0.3, progress=_reporter("ControlNet"),
+    )  # fmt: skip
+    net.load_state_dict(average)
+    _save(work / "control.safetensors", net.file_state_dict())
+
+
+STAGES = {
+    "vae": build_vae,
+    "text": build_text,
+    "base": build_base,
+    "lora": build_lora,
+    "control": build_control,
+    **{f"latents-{look}": (lambda work, budget, look=look: build_latents(work, budget, look)) for look in LOOKS},
+    **{look: (lambda work, budget, look=look: build_teacher(work, budget, look)) for look in TEACHER_LOOKS},
+}
+NEEDS = {
+    "vae": (),
+    "text": (),
+    "base": ("text", f"latents-{BASE_LOOK}"),
+    "lora": ("base", f"latents-{LORA_LOOK}"),
+    "control": ("base",),
+    **{f"latents-{look}": ("vae",) for look in LOOKS},
+    **{look: ("base", f"latents-{look}") for look in TEACHER_LOOKS},
+}
+ORDER = [  # what blocks most comes first
+    "vae", "text", f"latents-{BASE_LOOK}", "base", *(f"latents-{look}" for look in LOOKS if look != BASE_LOOK),
+    *TEACHER_LOOKS, "control", "lora",
+]  # fmt: skip
+
+
+def run_stage(name: str, work: Path, budget: Budget) -> float:
+    """One stage in this process, on one thread; returns its seconds."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    STAGES[name](work, budget)
+    return time.monotonic() - started
+
+
+def build_parts(work: Path, budget: Budget, jobs: int = 2) -> dict[str, float]:
+    """Train every part that is not in ``work`` yet; returns the seconds of each stage that ran."""
+    work.mkdir(parents=True, exist_ok=True)
+    done = {name for name in ORDER if (work / f"{name}.safetensors").exists()}
+    waiting = [name for name in ORDER if name not in done]
+    seconds: dict[str, float] = {}
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        running: dict[concurrent.futures.Future, str] = {}
+        while waiting or running:
+            ready = [n for n in waiting if done.issuperset(NEEDS[n])]
+            for name in ready[: jobs - len(running)]:
+                waiting.remove(name)
+                running[pool.submit(run_stage, name, work, budget)] = name
+            finished, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in finished:
+                name = running.pop(future)
+                seconds[name] = future.result()
+                done.add(name)
+                log.info("%s done in %.0f s", name, seconds[name])
+    return seconds
+
+
+def write_models(work: Path, models: Path) -> list[Path]:
+    """Put the trained parts together as the files that ComfyUI users know, float16."""
+    text, vae = load_file(work / "text.safetensors"), load_file(work / "vae.safetensors")
+    written = []
+
+    def write(path: Path, **parts) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parts = {k: _half(v) if k in ("unet", "text", "vae") else v for k, v in parts.items()}
+        save_checkpoint(path, Checkpoint(**parts))
+        written.append(path)
+
+    def title(name: str) -> dict[str, str]:
+        licence = "Apache-2.0"
+        return {"modelspec.title": f"comfyui-dmm demo: {name}", "modelspec.license": licence, "modelspec.author": "comfyui-dmm"}
+
+    # Only the DMM checkpoint carries the VAE: the family has to stay small enough to ship.
+    for part, name in (("base", "base"), *((look, f"teacher-{look}") for look in TEACHER_LOOKS)):
+        unet = load_file(work / f"{part}.safetensors")
+        write(models / "dmm" / f"demo-{name}.safetensors", unet=unet, text=text, metadata=title(name))
+    write(work / "full-base.safetensors", unet=load_file(work / "base.safetensors"), text=text, vae=vae)
+    for part, path in (("control", "controlnet/demo-outline"), ("lora", "loras/demo-frame")):
+        target = models / f"{path}.safetensors"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _save(target, _half(load_file(work / f"{part}.safetensors")))
+        written.append(target)
+    return written
+
+
+def _half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}

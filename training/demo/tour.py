@@ -1,0 +1,68 @@
+"""`make demo`: distil the demo teachers, compare the student with them, paint, and say where everything is."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ...dmm_core.checkpoint import load_checkpoint
+from ...dmm_core.unet import UNet, load_unet
+from ..config import load_config
+from ..distill import distill
+from ..images import blend_strip, grid
+from ..paint import Painter, Settings, painter
+from ..report import eps_errors, format_table
+from ..teacher import soup
+from .bank import demo_latents
+
+CAPTIONS = ("a red star", "a big blue house, hills", "a green fish by the sea", "a yellow moon in the city", "an orange cat", "a pink flower, hills")
+SETTINGS = Settings(steps=16, cfg=4.0, width=128, height=128)
+HELD_OUT_SEED = 7_000_000
+"""Seed of the scenes for the table; training draws its scenes from small seeds."""
+
+
+def tour(config_path: str, on_step) -> None:
+    """Everything `make demo` shows; files go beside the config's ``output``."""
+    started = time.monotonic()
+    config = load_config(config_path)
+    output = Path(config.output)
+    run = distill(config, on_step)
+    trained = time.monotonic()
+
+    student = load_unet(load_checkpoint(output).unet)  # what was written, not what is in memory
+    average = UNet(run.base.unet.config)
+    average.load_state_dict(soup([t.unet.state_dict() for t in run.teachers]))
+    data = demo_latents(load_checkpoint(output), 128, HELD_OUT_SEED)
+    brush = painter(load_checkpoint(output))
+    contexts = brush.text.encode(data.prompts)  # the demo family shares one text encoder
+    base, *teachers = (replace(teacher, contexts=contexts) for teacher in (run.base, *run.teachers))
+    table = eps_errors(teachers, base, average, student, data, samples=len(data.latents))
+    print(f"\neps error against each teacher (mean squared, {len(data.latents)} unseen scenes; smaller is closer)\n")
+    print(format_table(table))
+
+    rows, labels = [], []
+    for spec, teacher in zip(config.teachers, run.teachers):
+        plain = Painter(teacher.unet, brush.text, brush.vae)
+        for name, who, row in ((f"{spec.name}: teacher", plain, None), (f"{spec.name}: DMM", brush, brush.style_row(spec.name))):
+            labels.append(name)
+            rows.append(who.pictures(who.latents(CAPTIONS, row, seed=1, settings=SETTINGS)))
+    sheet = output.with_name(output.stem + "-grid.png")
+    grid(rows, labels, CAPTIONS, "Each teacher, and the one DMM model in its style").save(sheet)
+
+    first, second = config.teachers[0].name, config.teachers[-1].name
+    shares = [i / 6 for i in range(7)]
+    mixes = torch.cat([brush.style_row({first: 1 - share, second: share}) for share in shares])
+    strip = output.with_name(output.stem + "-blend.png")
+    frames = brush.pictures(brush.latents(["a big blue house, hills"] * len(shares), mixes, 1, SETTINGS, same_noise=True))
+    blend_strip(frames, first, second, shares, "One model, two styles, seven blends").save(strip)
+
+    print(f"\ncheckpoint  {output} ({output.stat().st_size / 1e6:.1f} MB)\npictures    {sheet}\nblend       {strip}")
+    print(f"distilled in {trained - started:.0f} s, all in {time.monotonic() - started:.0f} s")
+    print(
+        "\nIn ComfyUI: copy the checkpoint into ComfyUI/models/dmm (or models/checkpoints), open the template "
+        "'quickstart' of this pack and pick the file in the 'Load DMM Model' node."
+    )
+

@@ -1,0 +1,86 @@
+"""How close a student is to its teachers: the eps error table that ends a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..dmm_core.schedule import NoiseSchedule
+from ..dmm_core.style import style_row
+from ..dmm_core.unet import UNet
+from .data import CaptionedLatents, hash_seed
+from .losses import score_loss
+from .teacher import Teacher
+
+Predict = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(x_t, t, context, y) -> prediction"""
+
+
+@dataclass
+class EpsErrors:
+    """Mean (eps - eps_teacher)^2 for one teacher: of the base, of the soup (the teachers' average), of the student in this
+    teacher's style, and of the student in every other style (``wrong`` their mean, ``wrong_best`` the lowest)."""
+
+    teacher: str
+    base: float
+    soup: float
+    student: float
+    wrong: float
+    wrong_best: float
+
+
+@torch.no_grad()
+def eps_errors(
+    teachers: Sequence[Teacher], base: Teacher, soup: UNet, student: UNet, data: CaptionedLatents, samples: int = 64, seed: int = 1
+) -> list[EpsErrors]:
+    """Compare on the same x_t, spread evenly over t, the first ``samples`` pictures of ``data``; all models on one device.
+
+    Everything is compared in the parameterisation of the model's output; teachers must share the base's.
+    """
+    schedule, device = NoiseSchedule(), next(student.parameters()).device
+    g = torch.Generator().manual_seed(hash_seed(seed, "eps errors"))
+    count = min(samples, len(data.latents))
+    x0, rows = data.latents[:count], data.rows[:count]
+    t = ((torch.arange(count) + 0.5) * 1000 / count).long()[torch.randperm(count, generator=g)]
+    x_t = schedule.add_noise(x0, torch.randn(x0.shape, generator=g), t).to(device)
+    t = t.to(device)
+
+    def predict(unet: UNet, text: Teacher, style: int | None = None) -> Tensor:
+        row = None if style is None else style_row(len(teachers), style).expand(count, -1).to(device)
+        y = None if text.y is None else text.y[rows].to(device)
+        return unet(x_t, t, text.contexts[rows].to(device), y=y, style=row)
+
+    of_base, of_soup = predict(base.unet, base), predict(soup, base)
+    of_student = [predict(student, base, i) for i in range(len(teachers))]
+    table = []
+    for i, teacher in enumerate(teachers):
+        target = predict(teacher.unet, teacher)
+        error = [score_loss(out, target).mean().item() for out in of_student]
+        wrong = error[:i] + error[i + 1 :]
+        table.append(
+            EpsErrors(
+                teacher.name,
+                base=score_loss(of_base, target).mean().item(),
+                soup=score_loss(of_soup, target).mean().item(),
+                student=error[i],
+                wrong=sum(wrong) / len(wrong) if wrong else float("nan"),
+                wrong_best=min(wrong, default=float("nan")),
+            )
+        )
+    return table
+
+
+def format_table(table: Sequence[EpsErrors]) -> str:
+    """Plain text, one line per teacher and one for the mean; smaller is closer to the teacher."""
+    columns = ("base", "soup", "student", "wrong", "wrong_best")
+    titles = ("base", "soup", "DMM, its style", "other styles", "nearest other")
+    width = max(len(row.teacher) for row in table + [EpsErrors("teacher", 0, 0, 0, 0, 0)])
+    lines = ["teacher".ljust(width) + "".join(title.rjust(16) for title in titles)]
+    for row in table:
+        lines.append(row.teacher.ljust(width) + "".join(f"{getattr(row, c):16.5f}" for c in columns))
+    means = (sum(getattr(row, c) for row in table) / len(table) for c in columns)
+    lines.append("mean".ljust(width) + "".join(f"{m:16.5f}" for m in means))
+    return "\n".join(lines)
