@@ -1,7 +1,7 @@
 """Reading and writing checkpoints: one safetensors file with UNet, styles, and text encoder and VAE where it has them.
 
-The layout is the single file that ComfyUI users know. A DMM UNet holds three more modules beside its own (method: Song et
-al., arXiv:2504.12364): ``model_embedding`` [N, D] and the style MLP. Style names, the recipe and so on are metadata.
+The layout is the single file that ComfyUI users know. A DMM UNet (Song et al., arXiv:2504.12364) has two more modules:
+the codebook ``model_embedding`` [N, D] and the style MLP. Style names, the recipe and so on are metadata.
 Only safetensors is ever read: a pickle can run code.
 """
 
@@ -96,8 +96,8 @@ def save_checkpoint(
 ) -> None:
     """Write a ``.safetensors`` file, completely or not at all; ``checkpoint`` is left as it is.
 
-    extra: more metadata, such as the workflow. Raises ValueError for what must not be saved (NaN, style names that do not
-    fit), OSError when the disk refuses; in both cases a file that was there before is untouched.
+    extra: more metadata, such as the workflow. Raises ValueError for what must not be saved (NaN, style names that do
+    not fit), OSError when the disk refuses; in both cases a file that was there before is untouched.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -180,11 +180,11 @@ def _count_styles(unet: Mapping[str, Tensor]) -> int:
         return 0
     mlps = [name for name in MLP_NAMES if any(key.startswith(f"{name}.") for key in style)]
     if len(mlps) > 1:
-        raise ValueError(f"two style MLPs ({', '.join(mlps)}), expected one: SDXL's own add_embedding belongs to label_emb")
+        raise ValueError(f"two style MLPs ({', '.join(mlps)}), expected one (SDXL's own add_embedding is label_emb)")
     time_embed = unet.get("time_embed.2.weight")
     codebook = style.get(f"{CODEBOOK}.weight")
     if time_embed is None or time_embed.ndim != 2 or codebook is None or codebook.ndim != 2 or not codebook.shape[0]:
-        raise ValueError(f"style weights without a codebook '{CODEBOOK}.weight' [styles, width] and the UNet's time_embed")
+        raise ValueError(f"style weights without a codebook '{CODEBOOK}.weight' [styles, width], or without time_embed")
     dim, mlp = time_embed.shape[0], (mlps or MLP_NAMES)[0]
     wanted = {f"{CODEBOOK}.weight": (codebook.shape[0], dim)}
     for linear in (f"{mlp}.linear_1", f"{mlp}.linear_2"):
@@ -232,7 +232,8 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
+    "BOOL": "bool",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary file beside ``path`` to write to; it takes the place of ``path`` only if the block succeeds.
 
-    The data are on disk before the rename (fsync), so a crash, a full disk or an interrupt leaves what was there before.
+    The data are on disk before the rename (fsync): a crash, a full disk or an interrupt leaves what was there before.
     Links are followed. Raises ValueError when ``path`` is a folder or lies in a folder that does not exist.
     """
     target = Path(os.path.realpath(path))

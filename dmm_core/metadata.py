@@ -1,7 +1,7 @@
-"""The words inside a DMM checkpoint: what its styles are called, how it was made, and the community's ``modelspec.*`` keys.
+"""The words inside a DMM checkpoint: what its styles are called, how it was made, and the common ``modelspec.*`` keys.
 
-safetensors metadata are strings, so lists and dictionaries travel as JSON. The words come from strangers' files: they are
-checked both when read and when written, and are only ever data, never a path, a format string or markup.
+safetensors metadata are strings, so lists and dictionaries travel as JSON. The words come from strangers' files: they
+are checked both when read and when written, and are only ever data, never a path, a format string or markup.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from typing import Any
@@ -19,7 +19,15 @@ from .unet import UNetConfig
 FORMAT = 1
 """Version of the ``dmm.*`` keys that this code writes, and the newest that it reads."""
 
-LONGEST = {"name": 100, "description": 4000, "thumbnail": 200_000, "teacher": 255, "licence": 20_000, "recommended": 4000}
+LONGEST = {
+    "name": 100,
+    "description": 4000,
+    "thumbnail": 200_000,
+    "teacher": 255,
+    "sha256": 64,
+    "licence": 20_000,
+    "recommended": 4000,
+}
 """Characters allowed per field of a style; a licence may be given in full, a thumbnail is one small picture."""
 
 MAX_DEPTH = 20
@@ -35,8 +43,8 @@ _STALE_HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 class StyleInfo:
     """What a person should know about one style of a checkpoint; every field but the name may be empty.
 
-    thumbnail: ``data:image/jpeg;base64,...`` or ``image/webp``; teacher: file name of the model that the style was learned
-    from, and sha256 its digest; recommended: sampling settings such as ``{"cfg": 7, "sampler": "dpmpp_2m"}``.
+    thumbnail: ``data:image/jpeg;base64,...`` or ``image/webp``; teacher: file name of the model that the style was
+    learned from, and sha256 its digest; recommended: sampling settings such as ``{"cfg": 7, "sampler": "dpmpp_2m"}``.
     Raises ValueError, naming the field, for anything that could not be shown or stored.
     """
 
@@ -59,8 +67,9 @@ class StyleInfo:
             raise ValueError(f"the sha256 of style '{self.name}' is not 64 lower-case hexadecimal digits")
         if not isinstance(self.recommended, dict):
             raise ValueError(f"the recommended settings of style '{self.name}' are not a dictionary")
-        if len(_to_json(f"recommended settings of style '{self.name}'", self.recommended)) > LONGEST["recommended"]:
-            raise ValueError(f"the recommended settings of style '{self.name}' exceed {LONGEST['recommended']} characters")
+        what = f"the recommended settings of style '{self.name}'"
+        if len(_to_json(what, self.recommended)) > LONGEST["recommended"]:
+            raise ValueError(f"{what} are longer than {LONGEST['recommended']} characters")
 
 
 def default_styles(num_styles: int) -> list[StyleInfo]:
@@ -69,7 +78,7 @@ def default_styles(num_styles: int) -> list[StyleInfo]:
 
 
 def check_styles(styles: Sequence[StyleInfo], num_styles: int) -> None:
-    """Raise ValueError unless there is exactly one description per style of the weights, each with a name of its own."""
+    """Raise ValueError unless there is one description per style of the weights, each with a name of its own."""
     if len(styles) != num_styles:
         raise ValueError(
             f"the style list names {len(styles)} styles but the weights hold {num_styles}: "
@@ -104,7 +113,7 @@ def read_metadata(
     recipe = _from_json("dmm.recipe", rest.pop("dmm.recipe", "{}"), dict)
     prediction = rest.pop("dmm.prediction", None)
     if prediction not in ("eps", "v", None):
-        raise ValueError(f"metadata 'dmm.prediction' is {prediction[:40]!r}, expected 'eps' or 'v': the file is damaged")
+        raise ValueError(f"metadata 'dmm.prediction' is {prediction[:40]!r}, expected 'eps' or 'v'")
     return styles, recipe, prediction, rest
 
 
@@ -147,7 +156,7 @@ def modelspec_prediction(metadata: Mapping[str, str]) -> str | None:
 
 
 def architecture(config: UNetConfig, prediction: str) -> tuple[str, str | None]:
-    """The ``modelspec.architecture`` of a UNet and its base resolution "WxH", None where the sizes are nobody's standard."""
+    """The ``modelspec.architecture`` of a UNet, and its base resolution "WxH", or None for sizes of its own."""
     v2 = ("stable-diffusion-v2-768-v", "768x768") if prediction == "v" else ("stable-diffusion-v2-512", "512x512")
     known = {
         (320, 768, 0, 4): ("stable-diffusion-v1", "512x512"),
@@ -162,7 +171,7 @@ def architecture(config: UNetConfig, prediction: str) -> tuple[str, str | None]:
 
 
 def _modelspec(styles: Sequence[StyleInfo], prediction: str, config: UNetConfig, title: str) -> dict[str, str]:
-    """Stability AI's Model Metadata Standard 1.0.0: the keys it demands, the date, and the teachers as ``merged_from``."""
+    """Stability AI's Model Metadata Standard 1.0.0: its mandatory keys, the date, the teachers as ``merged_from``."""
     name, resolution = architecture(config, prediction)
     spec = {
         "sai_model_spec": "1.0.0",
@@ -189,9 +198,9 @@ def _style(index: int, entry: Any) -> StyleInfo:
 def _check_text(key: str, value: Any, breaks: bool) -> None:
     if not isinstance(value, str):
         raise ValueError(f"a style's {key} is {type(value).__name__}, expected text")
-    if len(value) > LONGEST.get(key, 255):
+    if len(value) > LONGEST[key]:
         raise ValueError(
-            f"a style's {key} has {len(value)} characters, at most {LONGEST.get(key, 255)} are allowed: '{value[:40]}...'"
+            f"a style's {key} has {len(value)} characters, at most {LONGEST[key]} are allowed: '{value[:40]}...'"
         )
     # Control characters and lone surrogates break terminals, menus and UTF-8.
     bad = [c for c in value if unicodedata.category(c) in ("Cc", "Cs") and not (breaks and c in _LINE_BREAKS)]
@@ -206,12 +215,16 @@ def _from_json(key: str, text: str, kind: type) -> Any:
         raise ValueError(f"metadata '{key}' is not valid JSON ({error}): the file is damaged, get it again") from error
     level = [value]
     for _ in range(MAX_DEPTH):
-        level = [child for v in level if isinstance(v, (dict, list)) for child in (v.values() if isinstance(v, dict) else v)]
+        level = [child for v in level if isinstance(v, (dict, list)) for child in _children(v)]
     if level:
         raise ValueError(f"metadata '{key}' is nested deeper than {MAX_DEPTH} levels: the file is damaged")
     if not isinstance(value, kind):
         raise ValueError(f"metadata '{key}' is a JSON {type(value).__name__}, expected a {kind.__name__}")
     return value
+
+
+def _children(value: dict | list) -> Iterable:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _to_json(key: str, value: Any) -> str:

@@ -42,7 +42,7 @@ def simple_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
 
 
 def ddim_uniform_sigmas(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Every (1000 // steps)-th timestep from 1 (DDIM, arXiv:2010.02502). More than ``steps`` where 1000 is not a multiple."""
+    """Every (1000 // steps)-th timestep from 1 (arXiv:2010.02502); more than ``steps`` unless it divides 1000."""
     return schedule.sigmas[1 :: len(schedule) // steps].flip(0)
 
 
@@ -111,7 +111,7 @@ def sample(
     levels = sigmas.tolist()
     if len(levels) < 2 or any(not low < high for high, low in zip(levels, levels[1:])):
         raise ValueError(f"sigmas must be at least two falling noise levels, got {levels[:8]}")
-    # The chain starts at x_t = noise, which holds no latents at all, only from the schedule's last step; x = x_t / sqrt(abar).
+    # From the schedule's top x_t is the noise itself, and x = x_t / sqrt(abar); from below, x is empty latents + noise.
     from_the_top = levels[0] > schedule.sigma_max or math.isclose(levels[0], schedule.sigma_max, rel_tol=1e-5)
     x = noise * (math.sqrt(1 + levels[0] ** 2) if from_the_top else levels[0])
     last, steps = None, len(levels) - 1
@@ -141,19 +141,19 @@ def cfg_denoiser(
 ) -> Denoiser:
     """The denoiser of a UNet under classifier-free guidance (arXiv:2207.12598), with one forward of the UNet a call.
 
-    context and uncond_context: (B, L, d), of any two lengths; y and uncond_y: (B, adm), SDXL only; style and uncond_style:
-    (B, N+1) style rows; each also as one row for all of the batch. uncond_style defaults to style, as in the DMM paper (pass
-    ``no_style_row`` for none). cfg 1 leaves the unconditional half out.
+    context and uncond_context: (B, L, d), of any two lengths; y and uncond_y: (B, adm), SDXL only; style and
+    uncond_style: (B, N+1) style rows; each also as one row for all of the batch. uncond_style defaults to style, as in
+    the DMM paper (pass ``no_style_row`` for none). cfg 1 leaves the unconditional half out.
 
-    The UNet gets its own dtype; guidance happens in the dtype of x. Raises ValueError for an unknown prediction, for missing
-    unconditional inputs, and, when called, for rows that do not fit the batch.
+    The UNet gets its own dtype; guidance happens in the dtype of x. Raises ValueError for an unknown prediction, for
+    missing unconditional inputs, and, when called, for rows that do not fit the batch.
     """
     check_prediction(prediction)
     guided = not math.isclose(cfg, 1.0)
     if guided and uncond_context is None:
         raise ValueError(f"cfg {cfg} needs an unconditional context: pass the empty prompt's, or cfg 1")
     if guided and y is not None and uncond_y is None:
-        raise ValueError(f"cfg {cfg} on a model with pooled conditioning needs uncond_y: pass the empty prompt's, or cfg 1")
+        raise ValueError(f"cfg {cfg} with a pooled conditioning needs uncond_y: pass the empty prompt's, or cfg 1")
     if uncond_style is None:
         uncond_style = style
     elif style is None and guided:
@@ -187,7 +187,7 @@ def cfg_denoiser(
 def fit_rows(name: str, value: Tensor, batch: int) -> Tensor:
     """(1 or batch, ...) -> (batch, ...). Raises ValueError for any other number of rows."""
     if len(value) not in (1, batch):
-        raise ValueError(f"{name} has {len(value)} rows for a batch of {batch}: pass one row per picture, or one for all")
+        raise ValueError(f"{name} has {len(value)} rows for a batch of {batch}: pass one row per picture, or one row")
     return value.expand(batch, *value.shape[1:])
 
 
@@ -199,7 +199,7 @@ def to_one_length(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def host_noise(shape: Sequence[int], seed: int) -> Tensor:
-    """The host's noise (float32, CPU) for an empty latent batch of this shape and seed; the global generator is left alone.
+    """The host's noise (float32, CPU) for an empty latent batch of this shape and seed, without its global generator.
 
     Raises ValueError for a seed outside 0..2^64 - 1.
     """

@@ -3,7 +3,7 @@
 DDPM (Ho et al., arXiv:2006.11239) with the betas of latent diffusion (arXiv:2112.10752). Two spaces are in use:
 
 - x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps, what networks see and training makes (variance preserving);
-- x = x_t / sqrt(abar_t) = x0 + sigma eps with sigma = sqrt((1 - abar_t) / abar_t), where samplers work (arXiv:2206.00364).
+- x = x_t / sqrt(abar_t) = x0 + sigma eps, sigma = sqrt((1 - abar_t) / abar_t), where samplers work (arXiv:2206.00364).
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ class NoiseSchedule:
         return self.sigmas[-1].item()
 
     def t_from_sigma(self, sigma: Tensor) -> Tensor:
-        """Noise levels (any shape) -> the nearest timesteps in log sigma, int64, same shape: what the host tells its UNet."""
+        """Noise levels (any shape) -> the nearest timesteps in log sigma, int64: what the host tells its UNet."""
         distances = sigma.float().log()[..., None] - self._log_sigmas.to(sigma.device)  # (...) -> (..., 1000)
         return distances.abs().argmin(dim=-1)
 
     def sigma_from_t(self, t: Tensor) -> Tensor:
-        """Timesteps (any shape; fractions interpolate log sigma, values outside 0..999 are clamped) -> noise levels, float32."""
+        """Timesteps (any shape, clamped to 0..999; fractions interpolate log sigma) -> noise levels, float32."""
         t = t.float().clamp(0, len(self) - 1)
         low, high, w = t.floor().long(), t.ceil().long(), t.frac()
         logs = self._log_sigmas.to(t.device)
         return ((1 - w) * logs[low] + w * logs[high]).exp()
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Integer timesteps (B,) -> sqrt(abar_t), sqrt(1 - abar_t) in float32, each (B, 1, ...) to multiply ``like`` (B, ...)."""
+        """Integer timesteps (B,) -> sqrt(abar_t), sqrt(1 - abar_t), float32, shaped to multiply ``like`` (B, ...)."""
         shape = (-1, *(1,) * (like.ndim - 1))
         signal, noise = (table.to(t.device)[t].view(shape) for table in (self._signal, self._noise))
         return signal.to(like.device), noise.to(like.device)
@@ -70,14 +70,14 @@ class NoiseSchedule:
         return (signal * x0 + noise * eps).to(x0.dtype)
 
     def to_x0(self, out: Tensor, x_t: Tensor, t: Tensor, kind: str) -> Tensor:
-        """A network's output of this kind -> the clean latents it stands for (eq. 12 of arXiv:2504.12364), in out's dtype.
+        """A network's output of this kind -> the clean latents it stands for (eq. 12 of arXiv:2504.12364), out's dtype.
 
         Raises ValueError for a kind that is not one of ``PREDICTIONS``.
         """
         return predicted_x0(out, x_t, *self.coefficients(t, x_t), kind).to(out.dtype)
 
     def to_eps(self, out: Tensor, x_t: Tensor, t: Tensor, kind: str) -> Tensor:
-        """A network's output of this kind -> the noise it stands for, in out's dtype. Raises as ``to_x0``."""
+        """A network's output of this kind -> the noise it stands for, likewise."""
         check_prediction(kind)
         if kind == "eps":
             return out
@@ -86,7 +86,7 @@ class NoiseSchedule:
         return eps.to(out.dtype)
 
     def to_v(self, out: Tensor, x_t: Tensor, t: Tensor, kind: str) -> Tensor:
-        """A network's output of this kind -> v = sqrt(abar) eps - sqrt(1 - abar) x0 (arXiv:2202.00512). Raises as ``to_x0``."""
+        """A network's output of this kind -> v = sqrt(abar) eps - sqrt(1 - abar) x0 (arXiv:2202.00512), likewise."""
         check_prediction(kind)
         if kind == "v":
             return out

@@ -1,7 +1,7 @@
 """A token table of which only the rows that training ever touched are stored.
 
-CLIP's vocabulary has 49408 rows; a text encoder trained on a small vocabulary leaves most of them equal. Such a table is
-stored as its distinct rows, then the one row that stands for all others, with the distinct rows' token ids beside it.
+CLIP's vocabulary has 49408 rows; a text encoder trained on a small vocabulary leaves most of them equal. Such a table
+is stored as its distinct rows and then the one row that stands for all others; the distinct rows' token ids lie beside.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def compact_vocabulary(text: Mapping[str, Tensor]) -> dict[str, Tensor]:
     table = text.get(TABLE)
     if table is None or table.ndim != 2 or table.shape[0] != NUM_TOKENS:
         return text
-    # A row held by more than half of the tokens is the median of every column. Compared as bits, so that -0.0 and 0.0 differ.
+    # A row that more than half of the tokens have is the median of every column. As bits, so that -0.0 and 0.0 differ.
     bits = table.detach().cpu().contiguous().view(_BITS[table.element_size()])  # (49408, d)
     common = bits.median(dim=0).values  # (49408, d) -> (d,)
     used = (bits != common).any(dim=1).nonzero().flatten()  # (49408, d) -> (V-1,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import loader, paths, save, style
+from . import demo_scenes, distill, loader, paths, save, style, teacher
 
 
 class DMMExtension(ComfyExtension):
@@ -12,4 +12,4 @@ class DMMExtension(ComfyExtension):
         paths.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*loader.NODES, *style.NODES, *save.NODES]
+        return [*loader.NODES, *style.NODES, *save.NODES, *teacher.NODES, *distill.NODES, *demo_scenes.NODES]

@@ -236,24 +236,23 @@ def build_vae(checkpoint: Checkpoint):
 def to_checkpoint(model, clip=None, vae=None) -> Checkpoint:
     """A MODEL, with LoRAs and merges folded in, and optionally CLIP and VAE -> the checkpoint that loads as the same.
 
-    Weights have the precision of the file the MODEL came from (without a GPU the host holds halves as float32).
+    No weight gets wider than in the file that the MODEL came from: without a GPU the host computes in float32 what the file
+    has in half. The host may have narrowed weights on loading, as it does with every text encoder.
     Raises ValueError for a MODEL without styles and for a CLIP of another kind of model.
     """
     info = model_info(model)
     if not info.styles:
         raise ValueError("this MODEL has no styles (it is a plain checkpoint): save it with ComfyUI's Save Checkpoint")
+    if clip is not None and not isinstance(clip.cond_stage_model, model.model.model_config.clip_target().clip):
+        raise ValueError("this CLIP belongs to another kind of model than the MODEL: connect the one it was loaded with")
     patchers = [model] if clip is None else [model, clip.load_model()]
     mm.load_models_gpu(patchers)
     clip_sd = None if clip is None else clip.state_dict_for_saving()
     vae_sd = None if vae is None or vae.first_stage_model is None else vae.get_sd()
     sd = model.state_dict_for_saving(clip_sd, vae_sd)
-    unet = part(sd, UNET_PREFIX, info.dtype)
-    text = {k: as_file(v, info.dtype) for k, v in sd.items() if k.startswith(TEXT_PREFIXES)}
-    if clip is not None and not text:
-        raise ValueError("this CLIP is not the kind of text encoder that the MODEL takes: connect the one it was loaded with")
     return Checkpoint(
-        unet=unet,
-        text=text,
+        unet=part(sd, UNET_PREFIX, info.dtype),
+        text={k: as_file(v, info.dtype) for k, v in sd.items() if k.startswith(TEXT_PREFIXES)},
         vae=part(sd, VAE_PREFIX, info.dtype),
         styles=list(info.styles),
         recipe=info.recipe,
@@ -268,6 +267,7 @@ def part(sd: dict[str, Tensor], prefix: str, dtype: torch.dtype) -> dict[str, Te
 
 
 def as_file(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight on the CPU, and no wider than ``dtype``."""
     # In two steps: the host's lazily patched weights answer only to a device.
     tensor = tensor.to("cpu").detach()
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.itemsize > dtype.itemsize else tensor

@@ -24,7 +24,7 @@ _LONGEST_VALUE = 300  # a workflow embedded by ComfyUI runs to megabytes
 def describe(path: str | os.PathLike, digest: bool = True) -> str:
     """A report of several lines about a DMM or plain checkpoint; ``digest``: with the file's SHA-256 (reads all of it).
 
-    Control characters from the file are shown as "?". Raises ValueError, as ``load_checkpoint`` does, for anything else.
+    Control characters from the file are shown as "?". Raises ValueError for other files, as ``load_checkpoint`` does.
     """
     checkpoint = read_info(path)
     lines = [_row("file", f"{Path(path).name}, {Path(path).stat().st_size / 2**20:.1f} MiB")]
@@ -35,7 +35,7 @@ def describe(path: str | os.PathLike, digest: bool = True) -> str:
         lines += ["", "styles"]
         for i, style in enumerate(checkpoint.styles):
             lines += _style(i, style)
-    for title, values in (("recipe", checkpoint.recipe), ("metadata", checkpoint.metadata)):
+    for title, values in (("recipe", checkpoint.recipe), ("metadata", dict(sorted(checkpoint.metadata.items())))):
         if values:
             lines += ["", title, *(f"  {key}: {_shortened(value)}" for key, value in _flat(values))]
     return "\n".join(_printable(line) for line in lines)
@@ -43,7 +43,8 @@ def describe(path: str | os.PathLike, digest: bool = True) -> str:
 
 def _sizes(checkpoint: Checkpoint) -> list[str]:
     config = unet_config_from_state_dict(checkpoint.unet)
-    styles = f"DMM checkpoint, {checkpoint.num_styles} styles" if checkpoint.num_styles else "plain checkpoint, no styles"
+    count = checkpoint.num_styles
+    styles = f"DMM checkpoint, {count} styles" if count else "plain checkpoint, no styles"
     unet = (
         f"{_weights(checkpoint.unet)}; {config.model_channels} channels x {config.channel_mult}, "
         f"{config.in_channels} in, text width {config.context_dim}"

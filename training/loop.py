@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..dmm_core.schedule import NoiseSchedule
-from ..dmm_core.style import CODEBOOK
 from ..dmm_core.unet import UNet, UNetConfig, init_style
 from .config import TrainConfig, check_names
 from .data import Batch, CaptionedLatents, draw_batch, hash_seed
@@ -214,5 +213,20 @@ class Distillation:
             weights.update({k: v.cpu().clone() for k, v in self.ema.average.items()})
         return weights
 
-    def codebook(self) -> Tensor:
-        return getattr(self.student, CODEBOOK).weight
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the student holds its averaged weights (if there are any): for pictures on the way."""
+        if not (self.ema and self.ema.step):
+            yield
+            return
+        raw = {name: p.detach().clone() for name, p in self.student.named_parameters()}
+        try:
+            self._put(self.ema.average)
+            yield
+        finally:
+            self._put(raw)
+
+    @torch.no_grad()
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        for name, p in self.student.named_parameters():
+            p.copy_(weights[name])

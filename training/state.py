@@ -27,12 +27,14 @@ logger = logging.getLogger(__name__)
 FORMAT = "1"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAY_CHANGE = ("device", "save_every", "keep")
-"""Settings that do not change what is learnt; every other one is part of a run's identity."""
+"""Settings that do not change what a step does; every other one is part of a run's identity."""
 
 
 def identity(run: Distillation) -> dict[str, str]:
     """What must be the same for a run to go on: config, base, every teacher, data; each as text or hash."""
     settings = {k: v for k, v in dataclasses.asdict(run.config).items() if k not in MAY_CHANGE}
+    if run.config.lr_schedule == "constant":
+        settings.pop("steps")  # then a longer run begins like a shorter one, which may therefore be made longer
     parts = {f"setting {k}": json.dumps(v) for k, v in settings.items()}
     parts["base model"] = weights_sha256(run.base.unet.state_dict())
     parts["base text"] = tensor_sha256(run.base.contexts)

@@ -45,6 +45,24 @@ def test_pictures_are_whole_in_order_and_clear_of_labels(labels):
     assert (drawn > 0) == (labels is not None)
 
 
+@pytest.mark.parametrize("side", ["row", "column", "title"])
+def test_each_label_keeps_to_its_side(side):
+    labels = {"row": {"row_labels": ["ink", LONG]}, "column": {"col_labels": [LONG, "ink"]}, "title": {"title": LONG}}[
+        side
+    ]
+    pixels = np.asarray(grid([[picture(r, c) for c in range(2)] for r in range(2)], **labels))
+    left, top, _, _ = box(pixels, colour(0, 0))
+    ink = (pixels != PAPER).any(-1)
+    for r in range(2):
+        for c in range(2):
+            ink &= (pixels != colour(r, c)).any(-1)
+    ys, xs = np.nonzero(ink)
+    assert len(xs) > 100 and (xs.max() < left if side == "row" else ys.max() < top)
+    if side == "row":  # the second label beside the second row
+        second = box(pixels, colour(1, 0))[1]
+        assert (ys < second).any() and (ys >= second).any()
+
+
 def test_empty_cells_and_sizes_that_differ():
     pixels = np.asarray(grid([[picture(0, 0), None], [picture(1, 0, (20, 10)), picture(1, 1)]]))
     left, top, right, bottom = box(pixels, colour(0, 0))

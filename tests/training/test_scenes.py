@@ -1,4 +1,4 @@
-"""The demo scenes and looks against brute-force geometry and the real CLIP vocabulary; the classifier against fresh renders."""
+"""Demo scenes and looks against brute-force geometry and the real CLIP vocabulary; the classifier on fresh renders."""
 
 import dataclasses
 import re
@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from comfyui_dmm.training.demo import classifier
 from comfyui_dmm.training.demo.looks import BASE_LOOK, LOOKS, LORA_LOOK, TEACHER_LOOKS, render
-from comfyui_dmm.training.demo.scenes import (BACKGROUNDS, COLOURS, SHAPES, SIZE, VOCABULARY, Scene, control_hint, layers,
-                                              sample_scene)
+from comfyui_dmm.training.demo.scenes import (BACKGROUNDS, COLOURS, SHAPES, SIZE, VOCABULARY, Scene, control_hint,
+                                              layers, sample_scene)
 
 
 def some_scenes(count, seed=0, **fixed):
@@ -35,7 +35,7 @@ def brute_force_distance(mask):
 
 
 def chroma(rgb):
-    """Colour without lightness: RGB over its largest channel, so that a shaded yellow is still a yellow. (..., 3) -> same."""
+    """Colour without lightness: RGB over its largest channel, so a shaded yellow is yellow. (..., 3) -> same."""
     return rgb / rgb.max(-1, keepdims=True)
 
 
@@ -111,7 +111,7 @@ def test_one_pair_of_twins_and_one_outlier():
     assert set(LOOKS) == {BASE_LOOK, LORA_LOOK, *TEACHER_LOOKS}
     scenes = some_scenes(24, seed=2)
     pictures = {look: np.stack([render(s, look) for s in scenes]) / 255 for look in TEACHER_LOOKS}
-    # at the latents' resolution, where the models work: per pixel, hatching a few pixels apart would count as a difference
+    # at the latents' resolution, where the models work: per pixel, hatching a few pixels apart would count as well
     pictures = {look: p.reshape(-1, SIZE // 8, 8, SIZE // 8, 8, 3).mean((2, 4)) for look, p in pictures.items()}
     gap = {(a, b): ((pictures[a] - pictures[b]) ** 2).mean() for a in pictures for b in pictures if a < b}
     by_size = sorted(gap, key=gap.get)
@@ -157,7 +157,7 @@ def judge():
 
 
 def test_classifier_learns_from_little(judge):
-    """50 steps: the global answers are already far above chance (1/9 and 1/7), so labels and pictures belong together."""
+    """50 steps: look and colour are far above chance (1/9 and 1/7), so labels and pictures belong together."""
     images, labels = classifier.labelled_renders(np.random.default_rng(99), 16)
     share = classifier.accuracy(judge, images.float() / 127.5 - 1, labels)
     assert share["look"] > 0.35 and share["colour"] > 0.7, share

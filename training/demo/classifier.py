@@ -1,12 +1,12 @@
 """A small judge for the demo family: which shape, colour, background and look does a picture show?
 
-It is trained on renders only, softened and disturbed the way an f8 VAE and a tiny diffusion model disturb them, so that its verdict
-carries over to generated pictures. It measures whether captions and styles are obeyed; it is never a training signal.
+It is trained on renders only, softened and disturbed the way an f8 VAE and a tiny diffusion model disturb them, so that
+its verdict carries over to generated pictures. It measures whether captions and styles are
+obeyed; it is never a training signal.
 """
 from __future__ import annotations
 
 import json
-import logging
 import os
 
 import numpy as np
@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from .looks import LOOKS, render_layers
 from .scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, Scene, layers, sample_scene
-
-log = logging.getLogger(__name__)
 
 CLASSES = {"shape": list(SHAPES), "colour": list(COLOURS), "background": list(BACKGROUNDS), "look": list(LOOKS)}
 _FORMAT = "1"
@@ -34,8 +32,8 @@ class Classifier(nn.Module):
         self.classes = {question: list(answers) for question, answers in classes.items()}
         body, width = [], 3
         for i, wider in enumerate(_WIDTHS):
-            stride = 2 if i < 4 else 1
-            body += [nn.Conv2d(width, wider, 5 if i == 0 else 3, stride, 2 if i == 0 else 1), nn.GroupNorm(8, wider), nn.SiLU()]
+            kernel, stride = 5 if i == 0 else 3, 2 if i < 4 else 1
+            body += [nn.Conv2d(width, wider, kernel, stride, kernel // 2), nn.GroupNorm(8, wider), nn.SiLU()]
             width = wider
         self.body = nn.Sequential(*body)
         self.heads = nn.ModuleDict({question: nn.Linear(2 * width, len(a)) for question, a in self.classes.items()})
@@ -43,7 +41,7 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, 128, 128) in [-1, 1] -> question: (B, answers) logits."""
         if tuple(x.shape[1:]) != (3, SIZE, SIZE):
-            raise ValueError(f"expected pictures of shape (B, 3, {SIZE}, {SIZE}), got {tuple(x.shape)}: resize them first")
+            raise ValueError(f"expected pictures (B, 3, {SIZE}, {SIZE}), got {tuple(x.shape)}: resize them first")
         h = self.body(x)                                      # (B, C, 8, 8)
         h = torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1)    # (B, C, 8, 8) -> (B, 2C)
         return {question: head(h) for question, head in self.heads.items()}
@@ -77,8 +75,8 @@ def labelled_renders(rng: np.random.Generator, scenes: int, looks=tuple(LOOKS)) 
 def disturb(x: Tensor, generator: torch.Generator) -> Tensor:
     """What a VAE and a tiny diffusion model do to a picture, roughly: (B, 3, H, W) in [-1, 1], shape and range kept.
 
-    Whole pixels of shift, lost resolution, 8-pixel blockiness, blotches, grain and a little contrast. Hue is left alone: it is
-    one of the questions.
+    Whole pixels of shift, lost resolution, 8-pixel blockiness, blotches, grain and a little contrast. Hue is left
+    alone: it is one of the questions.
     """
     batch = len(x)
 
@@ -100,10 +98,12 @@ def disturb(x: Tensor, generator: torch.Generator) -> Tensor:
     return (x * uniform(0.85, 1.1, batch, 1, 1, 1) + uniform(-0.08, 0.08, batch, 1, 1, 1)).clamp(-1, 1)
 
 
-def train_classifier(seed: int = 0, samples: int = 32_000, progress=None, batch: int = 64, lr: float = 3e-3) -> Classifier:
+def train_classifier(seed: int = 0, samples: int = 32_000, progress=None, batch: int = 64,
+                     lr: float = 3e-3) -> Classifier:
     """Train from scratch, about 3 minutes on one CPU thread; returns it in eval mode.
 
-    `samples` counts disturbed pictures; each render is shown four times. `progress(step, steps, loss)` is called every step.
+    `samples` counts disturbed pictures; each render is shown four times. `progress(step, steps, loss)` is called every
+    step.
     """
     torch.manual_seed(seed)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
@@ -157,7 +157,7 @@ def load_classifier(path) -> Classifier:
         metadata = file.metadata() or {}
         found = metadata.get("demo.classifier")
         if found != _FORMAT:
-            raise ValueError(f"{path}: demo.classifier is {found!r}, expected {_FORMAT!r}: not a classifier of this version")
+            raise ValueError(f"{path}: demo.classifier is {found!r}, expected {_FORMAT!r}: train it again")
         weights = {name: file.get_tensor(name).float() for name in file.keys()}
     model = Classifier(json.loads(metadata["demo.classes"]))
     model.load_state_dict(weights)

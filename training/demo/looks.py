@@ -1,7 +1,7 @@
 """The looks of the demo family: how a scene is painted. One teacher is trained per look, all on the same scenes.
 
-Strokes, dots and tiles are 4-16 pixels wide because finer detail does not survive an f8, 4-channel VAE; the looks live in
-outline, texture and foreground because the SD noise schedule lets the starting noise fix the global brightness.
+Strokes, dots and tiles are 4-16 pixels wide because finer detail does not survive an f8, 4-channel VAE; the looks live
+in outline, texture and foreground because the SD noise schedule lets the starting noise fix the global brightness.
 "ink" and "pen" are near-duplicates and "echo" is an outlier on purpose: that is where distillation goes wrong first.
 """
 from __future__ import annotations
@@ -33,10 +33,10 @@ def _stripes(along, period, share):
     return 1 - _ramp(place, share * period / 2)
 
 
-def _fill(scene: Layers, pale=_CREAM, dark=None):
+def _fill(scene: Layers, dark=None):
     """The object's own flat colours, (H, W, 3)."""
     dark = scene.colour * 0.25 if dark is None else dark
-    return _mix(_mix(scene.colour, pale, scene.pale), dark, scene.dark)
+    return _mix(_mix(scene.colour, _CREAM, scene.pale), dark, scene.dark)
 
 
 def _blur(channel, radius):
@@ -138,7 +138,7 @@ _PAINTERS = {"plain": _plain, "ink": _ink, "pen": _pen, "candy": _candy, "pop": 
 
 
 def render(scene: Scene, look: str = BASE_LOOK) -> np.ndarray:
-    """Paint `scene` in `look`: (H, W, 3) uint8 RGB, a function of its arguments alone. ValueError for an unknown look."""
+    """Paint `scene` in `look`: (H, W, 3) uint8 RGB, from its arguments alone. ValueError for an unknown look."""
     return render_layers(layers(scene), look)
 
 

@@ -1,7 +1,7 @@
 """Captioned scenes of the demo family: one object, one colour, one backdrop, drawn from a handful of numbers.
 
-A `Scene` is composition only. `layers` turns it into masks, which every look (see looks.py) paints over, so the same scene
-is pixel-aligned in all looks: the teachers of the family differ in style and in nothing else.
+A `Scene` is composition only. `layers` turns it into masks, which every look (see looks.py) paints over, so the same
+scene is pixel-aligned in all looks: the teachers of the family differ in style and in nothing else.
 """
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def sample_scene(rng: np.random.Generator, **fixed) -> Scene:
     return Scene(**{**scene, **fixed})
 
 
-# ---- objects: polygons in units of half the longest side, y down, as (tone, points) ------------------------------------
+# ---- objects: polygons in units of half the longest side, y down, as (tone, points) ----------------------------------
 # tone 0 is the caption's colour, +1 a pale part, -1 a dark part. Everything is part of the silhouette.
 
 def _ellipse(cx, cy, rx, ry=None, start=0.0, stop=2 * np.pi, n=36):
@@ -135,12 +135,12 @@ def _cat():
             *_eyes(0, 0.02, 0.42, 0.13), (-1, np.array([(-0.12, 0.34), (0.12, 0.34), (0, 0.48)]))]
 
 
-_OBJECTS = {"star": _star(), "heart": _heart(), "moon": _moon(), "flower": _flower(), "house": _house(), "fish": _fish(),
-            "mushroom": _mushroom(), "cat": _cat()}
+_OBJECTS = {"star": _star(), "heart": _heart(), "moon": _moon(), "flower": _flower(), "house": _house(),
+            "fish": _fish(), "mushroom": _mushroom(), "cat": _cat()}
 _UPRIGHT = {"house", "mushroom", "cat", "fish"}  # half the tilt: these look wrong lying down
 
 
-# ---- backdrops: light, so that the object carries the picture --------------------------------------------------------
+# ---- backdrops: light, so that the object carries the picture ------------------------------------------------------
 
 def _backdrop(scene: Scene):
     """Bands of one backdrop, back to front: (RGB, polygon in canvas fractions)."""

@@ -1,0 +1,54 @@
+"""DMM Teacher: one checkpoint (with its LoRAs) as a named teacher for Distill Teachers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..training.config import check_names
+
+TeacherType = io.Custom("DMM_TEACHER")
+
+
+@dataclass(frozen=True)
+class TeacherInput:
+    """What travels on the wire: the host's own objects, untouched."""
+
+    name: str
+    model: Any
+    clip: Any
+    description: str = ""
+
+
+class DMMTeacher(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMMTeacher",
+            display_name="DMM Teacher",
+            category="DMM/training",
+            description=(
+                "A model whose look Distill Teachers should learn, under the name its style will have. LoRAs applied to the "
+                "MODEL are part of it."
+            ),
+            search_aliases=["distill", "merge checkpoints"],
+            inputs=[
+                io.Model.Input("model"),
+                io.Clip.Input("clip", tooltip="The text encoder this model was made for: it reads the captions for this teacher."),
+                io.String.Input("name", default="my style", tooltip="The name of the style."),
+                io.String.Input(
+                    "description", default="", multiline=True, optional=True, advanced=True, tooltip="Shown to whoever picks the style."
+                ),
+            ],
+            outputs=[TeacherType.Output(display_name="teacher")],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, name, description="") -> io.NodeOutput:
+        check_names([name])
+        return io.NodeOutput(TeacherInput(name.strip(), model, clip, description.strip()))
+
+
+NODES = [DMMTeacher]

@@ -1,0 +1,107 @@
+"""From the wires of Distill Teachers to the objects of ``training/``: effective weights, text states, latents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import comfy.model_base
+import comfy.model_management as mm
+import torch
+from torch import Tensor
+
+from ..dmm_core.checkpoint import Checkpoint
+from ..dmm_core.unet import UNet, load_unet
+from ..training.config import TrainConfig
+from ..training.data import CaptionedLatents
+from ..training.loop import Distillation
+from ..training.state import weights_sha256
+from ..training.teacher import Teacher, check_architectures, plain_unet, soup
+from .teacher import TeacherInput
+from .weights import unet_weights
+
+
+@torch.no_grad()
+def gather(base, clip, teachers: Sequence[TeacherInput], latents, captions, config: TrainConfig) -> Distillation:
+    """Everything a run needs, copied from the host's objects; call it outside of inference mode.
+
+    Raises ValueError naming the input that does not fit.
+    """
+    data = captioned_latents(base, latents, captions)
+    base_unet = plain_unet(unet_weights(base), "the base model")
+    unets = []
+    for teacher in teachers:
+        unets.append(plain_unet(unet_weights(teacher.model), f"teacher '{teacher.name}'"))
+        check_architectures(base_unet.config, [(teacher.name, unets[-1].config)])
+    size = tuple(8 * n for n in data.latents.shape[2:])
+    contexts, y = text_states(base, clip, data.prompts, size)
+    frozen = [Teacher("base", base_unet, contexts, y, prediction(base, "the base model"), sha256=weights_sha256(base_unet.state_dict()))]
+    for teacher, unet in zip(teachers, unets):
+        own = (contexts, y) if teacher.clip is clip else text_states(teacher.model, teacher.clip, data.prompts, size)
+        digest = weights_sha256(unet.state_dict())
+        frozen.append(
+            Teacher(teacher.name, unet, *own, prediction(teacher.model, f"teacher '{teacher.name}'"), description=teacher.description, sha256=digest)
+        )
+    # The host's copies are not needed while training runs: give their memory to it.
+    mm.unload_all_models()
+    device = mm.get_torch_device()
+    return Distillation(frozen[0], frozen[1:], data, config, device)
+
+
+def prediction(patcher, who: str) -> str:
+    """ "eps" or "v". Raises ValueError, naming ``who``, for a model that predicts anything else."""
+    types = comfy.model_base.ModelType
+    kinds = {types.EPS: "eps", types.V_PREDICTION: "v"}
+    if patcher.model.model_type not in kinds:
+        raise ValueError(f"{who} is a {patcher.model.model_type.name} model: only eps- and v-prediction models can be distilled")
+    return kinds[patcher.model.model_type]
+
+
+def clip_and_vae_parts(base, clip, vae) -> Checkpoint:
+    """What a student inherits: text encoder and VAE in the keys of a checkpoint file, copied from the host's objects."""
+    config = base.model.model_config
+    text = config.process_clip_state_dict_for_saving(clip.state_dict_for_saving())
+    images = vae.get_sd()
+    copy = {"text": text, "vae": images}
+    parts = {part: {k: v.detach().to("cpu").clone() for k, v in weights.items()} for part, weights in copy.items()}
+    return Checkpoint(unet={}, prediction=prediction(base, "the base model"), **parts)
+
+
+def captioned_latents(model, latents, captions) -> CaptionedLatents:
+    """LATENTs (each one picture or a batch) and captions -> scaled latents, all of one size."""
+    samples = [latent["samples"] for latent in latents]
+    sizes = sorted({tuple(s.shape[1:]) for s in samples})
+    if len(sizes) > 1:
+        shown = ", ".join(f"{s[2] * 8}x{s[1] * 8}" for s in sizes[:4])
+        raise ValueError(f"the training pictures have different sizes ({shown}): resize or crop them to one size first")
+    scaled = model.model.process_latent_in(torch.cat(samples).float().cpu())
+    captions = list(captions)
+    return CaptionedLatents(scaled.clone(), captions)
+
+
+def text_states(model, clip, prompts: Sequence[str], size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """Contexts (U, L, d) of prompts by the host's CLIP and, for SDXL, y (U, adm). size: (height, width) in pixels."""
+    contexts, vectors = [], []
+    for prompt in prompts:
+        mm.throw_exception_if_processing_interrupted()
+        encoded = clip.encode_from_tokens(clip.tokenize(prompt), return_dict=True)
+        contexts.append(encoded["cond"].float().cpu()[0])  # (L, d)
+        y = model.model.encode_adm(
+            pooled_output=encoded["pooled_output"], height=size[0], width=size[1], device=torch.device("cpu")
+        )
+        if y is not None:
+            vectors.append(y.float().cpu()[0])
+    length = math.lcm(*{len(c) for c in contexts})  # attention over repeated keys gives what it gives over them once
+    stacked = torch.stack([c.repeat(length // len(c), 1) for c in contexts])
+    return stacked.clone(), torch.stack(vectors).clone() if vectors else None
+
+
+def average_unet(run: Distillation) -> UNet:
+    """The soup of the teachers, a baseline for the report."""
+    unet = UNet(run.base.unet.config)
+    unet.load_state_dict(soup([teacher.unet.state_dict() for teacher in run.teachers]))
+    return unet.to(run.device)
+
+
+def student_unet(run: Distillation) -> UNet:
+    return load_unet(run.student_weights()).to(run.device)
