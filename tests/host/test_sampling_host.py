@@ -50,7 +50,9 @@ def test_levels_equal_the_host(host, scheduler, zero_snr):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("scheduler, steps", [("karras", 25), ("normal", 8), ("simple", 3), ("ddim_uniform", 7), ("karras", 1)])
+@pytest.mark.parametrize(
+    "scheduler, steps", [("karras", 25), ("normal", 8), ("simple", 3), ("ddim_uniform", 7), ("karras", 1)]
+)
 def test_samplers_equal_the_host(host, sampler, scheduler, steps):
     """On a curved function of x and sigma, at most 2e-5 apart on values up to 2, every step's callback included."""
     import comfy.samplers
@@ -115,7 +117,8 @@ def test_a_whole_painting_equals_the_host(models, family, prediction, zero_snr, 
 
     from comfyui_dmm.nodes import host_model, style_patch
 
-    config, batch, steps, seed = FAMILIES[family], 2, 5, 11
+    config, batch, seed = FAMILIES[family], 2, 11
+    steps = 5 if family == "demo" else 3  # the others are large
     unet = random_unet(config)
     path = models / "dmm" / f"painting-{family}.safetensors"
     save_checkpoint(path, checkpoint_of(unet, prediction=prediction, zero_snr=zero_snr))
@@ -125,13 +128,11 @@ def test_a_whole_painting_equals_the_host(models, family, prediction, zero_snr, 
         model = host_model.load(str(path))[0].clone()
         style_patch.set_style(model, rows)
         latent = torch.zeros(batch, 4, SIZE, SIZE)
+        noise = comfy.sample.prepare_noise(latent, seed)
         expected = comfy.sample.sample(
-            *(model, comfy.sample.prepare_noise(latent, seed), steps, cfg, sampler, scheduler, positive, negative, latent),
-            disable_pbar=True,
-            seed=seed,
+            *(model, noise, steps, cfg, sampler, scheduler, positive, negative, latent), disable_pbar=True, seed=seed
         )
-    expected = expected.float()  # the UNet's scaled latents: the host's samplers return them divided by the VAE's factor
-    expected = model.model.process_latent_in(expected)
+        expected = model.model.process_latent_in(expected)  # scaled again, as the UNet sees them
 
     def y_of(conds):
         return sdxl_vector(conds[0][1]["pooled_output"], 8 * SIZE, 8 * SIZE) if config.adm_channels else None
@@ -140,8 +141,7 @@ def test_a_whole_painting_equals_the_host(models, family, prediction, zero_snr, 
 
     def paint(style):
         denoise = cfg_denoiser(
-            *(unet, schedule, positive[0][0], negative[0][0], cfg),
-            style=style,
+            *(unet, schedule, positive[0][0], negative[0][0], cfg, style),
             y=y_of(positive),
             uncond_y=y_of(negative),
             prediction=prediction,

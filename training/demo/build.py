@@ -10,6 +10,7 @@ import concurrent.futures
 import logging
 import multiprocessing
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +26,10 @@ from ...dmm_core.vae import load_vae
 from ..data import CaptionedLatents
 from ..text import ClipText
 from . import controlnet, lora
-from .autoencoder import PHASES, train_vae
+from .autoencoder import PHASES, refine_decoder, train_vae
 from .bank import captioned_latents
 from .denoiser import fit
-from .looks import BASE_LOOK, LOOKS, LORA_LOOK, TEACHER_LOOKS
+from .looks import BASE_LOOK, LORA_LOOK, TEACHER_LOOKS
 from .scenes import control_hint, sample_scene
 from .text_encoder import DIM, train_text_encoder
 
@@ -51,15 +52,18 @@ class Budget:
     """Training samples per network, and scenes rendered for them; the figures of the shipped family."""
 
     vae: tuple = PHASES
+    decoder_steps: int = 2400
     text_steps: int = 700
     scenes: int = 2400
     base: int = 98_000
     teacher: int = 32_000
+    settle_base: int = 32_000
+    settle_teacher: int = 16_000
     lora: int = 12_000
     control: int = 24_000
 
 
-TINY = Budget(vae=((32, 4, 2), (128, 2, 1)), text_steps=3, scenes=8, base=64, teacher=64, lora=64, control=64)
+TINY = Budget(vae=((32, 4, 2), (128, 2, 1)), decoder_steps=2, text_steps=3, scenes=8, base=64, teacher=64, settle_base=64, settle_teacher=64, lora=64, control=64)
 """Runs every stage in seconds and learns nothing: for tests of the machinery."""
 
 
@@ -86,6 +90,12 @@ def build_vae(work: Path, budget: Budget) -> None:
     _save(work / "vae.safetensors", train_vae(budget.vae, progress=_reporter("VAE")).state_dict())
 
 
+def build_decoder(work: Path, budget: Budget) -> None:
+    vae = load_vae(load_file(work / "vae.safetensors"))
+    refine_decoder(vae, budget.decoder_steps, progress=_reporter("decoder"))
+    _save(work / "decoder.safetensors", vae.state_dict())
+
+
 def build_text(work: Path, budget: Budget) -> None:
     weights, right = train_text_encoder(budget.text_steps, progress=_reporter("text encoder"))
     log.info("text encoder: %.1f%% of held-out captions read without a mistake", 100 * right)
@@ -107,7 +117,7 @@ def _data(work: Path, look: str) -> tuple[CaptionedLatents, Tensor]:
     return data, torch.cat([encoder.encode(data.prompts[i : i + 64]) for i in range(0, len(data.prompts), 64)])
 
 
-def _train_unet(work: Path, look: str, name: str, unet: UNet, samples: int, lr: float) -> None:
+def _train_unet(work: Path, look: str, name: str, unet: UNet, samples: int, lr: float, offset: float = 0.0) -> None:
     data, contexts = _data(work, look)
     average = fit(
         lambda x_t, t, context, index: unet(x_t, t, context),
@@ -117,19 +127,28 @@ def _train_unet(work: Path, look: str, name: str, unet: UNet, samples: int, lr: 
         contexts,
         samples,
         lr,
+        offset=offset,
         progress=_reporter(name),
     )
     _save(work / f"{name}.safetensors", average)
 
 
-def build_base(work: Path, budget: Budget) -> None:
+def build_raw(work: Path, budget: Budget, look: str) -> None:
+    """The base from nothing, or a teacher from the raw base."""
     torch.manual_seed(0)
-    _train_unet(work, BASE_LOOK, "base", UNet(DEMO_UNET), budget.base, lr=2e-3)
+    if look == BASE_LOOK:
+        _train_unet(work, look, "base-raw", UNet(DEMO_UNET), budget.base, lr=2e-3)
+    else:
+        unet = load_unet(load_file(work / "base-raw.safetensors"))
+        _train_unet(work, look, f"{look}-raw", unet, budget.teacher, lr=1.5e-3)
 
 
-def build_teacher(work: Path, budget: Budget, look: str) -> None:
-    unet = load_unet(load_file(work / "base.safetensors"))
-    _train_unet(work, look, look, unet, budget.teacher, lr=1.5e-3)
+def settle(work: Path, budget: Budget, look: str) -> None:
+    """Go on with offset noise, so that the caption decides the colours."""
+    name = "base" if look == BASE_LOOK else look
+    unet = load_unet(load_file(work / f"{name}-raw.safetensors"))
+    samples = budget.settle_base if look == BASE_LOOK else budget.settle_teacher
+    _train_unet(work, look, name, unet, samples, lr=1e-3, offset=0.2)
 
 
 def build_lora(work: Path, budget: Budget) -> None:
@@ -168,28 +187,29 @@ def build_control(work: Path, budget: Budget) -> None:
     _save(work / "control.safetensors", net.file_state_dict())
 
 
-STAGES = {
-    "vae": build_vae,
-    "text": build_text,
-    "base": build_base,
-    "lora": build_lora,
-    "control": build_control,
-    **{f"latents-{look}": (lambda work, budget, look=look: build_latents(work, budget, look)) for look in LOOKS},
-    **{look: (lambda work, budget, look=look: build_teacher(work, budget, look)) for look in TEACHER_LOOKS},
-}
-NEEDS = {
-    "vae": (),
-    "text": (),
-    "base": ("text", f"latents-{BASE_LOOK}"),
-    "lora": ("base", f"latents-{LORA_LOOK}"),
-    "control": ("base",),
-    **{f"latents-{look}": ("vae",) for look in LOOKS},
-    **{look: ("base", f"latents-{look}") for look in TEACHER_LOOKS},
-}
-ORDER = [  # what blocks most comes first
-    "vae", "text", f"latents-{BASE_LOOK}", "base", *(f"latents-{look}" for look in LOOKS if look != BASE_LOOK),
-    *TEACHER_LOOKS, "control", "lora",
-]  # fmt: skip
+def _stages() -> dict[str, tuple[Callable[[Path, Budget], None], tuple[str, ...]]]:
+    """name -> (function, the stages it needs); what blocks most comes first."""
+    stages = {"vae": (build_vae, ()), "text": (build_text, ())}
+    looks = (BASE_LOOK, *TEACHER_LOOKS, LORA_LOOK)
+
+    def with_look(function, look):
+        return lambda work, budget: function(work, budget, look)
+
+    for look in looks:
+        stages[f"latents-{look}"] = (with_look(build_latents, look), ("vae",))
+        if look == BASE_LOOK:
+            stages["base-raw"] = (with_look(build_raw, look), ("text", f"latents-{look}"))
+            stages["base"] = (with_look(settle, look), ("base-raw",))
+    for look in TEACHER_LOOKS:
+        stages[f"{look}-raw"] = (with_look(build_raw, look), ("base-raw", f"latents-{look}"))
+        stages[look] = (with_look(settle, look), (f"{look}-raw",))
+    stages["decoder"] = (build_decoder, ("vae",))
+    stages["control"] = (build_control, ("base",))
+    stages["lora"] = (build_lora, ("base", f"latents-{LORA_LOOK}"))
+    return stages
+
+
+STAGES = _stages()
 
 
 def run_stage(name: str, work: Path, budget: Budget) -> float:
@@ -197,21 +217,21 @@ def run_stage(name: str, work: Path, budget: Budget) -> float:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(1)
     started = time.monotonic()
-    STAGES[name](work, budget)
+    STAGES[name][0](work, budget)
     return time.monotonic() - started
 
 
 def build_parts(work: Path, budget: Budget, jobs: int = 2) -> dict[str, float]:
     """Train every part that is not in ``work`` yet; returns the seconds of each stage that ran."""
     work.mkdir(parents=True, exist_ok=True)
-    done = {name for name in ORDER if (work / f"{name}.safetensors").exists()}
-    waiting = [name for name in ORDER if name not in done]
+    done = {name for name in STAGES if (work / f"{name}.safetensors").exists()}
+    waiting = [name for name in STAGES if name not in done]
     seconds: dict[str, float] = {}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
         running: dict[concurrent.futures.Future, str] = {}
         while waiting or running:
-            ready = [n for n in waiting if done.issuperset(NEEDS[n])]
+            ready = [n for n in waiting if done.issuperset(STAGES[n][1])]
             for name in ready[: jobs - len(running)]:
                 waiting.remove(name)
                 running[pool.submit(run_stage, name, work, budget)] = name
@@ -226,7 +246,7 @@ def build_parts(work: Path, budget: Budget, jobs: int = 2) -> dict[str, float]:
 
 def write_models(work: Path, models: Path) -> list[Path]:
     """Put the trained parts together as the files that ComfyUI users know, float16."""
-    text, vae = load_file(work / "text.safetensors"), load_file(work / "vae.safetensors")
+    text, vae = load_file(work / "text.safetensors"), load_file(work / "decoder.safetensors")
     written = []
 
     def write(path: Path, **parts) -> None:
