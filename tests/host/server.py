@@ -64,7 +64,7 @@ class Server:
             self.process.kill()
             self.process.wait()
 
-    def _wait_until_ready(self, seconds: float = 180):
+    def _wait_until_ready(self, seconds: float = 600):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.process.poll() is not None:

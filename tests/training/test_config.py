@@ -1,0 +1,86 @@
+"""Configs: what is read, and that every mistake is named before anything is loaded."""
+
+import pytest
+import yaml
+
+from comfyui_dmm.training.config import TrainConfig, check_names, load_config
+
+
+@pytest.fixture
+def good(tmp_path):
+    for name in ("base", "a", "b"):
+        (tmp_path / f"{name}.safetensors").touch()
+    return {
+        "base": "base.safetensors",
+        "teachers": [{"name": "A", "file": "a.safetensors"}, {"name": "B", "file": "b.safetensors"}],
+        "output": "out/x.safetensors",
+        "run_dir": "out/run",
+        "train": {"steps": 5, "lr": "1e-5"},
+    }
+
+
+def write(tmp_path, config) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
+    return str(path)
+
+
+def test_paths_are_relative_to_the_file(tmp_path, good):
+    config = load_config(write(tmp_path, good))
+    assert config.base == str(tmp_path / "base.safetensors") and config.teachers[1].file == str(tmp_path / "b.safetensors")
+    assert config.output == str(tmp_path / "out/x.safetensors")
+    assert config.train.lr == 1e-5 and isinstance(config.train.lr, float)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"trian": {}}, "unknown setting 'trian'; did you mean 'train'"),
+        ({"train": {"stpes": 1}}, "train has an unknown setting 'stpes'; did you mean 'steps'"),
+        ({"train": {"steps": 0}}, "steps is 0"),
+        ({"train": {"steps": "many"}}, "steps is 'many'"),
+        ({"train": {"lr": "fast"}}, "lr is 'fast'"),
+        ({"train": {"lr": float("nan")}}, "lr is nan"),
+        ({"train": {"caption_dropout": 1.5}}, "caption_dropout is 1.5"),
+        ({"train": {"init": "zero"}}, "init is 'zero': choose one of base, soup"),
+        ({"train": {"precision": "int4"}}, "precision is 'int4'"),
+        ({"data": {"kind": "web"}}, "data.kind is 'web'"),
+        ({"output": "x.ckpt"}, "must end in .safetensors"),
+        ({"base": "missing.safetensors"}, "base: there is no file"),
+        ({"teachers": []}, "no teachers"),
+        ({"teachers": [{"name": "A", "file": "a.safetensors"}, {"name": " a ", "file": "b.safetensors"}]}, "same style name"),
+        ({"teachers": [{"name": "None", "file": "a.safetensors"}]}, "cannot be called 'none'"),
+        ({"teachers": [{"name": "", "file": "a.safetensors"}]}, "is empty"),
+        ({"teachers": [{"name": "A", "file": "nope.safetensors"}]}, "teacher 'A': there is no file"),
+        ({"teachers": [{"name": "A"}]}, r"teachers\[0\] lacks the settings file"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, good, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(write(tmp_path, {**good, **change}))
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "{", "\x00"])
+def test_not_a_config(tmp_path, text):
+    with pytest.raises(ValueError, match="run.yaml"):
+        load_config(write(tmp_path, text))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ValueError, match="cannot read the config"):
+        load_config(tmp_path / "no.yaml")
+
+
+def test_the_shipped_demo_config_is_complete():
+    from pathlib import Path
+
+    import comfyui_dmm.training as training
+
+    config = load_config(Path(training.__file__).parent / "configs" / "demo.yaml")
+    assert len(config.teachers) == 7
+
+
+def test_names():
+    check_names(["x", "y"])
+    TrainConfig().check()

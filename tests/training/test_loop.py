@@ -1,0 +1,212 @@
+"""The distillation loop: losses by hand, who sees what, gradients, averages, and that training does what it is for."""
+
+import math
+
+import pytest
+import torch
+
+from comfyui_dmm.dmm_core.schedule import NoiseSchedule
+from comfyui_dmm.dmm_core.unet import UNet, load_unet
+from comfyui_dmm.training.config import TrainConfig
+from comfyui_dmm.training.data import CaptionedLatents, draw_batch
+from comfyui_dmm.training.ema import PowerEMA, power_beta
+from comfyui_dmm.training.loop import Distillation
+from comfyui_dmm.training.losses import feature_loss, score_loss
+from comfyui_dmm.training.report import eps_errors, format_table
+from comfyui_dmm.training.teacher import soup
+
+from .families import SMALL_XL, small_data, small_run, small_teacher
+
+
+def test_score_loss_by_hand():
+    student = torch.tensor([[[[1.0, 2.0]]], [[[0.0, 0.0]]]])
+    teacher = torch.tensor([[[[0.0, 4.0]]], [[[3.0, 0.0]]]])
+    assert score_loss(student, teacher).tolist() == [(1 + 4) / 2, 9 / 2]
+
+
+def test_feature_loss_by_hand():
+    student = [torch.ones(1, 2, 1, 1), torch.zeros(1, 1, 2, 2)]
+    teacher = [torch.zeros(1, 2, 1, 1), torch.full((1, 1, 2, 2), 2.0)]
+    assert feature_loss(student, teacher).tolist() == [1 + 4]
+    with pytest.raises(ValueError, match="2 blocks, the teacher 1"):
+        feature_loss(student, teacher[:1])
+
+
+@pytest.mark.parametrize("config, prediction", [(None, "eps"), (None, "v"), (SMALL_XL, "eps")])
+def test_losses_equal_a_recomputation_row_by_row(config, prediction):
+    """Every row on its own, straight from the definitions: tolerance 1e-5."""
+    run = small_run(teachers=3, base_share=0.3, prediction=prediction, **({"config": config} if config else {}))
+    c = run.config
+    batch = draw_batch(c.seed, 0, run.data, 16, 3, c.base_share, 0.4)
+    assert 3 in batch.teacher and batch.drop.any() and not batch.drop.all()
+    score, feature = run.losses(batch)
+    abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+    everyone = [*run.teachers, run.base]
+    for i in range(16):
+        a, b = abar[batch.t[i]].sqrt().float(), (1 - abar[batch.t[i]]).sqrt().float()
+        x_t = (a * run.data.latents[batch.index[i]] + b * batch.eps[i])[None]
+        caption = "" if batch.drop[i] else run.data.captions[batch.index[i]]
+        row = run.data.prompts.index(caption)
+        who = int(batch.teacher[i])
+        style = torch.zeros(1, 4)
+        if who < 3:
+            style[0, [who, 3]] = 1.0
+        y = lambda t: None if t.y is None else t.y[row : row + 1]  # noqa: E731
+        teacher = everyone[who]
+        target, target_features = teacher.unet(x_t, batch.t[i : i + 1], teacher.contexts[row : row + 1], y=y(teacher), features=True)
+        if teacher.prediction == "v":
+            target = a * target + b * x_t
+        out, features = run.student(x_t, batch.t[i : i + 1], run.base.contexts[row : row + 1], y=y(run.base), style=style, features=True)
+        assert math.isclose(score[i].item(), (out - target).square().mean().item(), rel_tol=1e-4, abs_tol=1e-6)
+        by_hand = sum((f - g).square().mean().item() for f, g in zip(features, target_features))
+        assert math.isclose(feature[i].item(), by_hand, rel_tol=1e-4, abs_tol=1e-6)
+
+
+def test_teachers_never_move_and_everything_of_the_student_does():
+    run = small_run()
+    before = [{k: v.clone() for k, v in t.unet.state_dict().items()} for t in (run.base, *run.teachers)]
+    start = {k: v.clone() for k, v in run.student.state_dict().items()}
+    list(run.run())
+    for teacher, weights in zip((run.base, *run.teachers), before):
+        assert all(torch.equal(weights[k], v) for k, v in teacher.unet.state_dict().items())
+    assert [k for k, v in run.student.state_dict().items() if torch.equal(v, start[k])] == []
+
+
+def test_a_batch_follows_from_seed_and_step():
+    data = small_data(50)
+    one, two = (draw_batch(7, 11, data, 16, 4, 0.1, 0.1) for _ in range(2))
+    assert all(torch.equal(getattr(one, k), getattr(two, k)) for k in ("index", "teacher", "t", "eps", "drop"))
+    other = draw_batch(8, 11, data, 16, 4, 0.1, 0.1)
+    assert not torch.equal(one.eps, other.eps) and not torch.equal(one.t, other.t)
+
+
+def test_every_picture_once_an_epoch_and_teachers_share_equally():
+    data = small_data(60)
+    batches = [draw_batch(0, step, data, 12, 5, 0.0, 0.1) for step in range(5)]
+    assert sorted(torch.cat([b.index for b in batches]).tolist()) == list(range(60))
+    counts = torch.bincount(torch.cat([b.teacher for b in batches]), minlength=5)
+    assert counts.tolist() == [12] * 5
+    assert all((b.teacher.diff() >= 0).all() for b in batches)
+
+
+def test_shares_of_base_rows_and_dropped_captions():
+    data = small_data(64)
+    batches = [draw_batch(0, step, data, 64, 3, 0.25, 0.1) for step in range(60)]
+    base = torch.cat([b.teacher == 3 for b in batches]).float().mean().item()
+    dropped = torch.cat([b.drop for b in batches]).float().mean().item()
+    assert abs(base - 0.25) < 0.03 and abs(dropped - 0.1) < 0.02  # 3840 draws: 4 sigma is 0.028 and 0.019
+
+
+def test_pictures_are_not_tied_to_teachers():
+    """With as many pictures as a multiple of the teachers, a fixed pairing would starve each teacher of most pictures."""
+    data = small_data(24)
+    met = set()
+    for step in range(120):
+        b = draw_batch(0, step, data, 12, 4, 0.0, 0.1)
+        met |= set(zip(b.teacher.tolist(), b.index.tolist()))
+    assert len(met) == 4 * 24
+
+
+def test_power_average_is_the_weighted_sum():
+    """beta_t = (1 - 1/t)^(g+1) unrolls to weights w_t = (1 - beta_t) prod_{s>t} beta_s: arXiv:2312.02696 eq. 127."""
+    p = torch.nn.Parameter(torch.zeros(1))
+    gamma, values = 6.94, [3.0, -1.0, 4.0, 1.0, 5.0]
+    ema = PowerEMA([("p", p)], gamma)
+    for value in values:
+        p.data.fill_(value)
+        ema.update([("p", p)])
+    want = 0.0
+    for i, value in enumerate(values, start=1):
+        weight = 1 - power_beta(i, gamma)
+        for later in range(i + 1, len(values) + 1):
+            weight *= power_beta(later, gamma)
+        want += weight * value
+    assert math.isclose(ema.state_dict()["p"].item(), want, rel_tol=1e-5)
+
+
+def test_averaged_weights_are_put_back():
+    run = small_run()
+    list(run.run())
+    raw = {k: v.clone() for k, v in run.student.state_dict().items()}
+    with run.averaged():
+        inside = run.student.state_dict()
+        assert all(torch.equal(inside[k], run.ema.average[k]) for k in inside)
+    assert all(torch.equal(v, raw[k]) for k, v in run.student.state_dict().items())
+
+
+@pytest.mark.parametrize("schedule, at_end", [("constant", 1.0), ("cosine", 0.0), ("linear", 0.0)])
+def test_learning_rate_schedules(schedule, at_end):
+    run = small_run(steps=100, warmup=10, lr=2.0, lr_schedule=schedule)
+    rates = [run.learning_rate(s) for s in range(101)]
+    assert math.isclose(rates[0], 0.2) and math.isclose(rates[10], 2.0) and math.isclose(rates[100], 2.0 * at_end, abs_tol=1e-9)
+    if schedule == "cosine":
+        assert math.isclose(rates[55], 1.0)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_style_side_gets_its_own_rate():
+    run = small_run(style_lr_scale=5.0)
+    run.train_step()
+    plain, style = run.optimizer.param_groups
+    assert math.isclose(style["lr"], 5 * plain["lr"]) and len(style["params"]) == 5
+
+
+def test_soup_is_the_mean_and_the_start():
+    run = small_run(init="soup", teachers=2)
+    a, b = (t.unet.state_dict() for t in run.teachers)
+    mean = soup([a, b])
+    for key, value in mean.items():
+        torch.testing.assert_close(value, (a[key] + b[key]) / 2)
+        torch.testing.assert_close(run.student.state_dict()[key], value)
+
+
+def test_distillation_learns_each_style():
+    """Teachers that differ from the base by an offset of their own: each style must end far nearer to its teacher than
+    the base, the soup and the other styles are."""
+    run = small_run(teachers=3, steps=150, batch_size=16, lr=2e-3, base_share=0.1, data=small_data(32))
+    offsets = torch.tensor([[0.5, 0.5, -0.5, 0.0], [-0.5, 0.0, 0.5, 0.5], [0.0, -0.5, 0.0, -0.5]])
+    for teacher, offset in zip(run.teachers, offsets):
+        teacher.unet.load_state_dict(run.base.unet.state_dict())
+        teacher.unet.out[2].bias.data += offset
+        teacher.contexts = run.base.contexts
+    list(run.run())
+    average = UNet(run.base.unet.config)
+    average.load_state_dict(soup([t.unet.state_dict() for t in run.teachers]))
+    table = eps_errors(run.teachers, run.base, average, load_unet(run.student_weights()), run.data, samples=32)
+    for row in table:
+        assert row.student < 0.25 * min(row.base, row.soup, row.wrong_best), format_table(table)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_teacher():
+    run = small_run(teachers=2)
+    with torch.no_grad():
+        run.teachers[1].unet.out[2].bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"not finite at step 1 \(teacher: teacher 2\)"):
+        run.train_step()
+
+
+def test_gradient_clipping_bounds_the_update():
+    run = small_run(grad_clip=1e-3)
+    run.train_step()
+    norm = torch.stack([p.grad.norm() for p in run.student.parameters()]).norm().item()
+    assert norm <= 1.001e-3
+
+
+def test_refusals():
+    data = small_data()
+    with pytest.raises(ValueError, match=r"'odd' has .*adm_channels 24 instead of 0"):
+        Distillation(small_teacher("base", 0, data), [small_teacher("odd", 1, data, SMALL_XL)], data, TrainConfig(steps=1))
+    with pytest.raises(ValueError, match="3 of 4 captions are empty"):
+        CaptionedLatents(torch.zeros(4, 4, 8, 8), ["a", "", " ", ""])
+    with pytest.raises(ValueError, match="2 captions for latents"):
+        CaptionedLatents(torch.zeros(4, 4, 8, 8), ["a", "b"])
+    with pytest.raises(ValueError, match="NaN"):
+        CaptionedLatents(torch.full((1, 4, 8, 8), float("nan")), ["a"])
+
+
+def test_schedule_matches_the_closed_form():
+    t = torch.tensor([0, 500, 999])
+    x0, eps = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    x_t = NoiseSchedule().add_noise(x0, eps, t)
+    abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)[t].reshape(3, 1, 1, 1)
+    torch.testing.assert_close(x_t.double(), abar.sqrt() * x0 + (1 - abar).sqrt() * eps, atol=1e-6, rtol=0)
