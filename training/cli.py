@@ -129,11 +129,15 @@ def run_info(args) -> None:
 
 
 def run_demo_build(args) -> None:
-    from .demo.build import Budget, build_parts, write_models
+    from .config import load_config
+    from .demo.build import Budget, build_parts, write_models, write_student
 
     started = time.monotonic()
-    seconds = build_parts(Path(args.work), Budget(), args.jobs)
-    for path in write_models(Path(args.work), Path(args.models)):
+    work, models = Path(args.work), Path(args.models)
+    seconds = build_parts(work, Budget(), args.jobs)
+    paths = write_models(work, models)
+    config = load_config(Path(__file__).parent / "configs" / "demo_full.yaml")
+    for path in [*paths, write_student(work, models, config, Bar())]:
         print(f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB)")
     print(f"built in {time.monotonic() - started:.0f} s: " + ", ".join(f"{n} {s:.0f} s" for n, s in seconds.items()))
 

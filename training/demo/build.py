@@ -7,6 +7,7 @@ per process and ``jobs`` processes: at these sizes more threads are slower.
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import logging
 import multiprocessing
 import time
@@ -23,7 +24,9 @@ from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ...dmm_core.files import atomic_write
 from ...dmm_core.unet import UNet, UNetConfig, load_unet
 from ...dmm_core.vae import load_vae
+from ..config import DistillConfig
 from ..data import CaptionedLatents
+from ..distill import distill
 from ..text import ClipText
 from . import controlnet, lora
 from .autoencoder import PHASES, refine_decoder, train_vae
@@ -245,31 +248,50 @@ def build_parts(work: Path, budget: Budget, jobs: int = 2) -> dict[str, float]:
 
 
 def write_models(work: Path, models: Path) -> list[Path]:
-    """Put the trained parts together as the files that ComfyUI users know, float16."""
-    text, vae = load_file(work / "text.safetensors"), load_file(work / "decoder.safetensors")
+    """Put base, teachers, ControlNet and LoRA as float16 files where ComfyUI users expect them; returns their paths.
+
+    Base and teachers are UNets only and share the text encoder and VAE of the DMM checkpoint: the family has to stay small.
+    """
     written = []
-
-    def write(path: Path, **parts) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        parts = {k: _half(v) if k in ("unet", "text", "vae") else v for k, v in parts.items()}
-        save_checkpoint(path, Checkpoint(**parts))
-        written.append(path)
-
-    def title(name: str) -> dict[str, str]:
-        licence = "Apache-2.0"
-        return {"modelspec.title": f"comfyui-dmm demo: {name}", "modelspec.license": licence, "modelspec.author": "comfyui-dmm"}
-
-    # Only the DMM checkpoint carries the VAE: the family has to stay small enough to ship.
     for part, name in (("base", "base"), *((look, f"teacher-{look}") for look in TEACHER_LOOKS)):
-        unet = load_file(work / f"{part}.safetensors")
-        write(models / "dmm" / f"demo-{name}.safetensors", unet=unet, text=text, metadata=title(name))
-    write(work / "full-base.safetensors", unet=load_file(work / "base.safetensors"), text=text, vae=vae)
-    for part, path in (("control", "controlnet/demo-outline"), ("lora", "loras/demo-frame")):
-        target = models / f"{path}.safetensors"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _save(target, _half(load_file(work / f"{part}.safetensors")))
-        written.append(target)
+        path = models / "dmm" / f"demo-{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unet = _half(load_file(work / f"{part}.safetensors"))
+        save_checkpoint(path, Checkpoint(unet=unet, metadata=_about(name.replace("-", " "))))
+        written.append(path)
+    for part, name in (("control", "controlnet/demo-outline"), ("lora", "loras/demo-frame")):
+        path = models / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _save(path, _half(load_file(work / f"{part}.safetensors")))
+        written.append(path)
     return written
+
+
+def write_student(work: Path, models: Path, config: DistillConfig, on_step=None) -> Path:
+    """Distil the demo DMM checkpoint (resumable): ``config`` with its paths pointed at ``models`` and ``work``."""
+    parts = {"text": "text", "vae": "decoder"}
+    whole = {key: _half(load_file(work / f"{file}.safetensors")) for key, file in parts.items()}
+    base = _half(load_file(work / "base.safetensors"))
+    save_checkpoint(work / "whole.safetensors", Checkpoint(unet=base, **whole, metadata=_about("base")))
+    output = models / "dmm" / "demo-dmm.safetensors"
+    config = dataclasses.replace(
+        config,
+        base=str(models / "dmm" / "demo-base.safetensors"),
+        teachers=[
+            dataclasses.replace(t, file=str(models / "dmm" / f"demo-teacher-{t.name}.safetensors")) for t in config.teachers
+        ],
+        parts_from=str(work / "whole.safetensors"),
+        output=str(output),
+        run_dir=str(work / "student"),
+    )
+    config.check()
+    distill(config, on_step)
+    return output
+
+
+def _about(name: str) -> dict[str, str]:
+    about = {"title": f"comfyui-dmm demo: {name}", "license": "Apache-2.0", "author": "comfyui-dmm", "resolution": "128x128"}
+    return {f"modelspec.{key}": value for key, value in about.items()}
 
 
 def _half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
