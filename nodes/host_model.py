@@ -28,6 +28,8 @@ from . import style_patch
 
 CLIP_LAYERS = "cond_stage_model.transformer.text_model."
 ATTACHMENT = "dmm"
+SD_WIDTH = 320
+"""``model_channels`` of every released Stable Diffusion model, or more."""
 
 
 @dataclass(frozen=True)
@@ -125,21 +127,19 @@ def model_config(sd: dict[str, Tensor]) -> tuple:
     The host tells models apart by their exact widths; the small ones of the demo family are described by hand.
     """
     sizes = comfy.model_detection.detect_unet_config(sd, UNET_PREFIX)
-    if sizes is None:
-        raise ValueError("this file holds no Stable Diffusion UNet in the single-file layout")
-    for kind in comfy.supported_models.models:
-        if kind.matches(sizes, sd, UNET_PREFIX):
-            return kind(sizes), True
-    if sizes["adm_in_channels"] is not None:
-        raise ValueError(
-            f"this UNet takes pooled conditioning of width {sizes['adm_in_channels']}, but ComfyUI knows no model of its "
-            f"sizes (width {sizes['model_channels']}, context {sizes['context_dim']})"
-        )
-    kind = comfy.supported_models.SD20 if sizes["use_linear_in_transformer"] else comfy.supported_models.SD15
-    config = kind(sizes)
-    if sizes["model_channels"] < 320:  # no weight shows the heads: the rule of UNetConfig.heads
-        config.unet_config |= {"num_heads": -1, "num_head_channels": 64}
-    return config, False
+    if sizes["model_channels"] >= SD_WIDTH:
+        config = comfy.model_detection.model_config_from_unet(sd, UNET_PREFIX)
+        if config is not None:
+            return config, True
+    elif sizes["adm_in_channels"] is None:
+        kind = comfy.supported_models.SD20 if sizes["use_linear_in_transformer"] else comfy.supported_models.SD15
+        config = kind(sizes)
+        config.unet_config |= {"num_heads": -1, "num_head_channels": 64}  # no weight shows them; see UNetConfig.heads
+        return config, False
+    raise ValueError(
+        f"ComfyUI knows no model of these sizes: width {sizes['model_channels']}, context {sizes['context_dim']}, pooled "
+        f"conditioning {sizes['adm_in_channels']}; use an SD1.x, SD2.x or SDXL model, or a small one of the demo family"
+    )
 
 
 def build_small_model(config, sd: dict[str, Tensor], weight_dtype: torch.dtype, disable_dynamic: bool):

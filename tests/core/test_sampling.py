@@ -78,6 +78,8 @@ def test_schedulers_by_hand():
     assert expected.keys() == SCHEDULERS.keys()
     for name, levels in expected.items():
         assert sigmas_for(SCHEDULE, 5, name).tolist() == pytest.approx([*levels, 0], rel=1e-6), name
+    rounded_down = [at(999 - i) for i in (0, 142, 285, 428, 571, 714, 857)]  # 1000 / 7 = 142.857
+    assert sigmas_for(SCHEDULE, 7, "simple").tolist() == pytest.approx([*rounded_down, 0], rel=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 20, 50, 1000])
@@ -408,6 +410,17 @@ def test_a_half_precision_unet_samples_in_float32(unet, device):
     result = sample(denoise, SCHEDULE, noise.to(device), sigmas)
     assert (result.dtype, result.device.type) == (torch.float32, device)
     torch.testing.assert_close(result.cpu(), expected, rtol=0, atol=0.05 * expected.abs().max().item())
+
+
+def test_guidance_is_not_rounded_to_the_unets_precision():
+    """A cfg of 30 on a bf16 UNet: its two outputs are combined in float32, to 1e-5 of the largest value."""
+    half, outputs = tiny_unet().bfloat16(), []
+    half.register_forward_hook(lambda module, args, out: outputs.append(out))
+    x, sigma, context, other = inputs(2)
+    denoised = cfg_denoiser(half, SCHEDULE, context, other, 30.0)(x, sigma)
+    cond, uncond = outputs[0].double().chunk(2)
+    expected = x - sigma[:, None, None, None] * (uncond + 30 * (cond - uncond))
+    torch.testing.assert_close(denoised.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 def test_noise_is_the_seeds_and_leaves_the_global_generator_alone():

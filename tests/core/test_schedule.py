@@ -131,7 +131,10 @@ def test_conversions_keep_half_precision_and_device(schedule, device):
     v = schedule.to_v(eps.bfloat16(), x_t, t, "eps")
     assert (v.dtype, v.device) == (torch.bfloat16, x0.device)
     x_t, t, v = x_t[:3], t[:3], v[:3]
-    torch.testing.assert_close(schedule.to_x0(v, x_t, t, "v").float(), x0[:3], rtol=0, atol=0.1)
+    x0_again, eps_again = schedule.to_x0(v, x_t, t, "v"), schedule.to_eps(v, x_t, t, "v")
+    assert x0_again.dtype == eps_again.dtype == torch.bfloat16
+    torch.testing.assert_close(x0_again.float(), x0[:3], rtol=0, atol=0.1)
+    torch.testing.assert_close(eps_again.float(), eps[:3], rtol=0, atol=0.1)
 
 
 def test_conversions_pass_gradients(schedule):

@@ -1,0 +1,161 @@
+"""The ``dmm`` command from files to files: distil, go on, sample, info, and what it says when something does not fit."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from comfyui_dmm.dmm_core.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from comfyui_dmm.dmm_core.files import file_sha256
+from comfyui_dmm.dmm_core.unet import UNet
+from comfyui_dmm.dmm_core.vae import AutoencoderKL, VAEConfig
+from comfyui_dmm.training.cli import main
+from comfyui_dmm.training.text import init_text
+
+from .families import SMALL
+
+WIDER = dataclasses.replace(SMALL, context_dim=64)
+
+
+def unet(seed, config=SMALL):
+    torch.manual_seed(seed)
+    return dict(UNet(config).state_dict())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A base with text encoder and VAE, two teachers, 10 captioned latents and a config."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(VAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1)).state_dict()
+    text = init_text(16, 1)
+    save_checkpoint(tmp_path / "base.safetensors", Checkpoint(unet=unet(0), text=text, vae=dict(vae)))
+    save_checkpoint(tmp_path / "one.safetensors", Checkpoint(unet=unet(1)))
+    save_checkpoint(tmp_path / "two.safetensors", Checkpoint(unet=unet(2)))
+    captions = json.dumps([f"a picture of {i % 3}" for i in range(10)])
+    save_file({"latents": torch.randn(10, 4, 8, 8)}, tmp_path / "data.safetensors", {"captions": captions})
+    write_config(tmp_path)
+    return tmp_path
+
+
+def write_config(folder, **changes):
+    config = {
+        "base": "base.safetensors",
+        "teachers": [
+            {"name": "one", "file": "one.safetensors", "description": "the first"},
+            {"name": "two", "file": "two.safetensors"},
+        ],
+        "output": "out/dmm.safetensors",
+        "run_dir": "out/run",
+        "data": {"kind": "latents", "file": "data.safetensors"},
+        "train": {"steps": 4, "batch_size": 4, "lr": 1e-3, "ema_gamma": 6.94, "device": "cpu"},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump({**config, **changes}))
+
+
+def dmm(*arguments) -> int:
+    return main([str(a) for a in arguments])
+
+
+def test_distil_sample_info(folder, capsys):
+    assert dmm("distill", "--config", folder / "run.yaml") == 0
+    path = folder / "out" / "dmm.safetensors"
+    learnt = load_checkpoint(path)
+    assert [s.name for s in learnt.styles] == ["one", "two"] and learnt.styles[0].description == "the first"
+    assert learnt.styles[1].sha256 == file_sha256(folder / "two.safetensors")
+    assert learnt.recipe["train"]["lr"] == 1e-3 and learnt.recipe["samples_seen"] == 16
+    assert learnt.recipe["base"]["sha256"] == file_sha256(folder / "base.safetensors")
+    resolved = json.loads((folder / "out" / "run" / "config.json").read_text())
+    assert resolved["train"]["lambda_feat"] == 0.001  # a default: the resolved config has every setting
+    shown = capsys.readouterr().out
+    assert '"lambda_feat": 0.001' in shown
+
+    assert dmm("info", path) == 0
+    assert "one" in capsys.readouterr().out
+    picture = folder / "all.png"
+    size = ("--size", 64, "--steps", 2)
+    assert dmm("sample", path, "--prompt", "a", "--prompt", "b", "--style", "all", *size, "--output", picture) == 0
+    assert Image.open(picture).size[0] > 128
+    assert dmm("sample", path, "--prompt", "a", "--style", "tow", *size, "--output", picture) == 1
+    assert "unknown style 'tow': choose one of one, two" in capsys.readouterr().err
+
+
+def test_the_same_command_goes_on(folder, capsys):
+    write_config(folder, train={"steps": 2, "batch_size": 4, "lr": 1e-3, "ema_gamma": 6.94})
+    assert dmm("distill", "--config", folder / "run.yaml") == 0
+    write_config(folder)
+    assert dmm("distill", "--config", folder / "run.yaml") == 0
+    part = load_checkpoint(folder / "out" / "dmm.safetensors")
+    write_config(folder, run_dir="out/other", output="out/straight.safetensors")
+    assert dmm("distill", "--config", folder / "run.yaml") == 0
+    whole = load_checkpoint(folder / "out" / "straight.safetensors")
+    assert part.recipe["steps_done"] == 4
+    assert all(torch.equal(part.unet[k], whole.unet[k]) for k in whole.unet)
+
+
+def test_dry_run_writes_nothing(folder, capsys):
+    assert dmm("distill", "--config", folder / "run.yaml", "--dry-run") == 0
+    assert '"steps": 4' in capsys.readouterr().out and not (folder / "out").exists()
+
+
+def test_an_interrupt_keeps_what_was_learnt(folder, monkeypatch, capsys):
+    import comfyui_dmm.training.cli as cli
+
+    class Impatient(cli.Bar):
+        def __call__(self, run, metrics):
+            if metrics.step == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "Bar", Impatient)
+    assert dmm("distill", "--config", folder / "run.yaml") == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert load_checkpoint(folder / "out" / "dmm.safetensors").recipe["steps_done"] == 2
+    assert (folder / "out" / "run" / "state-00000002.safetensors").exists()
+
+
+def nan_teacher(folder):
+    weights = unet(1)
+    weights["out.2.bias"] = torch.full((4,), float("nan"))
+    save_file({f"model.diffusion_model.{k}": v for k, v in weights.items()}, folder / "one.safetensors")
+
+
+BREAKAGES = {
+    "not safetensors": (lambda f: (f / "one.safetensors").write_text("hello"), "one.safetensors"),
+    "pickle": (lambda f: torch.save({"a": 1}, f / "one.safetensors"), "pickle"),
+    "truncated": (lambda f: (f / "two.safetensors").write_bytes((f / "two.safetensors").read_bytes()[:5000]), "two.safetensors"),
+    "other sizes": (lambda f: save_checkpoint(f / "two.safetensors", Checkpoint(unet=unet(2, WIDER))), "'two' has context_dim 64 instead of 16"),
+    "NaN weights": (nan_teacher, "teacher 'one' has NaN"),
+    "a DMM model": (lambda f: save_checkpoint(f / "one.safetensors", Checkpoint(unet=unet(1, dataclasses.replace(SMALL, num_styles=2)))), "itself a DMM model with 2 styles"),
+    "empty captions": (lambda f: save_file({"latents": torch.randn(2, 4, 8, 8)}, f / "data.safetensors", {"captions": '["a", ""]'}), "1 of 2 captions are empty"),
+    "no captions": (lambda f: save_file({"latents": torch.randn(2, 4, 8, 8)}, f / "data.safetensors"), "captions"),
+    "no text encoder": (lambda f: save_checkpoint(f / "base.safetensors", Checkpoint(unet=unet(0))), "no text encoder"),
+    "no such config": (lambda f: (f / "run.yaml").unlink(), "cannot read the config"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BREAKAGES)
+def test_what_does_not_fit_is_explained_before_anything_is_written(folder, name, capsys):
+    breakage, message = BREAKAGES[name]
+    breakage(folder)
+    assert dmm("distill", "--config", folder / "run.yaml") == 1
+    assert message in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(folder, monkeypatch, capsys):
+    assert dmm("distill", "--config", folder / "run.yaml") == 0
+    old = (folder / "out" / "dmm.safetensors").read_bytes()
+    import os
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    write_config(folder, train={"steps": 6, "batch_size": 4, "lr": 1e-3, "ema_gamma": 6.94})
+    assert dmm("distill", "--config", folder / "run.yaml") == 1
+    assert "No space left" in capsys.readouterr().err
+    assert (folder / "out" / "dmm.safetensors").read_bytes() == old
+    assert not list((folder / "out").rglob("*.tmp"))
