@@ -109,9 +109,9 @@ def test_noise_equals_the_host(host, seed):
     ],
 )
 def test_a_whole_painting_equals_the_host(models, family, prediction, zero_snr, cfg, sampler, scheduler):
-    """KSampler with the pack's loader and style nodes, against dmm_core alone: latents within 1e-3 of the largest.
+    """KSampler with the pack's loader and style nodes, against dmm_core alone: latents within 2e-4 of the largest.
 
-    Random networks amplify differences in the order of float32 sums from step to step; seen: under 1e-4.
+    Random networks amplify differences in the order of float32 sums from step to step; seen: 5e-5 on the zero-SNR schedule, 2e-6 else.
     """
     import comfy.sample
 
@@ -150,5 +150,5 @@ def test_a_whole_painting_equals_the_host(models, family, prediction, zero_snr, 
         return sample(denoise, schedule, noise, sigmas_for(schedule, steps, scheduler), sampler)
 
     scale = expected.abs().max().item()
-    torch.testing.assert_close(paint(rows), expected, rtol=0, atol=1e-3 * scale)
+    torch.testing.assert_close(paint(rows), expected, rtol=0, atol=2e-4 * scale)
     assert (paint(rows.flip(0)) - expected).abs().max() > 0.02 * scale, "the styles do not show in this test"
