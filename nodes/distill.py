@@ -144,7 +144,7 @@ def distil(run: Distillation, base, name: str, vae, preview_every: int, node_id)
         # Beside the models' folder, not in it: Load DMM Model lists what lies there.
         train(run, folder.with_name("dmm_runs") / f"{name}-{short}", on_step)
     finally:  # finished, cancelled or failed: what was learnt becomes a file
-        if run.step:
+        if run.step and not run.updating:
             save_checkpoint(path, student_checkpoint(run, base, name, torch.float16))
     return path, losses
 

@@ -35,13 +35,13 @@ def gather(base, clip, teachers: Sequence[TeacherInput], latents, captions, conf
         check_architectures(base_unet.config, [(teacher.name, unets[-1].config)])
     size = tuple(8 * n for n in data.latents.shape[2:])
     contexts, y = text_states(base, clip, data.prompts, size)
-    frozen = [Teacher("base", base_unet, contexts, y, prediction(base, "the base model"), sha256=weights_sha256(base_unet.state_dict()))]
+    digest = weights_sha256(base_unet.state_dict())
+    frozen = [Teacher("base", base_unet, contexts, y, prediction(base, "the base model"), zero_snr(base), sha256=digest)]
     for teacher, unet in zip(teachers, unets):
         own = (contexts, y) if teacher.clip is clip else text_states(teacher.model, teacher.clip, data.prompts, size)
-        digest = weights_sha256(unet.state_dict())
-        frozen.append(
-            Teacher(teacher.name, unet, *own, prediction(teacher.model, f"teacher '{teacher.name}'"), description=teacher.description, sha256=digest)
-        )
+        kind = prediction(teacher.model, f"teacher '{teacher.name}'")
+        about = {"description": teacher.description, "sha256": weights_sha256(unet.state_dict())}
+        frozen.append(Teacher(teacher.name, unet, *own, kind, zero_snr(teacher.model), **about))
     # The host's copies are not needed while training runs: give their memory to it.
     mm.unload_all_models()
     device = mm.get_torch_device()
@@ -55,6 +55,11 @@ def prediction(patcher, who: str) -> str:
     if patcher.model.model_type not in kinds:
         raise ValueError(f"{who} is a {patcher.model.model_type.name} model: only eps- and v-prediction models can be distilled")
     return kinds[patcher.model.model_type]
+
+
+def zero_snr(patcher) -> bool:
+    """Whether the model's noise schedule ends in pure noise, by the setting that the host builds it from."""
+    return bool(patcher.model.model_config.sampling_settings.get("zsnr", False))
 
 
 def clip_and_vae_parts(base, clip, vae) -> Checkpoint:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import signal
 import sys
 import time
 from pathlib import Path
@@ -91,6 +93,29 @@ class Bar:
             self.bar.close()
 
 
+@contextlib.contextmanager
+def interrupt_between_steps(on_step):
+    """Inside, Ctrl-C and a polite kill end the run after the step in hand, by a KeyboardInterrupt; a second one at once."""
+    asked = []
+
+    def handler(signum, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(signum)
+
+    def step(run, metrics):
+        on_step(run, metrics)
+        if asked:
+            raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield step
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
 def run_distill(args) -> None:
     from .config import load_config
     from .distill import distill
@@ -99,7 +124,8 @@ def run_distill(args) -> None:
     print(json.dumps(config.to_dict(), indent=2))
     if args.dry_run:
         return
-    distill(config, Bar())
+    with interrupt_between_steps(Bar()) as on_step:
+        distill(config, on_step)
     print(f"wrote {config.output}")
 
 
@@ -145,7 +171,8 @@ def run_demo_build(args) -> None:
 def run_demo(args) -> None:
     from .demo.tour import tour
 
-    tour(args.config, Bar())
+    with interrupt_between_steps(Bar()) as on_step:
+        tour(args.config, on_step)
 
 
 if __name__ == "__main__":

@@ -43,12 +43,10 @@ def load_run(config: DistillConfig, device: torch.device) -> tuple[Distillation,
     if config.parts_from:
         parts = load_checkpoint(config.parts_from)
         base.text, base.vae = base.text or parts.text, base.vae or parts.vae
-    files = {"the base model": base}
-    for spec in config.teachers:
-        files[f"teacher '{spec.name}'"] = load_checkpoint(spec.file)
-    unets = {name: plain_unet(checkpoint.unet, name) for name, checkpoint in files.items()}
-    names = list(unets)[1:]
-    check_architectures(unets["the base model"].config, [(n.removeprefix("teacher ").strip("'"), unets[n].config) for n in names])
+    checkpoints = [load_checkpoint(spec.file) for spec in config.teachers]
+    base_unet = plain_unet(base.unet, "the base model")
+    unets = [plain_unet(c.unet, f"teacher '{spec.name}'") for spec, c in zip(config.teachers, checkpoints)]
+    check_architectures(base_unet.config, [(spec.name, unet.config) for spec, unet in zip(config.teachers, unets)])
     if not base.text:
         raise ValueError(f"'{config.base}' has no text encoder: name a full checkpoint to take it from as parts_from")
     data = load_data(config, base)
@@ -67,14 +65,14 @@ def load_run(config: DistillConfig, device: torch.device) -> tuple[Distillation,
         contexts, y = states(checkpoint)
         path = Path(file)
         return Teacher(
-            name, unet, contexts, y, checkpoint.prediction, file=path.name, sha256=file_sha256(path), **info
+            name, unet, contexts, y, checkpoint.prediction, checkpoint.zero_snr, file=path.name, sha256=file_sha256(path), **info
         )
 
     teachers = [
-        teacher(s.name, s.file, unets[key], files[key], description=s.description, licence=s.licence)
-        for s, key in zip(config.teachers, names)
+        teacher(spec.name, spec.file, unet, checkpoint, description=spec.description, licence=spec.licence)
+        for spec, unet, checkpoint in zip(config.teachers, unets, checkpoints)
     ]
-    base_teacher = teacher("base", config.base, unets["the base model"], base)
+    base_teacher = teacher("base", config.base, base_unet, base)
     return Distillation(base_teacher, teachers, data, config.train, device), base
 
 
@@ -118,7 +116,7 @@ def train(
             if on_step:
                 on_step(run, metrics)
     finally:
-        if run_dir and run.step > saved:
+        if run_dir and run.step > saved and not run.updating:
             save_state(run, run_dir, parts)
 
 
@@ -148,7 +146,7 @@ def student_checkpoint(run: Distillation, base: Checkpoint, title: str, dtype: t
         recipe=recipe,
         metadata={"modelspec.title": title},
         prediction=run.base.prediction,
-        zero_snr=base.zero_snr,
+        zero_snr=run.base.zero_snr,
     )
 
 
@@ -156,6 +154,7 @@ def distill(config: DistillConfig, on_step: Callable[[Distillation, Metrics], No
     """``dmm distill``: load, save the resolved config, train (or go on), write the checkpoint. Returns the finished run.
 
     On an interrupt the checkpoint of what was learnt so far is written too, before the interrupt goes on.
+    Raises ValueError for files that do not fit, before anything is written.
     """
     check_names([t.name for t in config.teachers])
     output, run_dir = Path(config.output), Path(config.run_dir)
@@ -166,6 +165,6 @@ def distill(config: DistillConfig, on_step: Callable[[Distillation, Metrics], No
     try:
         train(run, run_dir, on_step)
     finally:
-        if run.step:
+        if run.step and not run.updating:
             save_checkpoint(output, student_checkpoint(run, base, config.title, torch.float16))
     return run

@@ -24,7 +24,7 @@ from .ema import PowerEMA
 from .losses import feature_loss, score_loss
 from .teacher import Teacher, check_architectures, soup
 
-BASE = "base"
+BASE = "(no style)"
 """The name under which style-less rows are reported."""
 
 
@@ -63,8 +63,12 @@ class Distillation:
         check_architectures(self.base.unet.config, [(t.name, t.unet.config) for t in self.teachers])
         if self.data.latents.shape[1] != self.base.unet.config.in_channels:
             raise ValueError(f"latents have {self.data.latents.shape[1]} channels, the models take {self.base.unet.config.in_channels}")
-        self.schedule = NoiseSchedule()
+        other = [t.name for t in self.teachers if t.zero_snr != self.base.zero_snr]
+        if other:  # the same timestep would mean another noise level to them
+            raise ValueError(f"teachers with another noise schedule (zero terminal SNR or not) than the base: {', '.join(other)}")
+        self.schedule = NoiseSchedule(self.base.zero_snr)
         self.step = 0
+        self.updating = False  # true while weights and step do not belong together: such a state must not be saved
         self.student = self._new_student().to(self.device)
         self.student.gradient_checkpointing = self.config.gradient_checkpointing
         for teacher in (self.base, *self.teachers):
@@ -78,7 +82,6 @@ class Distillation:
         self.optimizer = torch.optim.AdamW(
             groups, lr=self.config.lr, betas=tuple(self.config.betas), weight_decay=self.config.weight_decay
         )
-        # An average is kept even when it is not wanted in the end only if asked for: it costs one copy of the student.
         self.ema = PowerEMA(named, self.config.ema_gamma) if self.config.ema_gamma else None
         fp16 = self.config.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
@@ -135,11 +138,13 @@ class Distillation:
             self.scaler.scale(loss).backward()
             self.scaler.unscale_(self.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), c.grad_clip or math.inf)
+            self.updating = True
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.step += 1
         if self.ema:
             self.ema.update(self.student.named_parameters())
+        self.updating = False
         return Metrics(
             step=self.step, steps=c.steps, loss=loss.item(), feature=feature.mean().item(), score=by_name[0], count=by_name[1],
             lr=lr, grad_norm=float(norm), seconds=time.perf_counter() - started,

@@ -47,6 +47,7 @@ class Painter:
     vae: AutoencoderKL
     styles: Sequence[str] = ()
     prediction: str = "eps"
+    zero_snr: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def style_row(self, style: str | Mapping[str, float] | None, strength: float = 1.0) -> Tensor:
@@ -87,7 +88,7 @@ class Painter:
         if style is not None:
             style = style.expand(count, -1).to(self.device)
         context = context.to(self.device)
-        schedule = NoiseSchedule()
+        schedule = NoiseSchedule(self.zero_snr)
         denoiser = cfg_denoiser(
             self.unet,
             schedule,
@@ -124,5 +125,6 @@ def painter(checkpoint: Checkpoint, companion: Checkpoint | None = None, device:
         load_vae(parts["vae"]).to(device).eval(),
         [style.name for style in checkpoint.styles],
         checkpoint.prediction,
+        checkpoint.zero_snr,
         device,
     )

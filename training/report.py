@@ -40,7 +40,7 @@ def eps_errors(
 
     Everything is compared in the parameterisation of the model's output; teachers must share the base's.
     """
-    schedule, device = NoiseSchedule(), next(student.parameters()).device
+    schedule, device = NoiseSchedule(base.zero_snr), next(student.parameters()).device
     g = torch.Generator().manual_seed(hash_seed(seed, "eps errors"))
     count = min(samples, len(data.latents))
     x0, rows = data.latents[:count], data.rows[:count]

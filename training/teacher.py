@@ -17,7 +17,7 @@ class Teacher:
     """A frozen UNet with a name.
 
     contexts: (U, L, d), its text encoder's states of every distinct caption, row 0 of the empty prompt; y: (U, adm) for
-    SDXL. prediction: "eps" or "v". The remaining fields are recorded in the style's metadata.
+    SDXL. prediction: "eps" or "v"; zero_snr: its noise schedule ends in pure noise. The remaining fields are recorded in the style's metadata.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Teacher:
     contexts: Tensor
     y: Tensor | None = None
     prediction: str = "eps"
+    zero_snr: bool = False
     description: str = ""
     file: str = ""
     sha256: str = ""

@@ -119,7 +119,7 @@ class Server:
                 continue
             if message["type"] == "execution_error":
                 raise NodeError(data["node_id"], data["exception_message"].strip())
-            if message["type"] == "execution_success":
+            if message["type"] == "executing" and data["node"] is None:  # sent once the outputs are in the history
                 return
 
     def image(self, entry: dict) -> Image.Image:

@@ -111,7 +111,7 @@ def test_noise_equals_the_host(host, seed):
 def test_a_whole_painting_equals_the_host(models, family, prediction, zero_snr, cfg, sampler, scheduler):
     """KSampler with the pack's loader and style nodes, against dmm_core alone: latents within 2e-4 of the largest.
 
-    Random networks amplify differences in the order of float32 sums from step to step; seen: 5e-5 on the zero-SNR schedule, 2e-6 else.
+    Random networks amplify differences in the order of float32 sums; seen: 5e-5 on the zero-SNR schedule, 2e-6 else.
     """
     import comfy.sample
 

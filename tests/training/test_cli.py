@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -114,6 +117,22 @@ def test_an_interrupt_keeps_what_was_learnt(folder, monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
     assert load_checkpoint(folder / "out" / "dmm.safetensors").recipe["steps_done"] == 2
     assert (folder / "out" / "run" / "state-00000002.safetensors").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_between_steps(folder, number):
+    """A real process, a real signal: exit 130, a state and a checkpoint of the same step, and the run goes on from it."""
+    write_config(folder, train={"steps": 100_000, "batch_size": 4, "lr": 1e-3, "ema_gamma": 6.94})
+    command = [sys.executable, "-m", "comfyui_dmm.training.cli", "--threads", "1", "distill", "--config", folder / "run.yaml"]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    seen = ""
+    while "0%" not in seen or "/100000" not in seen:  # the bar is drawn from the first step on
+        seen += child.stderr.read(1)
+    child.send_signal(number)
+    assert child.wait(60) == 130
+    (state,) = (folder / "out" / "run").glob("state-*.safetensors")
+    step = load_checkpoint(folder / "out" / "dmm.safetensors").recipe["steps_done"]
+    assert step >= 1 and state.name == f"state-{step:08d}.safetensors"
 
 
 def nan_teacher(folder):

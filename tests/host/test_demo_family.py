@@ -1,0 +1,98 @@
+"""The shipped demo family in a real ComfyUI with its usual nodes: styles, ControlNet, LoRA, and the same picture headless."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from comfyui_dmm.dmm_core.checkpoint import load_checkpoint
+from comfyui_dmm.training.demo.classifier import classify, load_classifier
+from comfyui_dmm.training.demo.looks import LORA_LOOK
+from comfyui_dmm.training.demo.scenes import Scene, control_hint
+from comfyui_dmm.training.paint import Settings, painter
+from PIL import Image
+
+MODELS = Path(__file__).parents[2] / "models"
+STEPS, CFG = 12, 4.0
+
+
+def test_it_is_small_enough_to_ship():
+    assert sum(p.stat().st_size for p in MODELS.rglob("*.safetensors")) <= 24_000_000
+
+
+def graph(text="a red star", style="ink", batch=1, seed=1, model=("style", 0), positive=("text", 0)) -> dict:
+    g = {
+        "dmm": {"class_type": "DMMLoadModel", "inputs": {"ckpt_name": "demo-dmm.safetensors"}},
+        "style": {"class_type": "DMMStyleSelector", "inputs": {"model": ["dmm", 0], "style": style, "strength": 1.0}},
+        "text": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["dmm", 1], "text": text}},
+        "none": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["dmm", 1], "text": ""}},
+        "empty": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": batch}},
+        "sample": {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": list(model), "seed": seed, "steps": STEPS, "cfg": CFG, "sampler_name": "dpmpp_2m", "scheduler": "karras",
+                "positive": list(positive), "negative": ["none", 0], "latent_image": ["empty", 0], "denoise": 1.0,
+            },
+        },
+        "decode": {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 0], "vae": ["dmm", 2]}},
+        "show": {"class_type": "PreviewImage", "inputs": {"images": ["decode", 0]}},
+    }  # fmt: skip
+    return g
+
+
+def pictures(server, g) -> list[Image.Image]:
+    return [server.image(entry).convert("RGB") for entry in server.run(g)["show"]["images"]]
+
+
+def answers(images, question) -> list[str]:
+    classifier = load_classifier(MODELS / "demo-classifier.safetensors")
+    pixels = torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return [classifier.classes[question][i] for i in classify(classifier, pixels)[question].argmax(1).tolist()]
+
+
+@pytest.mark.parametrize("style", ["ink", "sticker", "none"])
+def test_headless_and_comfyui_paint_the_same_picture(server, style):
+    """Same file, seed and settings: 8-bit pixels differ by 2 at most (float32 on both sides, other order of sums)."""
+    (theirs,) = pictures(server, graph("a big blue house, hills", style))
+    brush = painter(load_checkpoint(MODELS / "dmm" / "demo-dmm.safetensors"))
+    settings = Settings(STEPS, CFG, "dpmpp_2m", "karras", 128, 128)
+    (ours,) = brush.pictures(brush.latents(["a big blue house, hills"], brush.style_row(style), 1, settings))
+    difference = np.abs(np.asarray(theirs, int) - np.asarray(ours, int))
+    assert difference.max() <= 2, difference.max()
+
+
+def test_styles_are_recognised(server):
+    for style in ("candy", "pixel", "sticker"):
+        named = answers(pictures(server, graph("a purple mushroom", style, batch=4)), "look")
+        assert named.count(style) >= 3, (style, named)
+
+
+def test_the_controlnet_gives_the_shape(server):
+    """A prompt that names no object, and the outline of one: the object of the outline is painted."""
+    (server.base / "input").mkdir(exist_ok=True)
+    right = 0
+    for shape in ("house", "star", "moon"):
+        Image.fromarray(control_hint(Scene(shape, "red", "plain"))).save(server.base / "input" / f"{shape}.png")
+        g = graph("a red", "sticker", batch=2, positive=("control", 0))
+        g["net"] = {"class_type": "ControlNetLoader", "inputs": {"control_net_name": "demo-outline.safetensors"}}
+        g["hint"] = {"class_type": "LoadImage", "inputs": {"image": f"{shape}.png"}}
+        g["control"] = {
+            "class_type": "ControlNetApplyAdvanced",
+            "inputs": {"positive": ["text", 0], "negative": ["none", 0], "control_net": ["net", 0], "image": ["hint", 0], "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0},
+        }  # fmt: skip
+        g["sample"]["inputs"]["negative"] = ["control", 1]
+        right += answers(pictures(server, g), "shape").count(shape)
+    assert right >= 5, f"{right} of 6 pictures show the outline's object"
+
+
+def test_the_lora_paints_its_look(server):
+    g = graph("an orange cat", "none", batch=4, model=("lora", 0))
+    g["lora"] = {
+        "class_type": "LoraLoaderModelOnly",
+        "inputs": {"model": ["style", 0], "lora_name": "demo-frame.safetensors", "strength_model": 1.0},
+    }
+    named = answers(pictures(server, g), "look")
+    assert named.count(LORA_LOOK) >= 3, named
+    del g["lora"]
+    g["sample"]["inputs"]["model"] = ["style", 0]
+    assert LORA_LOOK not in answers(pictures(server, g), "look")
