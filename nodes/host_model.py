@@ -1,7 +1,8 @@
 """A DMM checkpoint as the host's MODEL, CLIP and VAE, and back.
 
-The host's own UNet class does the sampling; the style modules are attached to it as submodules, so that the host manages,
-patches and saves them like its other weights. What the weights cannot tell (style names, recipe) travels with the MODEL.
+The host's own UNet class does the sampling; the style modules are attached to it as submodules, so that the host
+manages, patches and saves them like its other weights. What the weights cannot tell (style names, recipe) travels with
+the MODEL.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def model_info(patcher) -> ModelInfo:
     """The information on a MODEL. Raises ValueError when it did not come from Load DMM Model."""
     info = patcher.get_attachment(ATTACHMENT)
     if info is None:
-        raise ValueError("this MODEL carries no DMM styles: connect it to Load DMM Model (other loaders drop the styles)")
+        raise ValueError("this MODEL carries no DMM styles: take it from Load DMM Model (other loaders drop them)")
     return info
 
 
@@ -62,8 +63,8 @@ def model_info(patcher) -> ModelInfo:
 def load(path: str) -> tuple:
     """A safetensors checkpoint, DMM or plain -> (MODEL, CLIP or None, VAE, ModelInfo).
 
-    A file without a VAE gives the host's empty VAE, whose use names the problem. Raises ValueError for files that are no
-    Stable Diffusion checkpoint.
+    A file without a VAE gives the host's empty VAE, whose use names the problem.
+    Raises ValueError for files that are no Stable Diffusion checkpoint.
     """
     checkpoint = load_checkpoint(path)
     model, clip, vae = build_model(checkpoint), build_clip(checkpoint), build_vae(checkpoint)
@@ -137,8 +138,8 @@ def model_config(sd: dict[str, Tensor]) -> tuple:
         config.unet_config |= {"num_heads": -1, "num_head_channels": 64}  # no weight shows them; see UNetConfig.heads
         return config, False
     raise ValueError(
-        f"ComfyUI knows no model of these sizes: width {sizes['model_channels']}, context {sizes['context_dim']}, pooled "
-        f"conditioning {sizes['adm_in_channels']}; use an SD1.x, SD2.x or SDXL model, or a small one of the demo family"
+        f"ComfyUI knows no model of these sizes: width {sizes['model_channels']}, context {sizes['context_dim']}, "
+        f"pooled conditioning {sizes['adm_in_channels']}; use an SD1.x, SD2.x or SDXL model"
     )
 
 
@@ -166,7 +167,7 @@ def set_sampling(model, checkpoint: Checkpoint) -> None:
 
 
 def attach_styles(patcher, styles: dict[str, Tensor], file_dtype: torch.dtype) -> None:
-    """Make codebook and MLP submodules of a fresh MODEL's UNet, from the host's layers, so that casting and offloading work."""
+    """Make codebook and MLP submodules of a fresh MODEL's UNet, of layers that the host can cast and offload."""
     unet = patcher.model.diffusion_model
     dtype = patcher.model.get_dtype()
     dtype = dtype if dtype.itemsize > 1 else file_dtype  # eight bits are too few for the codes
@@ -236,15 +237,15 @@ def build_vae(checkpoint: Checkpoint):
 def to_checkpoint(model, clip=None, vae=None) -> Checkpoint:
     """A MODEL, with LoRAs and merges folded in, and optionally CLIP and VAE -> the checkpoint that loads as the same.
 
-    No weight gets wider than in the file that the MODEL came from: without a GPU the host computes in float32 what the file
-    has in half. The host may have narrowed weights on loading, as it does with every text encoder.
+    No weight gets wider than in the file that the MODEL came from: without a GPU the host computes in float32 what the
+    file has in half. The host may have narrowed weights on loading, as it does with every text encoder.
     Raises ValueError for a MODEL without styles and for a CLIP of another kind of model.
     """
     info = model_info(model)
     if not info.styles:
         raise ValueError("this MODEL has no styles (it is a plain checkpoint): save it with ComfyUI's Save Checkpoint")
     if clip is not None and not isinstance(clip.cond_stage_model, model.model.model_config.clip_target().clip):
-        raise ValueError("this CLIP belongs to another kind of model than the MODEL: connect the one it was loaded with")
+        raise ValueError("this CLIP belongs to another kind of model than the MODEL: connect the one from its file")
     patchers = [model] if clip is None else [model, clip.load_model()]
     mm.load_models_gpu(patchers)
     clip_sd = None if clip is None else clip.state_dict_for_saving()

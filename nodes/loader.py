@@ -12,7 +12,9 @@ from . import host_model, paths
 def describe(info: host_model.ModelInfo, has_clip: bool, has_vae: bool) -> str:
     """What the file holds, for the node's text field."""
     names = info.style_names
-    lines = [f"{len(names)} styles: {', '.join(names)}" if names else "no styles: this is a plain checkpoint, not a DMM model"]
+    lines = ["no styles: this is a plain checkpoint, not a DMM model"]
+    if names:
+        lines = [f"{len(names)} styles: {', '.join(names)}"]
     if not has_clip:
         lines.append("no text encoder in this file: use Load CLIP")
     if not has_vae:
@@ -28,14 +30,15 @@ class LoadDMMModel(io.ComfyNode):
             display_name="Load DMM Model",
             category="DMM",
             description=(
-                "Loads one model that holds many styles. Pick a style with Style Selector; without one it paints without style."
+                "Loads one model that holds many styles. Pick one of them with Style Selector; without it, the model "
+                "paints with no style."
             ),
             search_aliases=["load checkpoint", "multi style", "distilled model merging"],
             inputs=[
                 io.Combo.Input(
                     "ckpt_name",
                     options=paths.model_files(),
-                    tooltip="A file from models/dmm, output/dmm or models/checkpoints. Plain checkpoints load too, without styles.",
+                    tooltip="From models/dmm, output/dmm or models/checkpoints. Plain checkpoints load without styles.",
                 )
             ],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],

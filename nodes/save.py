@@ -30,8 +30,8 @@ class SaveDMMModel(io.ComfyNode):
             display_name="Save DMM Model",
             category="DMM",
             description=(
-                "Saves a DMM model with its styles, their names and its recipe to output/dmm. LoRAs and merges become part of "
-                "it; the selected style does not."
+                "Saves a DMM model with its styles, their names and its recipe to output/dmm. LoRAs and merges become "
+                "part of it; the selected style does not."
             ),
             search_aliases=["save checkpoint", "export model"],
             inputs=[

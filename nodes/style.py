@@ -36,7 +36,7 @@ class StyleSelector(io.ComfyNode):
             search_aliases=["dmm style", "choose style"],
             inputs=[
                 io.Model.Input("model", tooltip="From Load DMM Model."),
-                io.String.Input("style", default=NO_STYLE, tooltip=f"The name of a style in the model, or '{NO_STYLE}'."),
+                io.String.Input("style", default=NO_STYLE, tooltip=f"A style of the model by name, or '{NO_STYLE}'."),
                 io.Float.Input(
                     "strength",
                     default=1.0,

@@ -2,9 +2,9 @@
 
 Song et al., arXiv:2504.12364, Sec. 3.2: ``emb = time_embed(t) + MLP(sum_i w_i e_i)``.
 
-A style travels as style rows (B, N+1) (see ``dmm_core.style``): on a CONDITIONING as ``model_conds["dmm_style"]``, else as
-the MODEL's own row in ``transformer_options["dmm_style"]``. The conditioning's rows win. Nothing is kept on the shared
-model, so any number of differently styled clones of one model can be used in one workflow.
+A style travels as style rows (B, N+1) (see ``dmm_core.style``): on a CONDITIONING as ``model_conds["dmm_style"]``, else
+as the MODEL's own row in ``transformer_options["dmm_style"]``. The conditioning's rows win. Nothing is kept on the
+shared model, so any number of differently styled clones of one model can be used in one workflow.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KEY = "dmm"
 
 
 def install(patcher, row: Tensor) -> None:
-    """Put the patch and the wrappers on a fresh MODEL whose UNet holds the style modules, with ``row`` (1, N+1) as its style."""
+    """Put patch and wrappers on a fresh MODEL whose UNet holds the style modules; ``row`` (1, N+1) is its style."""
     patcher.set_model_emb_patch(add_delta)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, fill_conditionings)
     patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, compute_delta)
@@ -30,7 +30,7 @@ def install(patcher, row: Tensor) -> None:
 
 
 def set_style(patcher, rows: Tensor) -> None:
-    """Make ``rows`` (B, N+1), one per latent of a batch or one for all, the style of this MODEL (replaces the one it had)."""
+    """Make ``rows`` (B, N+1), one per latent or one for all, the style of this MODEL instead of the one it had."""
     patcher.model_options["transformer_options"][STYLE] = rows
 
 
@@ -58,11 +58,9 @@ def compute_delta(executor, x, t, c_concat=None, c_crossattn=None, control=None,
     if rows is None:  # a conditioning that never passed through the guider, as PerpNeg's empty one
         chunks = len(transformer_options["cond_or_uncond"])
         rows = repeat_to_batch_size(transformer_options[STYLE], x.shape[0] // chunks).repeat(chunks, 1)
-    model = executor.class_obj
-    unet = model.diffusion_model
+    unet = executor.class_obj.diffusion_model
     mlp = next(getattr(unet, name) for name in MLP_NAMES if hasattr(unet, name))
-    rows = rows.to(device=x.device, dtype=model.get_dtype_inference())
-    delta = style_delta(getattr(unet, CODEBOOK), mlp, rows)  # (rows, N+1) -> (rows, D)
+    delta = style_delta(getattr(unet, CODEBOOK), mlp, rows.to(x.device))  # (rows, N+1) -> (rows, D)
     options = {**transformer_options, DELTA: delta}
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 

@@ -18,7 +18,7 @@ class TeacherInput:
 
     name: str
     model: Any
-    clip: Any
+    clip: Any = None
     description: str = ""
 
 
@@ -36,7 +36,11 @@ class DMMTeacher(io.ComfyNode):
             search_aliases=["distill", "merge checkpoints"],
             inputs=[
                 io.Model.Input("model"),
-                io.Clip.Input("clip", tooltip="The text encoder this model was made for: it reads the captions for this teacher."),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoder this model was made for. Without one, the base's reads the captions for it.",
+                ),
                 io.String.Input("name", default="my style", tooltip="The name of the style."),
                 io.String.Input(
                     "description", default="", multiline=True, optional=True, advanced=True, tooltip="Shown to whoever picks the style."
@@ -46,7 +50,7 @@ class DMMTeacher(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, name, description="") -> io.NodeOutput:
+    def execute(cls, model, name, clip=None, description="") -> io.NodeOutput:
         check_names([name])
         return io.NodeOutput(TeacherInput(name.strip(), model, clip, description.strip()))
 

@@ -38,7 +38,7 @@ def gather(base, clip, teachers: Sequence[TeacherInput], latents, captions, conf
     digest = weights_sha256(base_unet.state_dict())
     frozen = [Teacher("base", base_unet, contexts, y, prediction(base, "the base model"), zero_snr(base), sha256=digest)]
     for teacher, unet in zip(teachers, unets):
-        own = (contexts, y) if teacher.clip is clip else text_states(teacher.model, teacher.clip, data.prompts, size)
+        own = (contexts, y) if teacher.clip in (None, clip) else text_states(teacher.model, teacher.clip, data.prompts, size)
         kind = prediction(teacher.model, f"teacher '{teacher.name}'")
         about = {"description": teacher.description, "sha256": weights_sha256(unet.state_dict())}
         frozen.append(Teacher(teacher.name, unet, *own, kind, zero_snr(teacher.model), **about))

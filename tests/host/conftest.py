@@ -1,7 +1,7 @@
 """A real ComfyUI for the tests: imported into this process on the CPU, and as a server behind HTTP.
 
-Which one: see ``comfyui_dmm.training.host_path.find_host`` (COMFYUI_PATH first). Its folder is only read: models, outputs and
-settings go to temporary folders. Without a host, every test here is skipped.
+Which one: see ``comfyui_dmm.training.host_path.find_host`` (COMFYUI_PATH first). Its folder is only read: models,
+outputs and settings go to temporary folders. Without a host, every test here is skipped.
 """
 
 import sys

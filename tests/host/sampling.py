@@ -28,8 +28,8 @@ def watch(model):
 
     def keep(module, args, kwargs, out):
         options = kwargs["transformer_options"]
-        y = kwargs.get("y")
-        calls.append(Call(args[0].clone(), args[1].clone(), kwargs["context"], y, options["cond_or_uncond"], out.clone()))
+        x, t, chunks = args[0].clone(), args[1].clone(), options["cond_or_uncond"]
+        calls.append(Call(x, t, kwargs["context"], kwargs.get("y"), chunks, out.clone()))
 
     handle = model.model.diffusion_model.register_forward_hook(keep, with_kwargs=True)
     try:

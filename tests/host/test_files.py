@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from comfyui_dmm.dmm_core.checkpoint import load_checkpoint, save_checkpoint
+from comfyui_dmm.dmm_core.checkpoint import STYLE_KEYS, load_checkpoint, save_checkpoint
 
 from .families import DEMO, FAMILIES, NAMES, checkpoint_of, random_unet
 
@@ -18,6 +18,7 @@ def unet():
 
 @torch.inference_mode()
 def load(path):
+    """-> (MODEL, CLIP, VAE, ModelInfo)."""
     from comfyui_dmm.nodes import host_model
 
     return host_model.load(str(path))
@@ -74,11 +75,13 @@ def test_lora_is_folded_in(models, tmp_path, unet):
     key = "middle_block.0.emb_layers.1.weight"
     weight = unet.get_parameter(key)
     up, down = torch.randn(weight.shape[0], 1), torch.randn(1, weight.shape[1])
-    names = {f"diffusion_model.{key.removesuffix('.weight')}.lora_{n}.weight": w for n, w in (("up", up), ("down", down))}
+    layer = f"diffusion_model.{key.removesuffix('.weight')}"
+    names = {f"{layer}.lora_up.weight": up, f"{layer}.lora_down.weight": down}
     with torch.inference_mode():
         patched, _ = comfy.sd.load_lora_for_models(model, None, names, 0.25, 0)
     save(tmp_path / "b.safetensors", patched)
-    save(tmp_path / "c.safetensors", model)  # the MODEL before the LoRA has not changed
+    comfy.model_management.load_models_gpu([patched])
+    save(tmp_path / "c.safetensors", model)  # though its weights in memory are now the other one's
     after, plain = (load_checkpoint(tmp_path / f"{n}.safetensors").unet for n in "bc")
     assert_same(plain, dict(unet.state_dict()))
     torch.testing.assert_close(after.pop(key), weight + 0.25 * up @ down, rtol=0, atol=1e-6)
@@ -130,7 +133,7 @@ def test_what_cannot_be_saved(models, tmp_path, unet):
     from comfyui_dmm.nodes.host_model import to_checkpoint
 
     plain = checkpoint_of(unet, styles=[], recipe={})
-    plain.unet = {k: v for k, v in plain.unet.items() if not k.startswith(("model_embedding.", "add_embedding."))}
+    plain.unet = {k: v for k, v in plain.unet.items() if not k.startswith(STYLE_KEYS)}
     save_checkpoint(tmp_path / "plain.safetensors", plain)
     model = load(tmp_path / "plain.safetensors")[0]
     with pytest.raises(ValueError, match="no styles.*Save Checkpoint"):
@@ -164,11 +167,10 @@ def test_folders(models, tmp_path, monkeypatch):
     assert len(folder_paths.get_folder_paths("dmm")) == len(set(folder_paths.get_folder_paths("dmm"))) == 3
     output = Path(folder_paths.get_output_directory(), "dmm", "sub")
     output.mkdir(parents=True)
-    for path in (models / "dmm" / "one.safetensors", output / "two.safetensors", models / "checkpoints" / "three.safetensors"):
-        path.write_bytes(b"")
-    (models / "dmm" / "x.ckpt").write_bytes(b"")
+    (output / "two.safetensors").write_bytes(b"")
+    for name in ("dmm/one.safetensors", "dmm/x.ckpt", "checkpoints/one.safetensors", "checkpoints/three.safetensors"):
+        (models / name).write_bytes(b"")
     (models / "checkpoints" / "y.ckpt").write_bytes(b"")
-    (models / "checkpoints" / "one.safetensors").write_bytes(b"")
     folder_paths.filename_list_cache.clear()
     names = paths.model_files()
     assert {"one.safetensors", "sub/two.safetensors", "three.safetensors"} <= set(names)
@@ -197,5 +199,6 @@ def test_metadata_of_a_saved_file():
     """The workflow goes where the host's own savers put it."""
     from comfyui_dmm.nodes.save import workflow_metadata
 
-    assert workflow_metadata({"1": {}}, {"workflow": {"nodes": []}}) == {"prompt": '{"1": {}}', "workflow": '{"nodes": []}'}
+    metadata = workflow_metadata({"1": {}}, {"workflow": {"nodes": []}})
+    assert metadata == {"prompt": '{"1": {}}', "workflow": '{"nodes": []}'}
     assert workflow_metadata(None, None) == {}

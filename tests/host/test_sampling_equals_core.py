@@ -1,13 +1,13 @@
 """The host's UNet with this pack's patch against dmm_core's UNet: same file, same inputs, same eps.
 
-Every comparison is between outputs of one UNet call, recorded while the host's KSampler runs; tolerance 1e-4 of the largest
-output (float32 sums in another order; seen: under 1e-5).
+Every comparison is between outputs of one UNet call, recorded while the host's KSampler runs; tolerance 1e-4 of the
+largest output (float32 sums in another order; seen: under 1e-5).
 """
 
 import pytest
 import torch
 
-from comfyui_dmm.dmm_core.checkpoint import save_checkpoint
+from comfyui_dmm.dmm_core.checkpoint import STYLE_KEYS, save_checkpoint
 from comfyui_dmm.dmm_core.style import no_style_row, style_row
 
 from .families import DEMO, FAMILIES, NAMES, checkpoint_of, random_unet
@@ -53,7 +53,8 @@ def test_every_family(models, family):
     config = FAMILIES[family]
     unet = random_unet(config)
     model = load(models, checkpoint_of(unet))
-    assert type(model.model.model_config).__name__ == {"demo": "SD15", "sd15": "SD15", "sd20": "SD20", "sdxl": "SDXL"}[family]
+    known_as = {"demo": "SD15", "sd15": "SD15", "sd20": "SD20", "sdxl": "SDXL"}
+    assert type(model.model.model_config).__name__ == known_as[family]
     rows = {"none": no_style_row(config.num_styles), NAMES[1]: style_row(config.num_styles, 1, 0.75)}
     for name, row in rows.items():
         with watch(model) as calls:
@@ -136,6 +137,23 @@ def test_conditionings_that_the_guider_never_sees_take_the_models_style(model, u
         assert_equal(call, unet, style_row(4, 0))
 
 
+def test_one_style_per_latent_without_the_guiders_help(model, unet):
+    """The same way in, for a whole batch of prompts."""
+    from comfy.patcher_extension import WrappersMP
+
+    from comfyui_dmm.nodes import style_patch
+
+    rows = torch.cat([style_row(4, 2), no_style_row(4), style_row(4, 3, 2.0)])
+    styled = model.clone()
+    style_patch.set_style(styled, rows)
+    styled.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, style_patch.KEY)
+    with watch(model) as calls:
+        sample(styled, POSITIVE, NEGATIVE, batch=2)
+    assert [len(call.chunks) for call in calls] == [2, 2]
+    for call in calls:
+        assert_equal(call, unet, rows[:2].repeat(2, 1))
+
+
 def test_regions_keep_their_styles(model, unet):
     """Two half-picture prompts in two styles: equal sizes, so they share the forward with each other."""
     rows = [style_row(4, 0), style_row(4, 2)]
@@ -153,7 +171,7 @@ def test_none_is_the_plain_unet_bit_for_bit(models, model, unet):
     import comfy.supported_models
     from comfy.model_detection import detect_unet_config
 
-    sd = {k: v.clone() for k, v in unet.state_dict().items() if not k.startswith(("model_embedding.", "add_embedding."))}
+    sd = {k: v.clone() for k, v in unet.state_dict().items() if not k.startswith(STYLE_KEYS)}
     config = comfy.supported_models.SD15(detect_unet_config(sd, ""))
     config.set_inference_dtype(torch.float32, None)
     config.unet_config |= {"num_heads": -1, "num_head_channels": 64}
@@ -230,13 +248,23 @@ def test_the_host_counts_the_style_weights(model, unet):
     assert model.model_size() >= 4 * sum(p.numel() for p in unet.parameters()) > 4 * styles > 0
 
 
-def test_compiled(model, unet):
-    """torch.compile reuses one graph across styles (eager backend: the guards are real, the kernels are not compiled)."""
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
+def test_compiled(model, monkeypatch):
+    """One compiled graph across styles, without the guards that the host's TorchCompileModel drops.
 
+    With the attention that the host uses on a GPU: the CPU's asks for free memory, and cuts the graph into pieces.
+    """
+    from comfy.ldm.modules import attention
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+
+    for name in ("optimized_attention", "optimized_attention_masked"):
+        monkeypatch.setattr(attention, name, attention.attention_pytorch)
     torch._dynamo.reset()
     compiled = model.clone()
-    set_torch_compile_wrapper(compiled, backend="eager")
+    set_torch_compile_wrapper(compiled, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict})
+    graphs = set()
     for name in ("none", "ink", "墨", "none"):
         expected = sample(select(model, name), POSITIVE, NEGATIVE)
         torch.testing.assert_close(sample(select(compiled, name), POSITIVE, NEGATIVE), expected, rtol=0, atol=1e-4)
+        graphs.add(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(graphs) == 1 and graphs != {0}, "another style made the host compile again, or it never compiled"

@@ -7,9 +7,9 @@ import pytest
 import requests
 import torch
 
-from comfyui_dmm.dmm_core.checkpoint import load_checkpoint, save_checkpoint
+from comfyui_dmm.dmm_core.checkpoint import STYLE_KEYS, load_checkpoint, save_checkpoint
 
-from .families import DEMO, NAMES, checkpoint_of, random_unet
+from .families import DEMO, NAMES, SD15, checkpoint_of, random_unet
 from .server import PACK, NodeError
 
 FILE = "tiny.safetensors"
@@ -40,13 +40,14 @@ def painting(styles: dict[str, str], name=FILE) -> dict:
         "negative": {**text, "inputs": {**text["inputs"], "text": "blurry"}},
         "latent": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
     }
+    vae = ["load", 2]
     for key, style in styles.items():
         settings = {"seed": 5, "steps": 3, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
         links = {"model": [f"style {key}", 0], "positive": ["positive", 0], "negative": ["negative", 0]}
         graph |= {
             f"style {key}": selector(["load", 0], style),
             f"sample {key}": {"class_type": "KSampler", "inputs": {**settings, **links, "latent_image": ["latent", 0]}},
-            f"decode {key}": {"class_type": "VAEDecode", "inputs": {"samples": [f"sample {key}", 0], "vae": ["load", 2]}},
+            f"decode {key}": {"class_type": "VAEDecode", "inputs": {"samples": [f"sample {key}", 0], "vae": vae}},
             f"save {key}": {
                 "class_type": "SaveImage",
                 "inputs": {"images": [f"decode {key}", 0], "filename_prefix": "test"},
@@ -58,6 +59,12 @@ def painting(styles: dict[str, str], name=FILE) -> dict:
 def pictures(server, graph) -> dict[str, np.ndarray]:
     outputs = server.run(graph)
     return {n: np.asarray(server.image(o["images"][0])) for n, o in outputs.items() if n.startswith("save")}
+
+
+def listed(server) -> list[str]:
+    """The files that Load DMM Model offers."""
+    info = server.get("object_info/DMMLoadModel").json()["DMMLoadModel"]
+    return info["input"]["required"]["ckpt_name"][1]["options"]
 
 
 def forget(server):
@@ -93,7 +100,7 @@ def test_a_wrong_style_name_is_a_node_error_that_lists_the_styles(server, files)
 
 def test_a_plain_checkpoint_loads_with_a_note_and_refuses_styles(server, files):
     plain = checkpoint_of(random_unet(DEMO), whole=True, styles=[], recipe={})
-    plain.unet = {k: v for k, v in plain.unet.items() if not k.startswith(("model_embedding.", "add_embedding."))}
+    plain.unet = {k: v for k, v in plain.unet.items() if not k.startswith(STYLE_KEYS)}
     save_checkpoint(server.base / "models" / "checkpoints" / "plain.safetensors", plain)
     outputs = server.run(painting({"a": "none"}, "plain.safetensors"))
     assert outputs["load"]["text"] == ["no styles: this is a plain checkpoint, not a DMM model"]
@@ -103,8 +110,6 @@ def test_a_plain_checkpoint_loads_with_a_note_and_refuses_styles(server, files):
 
 
 def test_a_model_from_another_loader_is_a_node_error(server, files):
-    from .families import SD15
-
     shutil.copy(files / FILE, server.base / "models" / "checkpoints" / "copy.safetensors")
     sd15 = checkpoint_of(random_unet(SD15), torch.float16)
     save_checkpoint(server.base / "models" / "checkpoints" / "sd15.safetensors", sd15)
@@ -179,7 +184,7 @@ def test_save_and_load(server, files):
         assert saved.tensors[key].dtype == weight.dtype and torch.equal(saved.tensors[key], weight), key
     assert (saved.styles, saved.recipe) == (original.styles, original.recipe)
     assert '"keep"' in saved.metadata["prompt"]  # the workflow, as the host's savers keep it
-    assert name in server.get("object_info/DMMLoadModel").json()["DMMLoadModel"]["input"]["required"]["ckpt_name"][1]["options"]
+    assert name in listed(server)
     assert np.array_equal(pictures(server, painting({"a": "ink"}, name))["save a"], before)
 
 
@@ -204,13 +209,12 @@ def test_a_replaced_file_is_read_again(server, files):
 
 
 def test_the_packs_own_models_are_listed(server):
-    options = server.get("object_info/DMMLoadModel").json()["DMMLoadModel"]["input"]["required"]["ckpt_name"][1]["options"]
     own = {path.name for path in (PACK / "models" / "dmm").glob("*.safetensors")}
-    assert own <= set(options)
+    assert own <= set(listed(server))
 
 
 def test_the_nodes_present_themselves(server):
-    expected = {"DMMLoadModel": "Load DMM Model", "DMMStyleSelector": "Style Selector", "DMMSaveModel": "Save DMM Model"}
-    for node, name in expected.items():
+    names = {"DMMLoadModel": "Load DMM Model", "DMMStyleSelector": "Style Selector", "DMMSaveModel": "Save DMM Model"}
+    for node, name in names.items():
         info = server.get(f"object_info/{node}").json()[node]
         assert (info["display_name"], info["category"]) == (name, "DMM") and info["description"]

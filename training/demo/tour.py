@@ -20,6 +20,7 @@ from .bank import demo_latents
 
 CAPTIONS = ("a red star", "a big blue house, hills", "a green fish by the sea", "a yellow moon in the city", "an orange cat", "a pink flower, hills")
 SETTINGS = Settings(steps=16, cfg=4.0, width=128, height=128)
+BLEND, BLEND_SEED = ("ink", "sticker"), 3
 HELD_OUT_SEED = 7_000_000
 """Seed of the scenes for the table; training draws its scenes from small seeds."""
 
@@ -52,11 +53,11 @@ def tour(config_path: str, on_step) -> None:
     sheet = output.with_name(output.stem + "-grid.png")
     grid(rows, labels, CAPTIONS, "Each teacher, and the one DMM model in its style").save(sheet)
 
-    first, second = config.teachers[0].name, config.teachers[-1].name
+    first, second = BLEND
     shares = [i / 6 for i in range(7)]
     mixes = torch.cat([brush.style_row({first: 1 - share, second: share}) for share in shares])
     strip = output.with_name(output.stem + "-blend.png")
-    frames = brush.pictures(brush.latents(["a big blue house, hills"] * len(shares), mixes, 1, SETTINGS, same_noise=True))
+    frames = brush.pictures(brush.latents(["a big blue house, hills"] * 7, mixes, BLEND_SEED, SETTINGS, same_noise=True))
     blend_strip(frames, first, second, shares, "One model, two styles, seven blends").save(strip)
 
     print(f"\ncheckpoint  {output} ({output.stat().st_size / 1e6:.1f} MB)\npictures    {sheet}\nblend       {strip}")
