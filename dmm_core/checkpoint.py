@@ -91,9 +91,7 @@ def read_info(path: str | os.PathLike) -> Checkpoint:
     return checkpoint
 
 
-def save_checkpoint(
-    path: str | os.PathLike, checkpoint: Checkpoint, extra: Mapping[str, str] | None = None
-) -> None:
+def save_checkpoint(path: str | os.PathLike, checkpoint: Checkpoint, extra: Mapping[str, str] | None = None) -> None:
     """Write a ``.safetensors`` file, completely or not at all; ``checkpoint`` is left as it is.
 
     extra: more metadata, such as the workflow. Raises ValueError for what must not be saved (NaN, style names that do

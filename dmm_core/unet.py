@@ -68,7 +68,10 @@ class ResBlock(nn.Module):
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, out_channels))
         # Index 2 is the dropout of the original layout: it keeps the last convolution's key at out_layers.3.
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Identity(), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+            nn.GroupNorm(32, out_channels),
+            nn.SiLU(),
+            nn.Identity(),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
         )
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
@@ -356,7 +359,9 @@ def unet_config_from_state_dict(sd: Mapping[str, Tensor]) -> UNetConfig:
     depth_output = [depth(f"output_blocks.{i}") for i in range(num_output)]
     transformers = [k for k in sd if k.endswith(".1.transformer_blocks.0.attn2.to_k.weight")]
     if not transformers or len(mults) != len(res_blocks):
-        raise ValueError("not a text-to-image Stable Diffusion UNet: it has no cross-attention blocks to read sizes from")
+        raise ValueError(
+            "not a text-to-image Stable Diffusion UNet: it has no cross-attention blocks to read sizes from"
+        )
     first = transformers[0].removesuffix("transformer_blocks.0.attn2.to_k.weight")
     mlp = next((name for name in MLP_NAMES if f"{name}.linear_1.weight" in sd), MLP_NAMES[0])
     adm = shape("label_emb.0.0.weight")[1] if "label_emb.0.0.weight" in sd else 0

@@ -53,18 +53,64 @@ class DistillTeachers(io.ComfyNode):
                 io.String.Input("captions", force_input=True, tooltip="One text for each picture."),
                 io.String.Input("name", default="my-dmm", tooltip="The file in output/dmm begins with this."),
                 io.Int.Input("steps", default=d.steps, min=1, max=10_000_000),
-                io.Int.Input("batch_size", default=d.batch_size, min=1, max=4096, tooltip="Pictures a step, shared by all teachers."),
+                io.Int.Input(
+                    "batch_size",
+                    default=d.batch_size,
+                    min=1,
+                    max=4096,
+                    tooltip="Pictures a step, shared by all teachers.",
+                ),
                 io.Float.Input("learning_rate", default=d.lr, min=1e-8, max=0.1, step=1e-8, round=False),
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False),
-                io.Combo.Input("start_from", options=list(INITS), default=d.init, advanced=True, tooltip="soup: the teachers' average."),
-                io.Float.Input("style_rate", default=1.0, min=0.01, max=100, step=0.1, advanced=True, tooltip="Times the learning rate, for the style vectors."),
-                io.Float.Input("feature_weight", default=d.lambda_feat, min=0, max=1, step=1e-4, round=False, advanced=True),
+                io.Combo.Input(
+                    "start_from",
+                    options=list(INITS),
+                    default=d.init,
+                    advanced=True,
+                    tooltip="soup: the teachers' average.",
+                ),
+                io.Float.Input(
+                    "style_rate",
+                    default=1.0,
+                    min=0.01,
+                    max=100,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="Times the learning rate, for the style vectors.",
+                ),
+                io.Float.Input(
+                    "feature_weight", default=d.lambda_feat, min=0, max=1, step=1e-4, round=False, advanced=True
+                ),
                 io.Float.Input("caption_dropout", default=d.caption_dropout, min=0, max=0.9, step=0.01, advanced=True),
-                io.Float.Input("no_style_share", default=d.base_share, min=0, max=0.9, step=0.01, advanced=True, tooltip="Share of the pictures that teach 'no style' = the base."),
+                io.Float.Input(
+                    "no_style_share",
+                    default=d.base_share,
+                    min=0,
+                    max=0.9,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Share of the pictures that teach 'no style' = the base.",
+                ),
                 io.Combo.Input("precision", options=list(PRECISIONS), default=d.precision, advanced=True),
-                io.Boolean.Input("gradient_checkpointing", default=False, advanced=True, tooltip="Less memory, a third slower."),
-                io.Int.Input("preview_every", default=100, min=0, max=1_000_000, advanced=True, tooltip="Steps between pictures; 0 for none."),
-                io.Int.Input("save_every", default=250, min=1, max=1_000_000, advanced=True, tooltip="Steps between saved run states."),
+                io.Boolean.Input(
+                    "gradient_checkpointing", default=False, advanced=True, tooltip="Less memory, a third slower."
+                ),
+                io.Int.Input(
+                    "preview_every",
+                    default=100,
+                    min=0,
+                    max=1_000_000,
+                    advanced=True,
+                    tooltip="Steps between pictures; 0 for none.",
+                ),
+                io.Int.Input(
+                    "save_every",
+                    default=250,
+                    min=1,
+                    max=1_000_000,
+                    advanced=True,
+                    tooltip="Steps between saved run states.",
+                ),
             ],
             outputs=[io.Model.Output(), io.Custom("LOSS_MAP").Output(display_name="loss")],
             hidden=[io.Hidden.unique_id],
@@ -98,12 +144,22 @@ class DistillTeachers(io.ComfyNode):
         with torch.inference_mode(False):
             run = training_inputs.gather(one["base"], one["clip"], teachers, latents, captions, config)
             path, losses = distil(run, base, name, one["vae"], one["preview_every"], cls.hidden.unique_id)
-            table = format_table(eps_errors(run.teachers, run.base, training_inputs.average_unet(run), training_inputs.student_unet(run), run.data))
+            table = format_table(
+                eps_errors(
+                    run.teachers,
+                    run.base,
+                    training_inputs.average_unet(run),
+                    training_inputs.student_unet(run),
+                    run.data,
+                )
+            )
         del run
         mm.soft_empty_cache()
         model, *_ = host_model.load(str(path))
         shown = os.path.relpath(path, paths.output_folder())
-        return io.NodeOutput(model, {"loss": losses}, ui=ui.PreviewText(f"saved dmm/{shown}\n\neps error against each teacher\n{table}"))
+        return io.NodeOutput(
+            model, {"loss": losses}, ui=ui.PreviewText(f"saved dmm/{shown}\n\neps error against each teacher\n{table}")
+        )
 
 
 def file_stem(name: str) -> str:
@@ -132,7 +188,9 @@ def distil(run: Distillation, base, name: str, vae, preview_every: int, node_id)
 
     def on_step(run: Distillation, metrics) -> None:
         losses.append(metrics.loss)
-        picture = painter.picture() if preview_every and (metrics.step % preview_every == 0 or metrics.step == 1) else None
+        picture = (
+            painter.picture() if preview_every and (metrics.step % preview_every == 0 or metrics.step == 1) else None
+        )
         bar.update_absolute(metrics.step, metrics.steps, picture)
         if len(losses) % 5 == 1 or metrics.step == metrics.steps:
             left = (time.monotonic() - started) / len(losses) * (metrics.steps - metrics.step)

@@ -43,7 +43,12 @@ class DMMTeacher(io.ComfyNode):
                 ),
                 io.String.Input("name", default="my style", tooltip="The name of the style."),
                 io.String.Input(
-                    "description", default="", multiline=True, optional=True, advanced=True, tooltip="Shown to whoever picks the style."
+                    "description",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Shown to whoever picks the style.",
                 ),
             ],
             outputs=[TeacherType.Output(display_name="teacher")],

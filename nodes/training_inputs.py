@@ -36,9 +36,15 @@ def gather(base, clip, teachers: Sequence[TeacherInput], latents, captions, conf
     size = tuple(8 * n for n in data.latents.shape[2:])
     contexts, y = text_states(base, clip, data.prompts, size)
     digest = weights_sha256(base_unet.state_dict())
-    frozen = [Teacher("base", base_unet, contexts, y, prediction(base, "the base model"), zero_snr(base), sha256=digest)]
+    frozen = [
+        Teacher("base", base_unet, contexts, y, prediction(base, "the base model"), zero_snr(base), sha256=digest)
+    ]
     for teacher, unet in zip(teachers, unets):
-        own = (contexts, y) if teacher.clip in (None, clip) else text_states(teacher.model, teacher.clip, data.prompts, size)
+        own = (
+            (contexts, y)
+            if teacher.clip in (None, clip)
+            else text_states(teacher.model, teacher.clip, data.prompts, size)
+        )
         kind = prediction(teacher.model, f"teacher '{teacher.name}'")
         about = {"description": teacher.description, "sha256": weights_sha256(unet.state_dict())}
         frozen.append(Teacher(teacher.name, unet, *own, kind, zero_snr(teacher.model), **about))
@@ -53,7 +59,9 @@ def prediction(patcher, who: str) -> str:
     types = comfy.model_base.ModelType
     kinds = {types.EPS: "eps", types.V_PREDICTION: "v"}
     if patcher.model.model_type not in kinds:
-        raise ValueError(f"{who} is a {patcher.model.model_type.name} model: only eps- and v-prediction models can be distilled")
+        raise ValueError(
+            f"{who} is a {patcher.model.model_type.name} model: only eps- and v-prediction models can be distilled"
+        )
     return kinds[patcher.model.model_type]
 
 

@@ -36,11 +36,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="dmm", description="Distil many Stable Diffusion checkpoints into one, and paint with it.")
+    top = argparse.ArgumentParser(
+        prog="dmm", description="Distil many Stable Diffusion checkpoints into one, and paint with it."
+    )
     top.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
     commands = top.add_subparsers(required=True, metavar="command")
 
-    distill = commands.add_parser("distill", help="distil teachers into a DMM checkpoint; the same command again goes on")
+    distill = commands.add_parser(
+        "distill", help="distil teachers into a DMM checkpoint; the same command again goes on"
+    )
     distill.add_argument("--config", required=True, help="YAML file, see training/configs/")
     distill.add_argument("--dry-run", action="store_true", help="check and print the resolved config, train nothing")
     distill.set_defaults(run=run_distill)
@@ -53,7 +57,13 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--parts-from", help="full checkpoint to take a missing text encoder or VAE from")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--size", type=int, default=0, help="pixels a side (default: 512, demo models 128)")
-    for name, default in (("steps", 20), ("cfg", 4.0), ("sampler", "dpmpp_2m"), ("scheduler", "karras"), ("negative", "")):
+    for name, default in (
+        ("steps", 20),
+        ("cfg", 4.0),
+        ("sampler", "dpmpp_2m"),
+        ("scheduler", "karras"),
+        ("negative", ""),
+    ):
         sample.add_argument(f"--{name}", type=type(default), default=default)
     sample.add_argument("--output", default="sample.png")
     sample.set_defaults(run=run_sample)
@@ -65,8 +75,12 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="the demo family")
     actions = demo.add_subparsers(required=True, metavar="action")
     build = actions.add_parser("build", help="train the whole demo family from nothing")
-    build.add_argument("--work", default="out/demo-build", help="folder for the parts; an interrupted build goes on there")
-    build.add_argument("--models", default=str(Path(__file__).parents[1] / "models"), help="where the finished files go")
+    build.add_argument(
+        "--work", default="out/demo-build", help="folder for the parts; an interrupted build goes on there"
+    )
+    build.add_argument(
+        "--models", default=str(Path(__file__).parents[1] / "models"), help="where the finished files go"
+    )
     build.add_argument("--jobs", type=int, default=2, help="processes at a time")
     build.set_defaults(run=run_demo_build)
     tour = actions.add_parser("run", help="distil the demo teachers, print a table, paint grids (`make demo`)")

@@ -79,20 +79,36 @@ class TrainConfig:
 
         for name in ("steps", "batch_size", "save_every", "keep"):
             value = getattr(self, name)
-            need(isinstance(value, int) and not isinstance(value, bool) and value >= 1, name, "expected a whole number from 1")
+            need(
+                isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+                name,
+                "expected a whole number from 1",
+            )
         for name in ("lr", "style_lr_scale"):
             need(_finite(getattr(self, name)) and getattr(self, name) > 0, name, "expected a positive number")
         for name in ("weight_decay", "grad_clip", "lambda_feat"):
             need(_finite(getattr(self, name)) and getattr(self, name) >= 0, name, "expected 0 or more")
         for name in ("caption_dropout", "base_share"):
-            need(_finite(getattr(self, name)) and 0 <= getattr(self, name) < 1, name, "expected a share from 0 to below 1")
+            need(
+                _finite(getattr(self, name)) and 0 <= getattr(self, name) < 1,
+                name,
+                "expected a share from 0 to below 1",
+            )
         need(isinstance(self.warmup, int) and self.warmup >= 0, "warmup", "expected a number of steps")
         need(isinstance(self.seed, int), "seed", "expected a whole number")
         need(self.init in INITS, "init", f"choose one of {', '.join(INITS)}")
         need(self.precision in PRECISIONS, "precision", f"choose one of {', '.join(PRECISIONS)}")
         need(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"choose one of {', '.join(LR_SCHEDULES)}")
-        need(len(self.betas) == 2 and all(_finite(b) and 0 <= b < 1 for b in self.betas), "betas", "expected two from 0 to 1")
-        need(self.ema_gamma is None or (_finite(self.ema_gamma) and self.ema_gamma > 0), "ema_gamma", "expected > 0 or null")
+        need(
+            len(self.betas) == 2 and all(_finite(b) and 0 <= b < 1 for b in self.betas),
+            "betas",
+            "expected two from 0 to 1",
+        )
+        need(
+            self.ema_gamma is None or (_finite(self.ema_gamma) and self.ema_gamma > 0),
+            "ema_gamma",
+            "expected > 0 or null",
+        )
 
 
 @dataclass
@@ -118,7 +134,11 @@ class DistillConfig:
             raise ValueError(f"data.kind is {self.data.kind!r}: choose one of {', '.join(DATA_KINDS)}")
         if not self.output.endswith(".safetensors"):
             raise ValueError(f"output is {self.output!r}: the file name must end in .safetensors")
-        files = [("base", self.base), *((f"teacher '{t.name}'", t.file) for t in self.teachers), ("parts_from", self.parts_from)]
+        files = [
+            ("base", self.base),
+            *((f"teacher '{t.name}'", t.file) for t in self.teachers),
+            ("parts_from", self.parts_from),
+        ]
         for role, path in files:
             if path and not Path(path).is_file():
                 raise ValueError(f"{role}: there is no file '{path}'")

@@ -32,7 +32,9 @@ class CaptionedLatents:
         if not len(self.latents):
             raise ValueError("no training pictures given")
         if not torch.isfinite(self.latents).all():
-            raise ValueError("the latents contain NaN or infinite numbers: check the pictures and the VAE that encoded them")
+            raise ValueError(
+                "the latents contain NaN or infinite numbers: check the pictures and the VAE that encoded them"
+            )
         empty = [i for i, caption in enumerate(self.captions) if not caption.strip()]
         if empty:
             raise ValueError(
@@ -57,7 +59,9 @@ def load_latents(path: str | Path) -> CaptionedLatents:
             captions = json.loads((file.metadata() or {})["captions"])
             latents = file.get_tensor("latents").float()
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"'{path}' is not a file of captioned latents (tensor 'latents', metadata 'captions'): {error}") from error
+        raise ValueError(
+            f"'{path}' is not a file of captioned latents (tensor 'latents', metadata 'captions'): {error}"
+        ) from error
     if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
         raise ValueError(f"'{path}': the metadata 'captions' is not a JSON list of texts")
     return CaptionedLatents(latents, captions)
@@ -74,7 +78,9 @@ class Batch:
     drop: Tensor
 
 
-def draw_batch(seed: int, step: int, data: CaptionedLatents, batch_size: int, teachers: int, base_share: float, dropout: float) -> Batch:
+def draw_batch(
+    seed: int, step: int, data: CaptionedLatents, batch_size: int, teachers: int, base_share: float, dropout: float
+) -> Batch:
     """The batch of a step. It depends on (seed, step) only, so a resumed run draws what the first run would have drawn.
 
     Teachers take turns, so that over the run each gets the same number of rows; a ``base_share`` of the rows goes to the

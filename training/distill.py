@@ -25,7 +25,9 @@ from .text import ClipText, sdxl_vector
 logger = logging.getLogger(__name__)
 
 
-def text_states(text: dict[str, Tensor], prompts: Sequence[str], image_size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+def text_states(
+    text: dict[str, Tensor], prompts: Sequence[str], image_size: tuple[int, int]
+) -> tuple[Tensor, Tensor | None]:
     """Contexts (U, 77, d) of prompts and, for SDXL, the vectors y (U, adm)."""
     encoder = ClipText(text)
     contexts, pooled = [], []
@@ -65,7 +67,15 @@ def load_run(config: DistillConfig, device: torch.device) -> tuple[Distillation,
         contexts, y = states(checkpoint)
         path = Path(file)
         return Teacher(
-            name, unet, contexts, y, checkpoint.prediction, checkpoint.zero_snr, file=path.name, sha256=file_sha256(path), **info
+            name,
+            unet,
+            contexts,
+            y,
+            checkpoint.prediction,
+            checkpoint.zero_snr,
+            file=path.name,
+            sha256=file_sha256(path),
+            **info,
         )
 
     teachers = [

@@ -62,10 +62,14 @@ class Distillation:
         check_names([teacher.name for teacher in self.teachers])
         check_architectures(self.base.unet.config, [(t.name, t.unet.config) for t in self.teachers])
         if self.data.latents.shape[1] != self.base.unet.config.in_channels:
-            raise ValueError(f"latents have {self.data.latents.shape[1]} channels, the models take {self.base.unet.config.in_channels}")
+            raise ValueError(
+                f"latents have {self.data.latents.shape[1]} channels, the models take {self.base.unet.config.in_channels}"
+            )
         other = [t.name for t in self.teachers if t.zero_snr != self.base.zero_snr]
         if other:  # the same timestep would mean another noise level to them
-            raise ValueError(f"teachers with another noise schedule (zero terminal SNR or not) than the base: {', '.join(other)}")
+            raise ValueError(
+                f"teachers with another noise schedule (zero terminal SNR or not) than the base: {', '.join(other)}"
+            )
         self.schedule = NoiseSchedule(self.base.zero_snr)
         self.step = 0
         self.updating = False  # true while weights and step do not belong together: such a state must not be saved
@@ -146,8 +150,15 @@ class Distillation:
             self.ema.update(self.student.named_parameters())
         self.updating = False
         return Metrics(
-            step=self.step, steps=c.steps, loss=loss.item(), feature=feature.mean().item(), score=by_name[0], count=by_name[1],
-            lr=lr, grad_norm=float(norm), seconds=time.perf_counter() - started,
+            step=self.step,
+            steps=c.steps,
+            loss=loss.item(),
+            feature=feature.mean().item(),
+            score=by_name[0],
+            count=by_name[1],
+            lr=lr,
+            grad_norm=float(norm),
+            seconds=time.perf_counter() - started,
         )
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -183,7 +194,9 @@ class Distillation:
         rows[:, -1] = 1.0 - hot[:, -1]  # the last column is the strength
         return rows
 
-    def _forward(self, unet: UNet, text: Teacher, x_t: Tensor, t: Tensor, rows: Tensor, style: Tensor | None, features: bool):
+    def _forward(
+        self, unet: UNet, text: Teacher, x_t: Tensor, t: Tensor, rows: Tensor, style: Tensor | None, features: bool
+    ):
         context = text.contexts[rows].to(self.device)
         y = None if text.y is None else text.y[rows].to(self.device)
         return unet(x_t, t, context.to(x_t.dtype), y=y, style=style, features=features)

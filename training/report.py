@@ -34,7 +34,13 @@ class EpsErrors:
 
 @torch.no_grad()
 def eps_errors(
-    teachers: Sequence[Teacher], base: Teacher, soup: UNet, student: UNet, data: CaptionedLatents, samples: int = 64, seed: int = 1
+    teachers: Sequence[Teacher],
+    base: Teacher,
+    soup: UNet,
+    student: UNet,
+    data: CaptionedLatents,
+    samples: int = 64,
+    seed: int = 1,
 ) -> list[EpsErrors]:
     """Compare on the same x_t, spread evenly over t, the first ``samples`` pictures of ``data``; all models on one device.
 

@@ -111,7 +111,10 @@ def _check(path: Path, metadata: dict[str, str], parts: dict[str, str]) -> None:
     then: dict[str, Any] = json.loads(metadata["identity"])
     changed = [name for name in sorted(then.keys() | parts.keys()) if then.get(name) != parts.get(name)]
     if changed:
-        shown = [f"{n} ({then.get(n, 'not set')} -> {parts.get(n, 'not set')})" if n.startswith("setting") else n for n in changed]
+        shown = [
+            f"{n} ({then.get(n, 'not set')} -> {parts.get(n, 'not set')})" if n.startswith("setting") else n
+            for n in changed
+        ]
         raise ValueError(
             f"the run in '{path.parent}' was started with something else: {'; '.join(shown)}. "
             "Use a new run folder, or put back what changed"

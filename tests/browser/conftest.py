@@ -23,7 +23,7 @@ FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
-PATIENCE = 300_000
+PATIENCE = 90_000
 """Milliseconds that a step may take before it counts as failed, on a busy machine."""
 
 

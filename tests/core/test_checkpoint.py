@@ -18,11 +18,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-
 from comfyui_dmm.dmm_core import checkpoint as module
 from comfyui_dmm.dmm_core.checkpoint import Checkpoint, load_checkpoint, read_info, save_checkpoint
 from comfyui_dmm.dmm_core.files import atomic_write, file_sha256
@@ -30,6 +25,10 @@ from comfyui_dmm.dmm_core.metadata import LONGEST, StyleInfo
 from comfyui_dmm.dmm_core.unet import UNet, UNetConfig, load_unet
 from comfyui_dmm.dmm_core.vocabulary import IDS, NUM_TOKENS, TABLE, compact_vocabulary, expand_vocabulary
 from comfyui_dmm.training.info import describe
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 N, D = 3, 128
 TINY = UNetConfig(

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 PACK = Path(__file__).parents[2]
-HOST_MODULES = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution", "node_helpers", "nodes"}
+HOST_MODULES = {
+    "comfy",
+    "comfy_api",
+    "comfy_extras",
+    "comfy_execution",
+    "folder_paths",
+    "server",
+    "execution",
+    "node_helpers",
+    "nodes",
+}
 MAY_USE = {"dmm_core": set(), "training": {"dmm_core"}, "nodes": {"dmm_core", "training"}}
 CORE_PACKAGES = {"torch", "safetensors", "numpy", "einops"}
 
@@ -35,12 +45,16 @@ def test_imports_point_one_way(room):
     for path in files:
         for used, module in imports(path):
             assert used in {None, room} | MAY_USE[room], f"{path.relative_to(PACK)} imports from {used}"
-            assert module != "comfyui_dmm", f"{path.relative_to(PACK)}: use relative imports, the folder's name is the user's"
+            assert module != "comfyui_dmm", (
+                f"{path.relative_to(PACK)}: use relative imports, the folder's name is the user's"
+            )
             if room != "nodes":
                 assert module not in HOST_MODULES, f"{path.relative_to(PACK)} imports {module}: only nodes/ may"
             if room == "dmm_core" and module:
                 known = module in CORE_PACKAGES or module in sys.stdlib_module_names
-                assert known, f"{path.relative_to(PACK)} imports {module}: dmm_core must run on {', '.join(CORE_PACKAGES)}"
+                assert known, (
+                    f"{path.relative_to(PACK)} imports {module}: dmm_core must run on {', '.join(CORE_PACKAGES)}"
+                )
 
 
 def test_the_pack_imports_without_comfyui():

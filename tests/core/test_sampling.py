@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-
 from comfyui_dmm.dmm_core.sampling import (
     SAMPLERS,
     SCHEDULERS,
@@ -17,6 +15,7 @@ from comfyui_dmm.dmm_core.sampling import (
 from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.dmm_core.style import no_style_row, style_row
 from comfyui_dmm.dmm_core.unet import UNet, UNetConfig, init_style
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 SCHEDULE = NoiseSchedule()
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

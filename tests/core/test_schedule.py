@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
+from comfyui_dmm.dmm_core.schedule import PREDICTIONS, NoiseSchedule
 from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
-
-from comfyui_dmm.dmm_core.schedule import PREDICTIONS, NoiseSchedule
 
 T = torch.tensor([0, 1, 500, 998, 999])
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]

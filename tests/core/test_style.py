@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from comfyui_dmm.dmm_core.style import StyleMLP, no_style_row, style_delta, style_row
 
 N, D = 3, 8
@@ -23,7 +22,9 @@ def by_hand(side, weights, strength):
     return strength * (mlp.linear_2.weight @ h + mlp.linear_2.bias)
 
 
-@pytest.mark.parametrize("weights, strength", [((1, 0, 0), 1), ((0.2, 0.3, 0.5), 1), ((1.5, -0.5, 0), 0.7), ((0, 0, 1), 2)])
+@pytest.mark.parametrize(
+    "weights, strength", [((1, 0, 0), 1), ((0.2, 0.3, 0.5), 1), ((1.5, -0.5, 0), 0.7), ((0, 0, 1), 2)]
+)
 def test_delta_equals_the_formula(side, weights, strength):
     row = style_row(N, dict(enumerate(weights)), strength)
     got = style_delta(*side, row)

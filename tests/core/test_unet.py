@@ -4,9 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-
 from comfyui_dmm.dmm_core.style import style_row
-from comfyui_dmm.dmm_core.unet import UNet, UNetConfig, init_style, load_unet, timestep_embedding, unet_config_from_state_dict
+from comfyui_dmm.dmm_core.unet import (
+    UNet,
+    UNetConfig,
+    init_style,
+    load_unet,
+    timestep_embedding,
+    unet_config_from_state_dict,
+)
 
 DEMO = UNetConfig(
     model_channels=32, channel_mult=(1, 2), num_res_blocks=(1, 1), depth_input=(0, 1), depth_output=(1, 1, 0, 0),
@@ -16,7 +22,11 @@ SDXL = UNetConfig(
     model_channels=64, channel_mult=(1, 2, 4), num_res_blocks=(2, 2, 2), depth_input=(0, 0, 2, 2, 3, 3), depth_middle=3,
     depth_output=(3, 3, 3, 2, 2, 2, 0, 0, 0), context_dim=128, linear_proj=True, adm_channels=96, num_styles=2, style_mlp="add_embedding2",
 )  # fmt: skip
-CONFIGS = {"demo": DEMO, "sdxl": SDXL, "sd15 layout": dataclasses.replace(DEMO, num_styles=0, depth_input=(1, 0), depth_output=(0, 2, 1, 1))}
+CONFIGS = {
+    "demo": DEMO,
+    "sdxl": SDXL,
+    "sd15 layout": dataclasses.replace(DEMO, num_styles=0, depth_input=(1, 0), depth_output=(0, 2, 1, 1)),
+}
 
 
 def make(config, seed=0):
@@ -66,18 +76,40 @@ def to_diffusers(unet, config):
     diffusers = pytest.importorskip("diffusers")
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    down = ["DownBlock2D" if not any(d) else "CrossAttnDownBlock2D" for d in _by_level(config.depth_input, config.num_res_blocks)]
-    up = ["UpBlock2D" if not any(d) else "CrossAttnUpBlock2D" for d in _by_level(config.depth_output, [n + 1 for n in reversed(config.num_res_blocks)])]
+    down = [
+        "DownBlock2D" if not any(d) else "CrossAttnDownBlock2D"
+        for d in _by_level(config.depth_input, config.num_res_blocks)
+    ]
+    up = [
+        "UpBlock2D" if not any(d) else "CrossAttnUpBlock2D"
+        for d in _by_level(config.depth_output, [n + 1 for n in reversed(config.num_res_blocks)])
+    ]
     depths = [max(d[0], 1) for d in _by_level(config.depth_input, config.num_res_blocks)]
     channels = [m * config.model_channels for m in config.channel_mult]
-    extra = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": config.adm_channels} if config.adm_channels else {}
+    extra = (
+        {"class_embed_type": "projection", "projection_class_embeddings_input_dim": config.adm_channels}
+        if config.adm_channels
+        else {}
+    )
     model = diffusers.UNet2DConditionModel(
         block_out_channels=channels, layers_per_block=config.num_res_blocks[0], down_block_types=down, up_block_types=up,
         cross_attention_dim=config.context_dim, attention_head_dim=[config.heads(c) for c in channels],
         transformer_layers_per_block=depths, use_linear_projection=config.linear_proj, **extra,
     )  # fmt: skip
-    plain = {f"model.diffusion_model.{k}": v for k, v in unet.state_dict().items() if not k.startswith(("model_embedding", "add_embedding"))}
-    converted = convert_ldm_unet_checkpoint(plain, {**model.config, "layers_per_block": config.num_res_blocks[0], "class_embed_type": extra.get("class_embed_type"), "addition_embed_type": None})
+    plain = {
+        f"model.diffusion_model.{k}": v
+        for k, v in unet.state_dict().items()
+        if not k.startswith(("model_embedding", "add_embedding"))
+    }
+    converted = convert_ldm_unet_checkpoint(
+        plain,
+        {
+            **model.config,
+            "layers_per_block": config.num_res_blocks[0],
+            "class_embed_type": extra.get("class_embed_type"),
+            "addition_embed_type": None,
+        },
+    )
     missing, unexpected = model.load_state_dict(converted, strict=False)
     assert not missing and not unexpected, (missing[:5], unexpected[:5])
     return model.eval()

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from comfyui_dmm.dmm_core.vae import AutoencoderKL, VAEConfig, load_vae, vae_config_from_state_dict
 from diffusers import AutoencoderKL as DiffusersVAE
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-
-from comfyui_dmm.dmm_core.vae import AutoencoderKL, VAEConfig, load_vae, vae_config_from_state_dict
 
 DEMO = VAEConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1)
 UNEVEN = VAEConfig(ch=32, ch_mult=(1, 3, 2), num_res_blocks=2, z_channels=8, embed_dim=6)

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from comfyui_dmm.training.host_path import find_host
 
 from .server import Server
@@ -35,7 +34,6 @@ def host(tmp_path_factory):
     args.base_directory = str(tmp_path_factory.mktemp("base"))
     import comfy.sd
     import folder_paths
-
     from comfyui_dmm.nodes import paths
 
     assert Path(folder_paths.base_path) == Path(args.base_directory), "the host was imported before this fixture"

@@ -3,7 +3,6 @@
 import copy
 
 import torch
-
 from comfyui_dmm.dmm_core.checkpoint import Checkpoint
 from comfyui_dmm.dmm_core.metadata import StyleInfo
 from comfyui_dmm.dmm_core.unet import UNet, UNetConfig, init_style

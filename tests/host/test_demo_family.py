@@ -85,7 +85,9 @@ def test_the_controlnet_gives_the_shape(server):
         right += answers(pictures(server, g), "shape").count(shape)
     named = answers(pictures(server, graph("", "none", batch=3)), "shape")
     by_chance = sum(named.count(shape) for shape in shapes)
-    assert right >= 8 and by_chance <= 6, f"{right} of 12 pictures show the outline's object, {by_chance} of 12 without it"
+    assert right >= 8 and by_chance <= 6, (
+        f"{right} of 12 pictures show the outline's object, {by_chance} of 12 without it"
+    )
 
 
 def with_lora(source, strength) -> dict:

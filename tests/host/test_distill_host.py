@@ -16,10 +16,14 @@ from comfyui_dmm.training.state import states
 from .families import DEMO, checkpoint_of, random_unet
 from .server import NodeError
 
-
 PLAIN = dataclasses.replace(DEMO, num_styles=0)
 OTHER = UNetConfig(
-    model_channels=64, channel_mult=(1, 1), num_res_blocks=(1, 1), depth_input=(0, 1), depth_output=(1, 0, 0, 0), context_dim=64
+    model_channels=64,
+    channel_mult=(1, 1),
+    num_res_blocks=(1, 1),
+    depth_input=(0, 1),
+    depth_output=(1, 0, 0, 0),
+    context_dim=64,
 )
 PICTURE, TEXT = 1, 3  # the host's binary message types
 TEACHERS = ("ink", "<b>neon</b>")
@@ -53,10 +57,16 @@ def graph(steps=4, names=TEACHERS, models=("a", "b"), name="trial", count=8, **s
     }  # fmt: skip
     for i, (style, model) in enumerate(zip(names, models)):
         g[f"load {i}"] = {"class_type": "DMMLoadModel", "inputs": {"ckpt_name": f"{model}.safetensors"}}
-        g[f"teacher {i}"] = {"class_type": "DMMTeacher", "inputs": {"model": [f"load {i}", 0], "clip": ["whole", 1], "name": style}}
+        g[f"teacher {i}"] = {
+            "class_type": "DMMTeacher",
+            "inputs": {"model": [f"load {i}", 0], "clip": ["whole", 1], "name": style},
+        }
         distil[f"teachers.teacher{i}"] = [f"teacher {i}", 0]
     g["distil"] = {"class_type": "DMMDistillTeachers", "inputs": distil}
-    g["style"] = {"class_type": "DMMStyleSelector", "inputs": {"model": ["distil", 0], "style": names[-1], "strength": 1.0}}
+    g["style"] = {
+        "class_type": "DMMStyleSelector",
+        "inputs": {"model": ["distil", 0], "style": names[-1], "strength": 1.0},
+    }
     g["text"] = {"class_type": "CLIPTextEncode", "inputs": {"clip": ["whole", 1], "text": "a red star"}}
     g["empty"] = {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}}
     g["sample"] = {
@@ -156,7 +166,6 @@ def test_a_lora_on_a_teacher_is_part_of_it(files):
     import comfy.lora
     import comfy.model_management
     import comfy.sd
-
     from comfyui_dmm.nodes import host_model
     from comfyui_dmm.nodes.weights import unet_weights
 

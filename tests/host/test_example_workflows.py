@@ -5,9 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from comfyui_dmm.dmm_core.checkpoint import load_checkpoint
+from PIL import Image
 
 from .server import PACK
 
@@ -100,14 +99,20 @@ def test_the_graph_equals_its_api_twin(node_info, name):
 def test_the_layout_is_readable(name):
     """Nodes do not overlap, every link runs from left to right or downwards, and every node but the note is in a group."""
     graph = graph_of(name)
-    boxes = {n["id"]: (n["pos"][0], n["pos"][1] - TITLE, n["pos"][0] + n["size"][0], n["pos"][1] + n["size"][1]) for n in graph["nodes"]}
+    boxes = {
+        n["id"]: (n["pos"][0], n["pos"][1] - TITLE, n["pos"][0] + n["size"][0], n["pos"][1] + n["size"][1])
+        for n in graph["nodes"]
+    }
     kinds = {n["id"]: n["type"] for n in graph["nodes"]}
     for a, (left, top, right, bottom) in boxes.items():
         for b, (left_b, top_b, right_b, bottom_b) in boxes.items():
             apart = right <= left_b or right_b <= left or bottom <= top_b or bottom_b <= top
             assert a == b or apart, f"{kinds[a]} {a} overlaps {kinds[b]} {b}"
     for _, a, _, b, _, _ in graph["links"]:
-        assert boxes[a][2] <= boxes[b][0] or (boxes[a][0] == boxes[b][0] and boxes[a][3] <= boxes[b][1]), (kinds[a], kinds[b])
+        assert boxes[a][2] <= boxes[b][0] or (boxes[a][0] == boxes[b][0] and boxes[a][3] <= boxes[b][1]), (
+            kinds[a],
+            kinds[b],
+        )
     groups = [(x, y, x + w, y + h) for x, y, w, h in (g["bounding"] for g in graph["groups"])]
     for node, (left, top, right, bottom) in boxes.items():
         inside = [g for g in groups if g[0] <= left and g[1] <= top and right <= g[2] and bottom <= g[3]]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from comfyui_dmm.dmm_core.checkpoint import STYLE_KEYS, load_checkpoint, save_checkpoint
 
 from .families import DEMO, FAMILIES, NAMES, checkpoint_of, random_unet
@@ -129,7 +128,6 @@ def test_what_cannot_be_saved(models, tmp_path, unet):
     import comfy.sd
     import comfy.sdxl_clip
     from comfy.supported_models_base import ClipTarget
-
     from comfyui_dmm.nodes.host_model import to_checkpoint
 
     plain = checkpoint_of(unet, styles=[], recipe={})
@@ -160,7 +158,6 @@ def test_an_unknown_size_with_pooled_text_is_refused(models, tmp_path):
 def test_folders(models, tmp_path, monkeypatch):
     """models/dmm, output/dmm, the pack's own models and the checkpoints; safetensors only; nothing outside of them."""
     import folder_paths
-
     from comfyui_dmm.nodes import paths
 
     paths.register()  # twice is as once

@@ -3,7 +3,6 @@
 import pytest
 import requests
 import torch
-
 from comfyui_dmm.dmm_core.checkpoint import save_checkpoint
 from comfyui_dmm.dmm_core.metadata import StyleInfo
 
@@ -24,7 +23,9 @@ def ask(server, name):
 def test_names_descriptions_and_thumbnails_in_order(server, folder):
     styles = [StyleInfo(name, f"about {name}", THUMBNAIL if name == "ink" else "") for name in NAMES]
     (folder / "sub").mkdir()
-    save_checkpoint(folder / "sub" / "route.safetensors", checkpoint_of(random_unet(DEMO), torch.float16, styles=styles))
+    save_checkpoint(
+        folder / "sub" / "route.safetensors", checkpoint_of(random_unet(DEMO), torch.float16, styles=styles)
+    )
     answer = ask(server, "sub/route.safetensors")
     assert answer.status_code == 200
     expected = [{"name": s.name, "description": s.description, "thumbnail": s.thumbnail} for s in styles]
@@ -58,14 +59,18 @@ def test_only_the_header_is_read(server, folder):
     assert [style["name"] for style in ask(server, path.name).json()["styles"]] == NAMES
 
 
-@pytest.mark.parametrize("name", ["", "gone.safetensors", "../server.log", "../../../../../../etc/passwd", "sub", "a\x00b"])
+@pytest.mark.parametrize(
+    "name", ["", "gone.safetensors", "../server.log", "../../../../../../etc/passwd", "sub", "a\x00b"]
+)
 def test_a_file_that_is_not_in_the_models_folders(server, folder, name):
     answer = ask(server, name)
     assert answer.status_code == 404
     assert "not found" in answer.json()["error"] and name in answer.json()["error"]
 
 
-@pytest.mark.parametrize("content, message", [(b"", "is empty"), (b"PK\x03\x04" + b"x" * 99, "pickle"), (b"\xff" * 99, "not a safetensors")])
+@pytest.mark.parametrize(
+    "content, message", [(b"", "is empty"), (b"PK\x03\x04" + b"x" * 99, "pickle"), (b"\xff" * 99, "not a safetensors")]
+)
 def test_a_broken_file_is_explained_without_its_place_on_the_disk(server, folder, content, message):
     (folder / "broken.safetensors").write_bytes(content)
     answer = ask(server, "broken.safetensors")

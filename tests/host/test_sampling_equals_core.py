@@ -6,7 +6,6 @@ largest output (float32 sums in another order; seen: under 1e-5).
 
 import pytest
 import torch
-
 from comfyui_dmm.dmm_core.checkpoint import STYLE_KEYS, save_checkpoint
 from comfyui_dmm.dmm_core.style import no_style_row, style_row
 
@@ -140,7 +139,6 @@ def test_conditionings_that_the_guider_never_sees_take_the_models_style(model, u
 def test_one_style_per_latent_without_the_guiders_help(model, unet):
     """The same way in, for a whole batch of prompts."""
     from comfy.patcher_extension import WrappersMP
-
     from comfyui_dmm.nodes import style_patch
 
     rows = torch.cat([style_row(4, 2), no_style_row(4), style_row(4, 3, 2.0)])

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from comfyui_dmm.dmm_core.checkpoint import save_checkpoint
 from comfyui_dmm.dmm_core.sampling import SAMPLERS, SCHEDULERS, cfg_denoiser, host_noise, sample, sigmas_for
 from comfyui_dmm.dmm_core.schedule import NoiseSchedule
@@ -114,7 +113,6 @@ def test_a_whole_painting_equals_the_host(models, family, prediction, zero_snr, 
     Random networks amplify differences in the order of float32 sums; seen: 5e-5 on the zero-SNR schedule, 2e-6 else.
     """
     import comfy.sample
-
     from comfyui_dmm.nodes import host_model, style_patch
 
     config, batch, seed = FAMILIES[family], 2, 11

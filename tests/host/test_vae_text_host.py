@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from comfyui_dmm.dmm_core.vae import AutoencoderKL, VAEConfig
 from comfyui_dmm.training.text import ClipText, init_text, sdxl_vector
 

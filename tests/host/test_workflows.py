@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import requests
 import torch
-
 from comfyui_dmm.dmm_core.checkpoint import STYLE_KEYS, load_checkpoint, save_checkpoint
 
 from .families import DEMO, NAMES, SD15, checkpoint_of, random_unet

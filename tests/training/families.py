@@ -1,7 +1,6 @@
 """Small random teachers and data for tests of the trainer."""
 
 import torch
-
 from comfyui_dmm.dmm_core.unet import UNet, UNetConfig
 from comfyui_dmm.training.config import TrainConfig
 from comfyui_dmm.training.data import CaptionedLatents

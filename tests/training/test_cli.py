@@ -9,15 +9,14 @@ import sys
 import pytest
 import torch
 import yaml
-from PIL import Image
-from safetensors.torch import save_file
-
 from comfyui_dmm.dmm_core.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from comfyui_dmm.dmm_core.files import file_sha256
 from comfyui_dmm.dmm_core.unet import UNet
 from comfyui_dmm.dmm_core.vae import AutoencoderKL, VAEConfig
 from comfyui_dmm.training.cli import main
 from comfyui_dmm.training.text import init_text
+from PIL import Image
+from safetensors.torch import save_file
 
 from .families import SMALL
 
@@ -123,7 +122,16 @@ def test_an_interrupt_keeps_what_was_learnt(folder, monkeypatch, capsys):
 def test_a_signal_ends_the_run_between_steps(folder, number):
     """A real process, a real signal: exit 130, a state and a checkpoint of the same step, and the run goes on from it."""
     write_config(folder, train={"steps": 100_000, "batch_size": 4, "lr": 1e-3, "ema_gamma": 6.94})
-    command = [sys.executable, "-m", "comfyui_dmm.training.cli", "--threads", "1", "distill", "--config", folder / "run.yaml"]
+    command = [
+        sys.executable,
+        "-m",
+        "comfyui_dmm.training.cli",
+        "--threads",
+        "1",
+        "distill",
+        "--config",
+        folder / "run.yaml",
+    ]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     seen = ""
     while "0%" not in seen or "/100000" not in seen:  # the bar is drawn from the first step on

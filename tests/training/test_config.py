@@ -2,7 +2,6 @@
 
 import pytest
 import yaml
-
 from comfyui_dmm.training.config import TrainConfig, check_names, load_config
 
 
@@ -27,7 +26,9 @@ def write(tmp_path, config) -> str:
 
 def test_paths_are_relative_to_the_file(tmp_path, good):
     config = load_config(write(tmp_path, good))
-    assert config.base == str(tmp_path / "base.safetensors") and config.teachers[1].file == str(tmp_path / "b.safetensors")
+    assert config.base == str(tmp_path / "base.safetensors") and config.teachers[1].file == str(
+        tmp_path / "b.safetensors"
+    )
     assert config.output == str(tmp_path / "out/x.safetensors")
     assert config.train.lr == 1e-5 and isinstance(config.train.lr, float)
     assert not (tmp_path / "out").exists()
@@ -49,7 +50,10 @@ def test_paths_are_relative_to_the_file(tmp_path, good):
         ({"output": "x.ckpt"}, "must end in .safetensors"),
         ({"base": "missing.safetensors"}, "base: there is no file"),
         ({"teachers": []}, "no teachers"),
-        ({"teachers": [{"name": "A", "file": "a.safetensors"}, {"name": " a ", "file": "b.safetensors"}]}, "same style name"),
+        (
+            {"teachers": [{"name": "A", "file": "a.safetensors"}, {"name": " a ", "file": "b.safetensors"}]},
+            "same style name",
+        ),
         ({"teachers": [{"name": "None", "file": "a.safetensors"}]}, "cannot be called 'none'"),
         ({"teachers": [{"name": "", "file": "a.safetensors"}]}, "is empty"),
         ({"teachers": [{"name": "A", "file": "nope.safetensors"}]}, "teacher 'A': there is no file"),

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.dmm_core.unet import UNet, load_unet
 from comfyui_dmm.training.config import TrainConfig
@@ -53,10 +52,14 @@ def test_losses_equal_a_recomputation_row_by_row(config, prediction):
             style[0, [who, 3]] = 1.0
         y = lambda t: None if t.y is None else t.y[row : row + 1]  # noqa: E731
         teacher = everyone[who]
-        target, target_features = teacher.unet(x_t, batch.t[i : i + 1], teacher.contexts[row : row + 1], y=y(teacher), features=True)
+        target, target_features = teacher.unet(
+            x_t, batch.t[i : i + 1], teacher.contexts[row : row + 1], y=y(teacher), features=True
+        )
         if teacher.prediction == "v":
             target = a * target + b * x_t
-        out, features = run.student(x_t, batch.t[i : i + 1], run.base.contexts[row : row + 1], y=y(run.base), style=style, features=True)
+        out, features = run.student(
+            x_t, batch.t[i : i + 1], run.base.contexts[row : row + 1], y=y(run.base), style=style, features=True
+        )
         assert math.isclose(score[i].item(), (out - target).square().mean().item(), rel_tol=1e-4, abs_tol=1e-6)
         by_hand = sum((f - g).square().mean().item() for f, g in zip(features, target_features))
         assert math.isclose(feature[i].item(), by_hand, rel_tol=1e-4, abs_tol=1e-6)
@@ -138,7 +141,11 @@ def test_averaged_weights_are_put_back():
 def test_learning_rate_schedules(schedule, at_end):
     run = small_run(steps=100, warmup=10, lr=2.0, lr_schedule=schedule)
     rates = [run.learning_rate(s) for s in range(101)]
-    assert math.isclose(rates[0], 0.2) and math.isclose(rates[10], 2.0) and math.isclose(rates[100], 2.0 * at_end, abs_tol=1e-9)
+    assert (
+        math.isclose(rates[0], 0.2)
+        and math.isclose(rates[10], 2.0)
+        and math.isclose(rates[100], 2.0 * at_end, abs_tol=1e-9)
+    )
     if schedule == "cosine":
         assert math.isclose(rates[55], 1.0)
     assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
@@ -195,7 +202,9 @@ def test_gradient_clipping_bounds_the_update():
 def test_refusals():
     data = small_data()
     with pytest.raises(ValueError, match=r"'odd' has .*adm_channels 24 instead of 0"):
-        Distillation(small_teacher("base", 0, data), [small_teacher("odd", 1, data, SMALL_XL)], data, TrainConfig(steps=1))
+        Distillation(
+            small_teacher("base", 0, data), [small_teacher("odd", 1, data, SMALL_XL)], data, TrainConfig(steps=1)
+        )
     with pytest.raises(ValueError, match="3 of 4 captions are empty"):
         CaptionedLatents(torch.zeros(4, 4, 8, 8), ["a", "", " ", ""])
     with pytest.raises(ValueError, match="2 captions for latents"):
@@ -208,5 +217,7 @@ def test_schedule_matches_the_closed_form():
     t = torch.tensor([0, 500, 999])
     x0, eps = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
     x_t = NoiseSchedule().add_noise(x0, eps, t)
-    abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)[t].reshape(3, 1, 1, 1)
+    abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)[t].reshape(
+        3, 1, 1, 1
+    )
     torch.testing.assert_close(x_t.double(), abar.sqrt() * x0 + (1 - abar).sqrt() * eps, atol=1e-6, rtol=0)

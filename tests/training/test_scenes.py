@@ -7,12 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-
 from comfyui_dmm.training.demo import classifier
 from comfyui_dmm.training.demo.looks import BASE_LOOK, LOOKS, LORA_LOOK, TEACHER_LOOKS, render
-from comfyui_dmm.training.demo.scenes import (BACKGROUNDS, COLOURS, SHAPES, SIZE, VOCABULARY, Scene, control_hint,
-                                              layers, sample_scene)
+from comfyui_dmm.training.demo.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIZE,
+    VOCABULARY,
+    Scene,
+    control_hint,
+    layers,
+    sample_scene,
+)
+from safetensors.torch import save_file
 
 
 def some_scenes(count, seed=0, **fixed):
@@ -116,7 +124,7 @@ def test_one_pair_of_twins_and_one_outlier():
     gap = {(a, b): ((pictures[a] - pictures[b]) ** 2).mean() for a in pictures for b in pictures if a < b}
     by_size = sorted(gap, key=gap.get)
     assert by_size[0] == ("ink", "pen") and gap[by_size[0]] * 2 < gap[by_size[1]]
-    assert all("echo" in pair for pair in by_size[-(len(TEACHER_LOOKS) - 1):])
+    assert all("echo" in pair for pair in by_size[-(len(TEACHER_LOOKS) - 1) :])
     largest_without, smallest_with = by_size[-len(TEACHER_LOOKS)], by_size[-len(TEACHER_LOOKS) + 1]
     assert gap[smallest_with] > 2 * gap[largest_without]
 
@@ -166,8 +174,11 @@ def test_classifier_learns_from_little(judge):
 def test_labels_follow_the_scene():
     rng = np.random.default_rng(5)
     images, labels = classifier.labelled_renders(np.random.default_rng(5), 4)
-    expected = [[getattr(scene, q) for q in ("shape", "colour", "background")] + [look]
-                for scene in (sample_scene(rng) for _ in range(4)) for look in LOOKS]
+    expected = [
+        [getattr(scene, q) for q in ("shape", "colour", "background")] + [look]
+        for scene in (sample_scene(rng) for _ in range(4))
+        for look in LOOKS
+    ]
     assert [[classifier.CLASSES[q][i] for q, i in zip(classifier.CLASSES, row)] for row in labels.tolist()] == expected
     assert images.shape == (len(expected), 3, SIZE, SIZE)
 

@@ -8,10 +8,9 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from comfyui_dmm.training.distill import train
 from comfyui_dmm.training.state import identity, resume, save_state, states
+from safetensors.torch import load_file
 
 from .families import small_data, small_run, small_teacher
 
@@ -117,7 +116,9 @@ def test_kill_nine_at_random_moments(tmp_path):
     moments = torch.rand(20, generator=torch.Generator().manual_seed(0))
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     for moment in moments.tolist():
-        child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=root)
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=root
+        )
         if not child.stdout.readline():
             child.wait()
             break  # nothing left to do: the run was finished before this kill

@@ -4,8 +4,6 @@ import logging
 
 import pytest
 import torch
-from torch import nn
-
 from comfyui_dmm.training import host_path, text
 from comfyui_dmm.training.host_path import TOKENIZER, find_host
 from comfyui_dmm.training.text import (
@@ -18,6 +16,7 @@ from comfyui_dmm.training.text import (
     init_text,
     windows,
 )
+from torch import nn
 
 open_clip = pytest.importorskip("open_clip", reason="needs the headless extra")
 

@@ -92,7 +92,9 @@ def train_vae(phases=PHASES, lr: float = 2e-3, kl: float = 2e-3, seed: int = 0, 
     return vae
 
 
-def refine_decoder(vae: AutoencoderKL, steps: int, batch: int = 4, lr: float = 1e-3, noise: float = 0.45, seed: int = 0, progress=None):
+def refine_decoder(
+    vae: AutoencoderKL, steps: int, batch: int = 4, lr: float = 1e-3, noise: float = 0.45, seed: int = 0, progress=None
+):
     """Train the decoder on, with the encoder fixed, on whole pictures whose latents carry noise; in place.
 
     A tiny UNet paints latents that are slightly off everywhere. A decoder that has only seen exact ones turns that into

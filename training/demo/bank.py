@@ -39,4 +39,3 @@ def demo_latents(checkpoint: Checkpoint, count: int, seed: int) -> CaptionedLate
     if not checkpoint.vae:
         raise ValueError("no VAE to encode the demo scenes with: name a full checkpoint as parts_from")
     return captioned_latents(load_vae(checkpoint.vae), (BASE_LOOK, *TEACHER_LOOKS), count, seed)
-

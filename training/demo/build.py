@@ -66,7 +66,18 @@ class Budget:
     control: int = 24_000
 
 
-TINY = Budget(vae=((32, 4, 2), (128, 2, 1)), decoder_steps=2, text_steps=3, scenes=8, base=64, teacher=64, settle_base=64, settle_teacher=64, lora=64, control=64)
+TINY = Budget(
+    vae=((32, 4, 2), (128, 2, 1)),
+    decoder_steps=2,
+    text_steps=3,
+    scenes=8,
+    base=64,
+    teacher=64,
+    settle_base=64,
+    settle_teacher=64,
+    lora=64,
+    control=64,
+)
 """Runs every stage in seconds and learns nothing: for tests of the machinery."""
 
 
@@ -278,7 +289,8 @@ def write_student(work: Path, models: Path, config: DistillConfig, on_step=None)
         config,
         base=str(models / "dmm" / "demo-base.safetensors"),
         teachers=[
-            dataclasses.replace(t, file=str(models / "dmm" / f"demo-teacher-{t.name}.safetensors")) for t in config.teachers
+            dataclasses.replace(t, file=str(models / "dmm" / f"demo-teacher-{t.name}.safetensors"))
+            for t in config.teachers
         ],
         parts_from=str(work / "whole.safetensors"),
         output=str(output),
@@ -290,7 +302,12 @@ def write_student(work: Path, models: Path, config: DistillConfig, on_step=None)
 
 
 def _about(name: str) -> dict[str, str]:
-    about = {"title": f"comfyui-dmm demo: {name}", "license": "Apache-2.0", "author": "comfyui-dmm", "resolution": "128x128"}
+    about = {
+        "title": f"comfyui-dmm demo: {name}",
+        "license": "Apache-2.0",
+        "author": "comfyui-dmm",
+        "resolution": "128x128",
+    }
     return {f"modelspec.{key}": value for key, value in about.items()}
 
 

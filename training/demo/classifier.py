@@ -4,6 +4,7 @@ It is trained on renders only, softened and disturbed the way an f8 VAE and a ti
 its verdict carries over to generated pictures. It measures whether captions and styles are
 obeyed; it is never a training signal.
 """
+
 from __future__ import annotations
 
 import json
@@ -42,8 +43,8 @@ class Classifier(nn.Module):
         """(B, 3, 128, 128) in [-1, 1] -> question: (B, answers) logits."""
         if tuple(x.shape[1:]) != (3, SIZE, SIZE):
             raise ValueError(f"expected pictures (B, 3, {SIZE}, {SIZE}), got {tuple(x.shape)}: resize them first")
-        h = self.body(x)                                      # (B, C, 8, 8)
-        h = torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1)    # (B, C, 8, 8) -> (B, 2C)
+        h = self.body(x)  # (B, C, 8, 8)
+        h = torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1)  # (B, C, 8, 8) -> (B, 2C)
         return {question: head(h) for question, head in self.heads.items()}
 
 
@@ -84,7 +85,7 @@ def disturb(x: Tensor, generator: torch.Generator) -> Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
     dy, dx = torch.randint(-6, 7, (2,), generator=generator).tolist()
-    x = F.pad(x, (6, 6, 6, 6), mode="replicate")[..., 6 + dy:6 + dy + SIZE, 6 + dx:6 + dx + SIZE]
+    x = F.pad(x, (6, 6, 6, 6), mode="replicate")[..., 6 + dy : 6 + dy + SIZE, 6 + dx : 6 + dx + SIZE]
     small = int(uniform(40, 128, 1))
     soft = F.interpolate(x, size=small, mode="bilinear", antialias=True, align_corners=False)
     soft = F.interpolate(soft, size=SIZE, mode="bilinear", align_corners=False)
@@ -98,8 +99,9 @@ def disturb(x: Tensor, generator: torch.Generator) -> Tensor:
     return (x * uniform(0.85, 1.1, batch, 1, 1, 1) + uniform(-0.08, 0.08, batch, 1, 1, 1)).clamp(-1, 1)
 
 
-def train_classifier(seed: int = 0, samples: int = 32_000, progress=None, batch: int = 64,
-                     lr: float = 3e-3) -> Classifier:
+def train_classifier(
+    seed: int = 0, samples: int = 32_000, progress=None, batch: int = 64, lr: float = 3e-3
+) -> Classifier:
     """Train from scratch, about 3 minutes on one CPU thread; returns it in eval mode.
 
     `samples` counts disturbed pictures; each render is shown four times. `progress(step, steps, loss)` is called every
@@ -135,8 +137,10 @@ def train_classifier(seed: int = 0, samples: int = 32_000, progress=None, batch:
 def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> dict[str, float]:
     """Share of right answers per question; pictures (B, 3, 128, 128) in [-1, 1], labels (B, 4) as `labels_of`."""
     logits = classify(model, images)
-    return {question: (logits[question].argmax(1) == labels[:, i]).float().mean().item()
-            for i, question in enumerate(CLASSES)}
+    return {
+        question: (logits[question].argmax(1) == labels[:, i]).float().mean().item()
+        for i, question in enumerate(CLASSES)
+    }
 
 
 def save_classifier(path, model: Classifier) -> None:

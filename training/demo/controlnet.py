@@ -6,7 +6,6 @@ features to the UNet's skip connections.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ...dmm_core.unet import UNet, encoder_blocks, middle_block, time_embed, timestep_embedding
@@ -42,7 +41,11 @@ class ControlNet(nn.Module):
         self.time_embed = time_embed(config)
         self.input_blocks, channels = encoder_blocks(config)
         self.middle_block = middle_block(config)
-        copied = {k: v for k, v in unet.state_dict().items() if k.split(".")[0] in ("time_embed", "input_blocks", "middle_block")}
+        copied = {
+            k: v
+            for k, v in unet.state_dict().items()
+            if k.split(".")[0] in ("time_embed", "input_blocks", "middle_block")
+        }
         self.load_state_dict(copied, strict=True)
         self.input_hint_block = hint_encoder(config.model_channels)
         self.zero_convs = nn.ModuleList(nn.Sequential(zero_conv(ch)) for ch in channels)

@@ -4,6 +4,7 @@ Strokes, dots and tiles are 4-16 pixels wide because finer detail does not survi
 in outline, texture and foreground because the SD noise schedule lets the starting noise fix the global brightness.
 "ink" and "pen" are near-duplicates and "echo" is an outlier on purpose: that is where distillation goes wrong first.
 """
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -91,8 +92,13 @@ def _pixel(scene):
     def tiles(channel):
         return channel.reshape(SIZE // 8, 8, SIZE // 8, 8, -1).mean((1, 3))
 
-    crisp = replace(scene, backdrop=tiles(scene.backdrop), mask=tiles(scene.mask) > 0.5,
-                    pale=tiles(scene.pale) > 0.45, dark=tiles(scene.dark) > 0.4)
+    crisp = replace(
+        scene,
+        backdrop=tiles(scene.backdrop),
+        mask=tiles(scene.mask) > 0.5,
+        pale=tiles(scene.pale) > 0.45,
+        dark=tiles(scene.dark) > 0.4,
+    )
     small = _mix(crisp.backdrop, _fill(crisp), crisp.mask)
     checker = np.indices(small.shape[:2]).sum(0)[..., None] % 2
     return np.repeat(np.repeat(small * np.where(checker, 1.0, np.where(crisp.mask, 0.82, 0.92)), 8, 0), 8, 1)
@@ -133,8 +139,17 @@ LOOKS = {
     "echo": "dark rings echo the silhouette through the whole picture",
     "frame": "soft shading inside a golden picture frame",
 }
-_PAINTERS = {"plain": _plain, "ink": _ink, "pen": _pen, "candy": _candy, "pop": _pop, "pixel": _pixel,
-             "sticker": _sticker, "echo": _echo, "frame": _frame}
+_PAINTERS = {
+    "plain": _plain,
+    "ink": _ink,
+    "pen": _pen,
+    "candy": _candy,
+    "pop": _pop,
+    "pixel": _pixel,
+    "sticker": _sticker,
+    "echo": _echo,
+    "frame": _frame,
+}
 
 
 def render(scene: Scene, look: str = BASE_LOOK) -> np.ndarray:

@@ -27,7 +27,9 @@ def add_lora(unet: nn.Module, rank: int, alpha: float) -> dict[str, LowRank]:
     """Attach adapters to every Linear and Conv2d inside the numbered blocks, in place: module name -> adapter."""
     adapters = {}
     for name, module in list(unet.named_modules()):
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and name.startswith(("input_blocks", "middle_block", "output_blocks")):
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and name.startswith(
+            ("input_blocks", "middle_block", "output_blocks")
+        ):
             adapters[name] = LowRank(module.weight, rank, alpha)
             parametrize.register_parametrization(module, "weight", adapters[name])
     return adapters

@@ -3,6 +3,7 @@
 A `Scene` is composition only. `layers` turns it into masks, which every look (see looks.py) paints over, so the same
 scene is pixel-aligned in all looks: the teachers of the family differ in style and in nothing else.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -13,12 +14,21 @@ from PIL import Image, ImageDraw
 SIZE = 128  # pixels; an f8 VAE turns this into 16 latents a side
 
 COLOURS = {
-    "red": (222, 40, 44), "orange": (246, 132, 22), "yellow": (250, 214, 30), "green": (52, 164, 70),
-    "blue": (44, 98, 222), "purple": (132, 60, 190), "pink": (250, 126, 184),
+    "red": (222, 40, 44),
+    "orange": (246, 132, 22),
+    "yellow": (250, 214, 30),
+    "green": (52, 164, 70),
+    "blue": (44, 98, 222),
+    "purple": (132, 60, 190),
+    "pink": (250, 126, 184),
 }
 SHAPES = ("star", "heart", "moon", "flower", "house", "fish", "mushroom", "cat")
-BACKGROUNDS = {"plain": ("",), "hills": (", hills", " on the hills"), "sea": (", sea", " by the sea"),
-               "city": (", city", " in the city")}  # name -> how a caption may say it
+BACKGROUNDS = {
+    "plain": ("",),
+    "hills": (", hills", " on the hills"),
+    "sea": (", sea", " by the sea"),
+    "city": (", city", " in the city"),
+}  # name -> how a caption may say it
 SIZES = {"small": (0.48, 0.53), "": (0.56, 0.66), "big": (0.69, 0.74)}  # word -> object height or width over the canvas
 
 # Each word is one CLIP token (a test asks the real tokenizer), so a text encoder of this family needs these rows only.
@@ -36,15 +46,15 @@ class Scene:
     shape: str
     colour: str
     background: str
-    size: float = 0.58          # longest side of the object
-    x: float = 0.0              # centre of the object, from the centre of the canvas
+    size: float = 0.58  # longest side of the object
+    x: float = 0.0  # centre of the object, from the centre of the canvas
     y: float = 0.0
     tilt: float = 0.0
     flip: bool = False
-    phase: float = 0.0          # 0..1, moves hills, waves and roofs
+    phase: float = 0.0  # 0..1, moves hills, waves and roofs
     size_word: str = ""
     article: bool = True
-    phrase: int = 0             # which wording of the background
+    phrase: int = 0  # which wording of the background
 
     @property
     def caption(self) -> str:
@@ -60,17 +70,25 @@ def sample_scene(rng: np.random.Generator, **fixed) -> Scene:
     """Draw a scene; keyword arguments pin fields of `Scene`. The draws do not depend on what is pinned."""
     size_word = ("small", "", "", "", "big")[rng.integers(5)]
     scene = dict(
-        shape=SHAPES[rng.integers(len(SHAPES))], colour=list(COLOURS)[rng.integers(len(COLOURS))],
-        background=list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))], size=float(rng.uniform(*SIZES[size_word])),
-        x=float(rng.uniform(-0.07, 0.07)), y=float(rng.uniform(-0.06, 0.06)), tilt=float(rng.uniform(-0.22, 0.22)),
-        flip=bool(rng.integers(2)), phase=float(rng.uniform()), size_word=size_word,
-        article=bool(rng.uniform() < 0.8), phrase=int(rng.integers(2)),
+        shape=SHAPES[rng.integers(len(SHAPES))],
+        colour=list(COLOURS)[rng.integers(len(COLOURS))],
+        background=list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))],
+        size=float(rng.uniform(*SIZES[size_word])),
+        x=float(rng.uniform(-0.07, 0.07)),
+        y=float(rng.uniform(-0.06, 0.06)),
+        tilt=float(rng.uniform(-0.22, 0.22)),
+        flip=bool(rng.integers(2)),
+        phase=float(rng.uniform()),
+        size_word=size_word,
+        article=bool(rng.uniform() < 0.8),
+        phrase=int(rng.integers(2)),
     )
     return Scene(**{**scene, **fixed})
 
 
 # ---- objects: polygons in units of half the longest side, y down, as (tone, points) ----------------------------------
 # tone 0 is the caption's colour, +1 a pale part, -1 a dark part. Everything is part of the silhouette.
+
 
 def _ellipse(cx, cy, rx, ry=None, start=0.0, stop=2 * np.pi, n=36):
     angle = np.linspace(start, stop, n)
@@ -118,8 +136,13 @@ def _house():
 def _fish():
     tail = np.array([(0.40, 0.0), (1.0, -0.56), (0.86, 0.0), (1.0, 0.56)])
     fin = np.array([(-0.42, -0.45), (0.10, -0.80), (0.34, -0.36)])
-    return [(0, tail), (0, fin), (0, _ellipse(-0.26, 0, 0.76, 0.56)),
-            (1, _ellipse(-0.62, -0.1, 0.19)), (-1, _ellipse(-0.64, -0.1, 0.10))]
+    return [
+        (0, tail),
+        (0, fin),
+        (0, _ellipse(-0.26, 0, 0.76, 0.56)),
+        (1, _ellipse(-0.62, -0.1, 0.19)),
+        (-1, _ellipse(-0.64, -0.1, 0.10)),
+    ]
 
 
 def _mushroom():
@@ -131,16 +154,30 @@ def _mushroom():
 
 def _cat():
     ears = [(0, np.array([(s * 0.92, 0.0), (s * 0.84, -0.98), (s * 0.18, -0.52)])) for s in (-1, 1)]
-    return [*ears, (0, _ellipse(0, 0.16, 0.98, 0.76)), (1, _ellipse(0, 0.46, 0.36, 0.24)),
-            *_eyes(0, 0.02, 0.42, 0.13), (-1, np.array([(-0.12, 0.34), (0.12, 0.34), (0, 0.48)]))]
+    return [
+        *ears,
+        (0, _ellipse(0, 0.16, 0.98, 0.76)),
+        (1, _ellipse(0, 0.46, 0.36, 0.24)),
+        *_eyes(0, 0.02, 0.42, 0.13),
+        (-1, np.array([(-0.12, 0.34), (0.12, 0.34), (0, 0.48)])),
+    ]
 
 
-_OBJECTS = {"star": _star(), "heart": _heart(), "moon": _moon(), "flower": _flower(), "house": _house(),
-            "fish": _fish(), "mushroom": _mushroom(), "cat": _cat()}
+_OBJECTS = {
+    "star": _star(),
+    "heart": _heart(),
+    "moon": _moon(),
+    "flower": _flower(),
+    "house": _house(),
+    "fish": _fish(),
+    "mushroom": _mushroom(),
+    "cat": _cat(),
+}
 _UPRIGHT = {"house", "mushroom", "cat", "fish"}  # half the tilt: these look wrong lying down
 
 
 # ---- backdrops: light, so that the object carries the picture ------------------------------------------------------
+
 
 def _backdrop(scene: Scene):
     """Bands of one backdrop, back to front: (RGB, polygon in canvas fractions)."""
@@ -155,22 +192,31 @@ def _backdrop(scene: Scene):
     if scene.background == "hills":
         return (212, 232, 246), [
             ((190, 222, 170), below(0.58 + 0.09 * np.sin(7 * x + turn))),
-            ((160, 204, 142), below(0.76 + 0.06 * np.sin(5 * x + 2.1 - turn)))]
+            ((160, 204, 142), below(0.76 + 0.06 * np.sin(5 * x + 2.1 - turn))),
+        ]
     if scene.background == "sea":
         return (226, 238, 246), [
             ((166, 212, 226), below(0.52 + 0 * x)),
             ((130, 190, 212), below(0.66 + 0.022 * np.sin(22 * x + turn))),
             ((166, 212, 226), below(0.79 + 0.022 * np.sin(22 * x - turn))),
-            ((130, 190, 212), below(0.91 + 0.022 * np.sin(22 * x + turn)))]
+            ((130, 190, 212), below(0.91 + 0.022 * np.sin(22 * x + turn))),
+        ]
     bands = []
     left = -0.14 * scene.phase
     for i in range(8):
         top = 0.36 + 0.22 * (0.5 + 0.5 * np.sin(2.4 * i + turn))
         right = left + 0.16
-        bands.append((((206, 188, 216), (188, 168, 202))[i % 2],
-                      np.array([(left, top), (right, top), (right, 1.02), (left, 1.02)])))
-        bands += [((250, 240, 196), np.array([(wx, wy), (wx + 0.055, wy), (wx + 0.055, wy + 0.07), (wx, wy + 0.07)]))
-                  for wx in (left + 0.052,) for wy in np.arange(top + 0.06, 0.98, 0.15)]
+        bands.append(
+            (
+                ((206, 188, 216), (188, 168, 202))[i % 2],
+                np.array([(left, top), (right, top), (right, 1.02), (left, 1.02)]),
+            )
+        )
+        bands += [
+            ((250, 240, 196), np.array([(wx, wy), (wx + 0.055, wy), (wx + 0.055, wy + 0.07), (wx, wy + 0.07)]))
+            for wx in (left + 0.052,)
+            for wy in np.arange(top + 0.06, 0.98, 0.15)
+        ]
         left = right
     return (240, 224, 238), bands
 
@@ -179,19 +225,22 @@ def _backdrop(scene: Scene):
 class Layers:
     """What the looks paint with. float32 in 0..1 unless said otherwise; H = W = SIZE."""
 
-    backdrop: np.ndarray   # (H, W, 3) RGB
-    mask: np.ndarray       # (H, W, 1) coverage of the object
-    pale: np.ndarray       # (H, W, 1) coverage of its pale parts (spots, windows)
-    dark: np.ndarray       # (H, W, 1) coverage of its dark parts (eyes, doors)
-    distance: np.ndarray   # (H, W, 1) signed distance to its edge in pixels, negative inside
-    colour: np.ndarray     # (3,) RGB of the caption's colour
+    backdrop: np.ndarray  # (H, W, 3) RGB
+    mask: np.ndarray  # (H, W, 1) coverage of the object
+    pale: np.ndarray  # (H, W, 1) coverage of its pale parts (spots, windows)
+    dark: np.ndarray  # (H, W, 1) coverage of its dark parts (eyes, doors)
+    distance: np.ndarray  # (H, W, 1) signed distance to its edge in pixels, negative inside
+    colour: np.ndarray  # (3,) RGB of the caption's colour
     centre: tuple[float, float]  # pixels, x then y
 
 
 def layers(scene: Scene) -> Layers:
     """Rasterise a scene. ValueError for a shape, colour or background that does not exist."""
-    for field, value, known in (("shape", scene.shape, SHAPES), ("colour", scene.colour, COLOURS),
-                                ("background", scene.background, BACKGROUNDS)):
+    for field, value, known in (
+        ("shape", scene.shape, SHAPES),
+        ("colour", scene.colour, COLOURS),
+        ("background", scene.background, BACKGROUNDS),
+    ):
         if value not in known:
             raise ValueError(f"unknown {field} {value!r}: choose one of {', '.join(known)}")
     sky, bands = _backdrop(scene)
@@ -215,8 +264,13 @@ def layers(scene: Scene) -> Layers:
     parts = np.asarray(parts.reduce(_SUPERSAMPLE), np.float32) / 255
     return Layers(
         backdrop=np.asarray(backdrop.reduce(_SUPERSAMPLE), np.float32) / 255,
-        mask=parts[..., :1], pale=parts[..., 1:2], dark=parts[..., 2:], distance=_signed_distance(parts[..., 0]),
-        colour=np.array(COLOURS[scene.colour], np.float32) / 255, centre=tuple(centre * SIZE))
+        mask=parts[..., :1],
+        pale=parts[..., 1:2],
+        dark=parts[..., 2:],
+        distance=_signed_distance(parts[..., 0]),
+        colour=np.array(COLOURS[scene.colour], np.float32) / 255,
+        centre=tuple(centre * SIZE),
+    )
 
 
 def _signed_distance(mask: np.ndarray) -> np.ndarray:

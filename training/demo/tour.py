@@ -18,7 +18,14 @@ from ..report import eps_errors, format_table
 from ..teacher import soup
 from .bank import demo_latents
 
-CAPTIONS = ("a red star", "a big blue house, hills", "a green fish by the sea", "a yellow moon in the city", "an orange cat", "a pink flower, hills")
+CAPTIONS = (
+    "a red star",
+    "a big blue house, hills",
+    "a green fish by the sea",
+    "a yellow moon in the city",
+    "an orange cat",
+    "a pink flower, hills",
+)
 SETTINGS = Settings(steps=16, cfg=4.0, width=128, height=128)
 BLEND, BLEND_SEED = ("ink", "sticker"), 3
 HELD_OUT_SEED = 7_000_000
@@ -47,7 +54,10 @@ def tour(config_path: str, on_step) -> None:
     rows, labels = [], []
     for spec, teacher in zip(config.teachers, run.teachers):
         plain = Painter(teacher.unet, brush.text, brush.vae)
-        for name, who, row in ((f"{spec.name}: teacher", plain, None), (f"{spec.name}: DMM", brush, brush.style_row(spec.name))):
+        for name, who, row in (
+            (f"{spec.name}: teacher", plain, None),
+            (f"{spec.name}: DMM", brush, brush.style_row(spec.name)),
+        ):
             labels.append(name)
             rows.append(who.pictures(who.latents(CAPTIONS, row, seed=1, settings=SETTINGS)))
     sheet = output.with_name(output.stem + "-grid.png")
@@ -57,7 +67,9 @@ def tour(config_path: str, on_step) -> None:
     shares = [i / 6 for i in range(7)]
     mixes = torch.cat([brush.style_row({first: 1 - share, second: share}) for share in shares])
     strip = output.with_name(output.stem + "-blend.png")
-    frames = brush.pictures(brush.latents(["a big blue house, hills"] * 7, mixes, BLEND_SEED, SETTINGS, same_noise=True))
+    frames = brush.pictures(
+        brush.latents(["a big blue house, hills"] * 7, mixes, BLEND_SEED, SETTINGS, same_noise=True)
+    )
     blend_strip(frames, first, second, shares, "One model, two styles, seven blends").save(strip)
 
     print(f"\ncheckpoint  {output} ({output.stat().st_size / 1e6:.1f} MB)\npictures    {sheet}\nblend       {strip}")
@@ -66,4 +78,3 @@ def tour(config_path: str, on_step) -> None:
         "\nIn ComfyUI: copy the checkpoint into ComfyUI/models/dmm (or models/checkpoints), open the template "
         "'quickstart' of this pack and pick the file in the 'Load DMM Model' node."
     )
-
