@@ -14,7 +14,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest --run-slow
+	$(BIN)/python -m pytest --run-slow --run-browser
 
 demo: $(VENV)/.demo
 	$(BIN)/dmm demo run

@@ -5,6 +5,7 @@ import pytest
 
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run the tests that take minutes (marked slow)")
+    parser.addoption("--run-browser", action="store_true", help="also drive ComfyUI's page in a real Chromium")
 
 
 def pytest_collection_modifyitems(config, items):

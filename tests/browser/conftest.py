@@ -38,8 +38,9 @@ def missing() -> str:
     return ""
 
 
-def pytest_collection_modifyitems(items):
-    reason = missing()
+def pytest_collection_modifyitems(config, items):
+    asked = config.getoption("--run-browser")
+    reason = missing() if asked else "browser: run with --run-browser"
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.browser)
