@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .loading import load_strictly
 from .style import CODEBOOK, MLP_NAMES, StyleMLP, style_delta
 
 
@@ -388,19 +389,7 @@ def load_unet(sd: Mapping[str, Tensor], dtype: torch.dtype | None = torch.float3
     Raises ValueError with the sorted missing / unexpected / misshapen keys.
     """
     config = unet_config_from_state_dict(sd)
-    with torch.device("meta"):
-        unet = UNet(config)
-    wanted = unet.state_dict()
-    missing, unexpected = sorted(wanted.keys() - sd.keys()), sorted(sd.keys() - wanted.keys())
-    misshapen = sorted(k for k in wanted.keys() & sd.keys() if wanted[k].shape != sd[k].shape)
-    if missing or unexpected or misshapen:
-        raise ValueError(
-            "the UNet's weights do not fit the sizes read from them: "
-            f"missing {missing[:8]}, unexpected {unexpected[:8]}, wrong shape {misshapen[:8]}"
-        )
-    copies = {k: v.detach().clone().to(dtype or v.dtype) for k, v in sd.items()}
-    unet.load_state_dict(copies, strict=True, assign=True)
-    return unet
+    return load_strictly(lambda: UNet(config), sd, "UNet", dtype)
 
 
 def init_style(unet: UNet, generator: torch.Generator | None = None) -> None:

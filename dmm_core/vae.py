@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .loading import load_strictly
+
 SCALE_SD = 0.18215
 SCALE_SDXL = 0.13025
 IGNORED_PREFIXES = ("loss.", "model_ema.")
@@ -256,16 +258,4 @@ def load_vae(sd: Mapping[str, Tensor], dtype: torch.dtype | None = torch.float32
     """
     sd = {k: v for k, v in sd.items() if not k.startswith(IGNORED_PREFIXES)}
     config = vae_config_from_state_dict(sd)
-    with torch.device("meta"):
-        vae = AutoencoderKL(config)
-    wanted = vae.state_dict()
-    missing, unexpected = sorted(wanted.keys() - sd.keys()), sorted(sd.keys() - wanted.keys())
-    misshapen = sorted(k for k in wanted.keys() & sd.keys() if wanted[k].shape != sd[k].shape)
-    if missing or unexpected or misshapen:
-        raise ValueError(
-            "the VAE's weights do not fit the sizes read from them: "
-            f"missing {missing[:8]}, unexpected {unexpected[:8]}, wrong shape {misshapen[:8]}"
-        )
-    copies = {k: v.detach().clone().to(dtype or v.dtype) for k, v in sd.items()}
-    vae.load_state_dict(copies, strict=True, assign=True)
-    return vae
+    return load_strictly(lambda: AutoencoderKL(config), sd, "VAE", dtype)

@@ -116,14 +116,18 @@ function stylePicker(node, inputName, [, spec]) {
   }
 
   const widget = node.addWidget("combo", inputName, spec.default, picked, { values: [NO_STYLE] });
-  // Read whenever the host draws or opens the list, so it follows every change of file and of connections.
+
+  function choices() {
+    if (widget.value !== TYPE_A_NAME) before = widget.value;
+    const names = stylesFor(node);
+    return [...new Set(names ? [...names, NO_STYLE] : [widget.value, NO_STYLE, TYPE_A_NAME])];
+  }
+
+  // Evaluated whenever the list is drawn or opened, so it follows every change of file and of connections. The canvas reads
+  // the property each time and wants an array; "Nodes 2.0" copies it once and calls a function each time.
   Object.defineProperty(widget.options, "values", {
     enumerable: true,
-    get() {
-      if (widget.value !== TYPE_A_NAME) before = widget.value;
-      const names = stylesFor(node);
-      return [...new Set(names ? [...names, NO_STYLE] : [widget.value, NO_STYLE, TYPE_A_NAME])];
-    },
+    get: () => (window.LiteGraph?.vueNodesMode ? choices : choices()),
   });
   return { widget };
 }
