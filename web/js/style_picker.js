@@ -52,7 +52,7 @@ function setting(node, name) {
 function origin(node, input) {
   const link = input?.link == null ? null : node.graph.getLink(input.link);
   if (!link) return undefined;
-  if (link.origin_id !== SUBGRAPH_INPUT) return { node: node.graph.getNodeById(link.origin_id), slot: link.origin_slot };
+  if (Number(link.origin_id) !== SUBGRAPH_INPUT) return { node: node.graph.getNodeById(link.origin_id), slot: link.origin_slot };
   const holder = everyNode(app.rootGraph ?? app.graph).find((other) => other.subgraph === node.graph);
   const name = node.graph.inputs[link.origin_slot]?.name;
   return holder && origin(holder, holder.inputs.find((other) => other.name === name));
