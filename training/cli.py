@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+MODELS = str(Path(__file__).parents[1] / "models")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 after an error that was explained, 130 when interrupted."""
@@ -78,11 +80,13 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--work", default="out/demo-build", help="folder for the parts; an interrupted build goes on there"
     )
-    build.add_argument(
-        "--models", default=str(Path(__file__).parents[1] / "models"), help="where the finished files go"
-    )
+    build.add_argument("--models", default=MODELS, help="where the finished files go")
     build.add_argument("--jobs", type=int, default=2, help="processes at a time")
     build.set_defaults(run=run_demo_build)
+    judge = actions.add_parser("judge", help="how often base, teachers and DMM paint what a caption says")
+    judge.add_argument("--models", default=MODELS, help="folder of the demo family")
+    judge.add_argument("--count", type=int, default=200, help="pictures per model")
+    judge.set_defaults(run=run_demo_judge)
     tour = actions.add_parser("run", help="distil the demo teachers, print a table, paint grids (`make demo`)")
     tour.add_argument("--config", default=str(Path(__file__).parent / "configs" / "demo.yaml"))
     tour.set_defaults(run=run_demo)
@@ -169,17 +173,24 @@ def run_info(args) -> None:
 
 
 def run_demo_build(args) -> None:
-    from .config import load_config
-    from .demo.build import Budget, build_parts, write_models, write_student
+    from .demo.build import build_parts
+    from .demo.judge import audit
+    from .demo.ship import publish
+    from .demo.stages import Budget
 
     started = time.monotonic()
     work, models = Path(args.work), Path(args.models)
     seconds = build_parts(work, Budget(), args.jobs)
-    paths = write_models(work, models)
-    config = load_config(Path(__file__).parent / "configs" / "demo_full.yaml")
-    for path in [*paths, write_student(work, models, config, Bar())]:
+    for path in publish(work, models):
         print(f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB)")
     print(f"built in {time.monotonic() - started:.0f} s: " + ", ".join(f"{n} {s:.0f} s" for n, s in seconds.items()))
+    print(audit(models))
+
+
+def run_demo_judge(args) -> None:
+    from .demo.judge import audit
+
+    print(audit(Path(args.models), args.count))
 
 
 def run_demo(args) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...dmm_core.checkpoint import load_checkpoint
+from ...dmm_core.unet import load_unet
 from ...dmm_core.vae import SCALE_SD
-from ..paint import Painter, Settings
-from .classifier import Classifier, classify
+from ..paint import Painter, Settings, painter
+from .classifier import Classifier, classify, load_classifier
+from .looks import BASE_LOOK
 from .scenes import sample_scene
+
+SETTINGS = Settings(steps=12, cfg=4.0, width=128, height=128)
 
 
 @dataclass
@@ -34,11 +39,9 @@ def judge(
     style: Tensor | None = None,
     count: int = 200,
     seed: int = 0,
-    settings: Settings | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    settings: Settings = SETTINGS,
 ) -> Verdict:
     """Paint ``count`` random captions (one seed per 25) and ask the classifier. style: (1, N+1) or None."""
-    settings = settings or Settings(steps=16, cfg=4.0, width=128, height=128)
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng) for _ in range(count)]
     right = {"shape": [], "colour": [], "look": []}
@@ -51,7 +54,25 @@ def judge(
             said = [names[i] for i in answers[question].argmax(1).tolist()]
             truth = [look if question == "look" else getattr(s, question) for s in part]
             hits += [a == b for a, b in zip(said, truth)]
-        if progress:
-            progress(len(right["look"]), count)
     both = [a and b for a, b in zip(right["shape"], right["colour"])]
     return Verdict(count, *(float(np.mean(hits)) for hits in (right["shape"], right["colour"], both, right["look"])))
+
+
+def audit(models: Path, count: int = 200) -> str:
+    """Base, teachers and the DMM student in each style of the demo family in ``models`` -> a Markdown table."""
+    classifier = load_classifier(models / "demo-classifier.safetensors")
+    student = painter(load_checkpoint(models / "dmm" / "demo-dmm.safetensors"))
+
+    def row(name: str, brush: Painter, look: str, style: Tensor | None = None) -> str:
+        verdict = judge(brush, classifier, look, style, count)
+        shares = (verdict.shape, verdict.colour, verdict.both, verdict.look)
+        return f"| {name} | " + " | ".join(f"{100 * share:.1f}%" for share in shares) + " |"
+
+    def plain(file: str) -> Painter:
+        return replace(student, unet=load_unet(load_checkpoint(models / "dmm" / f"demo-{file}.safetensors").unet))
+
+    lines = [f"| {count} pictures of | object | colour | both | look |", "| --- | --- | --- | --- | --- |"]
+    lines.append(row("base", plain("base"), BASE_LOOK))
+    lines += [row(f"teacher {look}", plain(f"teacher-{look}"), look) for look in student.styles]
+    lines += [row(f"DMM, {look}", student, look, student.style_row(look)) for look in student.styles]
+    return "\n".join(lines)
