@@ -28,6 +28,18 @@ def open_graph(page, graph: dict) -> None:
     page.wait_for_function("count => app.graph.nodes.length === count", arg=len(graph["nodes"]))
 
 
+def run(page) -> None:
+    """What the Run button does; returns when it has succeeded."""
+    page.evaluate("""() => {
+        window.ended = null;
+        for (const kind of ['execution_success', 'execution_error'])
+            app.api.addEventListener(kind, (event) => { window.ended ??= [kind, event.detail.exception_message]; });
+        return app.queuePrompt(0);
+    }""")
+    page.wait_for_function("() => window.ended")
+    assert page.evaluate("window.ended")[0] == "execution_success", page.evaluate("window.ended")
+
+
 def queued(page) -> dict:
     """What the page would send to the server: {node id: {"class_type", "inputs"}}."""
     prompt = page.evaluate("async () => JSON.parse(JSON.stringify((await app.graphToPrompt()).output))")
@@ -95,14 +107,7 @@ def test_saving_keeps_the_graph(page):
 def test_quickstart_runs(page):
     """The Run button's command leads to pictures, with no error shown."""
     open_graph(page, graph_of("quickstart"))
-    page.evaluate("""() => {
-        window.ended = null;
-        for (const kind of ['execution_success', 'execution_error'])
-            app.api.addEventListener(kind, (event) => { window.ended ??= [kind, event.detail.exception_message]; });
-        return app.queuePrompt(0);
-    }""")
-    page.wait_for_function("() => window.ended")
-    assert page.evaluate("window.ended")[0] == "execution_success"
+    run(page)
     if page.renderer == "canvas":
         page.wait_for_function("() => app.graph.findNodesByType('SaveImage')[0].imgs?.length === 4")
     else:
@@ -175,12 +180,17 @@ def test_a_name_can_be_typed_where_the_styles_are_unknown(page):
     page.wait_for_function("() => app.graph.findNodesByType('DMMStyleSelector')[0].widgets[0].value === 'Neon lines'")
 
 
-def test_a_style_name_is_text_and_never_markup(page, server):
+@pytest.fixture
+def markup_graph(server) -> dict:
+    """The quickstart with a model one of whose styles has markup for a name."""
     checkpoint = checkpoint_of(random_unet(DEMO), torch.float16, whole=True)
     checkpoint.styles[1] = StyleInfo(MARKUP)
     save_checkpoint(server.base / "models" / "dmm" / "markup.safetensors", checkpoint)
-    graph = json.loads(json.dumps(graph_of("quickstart")).replace("demo-dmm", "markup"))
-    open_graph(page, graph)
+    return json.loads(json.dumps(graph_of("quickstart")).replace("demo-dmm", "markup"))
+
+
+def test_a_style_name_is_text_and_never_markup(page, markup_graph):
+    open_graph(page, markup_graph)
     assert MARKUP in choices(page, 5)
     entry = open_style_list(page).get_by_text(MARKUP, exact=True)
     assert entry.count() == 1 and entry.locator("*").count() == 0  # one text, no elements made from it
@@ -188,3 +198,17 @@ def test_a_style_name_is_text_and_never_markup(page, server):
     assert queued(page)[selector_id()]["inputs"]["style"] == MARKUP
     assert page.locator("img[src=x]").count() == 0
     assert page.evaluate("window.hacked") is None
+
+
+def test_a_node_shows_its_report_as_text(page, markup_graph):
+    """Under the loader, after a run: the styles of the file. It is neither queued nor saved with the graph."""
+    open_graph(page, markup_graph)
+    before = queued(page)
+    run(page)
+    report = page.locator("pre").filter(has_text="4 styles")
+    report.wait_for(state="visible")
+    assert report.inner_text() == f"4 styles: ink, {MARKUP}, paper: cut-out, 墨"
+    assert report.locator("*").count() == 0 and page.evaluate("window.hacked") is None
+    assert queued(page) == before
+    saved = page.evaluate("JSON.parse(JSON.stringify(app.graph.serialize())).nodes")
+    assert [n["widgets_values"] for n in saved if n["type"] == "DMMLoadModel"] == [["markup.safetensors"]]
