@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from typing import Any
 
+from .style_value import NO_STYLE
 from .unet import UNetConfig
 
 FORMAT = 1
@@ -85,6 +86,8 @@ def check_styles(styles: Sequence[StyleInfo], num_styles: int) -> None:
             "the list and the weights must come from the same model"
         )
     names = [style.name for style in styles]
+    if any(name.strip().casefold() == NO_STYLE for name in names):
+        raise ValueError(f"a style is called '{NO_STYLE}', which means painting without a style: rename it")
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
         raise ValueError(f"style names must differ, but {doubles[:8]} appear more than once: rename them")

@@ -4,7 +4,26 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo_scenes, distill, loader, paths, routes, save, style, teacher
+from . import (
+    demo_scenes,
+    distill,
+    loader,
+    named_blend,
+    paths,
+    regions,
+    routes,
+    save,
+    style,
+    style_apply,
+    style_sheet,
+    style_values,
+    teacher,
+)
+
+MODULES = (
+    *(loader, style, style_values, style_apply, style_sheet, named_blend, regions, save),
+    *(teacher, distill, demo_scenes),
+)
 
 
 class DMMExtension(ComfyExtension):
@@ -13,4 +32,4 @@ class DMMExtension(ComfyExtension):
         routes.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*loader.NODES, *style.NODES, *save.NODES, *teacher.NODES, *distill.NODES, *demo_scenes.NODES]
+        return [node for module in MODULES for node in module.NODES]

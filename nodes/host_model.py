@@ -7,7 +7,7 @@ the MODEL.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import comfy.model_base
 import comfy.model_detection
@@ -23,9 +23,10 @@ from torch import Tensor
 
 from ..dmm_core.checkpoint import STYLE_KEYS, TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX, Checkpoint, load_checkpoint
 from ..dmm_core.metadata import StyleInfo
-from ..dmm_core.style import CODEBOOK, StyleMLP, no_style_row
+from ..dmm_core.style import CODEBOOK, StyleMLP
+from ..dmm_core.style_value import Style, check_new_name, style_rows, vocabulary
 from ..dmm_core.vae import vae_config_from_state_dict
-from . import style_patch
+from . import region_patch, style_patch
 
 CLIP_LAYERS = "cond_stage_model.transformer.text_model."
 ATTACHMENT = "dmm"
@@ -35,7 +36,10 @@ SD_WIDTH = 320
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a MODEL from a DMM file knows beyond its weights. ``dtype`` is the precision of the file's UNet."""
+    """What a MODEL from a DMM file knows beyond its weights.
+
+    styles: one per code of the codebook; blends: named mixes of them, with weights (N,); dtype: of the file's UNet.
+    """
 
     styles: tuple[StyleInfo, ...]
     recipe: dict
@@ -43,10 +47,13 @@ class ModelInfo:
     prediction: str
     zero_snr: bool
     dtype: torch.dtype
+    blends: tuple[tuple[StyleInfo, tuple[float, ...]], ...] = ()
 
     @property
-    def style_names(self) -> list[str]:
-        return [style.name for style in self.styles]
+    def known(self) -> dict[str, tuple[float, ...]]:
+        """All styles by name, learned ones first."""
+        learned = vocabulary([style.name for style in self.styles])
+        return {**learned, **{style.name: weights for style, weights in self.blends}}
 
 
 def model_info(patcher) -> ModelInfo:
@@ -55,6 +62,42 @@ def model_info(patcher) -> ModelInfo:
     if info is None:
         raise ValueError("this MODEL carries no DMM styles: take it from Load DMM Model (other loaders drop them)")
     return info
+
+
+def styled(model, style: Style):
+    """A clone of a MODEL that paints in ``style``. Raises ValueError for a style that the MODEL does not have."""
+    info = model_info(model)
+    style.check(info.known)
+    model = model.clone()
+    if info.styles:
+        style_patch.set_style(model, style)
+    return model
+
+
+def with_blend(model, style: Style, info: StyleInfo):
+    """A clone of a MODEL that also knows ``style`` by the name in ``info``; Save DMM Model writes it as a style of its own.
+
+    Raises ValueError for a name that is taken and for a style that is not one blend at full strength: only that can become a
+    code of the codebook.
+    """
+    before = model_info(model)
+    if not before.styles:
+        raise ValueError("this MODEL has no styles to blend (it is a plain checkpoint): use one from Load DMM Model")
+    row = style_rows(style, before.known)
+    if style.changes or len(row) > 1:
+        raise ValueError(
+            f"'{style}' changes over the steps or between pictures: only one fixed blend can become a style"
+        )
+    if abs(row[0, -1].item() - 1) > 1e-4:
+        raise ValueError(
+            f"'{style}' has strength {row[0, -1].item():.3g}: only a blend of strength 1 can become a style"
+        )
+    info = replace(info, name=check_new_name(list(before.known), info.name))
+    model = model.clone()
+    after = replace(before, blends=(*before.blends, (info, tuple(row[0, :-1].tolist()))))
+    model.set_attachments(ATTACHMENT, after)
+    style_patch.set_known(model, after.known)
+    return model
 
 
 # --- file to host -----------------------------------------------------------------------------------------------------
@@ -102,9 +145,10 @@ def build_model(checkpoint: Checkpoint, disable_dynamic: bool = False):
     else:
         patcher = build_small_model(config, sd, dtype, disable_dynamic)
     set_sampling(patcher.model, checkpoint)
+    region_patch.install(patcher)
     if styles:
         attach_styles(patcher, styles, dtype)
-        style_patch.install(patcher, no_style_row(checkpoint.num_styles))
+        style_patch.install(patcher, vocabulary([style.name for style in checkpoint.styles]))
     info = ModelInfo(
         styles=tuple(checkpoint.styles),
         recipe=checkpoint.recipe,
@@ -251,11 +295,16 @@ def to_checkpoint(model, clip=None, vae=None) -> Checkpoint:
     clip_sd = None if clip is None else clip.state_dict_for_saving()
     vae_sd = None if vae is None or vae.first_stage_model is None else vae.get_sd()
     sd = model.state_dict_for_saving(clip_sd, vae_sd)
+    unet = part(sd, UNET_PREFIX, info.dtype)
+    if info.blends:  # a blend is a code like the others: the MLP comes after the mixing
+        codes = unet[f"{CODEBOOK}.weight"]
+        weights = torch.tensor([weights for _, weights in info.blends])
+        unet[f"{CODEBOOK}.weight"] = torch.cat([codes, (weights @ codes.float()).to(codes.dtype)])
     return Checkpoint(
-        unet=part(sd, UNET_PREFIX, info.dtype),
+        unet=unet,
         text={k: as_file(v, info.dtype) for k, v in sd.items() if k.startswith(TEXT_PREFIXES)},
         vae=part(sd, VAE_PREFIX, info.dtype),
-        styles=list(info.styles),
+        styles=[*info.styles, *(style for style, _ in info.blends)],
         recipe=info.recipe,
         metadata=dict(info.metadata),
         prediction=info.prediction,

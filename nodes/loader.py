@@ -11,7 +11,7 @@ from . import host_model, paths
 
 def describe(info: host_model.ModelInfo, has_clip: bool, has_vae: bool) -> str:
     """What the file holds, for the node's text field."""
-    names = info.style_names
+    names = list(info.known)
     lines = ["no styles: this is a plain checkpoint, not a DMM model"]
     if names:
         lines = [f"{len(names)} styles: {', '.join(names)}"]

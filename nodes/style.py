@@ -4,25 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..dmm_core.style import no_style_row, style_row
-from . import style_patch
-from .host_model import model_info
-
-NO_STYLE = "none"
-
-
-def style_index(names: list[str], wanted: str) -> int:
-    """The style that a user means: its exact name, or the only one that differs in case and outer spaces alone.
-
-    Raises ValueError naming the styles there are.
-    """
-    if wanted in names:
-        return names.index(wanted)
-    alike = [i for i, name in enumerate(names) if name.strip().casefold() == wanted.strip().casefold()]
-    if len(alike) != 1:
-        known = ", ".join([*names, NO_STYLE]) if names else f"none at all (a plain checkpoint); only '{NO_STYLE}' works"
-        raise ValueError(f"unknown style '{wanted}'. The styles of this model: {known}")
-    return alike[0]
+from ..dmm_core.style_value import NO_STYLE, Mix, Strength
+from .host_model import styled
 
 
 class StyleSelector(io.ComfyNode):
@@ -51,15 +34,7 @@ class StyleSelector(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, style, strength) -> io.NodeOutput:
-        names = model_info(model).style_names
-        if style == NO_STYLE:
-            row = no_style_row(len(names))
-        else:
-            row = style_row(len(names), style_index(names, style), strength)
-        model = model.clone()
-        if names:
-            style_patch.set_style(model, row)
-        return io.NodeOutput(model)
+        return io.NodeOutput(styled(model, Strength(Mix(((style, 1.0),)), strength)))
 
 
 NODES = [StyleSelector]

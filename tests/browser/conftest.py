@@ -78,9 +78,14 @@ def page(request, server, browser):
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     local = f"http://{server.address}/"
-    page.route("**/*", lambda route: route.continue_() if route.request.url.startswith((local, "data:", "blob:")) else route.abort())
+    page.route(
+        "**/*",
+        lambda route: route.continue_() if route.request.url.startswith((local, "data:", "blob:")) else route.abort(),
+    )
     page.goto(local, wait_until="domcontentloaded")
-    page.wait_for_function("() => Boolean(window.app?.graph && app.vueAppReady && LiteGraph.registered_node_types.DMMStyleSelector)")
+    page.wait_for_function(
+        "() => Boolean(window.app?.graph && app.vueAppReady && LiteGraph.registered_node_types.DMMStyleSelector)"
+    )
     page.wait_for_function("() => app.graph.nodes.length > 0")  # the page opens a graph by itself: let it finish
     page.renderer = request.param
     yield page

@@ -48,7 +48,9 @@ def queued(page) -> dict:
 
 def choices(page, count: int) -> list[str]:
     """The entries of the Style Selector's list, once it has ``count``."""
-    page.wait_for_function(f"count => ({LIST})(app.graph.findNodesByType('DMMStyleSelector')[0]).length === count", arg=count)
+    page.wait_for_function(
+        f"count => ({LIST})(app.graph.findNodesByType('DMMStyleSelector')[0]).length === count", arg=count
+    )
     return page.evaluate(f"({LIST})(app.graph.findNodesByType('DMMStyleSelector')[0])")
 
 
@@ -86,9 +88,13 @@ def test_the_graph_opens_whole(page, name, tmp_path_factory):
     """No missing nodes or models, nothing red, and what would be queued is the API twin."""
     graph = graph_of(name)
     open_graph(page, graph)
-    unknown = page.evaluate("app.graph.nodes.filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type]).map(n => n.type)")
+    unknown = page.evaluate(
+        "app.graph.nodes.filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type]).map(n => n.type)"
+    )
     assert unknown == []
-    assert queued(page) == {key: {"class_type": n["class_type"], "inputs": n["inputs"]} for key, n in twin_of(name).items()}
+    assert queued(page) == {
+        key: {"class_type": n["class_type"], "inputs": n["inputs"]} for key, n in twin_of(name).items()
+    }
     assert page.get_by_text(re.compile("missing (nodes?|models?)", re.IGNORECASE)).count() == 0
     page.screenshot(path=tmp_path_factory.getbasetemp() / f"{name}-{page.renderer}.png")
     assert page.errors == []
@@ -159,7 +165,9 @@ def test_the_picker_looks_into_and_out_of_subgraphs(page):
     names = choices(page, 8)
     for node_type in ("DMMStyleSelector", "DMMLoadModel"):  # the selector alone, then the loader in another one
         page.evaluate("type => app.graph.convertToSubgraph(new Set(app.graph.findNodesByType(type)))", node_type)
-        inner = "[...app.rootGraph.subgraphs.values()].flatMap((g) => g.nodes).find((n) => n.type === 'DMMStyleSelector')"
+        inner = (
+            "[...app.rootGraph.subgraphs.values()].flatMap((g) => g.nodes).find((n) => n.type === 'DMMStyleSelector')"
+        )
         assert page.evaluate(f"({LIST})({inner})") == names
 
 

@@ -43,7 +43,7 @@ def test_round_trip(models, tmp_path, unet, dtype):
     before = checkpoint_of(unet, dtype, whole=True, prediction="v", zero_snr=True)
     save_checkpoint(tmp_path / "a.safetensors", before)
     model, clip, vae, info = load(tmp_path / "a.safetensors")
-    assert info.style_names == NAMES and info.dtype == dtype
+    assert list(info.known) == NAMES and info.dtype == dtype
     save(tmp_path / "b.safetensors", model, clip, vae)
     after = load_checkpoint(tmp_path / "b.safetensors")
     assert_same(before.unet, after.unet)
@@ -98,7 +98,7 @@ def test_the_hosts_own_saver_keeps_the_styles(models, tmp_path, unet):
     with torch.inference_mode():
         comfy.sd.save_checkpoint(str(path), model, clip, vae)
     assert_same(load_checkpoint(path).unet, before.unet)
-    assert load(path)[3].style_names == ["style 0", "style 1", "style 2", "style 3"]
+    assert list(load(path)[3].known) == ["style 0", "style 1", "style 2", "style 3"]
 
 
 @pytest.mark.parametrize("merge", ["simple", "subtract"])
@@ -180,16 +180,6 @@ def test_folders(models, tmp_path, monkeypatch):
     for outside in ("../secret.safetensors", str(models / "secret.safetensors"), "missing.safetensors"):
         with pytest.raises(ValueError, match="not found"):
             paths.model_path(outside)
-
-
-def test_style_names_are_found_as_people_type_them():
-    from comfyui_dmm.nodes.style import style_index
-
-    names = ["ink", "Neon", "neon", "paper"]
-    assert [style_index(names, n) for n in ("ink", "INK ", "Neon", "neon")] == [0, 0, 1, 2]
-    for wrong in ("NEON", "", "pape", "none of these"):  # two alike, nothing, a part
-        with pytest.raises(ValueError, match="ink, Neon, neon, paper, none"):
-            style_index(names, wrong)
 
 
 def test_metadata_of_a_saved_file():

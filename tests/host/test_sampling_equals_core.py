@@ -8,6 +8,7 @@ import pytest
 import torch
 from comfyui_dmm.dmm_core.checkpoint import STYLE_KEYS, save_checkpoint
 from comfyui_dmm.dmm_core.style import no_style_row, style_row
+from comfyui_dmm.dmm_core.style_value import PerItem, Strength, parse_style
 
 from .families import DEMO, FAMILIES, NAMES, checkpoint_of, random_unet
 from .sampling import conditioning, sample, watch
@@ -28,11 +29,10 @@ def select(model, style, strength=1.0):
     return StyleSelector.execute(model, style, strength)[0]
 
 
-def with_style(conds, rows):
-    """A CONDITIONING that carries style rows."""
-    import comfy.conds
+def with_style(model, conds, text):
+    from comfyui_dmm.nodes.style_apply import StyleForPrompt
 
-    return [[c, {**d, "model_conds": {"dmm_style": comfy.conds.CONDRegular(rows)}}] for c, d in conds]
+    return StyleForPrompt.execute(conds, model, text)[0]
 
 
 @torch.no_grad()
@@ -90,30 +90,36 @@ POSITIVE, NEGATIVE = conditioning(DEMO, 1), conditioning(DEMO, 2)
 
 
 def test_different_styles_for_the_two_prompts_take_one_forward(model, unet):
-    ink, neon = style_row(4, 0), style_row(4, {1: 0.5, 2: 0.5}, 1.5)
+    ink, mixed = style_row(4, 0), style_row(4, {1: 0.5, 2: 0.5})
+    positive, negative = with_style(model, POSITIVE, "ink"), with_style(model, NEGATIVE, "Neon lines, paper: cut-out")
     with watch(model) as calls:
-        sample(model, with_style(POSITIVE, ink), with_style(NEGATIVE, neon), batch=2)
+        sample(model, positive, negative, batch=2)
     assert len(calls) == 2
     for call in calls:
-        rows = torch.cat([(ink, neon)[chunk].expand(2, -1) for chunk in call.chunks])
+        rows = torch.cat([(ink, mixed)[chunk].expand(2, -1) for chunk in call.chunks])
         assert_equal(call, unet, rows)
 
 
 def test_a_prompt_without_style_takes_the_models_and_stays_in_the_same_forward(model, unet):
     neon = style_row(4, 1)
     with watch(model) as calls:
-        sample(select(model, "ink"), with_style(POSITIVE, neon), NEGATIVE)
+        sample(select(model, "ink"), with_style(model, POSITIVE, "neon LINES"), NEGATIVE)
     assert len(calls) == 2
     for call in calls:
         assert_equal(call, unet, torch.cat([(neon, style_row(4, 0))[chunk] for chunk in call.chunks]))
 
 
-def test_one_style_per_latent(model, unet):
-    from comfyui_dmm.nodes import style_patch
+def three_styles(model):
+    """A MODEL with another style for each of three latents, and their rows."""
+    from comfyui_dmm.nodes.host_model import styled
 
-    rows = torch.cat([style_row(4, 2), no_style_row(4), style_row(4, 3, 2.0)])
-    styled = model.clone()
-    style_patch.set_style(styled, rows)
+    strong = Strength(parse_style(NAMES[3]), 2.0)
+    style = PerItem((parse_style(NAMES[2]), parse_style("none"), strong))
+    return styled(model, style), torch.cat([style_row(4, 2), no_style_row(4), style_row(4, 3, 2.0)])
+
+
+def test_one_style_per_latent(model, unet):
+    styled, rows = three_styles(model)
     with watch(model) as calls:
         sample(styled, POSITIVE, NEGATIVE, batch=3)
         sample(styled, POSITIVE, NEGATIVE, batch=2)  # fewer latents: the first rows
@@ -141,10 +147,8 @@ def test_one_style_per_latent_without_the_guiders_help(model, unet):
     from comfy.patcher_extension import WrappersMP
     from comfyui_dmm.nodes import style_patch
 
-    rows = torch.cat([style_row(4, 2), no_style_row(4), style_row(4, 3, 2.0)])
-    styled = model.clone()
-    style_patch.set_style(styled, rows)
-    styled.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, style_patch.KEY)
+    styled, rows = three_styles(model)
+    styled.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, style_patch.KEY)
     with watch(model) as calls:
         sample(styled, POSITIVE, NEGATIVE, batch=2)
     assert [len(call.chunks) for call in calls] == [2, 2]
@@ -155,7 +159,8 @@ def test_one_style_per_latent_without_the_guiders_help(model, unet):
 def test_regions_keep_their_styles(model, unet):
     """Two half-picture prompts in two styles: equal sizes, so they share the forward with each other."""
     rows = [style_row(4, 0), style_row(4, 2)]
-    left, right = (with_style(conditioning(DEMO, i, area=(8, 4, 0, 4 * i)), row) for i, row in enumerate(rows))
+    areas = [conditioning(DEMO, i, area=(8, 4, 0, 4 * i)) for i in range(2)]
+    left, right = (with_style(model, area, name) for area, name in zip(areas, (NAMES[0], NAMES[2])))
     with watch(model) as calls:
         sample(model, left + right, [], cfg=1.0, steps=1)
     (call,) = calls
@@ -196,10 +201,10 @@ def test_a_selector_replaces_and_leaves_its_input_alone(model):
 
 
 def test_the_cached_conditioning_is_not_written_to(model):
-    positive, negative = with_style(POSITIVE, style_row(4, 1)), conditioning(DEMO, 5, model_conds={})
+    positive, negative = with_style(model, POSITIVE, NAMES[1]), conditioning(DEMO, 5, model_conds={})
+    before = dict(positive[0][1])
     sample(select(model, "ink"), positive, negative)
-    assert negative[0][1] == {"model_conds": {}}
-    assert positive[0][1]["model_conds"]["dmm_style"].cond.shape == (1, 5)
+    assert negative[0][1] == {"model_conds": {}} and positive[0][1] == before
 
 
 def test_lora_and_style_together(model, unet):
@@ -225,8 +230,16 @@ def test_lora_and_style_together(model, unet):
 
 
 def test_a_style_of_another_model_is_refused(model):
-    with pytest.raises(ValueError, match="made for another DMM model"):
-        sample(model, with_style(POSITIVE, style_row(9, 1)), NEGATIVE)
+    from comfyui_dmm.nodes.host_model import styled
+
+    with pytest.raises(ValueError, match="unknown style 'oil'. The styles of this model: ink, Neon lines"):
+        with_style(model, POSITIVE, "oil")
+    prompt = [[POSITIVE[0][0], {"dmm_style": parse_style("oil")}]]  # made with another model, painted with this one
+    with watch(model) as calls, pytest.raises(ValueError, match="unknown style 'oil'"):
+        sample(model, prompt, NEGATIVE)
+    with pytest.raises(ValueError, match="unknown style 'oil'"):
+        styled(model, parse_style("ink; 50%: oil"))
+    assert calls == []
 
 
 def test_the_host_can_make_a_second_copy(model, unet):

@@ -6,9 +6,10 @@ from comfyui_dmm.dmm_core.checkpoint import save_checkpoint
 from comfyui_dmm.dmm_core.sampling import SAMPLERS, SCHEDULERS, cfg_denoiser, host_noise, sample, sigmas_for
 from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.dmm_core.style import no_style_row, style_row
+from comfyui_dmm.dmm_core.style_value import PerItem, Strength, parse_style
 from comfyui_dmm.training.text import sdxl_vector
 
-from .families import FAMILIES, checkpoint_of, random_unet
+from .families import FAMILIES, NAMES, checkpoint_of, random_unet
 from .sampling import SIZE, conditioning
 
 ZERO_SNR = pytest.mark.parametrize("zero_snr", [False, True])
@@ -113,7 +114,7 @@ def test_a_whole_painting_equals_the_host(models, family, prediction, zero_snr, 
     Random networks amplify differences in the order of float32 sums; seen: 5e-5 on the zero-SNR schedule, 2e-6 else.
     """
     import comfy.sample
-    from comfyui_dmm.nodes import host_model, style_patch
+    from comfyui_dmm.nodes import host_model
 
     config, batch, seed = FAMILIES[family], 2, 11
     steps = 5 if family == "demo" else 3  # the others are large
@@ -123,8 +124,8 @@ def test_a_whole_painting_equals_the_host(models, family, prediction, zero_snr, 
     rows = torch.cat([style_row(config.num_styles, 1, 0.75), no_style_row(config.num_styles)])
     positive, negative = conditioning(config, 1), conditioning(config, 2)
     with torch.inference_mode():
-        model = host_model.load(str(path))[0].clone()
-        style_patch.set_style(model, rows)
+        style = PerItem((Strength(parse_style(NAMES[1]), 0.75), parse_style("none")))
+        model = host_model.styled(host_model.load(str(path))[0], style)
         latent = torch.zeros(batch, 4, SIZE, SIZE)
         noise = comfy.sample.prepare_noise(latent, seed)
         expected = comfy.sample.sample(
