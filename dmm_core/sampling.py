@@ -9,6 +9,7 @@ and a network's own parameterisation (scaled input, timesteps, eps or v) ends in
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -133,8 +134,8 @@ def cfg_denoiser(
     context: Tensor,
     uncond_context: Tensor | None = None,
     cfg: float = 1.0,
-    style: Tensor | None = None,
-    uncond_style: Tensor | None = None,
+    style: Tensor | Callable[[Tensor], Tensor] | None = None,
+    uncond_style: Tensor | Callable[[Tensor], Tensor] | None = None,
     y: Tensor | None = None,
     uncond_y: Tensor | None = None,
     prediction: str = "eps",
@@ -142,8 +143,9 @@ def cfg_denoiser(
     """The denoiser of a UNet under classifier-free guidance (arXiv:2207.12598), with one forward of the UNet a call.
 
     context and uncond_context: (B, L, d), of any two lengths; y and uncond_y: (B, adm), SDXL only; style and
-    uncond_style: (B, N+1) style rows; each also as one row for all of the batch. uncond_style defaults to style, as in
-    the DMM paper (pass ``no_style_row`` for none). cfg 1 leaves the unconditional half out.
+    uncond_style: (B, N+1) style rows, or a function of the timesteps (B,) that gives them; each also as one row for all of
+    the batch. uncond_style defaults to style, as in the DMM paper (pass ``no_style_row`` for none). cfg 1 leaves the
+    unconditional half out.
 
     The UNet gets its own dtype; guidance happens in the dtype of x. Raises ValueError for an unknown prediction, for
     missing unconditional inputs, and, when called, for rows that do not fit the batch.
@@ -157,20 +159,22 @@ def cfg_denoiser(
     if uncond_style is None:
         uncond_style = style
     elif style is None and guided:
-        style = torch.zeros_like(uncond_style)
+        style = functools.partial(_no_styles, uncond_style)
     if guided:
         context, uncond_context = to_one_length(context, uncond_context)
     halves = {"context": (context, uncond_context), "style": (style, uncond_style), "y": (y, uncond_y)}
     dtype = next(unet.parameters()).dtype
 
-    def rows(name: str, batch: int) -> Tensor | None:
+    def rows(name: str, t: Tensor) -> Tensor | None:
         """One input for the whole forward: conditional rows, then unconditional ones."""
         used = halves[name] if guided else halves[name][:1]
-        return None if used[0] is None else torch.cat([fit_rows(name, half, batch) for half in used]).to(dtype)
+        if used[0] is None:
+            return None
+        return torch.cat([fit_rows(name, half(t) if callable(half) else half, len(t)) for half in used]).to(dtype)
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        context, style, y = (rows(name, len(x)) for name in ("context", "style", "y"))
         t = schedule.t_from_sigma(sigma)
+        context, style, y = (rows(name, t) for name in ("context", "style", "y"))
         sigma = sigma[:, None, None, None]  # (B,) -> (B, 1, 1, 1)
         signal = (1 + sigma**2).rsqrt()
         x_t = signal * x
@@ -182,6 +186,10 @@ def cfg_denoiser(
         return predicted_x0(out, x_t, signal, sigma * signal, prediction)
 
     return denoise
+
+
+def _no_styles(like: Tensor | Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    return torch.zeros_like(like(t) if callable(like) else like)
 
 
 def fit_rows(name: str, value: Tensor, batch: int) -> Tensor:

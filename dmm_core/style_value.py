@@ -39,7 +39,8 @@ def find_style(known: Sequence[str], wanted: str) -> str:
         return wanted
     alike = [name for name in known if name.strip().casefold() == wanted.strip().casefold()]
     if not alike and re.fullmatch(r"\s*[0-9]{1,4}\s*", wanted) and int(wanted) < len(known):
-        return known[int(wanted)]
+        if not any(name.strip().isdecimal() for name in known):  # else a number is a name, if a wrong one
+            return known[int(wanted)]
     if len(alike) != 1:
         names = ", ".join([*known, NO_STYLE]) if known else f"none at all (a plain checkpoint); only '{NO_STYLE}' works"
         raise ValueError(f"unknown style '{wanted}'. The styles of this model: {names}")
@@ -259,6 +260,11 @@ def style_rows(style: Style, known: Vocabulary, progress: float = 0.0, batch: in
     if len(rows) == 1 or len(rows) == batch:
         return rows
     return rows[torch.arange(batch) % len(rows)]
+
+
+def progress_at(t: float) -> float:
+    """Timestep 999 .. 0 -> sampling progress from 0 to just under 1: what begins at 100% never begins, as in the host."""
+    return min(1 - t / 999, 1 - 1e-9)
 
 
 # --- the text form ----------------------------------------------------------------------------------------------------

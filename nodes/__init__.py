@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import (
     demo_scenes,
     distill,
+    legacy,
     loader,
     named_blend,
     paths,
@@ -30,6 +31,7 @@ class DMMExtension(ComfyExtension):
     async def on_load(self) -> None:
         paths.register()
         routes.register()
+        await legacy.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for module in MODULES for node in module.NODES]

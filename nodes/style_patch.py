@@ -18,7 +18,7 @@ from comfy.utils import repeat_to_batch_size
 from torch import Tensor
 
 from ..dmm_core.style import CODEBOOK, MLP_NAMES, style_delta
-from ..dmm_core.style_value import NONE, Style, Vocabulary, style_rows
+from ..dmm_core.style_value import NONE, Style, Vocabulary, progress_at, style_rows
 from . import style_map
 from .style_map import MAP, MAP_ROWS, Blender, StyleMap
 
@@ -102,11 +102,8 @@ def fill_conditionings(executor, x, timestep, *args, **kwargs):
 
 
 def progress(model, sigma: Tensor) -> float:
-    """Noise level -> 0 at t = 999 .. 1 at t = 0: the inverse of the host's ``percent_to_sigma``.
-
-    Always under 1: what begins at 100% never begins, as in the host.
-    """
-    return min(1 - float(model.model_sampling.timestep(sigma[:1])) / 999, 1 - 1e-9)
+    """Noise level -> 0 at t = 999 .. 1 at t = 0: the inverse of the host's ``percent_to_sigma``."""
+    return progress_at(float(model.model_sampling.timestep(sigma[:1])))
 
 
 def compute_delta(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):

@@ -54,7 +54,8 @@ def parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="paint with a checkpoint")
     sample.add_argument("checkpoint")
     sample.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    sample.add_argument("--style", default="none", help='style name, or "all" for one row per style (default: none)')
+    style_help = 'name, shares ("ink:0.7, pen:0.3") or schedule ("0%%: ink; 60%%: pen"); "all": one row per style'
+    sample.add_argument("--style", default="none", help=f"{style_help} (default: none)")
     sample.add_argument("--strength", type=float, default=1.0)
     sample.add_argument("--parts-from", help="full checkpoint to take a missing text encoder or VAE from")
     sample.add_argument("--seed", type=int, default=0)
@@ -149,6 +150,7 @@ def run_distill(args) -> None:
 
 def run_sample(args) -> None:
     from ..dmm_core.checkpoint import load_checkpoint
+    from ..dmm_core.style_value import Strength
     from .images import grid
     from .paint import Settings, painter
 
@@ -159,8 +161,8 @@ def run_sample(args) -> None:
     styles = brush.styles if args.style == "all" else [args.style]
     rows = []
     for style in styles:
-        row = brush.style_row(style, args.strength)
-        rows.append(brush.pictures(brush.latents(args.prompt, row, args.seed, settings)))
+        value = Strength(brush.style(style), args.strength)
+        rows.append(brush.pictures(brush.latents(args.prompt, value, args.seed, settings)))
     image = rows[0][0] if len(rows) == len(rows[0]) == 1 else grid(rows, styles, args.prompt)
     image.save(args.output)
     print(f"wrote {args.output}")

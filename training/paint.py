@@ -12,7 +12,17 @@ from torch import Tensor
 from ..dmm_core.checkpoint import Checkpoint
 from ..dmm_core.sampling import cfg_denoiser, host_noise, sample, sigmas_for
 from ..dmm_core.schedule import NoiseSchedule
-from ..dmm_core.style import no_style_row, style_row
+from ..dmm_core.style_value import (
+    NONE,
+    Mix,
+    Strength,
+    Style,
+    mix,
+    parse_style,
+    progress_at,
+    style_rows,
+    vocabulary,
+)
 from ..dmm_core.unet import UNet, load_unet
 from ..dmm_core.vae import SCALE_SD, SCALE_SDXL, AutoencoderKL, load_vae
 from .images import decode_to_pil
@@ -50,31 +60,33 @@ class Painter:
     zero_snr: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def style_row(self, style: str | Mapping[str, float] | None, strength: float = 1.0) -> Tensor:
-        """A style by name, a blend {name: weight}, or None / "none" for no style -> (1, N+1).
+    def style(self, text: str | None) -> Style:
+        """A style by its exact name or in text form (``parse_style``); None is no style.
 
         Raises ValueError that lists the known names for an unknown one.
         """
-        if style is None or style == "none":
-            return no_style_row(len(self.styles))
-        weights = {style: 1.0} if isinstance(style, str) else style
-        for name in weights:
-            if name not in self.styles:
-                known = ", ".join(self.styles) or "none, this model has no styles"
-                raise ValueError(f"unknown style '{name}': choose one of {known}")
-        return style_row(len(self.styles), {self.styles.index(n): w for n, w in weights.items()}, strength)
+        if text is None:
+            return NONE
+        style = Mix(((text, 1.0),)) if text in self.styles else parse_style(text)
+        style.check(vocabulary(self.styles))
+        return style
+
+    def style_row(self, style: str | Mapping[str, float] | None, strength: float = 1.0) -> Tensor:
+        """A style by name or text, or a blend {name: weight}, as it is when the sampling begins -> (1, N+1)."""
+        value = mix(style) if isinstance(style, Mapping) else self.style(style)
+        return style_rows(Strength(value, strength), vocabulary(self.styles))
 
     @torch.no_grad()
     def latents(
         self,
         prompts: Sequence[str],
-        style: Tensor | None,
+        style: Tensor | Style | None,
         seed: int,
         settings: Settings,
         same_noise: bool = False,
         callback: Callable | None = None,
     ) -> Tensor:
-        """Prompts (B) and style rows (B or 1, N+1) -> latents (B, 4, h, w), scaled.
+        """Prompts (B) and style rows (B or 1, N+1), or a Style, which may change over the steps -> latents (B, 4, h, w), scaled.
 
         The noise is the host's for an empty latent of batch B and this seed; ``same_noise`` gives every row the first one's.
         """
@@ -85,7 +97,9 @@ class Painter:
         y = None
         if config.adm_channels:
             y = sdxl_vector(pooled, settings.height, settings.width).to(self.device)
-        if style is not None:
+        if isinstance(style, Style):
+            style = self._rows_at(style, count)
+        elif style is not None:
             style = style.expand(count, -1).to(self.device)
         context = context.to(self.device)
         schedule = NoiseSchedule(self.zero_snr)
@@ -102,6 +116,15 @@ class Painter:
         )
         sigmas = sigmas_for(schedule, settings.steps, settings.scheduler)
         return sample(denoiser, schedule, noise.to(self.device), sigmas.to(self.device), settings.sampler, callback)
+
+    def _rows_at(self, style: Style, count: int) -> Callable[[Tensor], Tensor]:
+        """Timesteps (B,), all equal -> the style rows at that moment."""
+        known = vocabulary(self.styles)
+
+        def rows(t: Tensor) -> Tensor:
+            return style_rows(style, known, progress_at(t[0].item()), count).expand(count, -1).to(self.device)
+
+        return rows
 
     @torch.no_grad()
     def pictures(self, latents: Tensor) -> list[Image.Image]:

@@ -167,6 +167,8 @@ def test_names_as_people_type_them():
         with pytest.raises(ValueError, match="ink, Neon, neon, paper, none"):
             find_style(names, wrong)
     assert find_style(["1", "0"], "0") == "0"  # a name before a number
+    with pytest.raises(ValueError, match="unknown style '0'"):
+        find_style(["1", "2"], "0")
 
 
 def test_new_names():

@@ -82,7 +82,7 @@ def test_distil_sample_info(folder, capsys):
     assert dmm("sample", path, "--prompt", "a", "--prompt", "b", "--style", "all", *size, "--output", picture) == 0
     assert Image.open(picture).size[0] > 128
     assert dmm("sample", path, "--prompt", "a", "--style", "tow", *size, "--output", picture) == 1
-    assert "unknown style 'tow': choose one of one, two" in capsys.readouterr().err
+    assert "unknown style 'tow'. The styles of this model: one, two" in capsys.readouterr().err
 
 
 def test_the_same_command_goes_on(folder, capsys):
