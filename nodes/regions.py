@@ -24,10 +24,20 @@ CROP, FULL = "own crop", "whole canvas"
 class StyledRegion:
     """What travels on the wire."""
 
-    place: Region
+    place: Region | Rest
     style: Style
     positive: list | None = None
     negative: list | None = None
+
+
+def regions_input():
+    return io.Autogrow.Input(
+        "regions", io.Autogrow.TemplatePrefix(RegionType.Input("region"), prefix="region", min=1, max=100)
+    )
+
+
+def both_prompts() -> list:
+    return [io.Conditioning.Output(display_name="positive"), io.Conditioning.Output(display_name="negative")]
 
 
 def in_style(conditioning: list, style: Style) -> list:
@@ -111,17 +121,23 @@ class DMMRegion(io.ComfyNode):
         return io.NodeOutput(StyledRegion(place, as_style(style), positive, negative))
 
 
-def mixed(background: Style, regions: Sequence[StyledRegion], positive: list, negative: list) -> tuple[list, list]:
-    """Every region with its own prompt: (positive, negative) with one entry per place, the negatives matching."""
-    rest = Rest(tuple(region.place for region in regions))
+def placed(parts: Sequence[tuple[StyledRegion, object]], positive: list, negative: list) -> tuple[list, list]:
+    """Regions, each with the place it counts at -> (positive, negative) with matching entries; prompts they lack are these."""
     sides = []
     for side, prompt in (("positive", positive), ("negative", negative)):
-        entries = with_place(in_style(prompt, background), rest)
-        for region in regions:
+        entries = []
+        for region, where in parts:
             own = getattr(region, side)
-            entries += with_place(in_style(prompt if own is None else own, region.style), region.place)
+            entries += with_place(in_style(prompt if own is None else own, region.style), where)
         sides.append(entries)
     return sides[0], sides[1]
+
+
+def mixed(background: Style, regions: Sequence[StyledRegion], positive: list, negative: list) -> tuple[list, list]:
+    """Every region with its own prompt, over a background."""
+    rest = Rest(tuple(region.place for region in regions))
+    ground = StyledRegion(rest, background)
+    return placed([(ground, rest), *((region, region.place) for region in regions)], positive, negative)
 
 
 def one_pass(background: Style, regions: Sequence[StyledRegion], positive: list, negative: list) -> tuple[list, list]:
@@ -159,14 +175,9 @@ class StyleMix(io.ComfyNode):
                         f"{ONE_PASS}: one prompt; the style changes from place to place inside one pass, at little cost."
                     ),
                 ),
-                io.Autogrow.Input(
-                    "regions", io.Autogrow.TemplatePrefix(RegionType.Input("region"), prefix="region", min=1, max=64)
-                ),
+                regions_input(),
             ],
-            outputs=[
-                io.Conditioning.Output(display_name="positive"),
-                io.Conditioning.Output(display_name="negative"),
-            ],
+            outputs=both_prompts(),
         )
 
     @classmethod
@@ -214,27 +225,20 @@ class StylePanorama(io.ComfyNode):
                     step=0.05,
                     tooltip="Least share that neighbouring tiles overlap.",
                 ),
-                io.Autogrow.Input(
-                    "regions", io.Autogrow.TemplatePrefix(RegionType.Input("region"), prefix="region", min=1, max=64)
-                ),
+                regions_input(),
             ],
-            outputs=[
-                io.Conditioning.Output(display_name="positive"),
-                io.Conditioning.Output(display_name="negative"),
-            ],
+            outputs=both_prompts(),
         )
 
     @classmethod
     def execute(cls, model, positive, negative, tile_width, tile_height, overlap, regions) -> io.NodeOutput:
         regions = [region for region in regions.values() if region is not None]
         check(model, [region.style for region in regions])
-        sides = {"positive": [], "negative": []}
-        for i, region in enumerate(regions):
-            where = TileShare(i, len(regions), tile_height // 8, tile_width // 8, overlap)
-            for side, prompt in (("positive", positive), ("negative", negative)):
-                own = getattr(region, side)
-                sides[side] += with_place(in_style(prompt if own is None else own, region.style), where)
-        return io.NodeOutput(sides["positive"], sides["negative"])
+        parts = [
+            (region, TileShare(i, len(regions), tile_height // 8, tile_width // 8, overlap))
+            for i, region in enumerate(regions)
+        ]
+        return io.NodeOutput(*placed(parts, positive, negative))
 
 
 NODES = [DMMRegion, StyleMix, StylePanorama]
