@@ -81,8 +81,8 @@ def _candy(scene):
 def _pop(scene):
     row = np.floor(_Y / 16)
     dots = 1 - _ramp(np.hypot((_X + 8 * (row % 2)) % 16 - 8, _Y % 16 - 8), 5.5)
-    ground = _mix(_mix(scene.backdrop, 1.0, 0.4), scene.colour, 0.5 * dots)
-    body = _mix(_mix(scene.colour, 1.0, 0.15), _CREAM, 0.9 * dots)
+    ground = _mix(_mix(scene.backdrop, 1.0, 0.4), scene.colour, 0.4 * dots)
+    body = _mix(_mix(_fill(scene), 1.0, 0.1), _CREAM, 0.6 * dots)
     body = _mix(body, scene.colour * 0.25, scene.dark)
     image = _mix(ground, body, scene.mask)
     return _mix(image, 1.0, _ramp(scene.distance, 0) * (1 - _ramp(scene.distance, 4)))
@@ -115,8 +115,8 @@ def _echo(scene):
     rings = _stripes(scene.distance, 22, 0.5)
     night = np.array([0.10, 0.06, 0.28], np.float32)
     ground = _mix(scene.backdrop, night, rings)
-    inner = _stripes(scene.distance + 3, 20, 0.35)
-    return _mix(ground, _mix(scene.colour, _BLACK, inner), scene.mask)
+    pulse = _mix(scene.colour, 1.0, 0.35 * _stripes(scene.distance + 13, 26, 0.45))
+    return _mix(ground, _fill(replace(scene, colour=pulse), dark=scene.colour * 0.25), scene.mask)
 
 
 def _frame(scene):

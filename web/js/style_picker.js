@@ -7,7 +7,7 @@
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 
-const WIDGET = "DMM_STYLE";
+const WIDGET = "DMM_STYLE_NAME"; // not the type of the wires, or their sockets would become lists
 const NO_STYLE = "none";
 const TYPE_A_NAME = "type a name \u2026";
 
