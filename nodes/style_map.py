@@ -1,8 +1,10 @@
 """One-pass regional styling: another style at every pixel of one forward.
 
-In arXiv:2504.12364 a style acts through the time embedding alone, which every ResBlock adds to its features. That addition may
-differ from pixel to pixel: ``h + sum_k m_k(p) W(emb_k)`` with shares m_k of K styles. The rest of the network runs once, for all
-styles together, so normalisation and attention see the whole mixed picture: near to, and not the same as, a pass per style.
+In arXiv:2504.12364 a style acts through the time embedding alone, which every ResBlock adds to its features and then normalises.
+Here the addition differs from pixel to pixel, by shares m_k(p) of K styles, and each style is normalised with the statistics that it
+would have if it were everywhere: ``sum_k m_k(p) GroupNorm(h + W(emb_k))``. Mixed before the normalisation, one style's offset would
+pass for contrast of the picture; a network whose groups are one channel wide then shows no style at all. The convolutions run once.
+The blocks' inputs and the attention still see the whole mixed picture: near to, and not the same as, a pass per style.
 """
 
 from __future__ import annotations
@@ -77,6 +79,27 @@ def blend_styles(layer, x, emb, context, transformer_options, *_):
     h = layer.in_layers(x)
     deltas = blender.deltas.to(emb.dtype)  # (rows, K, D)
     added = layer.emb_layers((emb[:, None] + deltas).flatten(0, 1)).unflatten(0, deltas.shape[:2])  # (rows, K, C)
+    scale, shift = normalised(layer.out_layers[0], h, added.float())
     shares = blender.shares_at(tuple(h.shape[-2:])).to(h.dtype)
-    h = h + torch.einsum("bkc,bkhw->bchw", added.to(h.dtype), shares)
-    return layer.skip_connection(x) + layer.out_layers(h)
+    scale, shift = (torch.einsum("bkc,bkhw->bchw", part.to(h.dtype), shares) for part in (scale, shift))
+    return layer.skip_connection(x) + layer.out_layers[1:](torch.addcmul(shift, h, scale))
+
+
+def normalised(norm: torch.nn.GroupNorm, h: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """GroupNorm(h + added_k) for h (B, C, h, w) and each of added (B, K, C), as ``scale * h + shift``, both (B, K, C)."""
+    var, mean = torch.var_mean(h.float(), dim=(2, 3), unbiased=False)  # (B, C)
+    groups = (*added.shape[:2], norm.num_groups, -1)
+    means = (mean[:, None] + added).view(groups)  # of every channel, (B, K, G, C/G)
+    centre = means.mean(-1, keepdim=True)
+    spread = var[:, None].expand_as(added).reshape(groups).mean(-1, keepdim=True)
+    spread = spread + (means - centre).square().mean(-1, keepdim=True)
+    gain, bias = affine(norm, h)
+    scale = gain * (spread + norm.eps).rsqrt().expand(means.shape).reshape(added.shape)
+    return scale, (added - centre.expand(means.shape).reshape(added.shape)) * scale + bias
+
+
+def affine(norm: torch.nn.GroupNorm, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Gain and bias (C,) of a GroupNorm, asked by a call: the host may keep its weights elsewhere, or cast, until then."""
+    probe = like.new_tensor([1.0, -1.0]).expand(1, norm.num_channels, 2)  # mean 0 and variance 1 in every group
+    plus, minus = norm(probe).float()[0].unbind(-1)
+    return (plus - minus) / 2 * (1 + norm.eps) ** 0.5, (plus + minus) / 2

@@ -204,7 +204,7 @@ def test_one_style_everywhere_is_that_style(model, mode):
 
 @pytest.mark.parametrize("family", ["demo", "sd15"])
 def test_one_pass_is_another_time_embedding_at_every_pixel(models, family):
-    """Against our UNet whose ResBlocks add, pixel by pixel, the embedding of the style that is there."""
+    """Against our UNet whose ResBlocks take, pixel by pixel, the normalised features of the style that is there."""
     from comfyui_dmm.nodes.regions import DMMRegion, StyleMix
 
     config = FAMILIES[family]
@@ -224,14 +224,14 @@ def test_one_pass_is_another_time_embedding_at_every_pixel(models, family):
 
 @torch.no_grad()
 def per_pixel(unet, call, rows):
-    """Our UNet; left half of the picture in the first style, right half in the second."""
+    """Our UNet; left half of the picture in the first style, right half in the second, each normalised as if everywhere."""
     deltas = [style_delta(unet.model_embedding, unet.style_mlp, row)[0] for row in rows]
 
     def forward(block, x, emb, context):
         h = block.in_layers(x)
-        halves = [block.emb_layers(emb + delta)[:, :, None, None].expand_as(h) for delta in deltas]
+        halves = [block.out_layers[0](h + block.emb_layers(emb + delta)[:, :, None, None]) for delta in deltas]
         left = torch.arange(h.shape[-1]) < h.shape[-1] / 2
-        return block.skip_connection(x) + block.out_layers(h + torch.where(left, *halves))
+        return block.skip_connection(x) + block.out_layers[1:](torch.where(left, *halves))
 
     before = ResBlock.forward
     ResBlock.forward = forward
