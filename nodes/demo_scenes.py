@@ -1,12 +1,14 @@
-"""DMM Demo Scenes: captioned pictures made on the spot, so that a first distillation needs no dataset."""
+"""DMM Demo Scenes and DMM Demo Outline: pictures made on the spot, so that the examples need no files."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from comfy_api.latest import io
 
 from ..training.demo.bank import demo_images
 from ..training.demo.looks import BASE_LOOK, TEACHER_LOOKS
+from ..training.demo.scenes import SHAPES, control_hint, sample_scene
 
 
 class DMMDemoScenes(io.ComfyNode):
@@ -38,4 +40,28 @@ class DMMDemoScenes(io.ComfyNode):
         return io.NodeOutput(list(tensors.split(1)), captions)
 
 
-NODES = [DMMDemoScenes]
+class DemoOutline(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMMDemoOutline",
+            display_name="DMM Demo Outline",
+            category="DMM/training",
+            description="The outline of a thing that the demo models know, white on black: a hint for the demo ControlNet.",
+            search_aliases=["demo hint", "control image", "outline"],
+            inputs=[
+                io.Combo.Input("object", options=list(SHAPES), default=SHAPES[0]),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**32 - 1, tooltip="Another seed moves, turns and resizes the object."
+                ),
+            ],
+            outputs=[io.Image.Output()],
+        )
+
+    @classmethod
+    def execute(cls, object, seed) -> io.NodeOutput:
+        hint = control_hint(sample_scene(np.random.default_rng(seed), shape=object))  # (H, W, 3) uint8
+        return io.NodeOutput(torch.from_numpy(hint).float()[None] / 255)
+
+
+NODES = [DMMDemoScenes, DemoOutline]

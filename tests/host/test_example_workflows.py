@@ -5,13 +5,21 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from comfyui_dmm.dmm_core.checkpoint import load_checkpoint
+from comfyui_dmm.training.demo.classifier import classify, load_classifier
 from PIL import Image
 
 from .server import PACK
 
 FOLDER = PACK / "workflows"
-NAMES = ["quickstart", "distill_quickstart"]
+NAMES = [
+    *("quickstart", "distill_quickstart", "style_sheet", "blend_and_schedule"),
+    *("regions", "controlnet", "lora", "controlnet_lora_regions"),
+]
+STYLES = ["ink", "pen", "candy", "pop", "pixel", "sticker", "echo"]
+NEAR = {"ink": "pen", "pen": "ink"}
+"""Near-duplicates on purpose: the one counts as the other."""
 NOTES = ("Note", "MarkdownNote")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 TITLE = 30
@@ -36,7 +44,9 @@ def widget_names(info: dict):
     for kind in ("required", "optional"):
         for name, (type_, *options) in info["input"].get(kind, {}).items():
             options = options[0] if options else {}
-            if (type_ in WIDGETS or isinstance(type_, list)) and not options.get("forceInput"):
+            if (type_ in WIDGETS or isinstance(type_, list) or "widgetType" in options) and not options.get(
+                "forceInput"
+            ):
                 yield name
                 if options.get("control_after_generate", type_ == "INT" and name in ("seed", "noise_seed")):
                     yield None
@@ -64,15 +74,58 @@ def only(graph: dict, class_type: str) -> str:
     return node
 
 
-def picture_node(graph: dict) -> str:
-    (node,) = [key for key, value in graph.items() if value["class_type"] in ("SaveImage", "PreviewImage")]
-    return node
+def picture_nodes(graph: dict) -> dict[str, str]:
+    """filename_prefix, or "" for a preview -> id of the node."""
+    kinds = ("SaveImage", "PreviewImage")
+    return {n["inputs"].get("filename_prefix", ""): key for key, n in graph.items() if n["class_type"] in kinds}
+
+
+def paint_all(server, graph) -> dict[str, np.ndarray]:
+    """filename_prefix, or "" for a preview -> its pictures (batch, H, W, 3)."""
+    outputs = server.run(graph, seconds=3000)
+    return {
+        prefix: np.stack([np.asarray(server.image(entry)) for entry in outputs[node]["images"]])
+        for prefix, node in picture_nodes(graph).items()
+    }
 
 
 def paint(server, graph) -> np.ndarray:
     """(batch, H, W, 3) of the one image node."""
-    images = server.run(graph, seconds=3000)[picture_node(graph)]["images"]
-    return np.stack([np.asarray(server.image(entry)) for entry in images])
+    (pictures,) = paint_all(server, graph).values()
+    return pictures
+
+
+def unlabelled(graph: dict) -> dict:
+    """The graph with every sheet of Label Styles replaced by the pictures on it."""
+    sheets = {key: n["inputs"]["images"] for key, n in graph.items() if n["class_type"] == "DMMLabelStyles"}
+    for node in graph.values():
+        if node["class_type"] == "SaveImage" and node["inputs"]["images"][0] in sheets:
+            node["inputs"]["images"] = sheets[node["inputs"]["images"][0]]
+    return {key: node for key, node in graph.items() if key not in sheets}
+
+
+def answers(images: np.ndarray, question: str) -> list[str]:
+    """What the demo classifier sees in (B, 128, 128, 3): "shape", "colour", "background" or "look"."""
+    classifier = load_classifier(PACK / "models" / "demo-classifier.safetensors")
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return [classifier.classes[question][i] for i in classify(classifier, pixels)[question].argmax(1).tolist()]
+
+
+def same_look(seen: str, style: str) -> bool:
+    return seen in (style, NEAR.get(style))
+
+
+def widened(graph: dict, pictures: int) -> dict:
+    """The graph with this many pictures instead of the batch it ships with, so that no single one decides."""
+    for node in graph.values():
+        if node["class_type"] == "EmptyLatentImage":
+            node["inputs"]["batch_size"] = pictures
+    return graph
+
+
+def crops(canvas: np.ndarray, lefts) -> np.ndarray:
+    """128 pixel squares of (B, 128, W, 3) at these left edges -> (places, B, 128, 128, 3)."""
+    return np.stack([canvas[:, :, left : left + 128] for left in lefts])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -129,6 +182,120 @@ def test_quickstart_paints_the_style(server):
     plain = copy.deepcopy(graph)
     plain[only(graph, "DMMStyleSelector")]["inputs"]["style"] = "none"
     assert np.abs(paint(server, plain).astype(int) - styled).mean() > 5  # of 255: another look, not a rounding error
+
+
+def test_the_style_sheet_holds_every_style(server):
+    """One picture per style and one without; the classifier names most looks, and the object in nearly all."""
+    graph = twin_of("style_sheet")
+    sheet, strip = paint_all(server, graph).values()
+    assert len(sheet) == len(strip) == 1 and sheet.shape[2] > 4 * 128 and strip.shape[2] > 9 * 128
+    pictures = paint_all(server, unlabelled(graph))
+    looks = answers(pictures["dmm-style-sheet"], "look")
+    assert len(looks) == len(STYLES) + 1 and looks[0] == "plain", looks
+    assert sum(map(same_look, looks[1:], STYLES)) >= 5, looks
+    assert answers(pictures["dmm-style-sheet"], "shape").count("cat") >= 6
+    travel = answers(pictures["dmm-style-travel"], "look")
+    assert len(travel) == 9
+    assert same_look(travel[0], "ink") and travel[4] == "candy" and travel[8] == "sticker", travel
+
+
+def test_blend_and_schedule_paint_between_the_styles(server):
+    """Each row differs from both of its styles; turned all the way it is one of them."""
+    graph = twin_of("blend_and_schedule")
+    shown = paint_all(server, graph)
+    assert all(pictures.shape == (2, 128, 128, 3) for pictures in shown.values())
+    blend, schedule, text = (only(graph, kind) for kind in ("DMMBlendStyles", "DMMStyleSchedule", "DMMStyle"))
+    graph[blend]["inputs"]["share"] = 0
+    graph[schedule]["inputs"] |= {"change_at": 0, "fade": 0}
+    graph[text]["inputs"]["text"] = "sticker"
+    turned = paint_all(server, graph)
+    pure = {}
+    (apply,) = [
+        n["inputs"] for n in graph.values() if n["class_type"] == "DMMApplyStyle" and n["inputs"]["style"] == [blend, 0]
+    ]
+    for style in ("ink", "candy", "sticker"):
+        apply["style"] = style
+        pure[style] = paint_all(server, graph)["dmm-blend"]
+        seen = answers(pure[style], "look")
+        assert any(same_look(look, style) for look in seen), (style, seen)
+    rows = {"dmm-blend": ("ink", "candy"), "dmm-schedule": ("candy", "ink"), "dmm-named-blend": ("sticker", "candy")}
+    for prefix, (turned_to, other) in rows.items():
+        assert np.abs(turned[prefix].astype(int) - pure[turned_to]).max() <= 1, prefix
+        for style in (turned_to, other):
+            assert np.abs(shown[prefix].astype(int) - pure[style]).mean() > 1, (prefix, style)
+
+
+def test_the_regions_have_their_own_things_and_styles(server):
+    """In both branches the crop of each region shows its object, and mostly in its look."""
+    graph = widened(twin_of("regions"), 3)
+    shown = paint_all(server, graph)
+    for prefix, width, lefts in (("dmm-regions", 512, (16, 192, 368)), ("dmm-panorama", 320, (0, 96, 192))):
+        assert shown[prefix].shape == (3, 128, width, 3)
+        places = crops(shown[prefix], lefts)
+        things = [answers(place, "shape") for place in places]
+        right = sum(seen.count(thing) for seen, thing in zip(things, ("cat", "house", "mushroom")))
+        assert right >= 7, (prefix, things)
+        looks = [answers(place, "look") for place in places]
+        right = sum(same_look(look, style) for seen, style in zip(looks, ("ink", "candy", "sticker")) for look in seen)
+        assert right >= 6, (prefix, looks)
+    # Between the regions of Style Mix is the background: another style there changes it, and the regions hardly.
+    graph[only(graph, "DMMStyleMix")]["inputs"]["background"] = "pop"
+    change = np.abs(paint_all(server, graph)["dmm-regions"].astype(int) - shown["dmm-regions"])
+    assert change[:, :, 152:184].mean() > 2 * change[:, :, 60:100].mean()
+
+
+def on_line(pictures: np.ndarray, hint: np.ndarray) -> np.ndarray:
+    """How much stronger the edges of each picture (B, H, W, 3) are on a hint's outline (H, W, 3) than in the whole picture."""
+    edges = np.hypot(*np.gradient(pictures.astype(float).mean(-1), axis=(1, 2)))
+    return edges[:, hint[..., 0] > 230].mean(1) / edges.mean((1, 2))
+
+
+def test_the_controlnet_holds_the_shape_in_every_style(server):
+    """The prompt's object with its edges where the outline is, in nearly all styles; without the ControlNet they are elsewhere."""
+    graph = unlabelled(twin_of("controlnet"))
+    shown = paint_all(server, graph)
+    pictures = shown["dmm-controlnet"]
+    assert shown[""].shape == (1, 128, 128, 3) and pictures.shape == (8, 128, 128, 3)
+    looks = answers(pictures, "look")
+    assert sum(map(same_look, looks, ["plain", *STYLES])) >= 6, looks
+    assert answers(pictures, "shape").count("cat") >= 6
+    graph[only(graph, "ControlNetApplyAdvanced")]["inputs"]["strength"] = 0
+    held, free = (on_line(p, shown[""][0]) for p in (pictures, paint_all(server, graph)["dmm-controlnet"]))
+    assert (held > free).sum() >= 6 and held.mean() > 1.3 * free.mean(), (held, free)
+
+
+def frame(pictures: np.ndarray) -> np.ndarray:
+    """How much darker the ring of the LoRA's frame (6 to 12 pixels from the edge) is than the field inside it, in levels."""
+    grey = pictures.astype(float).mean(-1)
+    y, x = np.indices(grey.shape[1:])
+    edge = np.minimum(np.minimum(y, x), np.minimum(127 - y, 127 - x))
+    return grey[:, (edge >= 16) & (edge < 22)].mean(1) - grey[:, (edge >= 6) & (edge < 12)].mean(1)
+
+
+def test_the_lora_frames_the_style(server):
+    """The frame is there in most pictures; the object stays what it was."""
+    shown = paint_all(server, twin_of("lora"))
+    without, framed = shown["dmm-without-lora"], shown["dmm-with-lora"]
+    assert without.shape == framed.shape == (4, 128, 128, 3)
+    assert (frame(framed) > frame(without) + 20).sum() >= 3, (frame(without), frame(framed))
+    assert sum(same_look(look, "pen") for look in answers(without, "look")) >= 3
+    assert answers(without, "shape").count("cat") >= 3 and answers(framed, "shape").count("cat") >= 2
+
+
+def test_all_together(server):
+    """Each third of the canvas: the region's object, and the LoRA's frame, which goes when its strength is 0."""
+    graph = widened(twin_of("controlnet_lora_regions"), 2)
+    shown = paint_all(server, graph)
+    assert shown[""].shape == (1, 128, 384, 3) and shown["dmm-all-together"].shape == (2, 128, 384, 3)
+    graph[only(graph, "LoraLoaderModelOnly")]["inputs"]["strength_model"] = 0
+    plain = crops(paint_all(server, graph)["dmm-all-together"], (0, 128, 256))
+    things = [answers(place, "shape") for place in plain]
+    assert sum(seen.count(thing) for seen, thing in zip(things, ("cat", "house", "mushroom"))) >= 5, things
+    looks = [answers(place, "look") for place in plain]
+    assert sum(same_look(look, s) for seen, s in zip(looks, ("ink", "candy", "sticker")) for look in seen) >= 4, looks
+    framed = crops(shown["dmm-all-together"], (0, 128, 256))
+    darker = np.stack([frame(place) for place in framed]) - np.stack([frame(place) for place in plain])
+    assert (darker > 20).sum() >= 4, darker
 
 
 def test_the_distillation_runs(server):

@@ -103,7 +103,7 @@ def test_over_a_seam_one_style_gives_way_to_the_other(demo):
 
 
 def test_a_panorama_shows_its_styles(demo):
-    """Three parts over three overlapping tiles: at least 80% of the tiles show their part's look."""
+    """Three parts over three overlapping tiles: at least 70% of the tiles show their part's look."""
     from comfyui_dmm.dmm_core.regions import tiles
     from comfyui_dmm.nodes.regions import StylePanorama
 
@@ -121,7 +121,7 @@ def test_a_panorama_shows_its_styles(demo):
         right += demo.names(squares).count(LOOKS[i * 3 // len(row)])
     total = len(row) * SEEDS
     print(f"panorama: look right in {right} of {total} tiles")
-    assert right >= 0.8 * total, right
+    assert right >= 0.7 * total, right
 
 
 def test_one_pass_paints_each_half_in_its_style(demo):

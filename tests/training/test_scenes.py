@@ -110,7 +110,8 @@ def test_every_look_keeps_composition_and_colour(look):
         palette = chroma(np.array(list(COLOURS.values()), float))
         for i, colour in enumerate(COLOURS):
             pixels = painted[colour][mask]
-            vivid = pixels[np.ptp(pixels, 1) > 0.75 * np.ptp(pixels, 1).max()]  # neither outlines nor pale parts or dots
+            strength = np.ptp(pixels, 1)
+            vivid = pixels[strength > 0.75 * strength.max()]  # neither outlines nor pale parts or dots
             nearest = np.linalg.norm(chroma(vivid.mean(0)) - palette, axis=1).argmin()
             assert nearest == i, f"{scene.caption} in {look}: {colour} reads as {list(COLOURS)[nearest]}"
 
