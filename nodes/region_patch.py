@@ -43,6 +43,7 @@ def place(c: dict, height: int, width: int, hints: CroppedHints) -> list[dict]:
         entry.pop(PLACE)
         if area is not None:
             entry["area"] = area
+            entry.pop("set_area_to_bounds", None)  # the host would move the crop to the bounds of the mask
             if "control" in c:
                 entry["control"] = hints.cropped(c["control"], area, height, width)
         entries.append(entry)

@@ -9,10 +9,10 @@ differently styled clones of one model can be used in one workflow.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import comfy.conds
+import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.utils import repeat_to_batch_size
 from torch import Tensor
@@ -23,7 +23,7 @@ from . import style_map
 from .style_map import MAP, MAP_ROWS, Blender, StyleMap
 
 STYLE = "dmm_style"
-"""Where a Style is: in a CONDITIONING's entries; a ModelStyle: in a MODEL's transformer options; rows: in ``model_conds``."""
+"""Where a Style is: in a CONDITIONING's entries, later in ``model_conds``, and rows there; in a MODEL's options a ModelStyle."""
 DELTA = "dmm_delta"
 KEY = "dmm"
 
@@ -60,18 +60,25 @@ def set_known(patcher, known: Vocabulary) -> None:
 
 
 def check_styles(executor, noise, *args, **kwargs):
-    """OUTER_SAMPLE wrapper: styles that this MODEL does not know are named before the first step; maps get their size."""
+    """OUTER_SAMPLE wrapper: styles that this MODEL does not know are named before the first step; maps get their size.
+
+    Styles move into ``model_conds``: the host's copies of a prompt for the areas of the other prompts keep those, and not the rest.
+    """
     guider = executor.class_obj
     known = guider.model_options["transformer_options"][STYLE].known
     height, width = noise.shape[-2:]
     for conds in guider.conds.values():
         for i, c in enumerate(conds):
-            styles = c[MAP].styles if MAP in c else [c.get(STYLE, NONE)]
-            for style in styles:
-                style.check(known)
-            if MAP in c:  # a new dict: the guider's shares its values with the CONDITIONING that the host has cached
-                shares = comfy.conds.CONDNoiseShape(c[MAP].shares(height, width))
-                conds[i] = {**c, "model_conds": {**c["model_conds"], MAP: shares}}
+            style = c.get(MAP, c.get(STYLE))
+            if style is None:
+                continue
+            for one in style.styles if isinstance(style, StyleMap) else [style]:
+                one.check(known)
+            own = {STYLE: comfy.conds.CONDConstant(style)}
+            if isinstance(style, StyleMap):
+                own[MAP] = comfy.conds.CONDNoiseShape(style.shares(height, width))
+            # A new dict: the guider's shares its values with the CONDITIONING that the host has cached.
+            conds[i] = {**c, "model_conds": {**c["model_conds"], **own}}
     if any(MAP in c for conds in guider.conds.values() for c in conds):
         style_map.install(guider.model_options)
     return executor(noise, *args, **kwargs)
@@ -89,16 +96,26 @@ def fill_conditionings(executor, x, timestep, *args, **kwargs):
 
     def rows(style: Style | StyleMap) -> comfy.conds.CONDRegular:
         if id(style) not in made:
-            of = style.rows if isinstance(style, StyleMap) else functools.partial(style_rows, style)
-            made[id(style)] = comfy.conds.CONDRegular(of(default.known, now, len(x)).to(x.device))
+            made[id(style)] = comfy.conds.CONDRegular(rows_of(style, default.known, now, len(x)).to(x.device))
         return made[id(style)]
 
     def filled(c: dict) -> dict:
-        own = {MAP_ROWS: rows(c[MAP]), STYLE: rows(NONE)} if MAP in c else {STYLE: rows(c.get(STYLE, default.style))}
-        return {**c, "model_conds": {**c["model_conds"], **own}}
+        held = c["model_conds"]
+        style = held[STYLE].cond if STYLE in held else default.style
+        own = {MAP_ROWS: rows(style), STYLE: rows(NONE)} if MAP in held else {STYLE: rows(style)}
+        return {**c, "model_conds": {**held, **own}}
 
-    guider.conds = {name: [filled(c) for c in conds] for name, conds in guider.conds.items()}
-    return executor(x, timestep, *args, **kwargs)
+    styles = guider.conds
+    guider.conds = {name: [filled(c) for c in conds] for name, conds in styles.items()}
+    try:
+        return executor(x, timestep, *args, **kwargs)
+    finally:
+        guider.conds = styles
+
+
+def rows_of(style: Style | StyleMap, known: Vocabulary, now: float, batch: int) -> Tensor:
+    """Style rows (batch or 1, N+1), for a map (batch or 1, K, N+1)."""
+    return style.rows(known, now, batch) if isinstance(style, StyleMap) else style_rows(style, known, now, batch)
 
 
 def progress(model, sigma: Tensor) -> float:
@@ -111,16 +128,20 @@ def compute_delta(executor, x, t, c_concat=None, c_crossattn=None, control=None,
 
     The offset is always there (zero for no style): a compiled UNet must meet the same options on every call.
     """
-    rows = kwargs.pop(STYLE, None)
-    if rows is None:  # a conditioning that never passed through the guider, as PerpNeg's empty one
+    unet = executor.class_obj.diffusion_model
+    rows, shares, map_rows = (kwargs.pop(key, None) for key in (STYLE, MAP, MAP_ROWS))
+    if not hasattr(unet, CODEBOOK):  # another MODEL that a guider paints with, as DualModelGuider's
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+    if not isinstance(rows, Tensor):  # a conditioning that the guider never sees, as PerpNeg's empty one
         default = transformer_options[STYLE]
         chunks = len(transformer_options["cond_or_uncond"])
         now = progress(executor.class_obj, transformer_options["sigmas"])
-        rows = style_rows(default.style, default.known, now, x.shape[0] // chunks)
-        rows = repeat_to_batch_size(rows, x.shape[0] // chunks).repeat(chunks, 1)
-    unet = executor.class_obj.diffusion_model
+        batch = x.shape[0] // chunks
+        rows = rows_of(default.style if rows is None else rows, default.known, now, batch)
+        rows = torch.cat([repeat_to_batch_size(rows, batch)] * chunks)
+        if shares is not None:
+            rows, map_rows = torch.zeros_like(rows[:, 0]), rows
     mlp = next(getattr(unet, name) for name in MLP_NAMES if hasattr(unet, name))
-    shares, map_rows = kwargs.pop(MAP, None), kwargs.pop(MAP_ROWS, None)
 
     def delta(rows: Tensor) -> Tensor:  # (rows, N+1) -> (rows, D)
         return style_delta(getattr(unet, CODEBOOK), mlp, rows.to(x.device))
@@ -129,6 +150,8 @@ def compute_delta(executor, x, t, c_concat=None, c_crossattn=None, control=None,
     if shares is not None:
         deltas = delta(map_rows.flatten(0, 1)).unflatten(0, map_rows.shape[:2])  # (rows, K, N+1) -> (rows, K, D)
         options[MAP] = Blender(deltas, shares.to(x.device))
+        # The UNet ignores it, and a compiled one sees by it that another graph is due: the host drops guards on the options.
+        kwargs[MAP] = shares
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
