@@ -145,9 +145,12 @@ def label_sheet(images, labels: list[str], title: str, columns: int) -> Image.Im
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     pictures = [Image.fromarray(p) for p in (images * 255).round().clamp(0, 255).byte().cpu().numpy()]
     size = max(15, pictures[0].width // 20)
-    tiles = [grid([[p]], col_labels=[label], font_size=size) for p, label in zip(pictures, labels)]
-    tiles += [None] * (-len(tiles) % columns)
-    return grid([tiles[i : i + columns] for i in range(0, len(tiles), columns)], title=title, font_size=size)
+    empty = -len(pictures) % columns
+    pictures, labels = [*pictures, *[None] * empty], [*labels, *[""] * empty]
+    rows = []
+    for i in range(0, len(pictures), columns):  # a sheet per row, so that the labels of a row stand on one line
+        rows.append([grid([pictures[i : i + columns]], col_labels=labels[i : i + columns], font_size=size)])
+    return grid(rows, title=title, font_size=size)
 
 
 NODES = [StyleSheet, StyleTravel, LabelStyles]
