@@ -37,9 +37,9 @@ def place(c: dict, height: int, width: int, hints: CroppedHints) -> list[dict]:
     """One entry -> as many as it has places on a canvas of height x width latents."""
     if PLACE not in c:
         return [c]
-    entries = []
+    entries, mask = [], own_mask(c, height, width)
     for area, weights in c[PLACE].placed(height, width):
-        entry = {**c, "mask": weights * own_mask(c, height, width)}
+        entry = {**c, "mask": weights * mask}
         entry.pop(PLACE)
         if area is not None:
             entry["area"] = area

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from comfy_api.latest import io
 
@@ -24,7 +24,7 @@ CROP, FULL = "own crop", "whole canvas"
 class StyledRegion:
     """What travels on the wire."""
 
-    place: Region | Rest
+    place: Region | Rest | TileShare
     style: Style
     positive: list | None = None
     negative: list | None = None
@@ -121,14 +121,14 @@ class DMMRegion(io.ComfyNode):
         return io.NodeOutput(StyledRegion(place, as_style(style), positive, negative))
 
 
-def placed(parts: Sequence[tuple[StyledRegion, object]], positive: list, negative: list) -> tuple[list, list]:
-    """Regions, each with the place it counts at -> (positive, negative) with matching entries; prompts they lack are these."""
+def placed(parts: Sequence[StyledRegion], positive: list, negative: list) -> tuple[list, list]:
+    """(positive, negative) with matching entries, one per part and prompt; the prompts that a part lacks are these."""
     sides = []
     for side, prompt in (("positive", positive), ("negative", negative)):
         entries = []
-        for region, where in parts:
-            own = getattr(region, side)
-            entries += with_place(in_style(prompt if own is None else own, region.style), where)
+        for part in parts:
+            own = getattr(part, side)
+            entries += with_place(in_style(prompt if own is None else own, part.style), part.place)
         sides.append(entries)
     return sides[0], sides[1]
 
@@ -136,8 +136,7 @@ def placed(parts: Sequence[tuple[StyledRegion, object]], positive: list, negativ
 def mixed(background: Style, regions: Sequence[StyledRegion], positive: list, negative: list) -> tuple[list, list]:
     """Every region with its own prompt, over a background."""
     rest = Rest(tuple(region.place for region in regions))
-    ground = StyledRegion(rest, background)
-    return placed([(ground, rest), *((region, region.place) for region in regions)], positive, negative)
+    return placed([StyledRegion(rest, background), *regions], positive, negative)
 
 
 def one_pass(background: Style, regions: Sequence[StyledRegion], positive: list, negative: list) -> tuple[list, list]:
@@ -235,7 +234,7 @@ class StylePanorama(io.ComfyNode):
         regions = [region for region in regions.values() if region is not None]
         check(model, [region.style for region in regions])
         parts = [
-            (region, TileShare(i, len(regions), tile_height // 8, tile_width // 8, overlap))
+            replace(region, place=TileShare(i, len(regions), tile_height // 8, tile_width // 8, overlap))
             for i, region in enumerate(regions)
         ]
         return io.NodeOutput(*placed(parts, positive, negative))

@@ -8,15 +8,15 @@ obeyed; it is never a training signal.
 from __future__ import annotations
 
 import json
-import os
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...dmm_core.files import atomic_write
 from .looks import LOOKS, render_layers
 from .scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, Scene, layers, sample_scene
 
@@ -144,15 +144,11 @@ def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> dict[str, flo
 
 
 def save_classifier(path, model: Classifier) -> None:
-    """Half precision, written to a neighbour and renamed, with the vocabulary in the metadata."""
+    """Half precision, written completely or not at all, with the vocabulary in the metadata."""
     weights = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
     metadata = {"demo.classifier": _FORMAT, "demo.classes": json.dumps(model.classes)}
-    partial = f"{path}.partial"
-    with open(partial, "wb") as file:
-        file.write(save(weights, metadata))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with atomic_write(path) as temporary:
+        save_file(weights, temporary, metadata)
 
 
 def load_classifier(path) -> Classifier:

@@ -205,8 +205,6 @@ def build_control(work: Path, budget: Budget) -> None:
 
 def build_student(work: Path, budget: Budget) -> None:
     """Distil the demo DMM checkpoint from the shipped, half-precision teachers (resumable)."""
-    for part in ("base", *TEACHER_LOOKS):
-        shipped_file(work, part)
     whole = {key: half(load_file(work / f"{part}.safetensors")) for key, part in (("text", "text"), ("vae", "decoder"))}
     unet = half(load_file(work / "base.safetensors"))
     save_checkpoint(work / "whole.safetensors", Checkpoint(unet=unet, **whole, metadata=about("base")))
