@@ -4,6 +4,9 @@ The host's node replacement turns them into ours: in the browser on a click ("Re
 by itself. Where their pack is installed too, their nodes stay what they are.
 
 DMMApply names a style by its index in the codebook. The number goes into Style Selector as it is, which finds the style.
+
+A DMMLoader without DMMApply painted in style 0 there and paints in no style here: a replacement puts one node for one node and
+cannot tell what follows it. Style 0 as a default of Load DMM Model would change what its own graphs paint.
 """
 
 from __future__ import annotations

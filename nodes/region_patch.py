@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from .style_patch import STYLE
+
 PLACE = "dmm_place"
 KEY = "dmm_regions"
 
@@ -34,7 +36,11 @@ def place_conditionings(executor, noise, *args, **kwargs):
 
 
 def place(c: dict, height: int, width: int, hints: CroppedHints) -> list[dict]:
-    """One entry -> as many as it has places on a canvas of height x width latents."""
+    """One entry -> as many as it has places on a canvas of height x width latents.
+
+    A mask of its own narrows a place, an area of its own one that takes the whole canvas. Raises ValueError for an area of its own
+    where the place is a crop: an entry has room for one.
+    """
     if PLACE not in c:
         return [c]
     entries, mask = [], own_mask(c, height, width)
@@ -42,6 +48,13 @@ def place(c: dict, height: int, width: int, hints: CroppedHints) -> list[dict]:
         entry = {**c, "mask": weights * mask}
         entry.pop(PLACE)
         if area is not None:
+            if "area" in c:
+                h, w, top, left = (8 * n for n in area)
+                raise ValueError(
+                    f"the prompt of the region in style '{c[STYLE]}' ({w} x {h} pixels at {left}, {top}) has an area of its own, "
+                    "as from Conditioning (Set Area): remove that, a Style Region's box or a panorama's tile says where a prompt "
+                    "counts, or set the region's paint_on to 'whole canvas'"
+                )
             entry["area"] = area
             entry.pop("set_area_to_bounds", None)  # the host would move the crop to the bounds of the mask
             if "control" in c:

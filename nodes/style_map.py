@@ -32,6 +32,11 @@ class StyleMap:
     regions: Sequence[Region]
     styles: tuple[Style, ...]
 
+    @property
+    def changes(self) -> bool:
+        """Whether any of the styles depends on the sampling progress."""
+        return any(style.changes for style in self.styles)
+
     def shares(self, height: int, width: int) -> Tensor:
         """(B or 1, K, height, width), K = 1 + regions."""
         return style_map(self.regions, height, width)
@@ -54,6 +59,7 @@ class Blender:
     def __init__(self, deltas: Tensor, shares: Tensor):
         self.deltas = deltas
         self.shares = {tuple(shares.shape[-2:]): shares}
+        self.active: Tensor | None = None
 
     def shares_at(self, size: tuple[int, int]) -> Tensor:
         """Shares at the size of a level of the UNet, computed once a forward."""
@@ -61,6 +67,12 @@ class Blender:
             largest = max(self.shares, key=lambda s: s[0] * s[1])
             self.shares[size] = F.interpolate(self.shares[largest], size=size, mode="area")
         return self.shares[size]
+
+    def activated(self, emb: Tensor) -> Tensor:
+        """What every block's projection gets, SiLU(emb_k) (rows * K, D), computed once a forward."""
+        if self.active is None:
+            self.active = F.silu(emb[:, None] + self.deltas.to(emb.dtype)).flatten(0, 1)
+        return self.active
 
 
 def install(model_options: dict) -> None:
@@ -77,29 +89,31 @@ def blend_styles(layer, x, emb, context, transformer_options, *_):
     if blender is None:
         return layer(x, emb)
     h = layer.in_layers(x)
-    deltas = blender.deltas.to(emb.dtype)  # (rows, K, D)
-    added = layer.emb_layers((emb[:, None] + deltas).flatten(0, 1)).unflatten(0, deltas.shape[:2])  # (rows, K, C)
-    scale, shift = normalised(layer.out_layers[0], h, added.float())
-    shares = blender.shares_at(tuple(h.shape[-2:])).to(h.dtype)
-    scale, shift = (torch.einsum("bkc,bkhw->bchw", part.to(h.dtype), shares) for part in (scale, shift))
-    return layer.skip_connection(x) + layer.out_layers[1:](torch.addcmul(shift, h, scale))
+    _, project = layer.emb_layers  # the SiLU before it is the same in all blocks
+    norm, *rest = layer.out_layers
+    added = project(blender.activated(emb)).view(len(x), -1, h.shape[1])  # (B, K, C)
+    h = styled_norm(norm, h, added, blender.shares_at(tuple(h.shape[-2:])).to(h.dtype))
+    for part in rest:
+        h = part(h)
+    return layer.skip_connection(x) + h
 
 
-def normalised(norm: torch.nn.GroupNorm, h: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-    """GroupNorm(h + added_k) for h (B, C, h, w) and each of added (B, K, C), as ``scale * h + shift``, both (B, K, C)."""
-    var, mean = torch.var_mean(h.float(), dim=(2, 3), unbiased=False)  # (B, C)
-    groups = (*added.shape[:2], norm.num_groups, -1)
-    means = (mean[:, None] + added).view(groups)  # of every channel, (B, K, G, C/G)
-    centre = means.mean(-1, keepdim=True)
-    spread = var[:, None].expand_as(added).reshape(groups).mean(-1, keepdim=True)
-    spread = spread + (means - centre).square().mean(-1, keepdim=True)
-    gain, bias = affine(norm, h)
-    scale = gain * (spread + norm.eps).rsqrt().expand(means.shape).reshape(added.shape)
-    return scale, (added - centre.expand(means.shape).reshape(added.shape)) * scale + bias
+def styled_norm(norm: torch.nn.GroupNorm, h: Tensor, added: Tensor, shares: Tensor) -> Tensor:
+    """``sum_k shares_k * norm(h + added_k)`` for h (B, C, h, w), added (B, K, C) and shares (B, K, h, w).
 
-
-def affine(norm: torch.nn.GroupNorm, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Gain and bias (C,) of a GroupNorm, asked by a call: the host may keep its weights elsewhere, or cast, until then."""
-    probe = like.new_tensor([1.0, -1.0]).expand(1, norm.num_channels, 2)  # mean 0 and variance 1 in every group
-    plus, minus = norm(probe).float()[0].unbind(-1)
-    return (plus - minus) / 2 * (1 + norm.eps) ** 0.5, (plus + minus) / 2
+    ``norm`` meets the statistics alone: two points per channel, a standard deviation to either side of its mean, have the same
+    ones as all its pixels. On a channel it is a straight line, so a pixel that lies between the points keeps its place between
+    the normalised points. Calls the module, whose weights the host may keep elsewhere, or cast, until then.
+    """
+    batch, channels, *size = h.shape
+    half = h.new_full((channels,), 0.5)
+    # A group per channel, with gain and bias 0.5: 0 at the lower point, 1 at the upper. The eps keeps 1 / deviation in float16.
+    place, mean, gain = torch.native_group_norm(
+        h.contiguous(), half, half, batch, channels, size[0] * size[1], channels, 1e-8
+    )
+    deviation = gain.reciprocal()  # (B, C)
+    points = torch.stack((mean - deviation, mean + deviation), dim=-1)  # (B, C, 2)
+    points = norm((added[..., None] + points[:, None]).flatten(0, 1))  # (B * K, C, 2)
+    points = points.view(batch, -1, 2 * channels).transpose(1, 2) @ shares.flatten(2)  # (B, 2 C, K) @ (B, K, h w)
+    lower, upper = points.view(batch, channels, 2, *size).unbind(2)
+    return torch.lerp(lower, upper, place)

@@ -24,6 +24,8 @@ from .style_map import MAP, MAP_ROWS, Blender, StyleMap
 
 STYLE = "dmm_style"
 """Where a Style is: in a CONDITIONING's entries, later in ``model_conds``, and rows there; in a MODEL's options a ModelStyle."""
+FIXED = "dmm_fixed"
+"""In the options of one sampling: rows of styles that do not change over it, {(Style or StyleMap, batch): CONDRegular}."""
 DELTA = "dmm_delta"
 KEY = "dmm"
 
@@ -65,7 +67,9 @@ def check_styles(executor, noise, *args, **kwargs):
     Styles move into ``model_conds``: the host's copies of a prompt for the areas of the other prompts keep those, and not the rest.
     """
     guider = executor.class_obj
-    known = guider.model_options["transformer_options"][STYLE].known
+    options = guider.model_options["transformer_options"]  # a copy for this sampling
+    options[FIXED] = {}
+    known = options[STYLE].known
     height, width = noise.shape[-2:]
     for conds in guider.conds.values():
         for i, c in enumerate(conds):
@@ -90,14 +94,17 @@ def fill_conditionings(executor, x, timestep, *args, **kwargs):
     All get some: conditionings are batched into one forward only if they have the same kinds of entries.
     """
     guider = executor.class_obj
-    default = guider.model_options["transformer_options"][STYLE]
-    now = progress(guider.inner_model, timestep)
-    made = {}
+    options = guider.model_options["transformer_options"]
+    default, fixed = options[STYLE], options[FIXED]
+    changing = {}
 
     def rows(style: Style | StyleMap) -> comfy.conds.CONDRegular:
-        if id(style) not in made:
-            made[id(style)] = comfy.conds.CONDRegular(rows_of(style, default.known, now, len(x)).to(x.device))
-        return made[id(style)]
+        made, key = changing if style.changes else fixed, (style, len(x))
+        if key not in made:
+            # On a GPU to ask for the noise level is to wait for the step before.
+            now = progress(guider.inner_model, timestep) if style.changes else 0.0
+            made[key] = comfy.conds.CONDRegular(rows_of(style, default.known, now, len(x)).to(x.device))
+        return made[key]
 
     def filled(c: dict) -> dict:
         held = c["model_conds"]

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import requests
-
 from comfyui_dmm.training.host_path import find_host
 
 from ..host.server import Server

@@ -169,6 +169,16 @@ def test_a_name_wins_over_an_index(server):
     assert np.array_equal(picture(server, old_prompt(NUMBERED, 3)), ours["save a"])
 
 
+def test_a_loader_without_apply_paints_no_style(server):
+    """The authors' loader alone painted in style 0; a replacement cannot add a node."""
+    graph = old_prompt(NAMELESS, 0)
+    del graph["style a"]
+    (sampler,) = [node["inputs"] for node in graph.values() if node["inputs"].get("model") == ["style a", 0]]
+    sampler["model"] = ["load", 0]
+    ours = pictures(server, painting({"a": "none"}, NAMELESS))
+    assert np.array_equal(picture(server, graph), ours["save a"])
+
+
 @pytest.mark.parametrize("index", [4, 7, -1])
 def test_an_index_that_the_model_lacks(server, index):
     with pytest.raises(

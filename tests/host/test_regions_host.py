@@ -241,6 +241,26 @@ def per_pixel(unet, call, rows):
         ResBlock.forward = before
 
 
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-4), (torch.float16, 0.01), (torch.bfloat16, 0.08)])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5)])
+@pytest.mark.parametrize("channels", [32, 64])
+def test_normalised_as_if_a_style_were_everywhere(host, channels, size, dtype, close):
+    """Against the normalisations written out, also for groups of one channel, and for channels without any variance."""
+    from comfyui_dmm.nodes.style_map import styled_norm
+
+    torch.manual_seed(0)
+    norm = torch.nn.GroupNorm(32, channels).requires_grad_(False)
+    norm.weight.uniform_(0.5, 2), norm.bias.normal_()
+    h = torch.randn(2, channels, *size) + 3 * torch.randn(2, channels, 1, 1)
+    h[:, ::5] = 2.0
+    added, shares = torch.randn(2, 3, channels), torch.rand(2, 3, *size).softmax(1)
+    out = styled_norm(norm.to(dtype), *(part.to(dtype) for part in (h, added, shares)))
+    norm, h, added, shares = norm.double(), *(part.to(dtype).double() for part in (h, added, shares))
+    ours = sum(norm(h + added[:, k, :, None, None]) * shares[:, k, None] for k in range(3))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), ours, rtol=0, atol=close * ours.abs().max().item())
+
+
 def test_schedules_and_batches_inside_regions(model, unet):
     from comfyui_dmm.dmm_core.style_value import PerItem, parse_style
 

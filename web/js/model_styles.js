@@ -1,0 +1,159 @@
+// The names of the styles that the model at a node has: read from its file, and followed along the links.
+//
+// Names come from strangers' files: they are text, never markup.
+
+import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
+
+export const NO_STYLE = "none";
+
+// The host's numbers: ids of the two borders of a subgraph, and the mode of a bypassed node.
+const SUBGRAPH_INPUT = -10;
+const SUBGRAPH_OUTPUT = -20;
+const BYPASSED = 4;
+
+// --- styles of a file ------------------------------------------------------------------------------------------------
+
+const filesStyles = new Map(); // ckpt_name -> array of names; null while unknown
+
+async function readStyles(file) {
+  if (!filesStyles.has(file)) filesStyles.set(file, null);
+  try {
+    const response = await api.fetchApi(`/dmm/styles?ckpt_name=${encodeURIComponent(file)}`);
+    const body = await response.json();
+    filesStyles.set(file, response.ok ? body.styles.map((style) => style.name) : null);
+  } catch (error) {
+    console.warn(`DMM: no style list for ${file}`, error);
+  }
+  app.graph?.setDirtyCanvas(true);
+}
+
+function stylesOfFile(file) {
+  if (!filesStyles.has(file)) readStyles(file);
+  return filesStyles.get(file);
+}
+
+function readAgain() {
+  for (const file of filesStyles.keys()) readStyles(file);
+}
+
+// --- from a node to where its model comes from ------------------------------------------------------------------------
+
+// The value of a node's widget, or undefined when a link decides it.
+export function setting(node, name) {
+  const linked = node.inputs?.find((input) => input.widget?.name === name)?.link != null;
+  return linked ? undefined : node.widgets?.find((widget) => widget.name === name)?.value;
+}
+
+function everyNode(graph = app.rootGraph ?? app.graph) {
+  return graph.nodes.flatMap((node) => (node.subgraph ? [node, ...everyNode(node.subgraph)] : [node]));
+}
+
+// The node that a subgraph is, in the graph around it.
+const holderOf = (graph) => everyNode().find((node) => node.subgraph === graph);
+
+// The node output behind an input, as {node, slot}, through the borders of subgraphs; undefined without a link.
+function origin(node, input) {
+  const link = input?.link == null ? null : node.graph.getLink(input.link);
+  if (!link) return undefined;
+  if (Number(link.origin_id) !== SUBGRAPH_INPUT) return { node: node.graph.getNodeById(link.origin_id), slot: link.origin_slot };
+  const holder = holderOf(node.graph);
+  const name = node.graph.inputs[link.origin_slot]?.name;
+  return holder && origin(holder, holder.inputs.find((other) => other.name === name));
+}
+
+// The output inside a subgraph that one of its node's outputs stands for.
+function inside({ node, slot }) {
+  const link = node.subgraph.getLink(node.subgraph.outputs[slot]?.linkIds[0]);
+  return link && { node: node.subgraph.getNodeById(link.origin_id), slot: link.origin_slot };
+}
+
+// The nodes that take a node's outputs, through the borders of subgraphs.
+function takers(node) {
+  return node.outputs.flatMap((output) => linkedTo(node.graph, output.links));
+}
+
+function linkedTo(graph, links) {
+  return [...(links ?? [])].flatMap((id) => {
+    const { target_id, target_slot } = graph.getLink(id);
+    if (Number(target_id) === SUBGRAPH_OUTPUT) {
+      const holder = holderOf(graph);
+      return linkedTo(holder.graph, holder.outputs[target_slot].links);
+    }
+    const target = graph.getNodeById(target_id);
+    if (!target.subgraph) return [target];
+    const name = target.inputs[target_slot].name;
+    return linkedTo(target.subgraph, target.subgraph.inputs.find((input) => input.name === name)?.linkIds);
+  });
+}
+
+// The names of the styles in the model that reaches a node, or null when that cannot be told. A node without a model, such as
+// Style or Style Region, has that of the node it leads to.
+export function stylesFor(node) {
+  const input = node.inputs?.find((other) => other.name === "model");
+  if (input) return stylesFrom(origin(node, input));
+  for (const taker of takers(node)) {
+    const names = stylesFor(taker);
+    if (names) return names;
+  }
+  return null;
+}
+
+// The styles in the graph's only model with styles, for a node that is not connected yet; null with none or several.
+export function onlyStyles() {
+  const loaders = everyNode().filter((node) => node.comfyClass === "DMMLoadModel");
+  const lists = loaders.map(stylesOfLoader).filter((names) => names?.length);
+  return lists.length === 1 ? lists[0] : null;
+}
+
+function stylesFrom(at) {
+  const blends = [];
+  for (let hops = 0; at?.node && hops < 1000; hops++) {
+    const { node, slot } = at;
+    if (node.subgraph) {
+      at = inside(at);
+      continue;
+    }
+    if (node.mode !== BYPASSED) {
+      const names = { DMMLoadModel: stylesOfLoader, DMMDistillTeachers: teacherNames }[node.comfyClass];
+      if (names) return names(node) && [...names(node), ...blends];
+      if (node.comfyClass === "DMMNameBlend") blends.unshift(...[setting(node, "name")?.trim()].filter(Boolean));
+    }
+    // Any other node changes a model and passes its styles on: LoRAs, patches, reroutes, another Style Selector.
+    const inputs = node.inputs ?? [];
+    const type = node.outputs?.[slot]?.type;
+    at = origin(node, inputs.find((i) => i.type === type && i.link != null) ?? inputs.find((i) => i.link != null));
+  }
+  return null;
+}
+
+function stylesOfLoader(node) {
+  const file = setting(node, "ckpt_name");
+  return file ? stylesOfFile(file) : null;
+}
+
+function teacherNames(node) {
+  const teachers = node.inputs.filter((i) => i.type === "DMM_TEACHER" && i.link != null).map((i) => origin(node, i)?.node);
+  const names = teachers.map((teacher) => teacher && setting(teacher, "name")?.trim());
+  return names.length && names.every(Boolean) ? names : null;
+}
+
+app.registerExtension({
+  name: "comfyui-dmm.ModelStyles",
+
+  // Ask for a file's styles as soon as it is known, not when a list is opened.
+  nodeCreated(node) {
+    const file = node.comfyClass === "DMMLoadModel" && node.widgets?.find((widget) => widget.name === "ckpt_name");
+    if (!file) return;
+    queueMicrotask(() => stylesOfLoader(node)); // a graph that is being opened sets the value after this
+    const chosen = file.callback;
+    file.callback = function (value, ...rest) {
+      readStyles(value);
+      return chosen?.call(this, value, ...rest);
+    };
+  },
+
+  // A run may have written the file, and R (refresh) is how users tell the host that files have changed.
+  setup: () => api.addEventListener("execution_success", readAgain),
+  refreshComboInNodes: readAgain,
+});
