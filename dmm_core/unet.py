@@ -264,6 +264,11 @@ class UNet(nn.Module):
     def style_mlp(self) -> nn.Module:
         return getattr(self, self.config.style_mlp)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, which its inputs must have too (outside of autocast)."""
+        return self.time_embed[0].weight.dtype
+
     def style_parameters(self) -> list[nn.Parameter]:
         """Codebook and MLP: the parameters that plain teachers do not have."""
         if not self.config.num_styles:
@@ -288,24 +293,9 @@ class UNet(nn.Module):
         Returns (B, C, h, w), and with ``features`` also the outputs of all blocks in order (eq. 10 of arXiv:2504.12364).
         Raises ValueError for a style or a y that the model has no place for.
         """
-        if (y is not None) != bool(self.config.adm_channels):
-            wanted = "needs" if self.config.adm_channels else "does not take"
-            raise ValueError(f"this model {wanted} pooled conditioning (y)")
-        if style is not None and not self.config.num_styles:
-            raise ValueError("this model has no styles: load a DMM checkpoint, or pass no style")
-        emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))  # (B,) -> (B, D)
-        if style is not None:
-            emb = emb + style_delta(self.model_embedding, self.style_mlp, style)
-        if y is not None:
-            emb = emb + self.label_emb(y)
-
-        h, skips, outputs = x, [], []
-        for block in self.input_blocks:
-            h = self._run(block, h, emb, context)
-            skips.append(h)
-            outputs.append(h)
-        h = self._run(self.middle_block, h, emb, context)
-        outputs.append(h)
+        emb = self._embed(x, t, y, style)
+        h, skips = self._encode(x, emb, context)
+        outputs = [*skips, h]
         if control is not None:
             residuals, middle = control
             skips = [skip + residual for skip, residual in zip(skips, residuals, strict=True)]
@@ -317,6 +307,31 @@ class UNet(nn.Module):
             outputs.append(h)
         out = self.out(h)
         return (out, outputs) if features else out
+
+    def middle(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
+        """What the middle block gives without a style, (B, C, h', w'): inputs as in ``forward``, at half of its cost."""
+        return self._encode(x, self._embed(x, t, y, None), context)[0]
+
+    def _embed(self, x: Tensor, t: Tensor, y: Tensor | None, style: Tensor | None) -> Tensor:
+        if (y is not None) != bool(self.config.adm_channels):
+            wanted = "needs" if self.config.adm_channels else "does not take"
+            raise ValueError(f"this model {wanted} pooled conditioning (y)")
+        if style is not None and not self.config.num_styles:
+            raise ValueError("this model has no styles: load a DMM checkpoint, or pass no style")
+        emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))  # (B,) -> (B, D)
+        if style is not None:
+            emb = emb + style_delta(self.model_embedding, self.style_mlp, style)
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        return emb
+
+    def _encode(self, h: Tensor, emb: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The middle block's output, and those of the input blocks."""
+        skips = []
+        for block in self.input_blocks:
+            h = self._run(block, h, emb, context)
+            skips.append(h)
+        return self._run(self.middle_block, h, emb, context), skips
 
     def _run(self, block: Block, h: Tensor, emb: Tensor, context: Tensor, size=None) -> Tensor:
         size = h.shape[2:] if size is None else size

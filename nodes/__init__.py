@@ -19,6 +19,7 @@ from . import (
     style_sheet,
     style_values,
     teacher,
+    training_routes,
 )
 
 MODULES = (
@@ -31,6 +32,7 @@ class DMMExtension(ComfyExtension):
     async def on_load(self) -> None:
         paths.register()
         routes.register()
+        training_routes.register()
         await legacy.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

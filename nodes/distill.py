@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import json
 import logging
 import os
-import time
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import comfy.model_management as mm
-import comfy.utils
 import torch
 from comfy_api.latest import io, ui
 
 from ..dmm_core.checkpoint import save_checkpoint
-from ..training.config import INITS, PRECISIONS, TrainConfig, check_names
+from ..training.config import check_names
+from ..training.controls import Controls, StopAndSave
 from ..training.distill import student_checkpoint, train
 from ..training.loop import Distillation
+from ..training.progress import Progress
 from ..training.report import eps_errors, format_table
 from ..training.state import identity
-from . import host_model, paths, training_inputs
-from .preview import PreviewPainter
+from ..training.watch import Watch
+from . import host_model, paths, training_inputs, training_routes
+from .distill_settings import setting_inputs, train_config
+from .preview import Screen, host_decoder, send_text
 from .teacher import TeacherType
 
 logger = logging.getLogger(__name__)
-
-DEFAULTS = TrainConfig(steps=1000, batch_size=8, lr=1e-5, ema_gamma=6.94, init="base")
 
 
 class DistillTeachers(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        d = DEFAULTS
         teachers = io.Autogrow.TemplatePrefix(TeacherType.Input("teacher"), prefix="teacher", min=1, max=100)
         return io.Schema(
             node_id="DMMDistillTeachers",
@@ -40,7 +43,8 @@ class DistillTeachers(io.ComfyNode):
             category="DMM/training",
             description=(
                 "Trains one model that holds the looks of all teachers and saves it to output/dmm. Cancel keeps what was learnt; "
-                "queueing the same graph again goes on from there."
+                "queueing the same graph again goes on from there. While it runs, buttons on the node pause it, show and save what "
+                "it has learnt, or stop it and go on with the graph."
             ),
             search_aliases=["train dmm", "merge models", "distillation"],
             is_input_list=True,
@@ -52,65 +56,7 @@ class DistillTeachers(io.ComfyNode):
                 io.Latent.Input("latents", tooltip="The training pictures: from VAE Encode, one by one or as batches."),
                 io.String.Input("captions", force_input=True, tooltip="One text for each picture."),
                 io.String.Input("name", default="my-dmm", tooltip="The file in output/dmm begins with this."),
-                io.Int.Input("steps", default=d.steps, min=1, max=10_000_000),
-                io.Int.Input(
-                    "batch_size",
-                    default=d.batch_size,
-                    min=1,
-                    max=4096,
-                    tooltip="Pictures a step, shared by all teachers.",
-                ),
-                io.Float.Input("learning_rate", default=d.lr, min=1e-8, max=0.1, step=1e-8, round=False),
-                io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False),
-                io.Combo.Input(
-                    "start_from",
-                    options=list(INITS),
-                    default=d.init,
-                    advanced=True,
-                    tooltip="soup: the teachers' average.",
-                ),
-                io.Float.Input(
-                    "style_rate",
-                    default=1.0,
-                    min=0.01,
-                    max=100,
-                    step=0.1,
-                    advanced=True,
-                    tooltip="Times the learning rate, for the style vectors.",
-                ),
-                io.Float.Input(
-                    "feature_weight", default=d.lambda_feat, min=0, max=1, step=1e-4, round=False, advanced=True
-                ),
-                io.Float.Input("caption_dropout", default=d.caption_dropout, min=0, max=0.9, step=0.01, advanced=True),
-                io.Float.Input(
-                    "no_style_share",
-                    default=d.base_share,
-                    min=0,
-                    max=0.9,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="Share of the pictures that teach 'no style' = the base.",
-                ),
-                io.Combo.Input("precision", options=list(PRECISIONS), default=d.precision, advanced=True),
-                io.Boolean.Input(
-                    "gradient_checkpointing", default=False, advanced=True, tooltip="Less memory, a third slower."
-                ),
-                io.Int.Input(
-                    "preview_every",
-                    default=100,
-                    min=0,
-                    max=1_000_000,
-                    advanced=True,
-                    tooltip="Steps between pictures; 0 for none.",
-                ),
-                io.Int.Input(
-                    "save_every",
-                    default=250,
-                    min=1,
-                    max=1_000_000,
-                    advanced=True,
-                    tooltip="Steps between saved run states.",
-                ),
+                *setting_inputs(),
             ],
             outputs=[io.Model.Output(), io.Custom("LOSS_MAP").Output(display_name="loss")],
             hidden=[io.Hidden.unique_id],
@@ -121,45 +67,16 @@ class DistillTeachers(io.ComfyNode):
     def execute(cls, teachers, latents, captions, **lists) -> io.NodeOutput:
         one = {key: value[0] for key, value in lists.items()}  # is_input_list: every other input is a list of one
         name = file_stem(one["name"])
-        config = TrainConfig(
-            steps=one["steps"],
-            batch_size=one["batch_size"],
-            lr=one["learning_rate"],
-            style_lr_scale=one["style_rate"],
-            lambda_feat=one["feature_weight"],
-            caption_dropout=one["caption_dropout"],
-            base_share=one["no_style_share"],
-            init=one["start_from"],
-            ema_gamma=DEFAULTS.ema_gamma,
-            precision=one["precision"],
-            gradient_checkpointing=one["gradient_checkpointing"],
-            seed=one["seed"],
-            save_every=one["save_every"],
-        )
-        config.check()
+        config = train_config(one)
         teachers = [teacher for group in teachers.values() for teacher in group]
         check_names([teacher.name for teacher in teachers])
         base = training_inputs.clip_and_vae_parts(one["base"], one["clip"], one["vae"])
+        inputs = (one["base"], one["clip"], teachers, latents, captions, config)
         # Nodes run in inference mode, whose tensors autograd refuses.
-        with torch.inference_mode(False):
-            run = training_inputs.gather(one["base"], one["clip"], teachers, latents, captions, config)
-            path, losses = distil(run, base, name, one["vae"], one["preview_every"], cls.hidden.unique_id)
-            table = format_table(
-                eps_errors(
-                    run.teachers,
-                    run.base,
-                    training_inputs.average_unet(run),
-                    training_inputs.student_unet(run),
-                    run.data,
-                )
-            )
-        del run
-        mm.soft_empty_cache()
+        with torch.inference_mode(False), memory_given_back():
+            path, losses, report = learn(inputs, base, name, one["vae"], one["preview_every"], cls.hidden.unique_id)
         model, *_ = host_model.load(str(path))
-        shown = os.path.relpath(path, paths.output_folder())
-        return io.NodeOutput(
-            model, {"loss": losses}, ui=ui.PreviewText(f"saved dmm/{shown}\n\neps error against each teacher\n{table}")
-        )
+        return io.NodeOutput(model, {"loss": losses}, ui=ui.PreviewText(report))
 
 
 def file_stem(name: str) -> str:
@@ -168,6 +85,50 @@ def file_stem(name: str) -> str:
     if not name or name != os.path.basename(name) or any(c in '\\/:*?"<>|' for c in name) or name.startswith("."):
         raise ValueError(f"name is '{name}': use a plain file name without folders")
     return name
+
+
+@contextlib.contextmanager
+def memory_given_back() -> Iterator[None]:
+    """After the block, however it ends, nothing that it made is on the device any more."""
+    try:
+        yield
+    except BaseException as error:
+        # The frames of an error hold the student and the teachers, and the host holds the error.
+        cause = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__context__
+        raise
+    finally:
+        gc.collect()
+        mm.soft_empty_cache()
+
+
+def learn(inputs, base, name: str, vae, preview_every: int, node_id) -> tuple[Path, list[float], str]:
+    """From the node's inputs to the checkpoint's path, the losses, and what the node says about the result."""
+    run = training_inputs.gather(*inputs, lambda text: send_text(text, node_id))
+    try:
+        path, losses = distil(run, base, name, vae, preview_every, node_id)
+        saved = f"saved dmm/{os.path.relpath(path, paths.output_folder())}"
+        if run.step < run.config.all_steps:
+            saved += f", stopped after {run.step} of {run.config.all_steps} steps"
+        return path, losses, f"{saved}\n\n{comparison(run)}"
+    finally:
+        run.rack.close()
+        vars(
+            run
+        ).clear()  # whatever still holds the run, as the functions in an error's frames do, holds nothing with it
+
+
+def comparison(run: Distillation) -> str:
+    """How near the student is to each teacher, as a table, or why there is none: the model is saved whatever happens here."""
+    try:
+        average, student = training_inputs.average_unet(run), training_inputs.student_unet(run)
+        errors = eps_errors(run.teachers, run.base, average, student, run.data, rack=run.rack)
+    except Exception as error:
+        logger.warning("the student could not be compared with its teachers", exc_info=True)
+        return f"not compared with its teachers: {error}"
+    return f"eps error against each teacher\n{format_table(errors)}"
 
 
 def distil(run: Distillation, base, name: str, vae, preview_every: int, node_id) -> tuple[Path, list[float]]:
@@ -181,38 +142,60 @@ def distil(run: Distillation, base, name: str, vae, preview_every: int, node_id)
     folder = Path(paths.output_folder())
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{short}.safetensors"
-    bar = comfy.utils.ProgressBar(run.config.steps, node_id=node_id)
-    painter = PreviewPainter(run, vae)
-    losses: list[float] = []
-    started = time.monotonic()
+    # Beside the models' folder, not in it: Load DMM Model lists what lies there.
+    run_dir = folder.with_name("dmm_runs") / f"{name}-{short}"
+    progress, losses = Progress(), []
+    screen = Screen(run, progress, node_id)
+
+    def write_checkpoint() -> None:
+        save_checkpoint(path, student_checkpoint(run, base, name, torch.float16))
+
+    controls = FileControls(write_checkpoint, screen.show_pause)
 
     def on_step(run: Distillation, metrics) -> None:
         losses.append(metrics.loss)
-        picture = (
-            painter.picture() if preview_every and (metrics.step % preview_every == 0 or metrics.step == 1) else None
-        )
-        bar.update_absolute(metrics.step, metrics.steps, picture)
-        if len(losses) % 5 == 1 or metrics.step == metrics.steps:
-            left = (time.monotonic() - started) / len(losses) * (metrics.steps - metrics.step)
-            scores = "  ".join(f"{n} {v:.4f}" for n, v in metrics.score.items())
-            send_text(f"step {metrics.step} of {metrics.steps}, {left:.0f} s left\n{scores}", node_id)
-        mm.throw_exception_if_processing_interrupted()
+        progress.update(metrics)
+        screen.show_step(metrics)
 
-    try:
-        # Beside the models' folder, not in it: Load DMM Model lists what lies there.
-        train(run, folder.with_name("dmm_runs") / f"{name}-{short}", on_step)
-    finally:  # finished, cancelled or failed: what was learnt becomes a file
-        if run.step and not run.updating:
-            save_checkpoint(path, student_checkpoint(run, base, name, torch.float16))
+    def on_paint(done: int, total: int, what: str) -> None:
+        """Teachers paint for the run's final stage."""
+        send_text(f"{what}: {done} of {total}", node_id)
+        mm.throw_exception_if_processing_interrupted()
+        if controls.stopping:
+            raise StopAndSave
+
+    watch = Watch(
+        on_step,
+        screen.show_picture,
+        on_paint,
+        host_decoder(run, vae),
+        preview_every,
+        mm.throw_exception_if_processing_interrupted,
+        controls,
+    )
+    with training_routes.listed(node_id, controls, progress):
+        try:
+            with contextlib.suppress(StopAndSave):
+                train(run, run_dir, watch)
+        finally:  # finished, stopped, cancelled or failed: what was learnt becomes a file
+            if run.step and not run.updating:
+                write_checkpoint()
     return path, losses
 
 
-def send_text(text: str, node_id) -> None:
-    from server import PromptServer
+class FileControls(Controls):
+    """Saves the model's file with the state of the run: in a graph that is what there is to use."""
 
-    instance = getattr(PromptServer, "instance", None)  # absent when the host runs without its server
-    if instance is not None and node_id is not None:
-        instance.send_progress_text(text, node_id)
+    def __init__(self, write_checkpoint: Callable[[], None], on_pause: Callable[[], None]):
+        super().__init__(on_pause)
+        self.write_checkpoint = write_checkpoint
+
+    def after_step(self, save, sample, check_interrupt) -> None:
+        def save_both() -> None:
+            save()
+            self.write_checkpoint()
+
+        super().after_step(save_both, sample, check_interrupt)
 
 
 NODES = [DistillTeachers]

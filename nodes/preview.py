@@ -1,75 +1,58 @@
-"""What the student paints while it learns: one picture per style, same noise and caption every time."""
+"""The face of a training on its node: progress, words, and pictures decoded by the host's VAE."""
 
 from __future__ import annotations
 
-import logging
+import time
 
+import comfy.utils
 import torch
 from PIL import Image
 
-from ..dmm_core.sampling import cfg_denoiser, host_noise, sample, sigmas_for
-from ..dmm_core.style import style_row
-from ..training.images import grid
-from ..training.loop import Distillation
+from ..training.loop import Distillation, Metrics
+from ..training.pictures import Decoder
+from ..training.progress import Progress
 
-logger = logging.getLogger(__name__)
-
-STEPS = 8
-COLUMNS = 4
-LARGEST = 512
+LARGEST = 1024
 """Pixels of the longer side of what is sent to the browser."""
+PAUSE_BETWEEN_TEXTS = 0.25
+"""Seconds; small models make many steps a second."""
 
 
-class PreviewPainter:
-    """Paints up to 16 styles, one at a time. A preview that fails is reported once and never ends the run."""
+class Screen:
+    def __init__(self, run: Distillation, progress: Progress, node_id):
+        self.run, self.progress, self.node_id = run, progress, node_id
+        self.bar = comfy.utils.ProgressBar(run.config.all_steps, node_id=node_id)
+        self.spoke = 0.0
 
-    def __init__(self, run: Distillation, vae):
-        self.run, self.vae, self.broken = run, vae, False
-        rows = run.data.rows
-        self.prompt = int(rows[0])
+    def show_step(self, metrics: Metrics) -> None:
+        self.bar.update_absolute(metrics.step, metrics.steps)
+        now = time.monotonic()
+        if now - self.spoke > PAUSE_BETWEEN_TEXTS or metrics.step == metrics.steps:
+            self.spoke = now
+            send_text(self.progress.text(), self.node_id)
 
-    def picture(self) -> tuple[str, Image.Image, int] | None:
-        """("JPEG", picture, size limit) as the host's progress bar takes it, or None if it could not be made."""
-        if self.broken:
-            return None
-        try:
-            return ("JPEG", self._paint(), LARGEST)
-        except Exception as error:  # out of memory, or a VAE of another family; an interrupt is no Exception and passes
-            self.broken = True
-            logger.warning("no previews from here on: %s", error)
-            return None
+    def show_pause(self) -> None:
+        send_text(f"paused at {self.progress.text()}", self.node_id)
 
-    @torch.no_grad()
-    def _paint(self) -> Image.Image:
-        run = self.run
-        styles = range(min(run.num_styles, 16))
-        shape = (1, *run.data.latents.shape[1:])
-        sigmas = sigmas_for(run.schedule, STEPS, "karras").to(run.device)
-        noise = host_noise(shape, 0).to(run.device)
-        y = run.base.y
-        latents = []
-        with run.averaged():
-            for style in styles:
-                denoiser = cfg_denoiser(
-                    run.student,
-                    run.schedule,
-                    run.base.contexts[self.prompt : self.prompt + 1].to(run.device),
-                    run.base.contexts[:1].to(run.device),
-                    4.0,
-                    style=style_row(run.num_styles, style).to(run.device),
-                    y=None if y is None else y[self.prompt : self.prompt + 1].to(run.device),
-                    uncond_y=None if y is None else y[:1].to(run.device),
-                    prediction=run.base.prediction,
-                )
-                latents.append(sample(denoiser, run.schedule, noise, sigmas, "dpmpp_2m"))
-        pictures = [self._decode(latent) for latent in latents]
-        names = [run.teachers[i].name for i in styles]
-        columns = min(COLUMNS, len(pictures))
-        rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
-        rows[-1] += [None] * (columns - len(rows[-1]))
-        return grid(rows, [", ".join(names[i : i + columns]) for i in range(0, len(names), columns)])
+    def show_picture(self, image: Image.Image) -> None:
+        self.bar.update_absolute(self.run.step, self.run.config.all_steps, ("JPEG", image, LARGEST))
 
-    def _decode(self, latent: torch.Tensor) -> Image.Image:
-        scale = 0.13025 if self.run.base.y is not None else 0.18215
-        image = self.vae.decode(latent.float().cpu() / scale)[0]  # (H, W, 3) in 0..1
-        return Image.fromarray((image.detach().float().cpu().numpy() * 255).clip(0, 255).astype("uint8"))
+
+def host_decoder(run: Distillation, vae) -> Decoder:
+    """Decodes one picture at a time: a training leaves little room on the device."""
+    scale = 0.13025 if run.base.pooled is not None else 0.18215
+
+    def decode(latents: torch.Tensor) -> list[Image.Image]:
+        pixels = torch.cat([vae.decode(latent[None].float().cpu() / scale) for latent in latents])  # (B, H, W, 3), 0..1
+        pixels = (pixels.detach().float().cpu() * 255).round().clamp(0, 255).byte()
+        return [Image.fromarray(picture.numpy()) for picture in pixels]
+
+    return decode
+
+
+def send_text(text: str, node_id) -> None:
+    from server import PromptServer
+
+    instance = getattr(PromptServer, "instance", None)  # absent when the host runs without its server
+    if instance is not None and node_id is not None:
+        instance.send_progress_text(text, node_id)

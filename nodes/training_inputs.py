@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import comfy.model_base
 import comfy.model_management as mm
@@ -14,16 +14,25 @@ from ..dmm_core.checkpoint import Checkpoint
 from ..dmm_core.unet import UNet, load_unet
 from ..training.config import TrainConfig
 from ..training.data import CaptionedLatents
+from ..training.fitting import fitted
+from ..training.hashing import weights_sha256
 from ..training.loop import Distillation
-from ..training.state import weights_sha256
 from ..training.teacher import Teacher, check_architectures, plain_unet, soup
 from .teacher import TeacherInput
 from .weights import unet_weights
 
 
 @torch.no_grad()
-def gather(base, clip, teachers: Sequence[TeacherInput], latents, captions, config: TrainConfig) -> Distillation:
-    """Everything a run needs, copied from the host's objects; call it outside of inference mode.
+def gather(
+    base,
+    clip,
+    teachers: Sequence[TeacherInput],
+    latents,
+    captions,
+    config: TrainConfig,
+    say: Callable[[str], None] = lambda text: None,
+) -> Distillation:
+    """Everything a run needs, copied from the host's objects; call it outside of inference mode. say: is told the memory plan.
 
     Raises ValueError naming the input that does not fit.
     """
@@ -33,17 +42,16 @@ def gather(base, clip, teachers: Sequence[TeacherInput], latents, captions, conf
     for teacher in teachers:
         unets.append(plain_unet(unet_weights(teacher.model), f"teacher '{teacher.name}'"))
         check_architectures(base_unet.config, [(teacher.name, unets[-1].config)])
-    size = tuple(8 * n for n in data.latents.shape[2:])
-    contexts, y = text_states(base, clip, data.prompts, size)
+    contexts, pooled = text_states(base, clip, data.prompts)
     digest = weights_sha256(base_unet.state_dict())
     frozen = [
-        Teacher("base", base_unet, contexts, y, prediction(base, "the base model"), zero_snr(base), sha256=digest)
+        Teacher("base", base_unet, contexts, pooled, prediction(base, "the base model"), zero_snr(base), sha256=digest)
     ]
     for teacher, unet in zip(teachers, unets):
         own = (
-            (contexts, y)
+            (contexts, pooled)
             if teacher.clip in (None, clip)
-            else text_states(teacher.model, teacher.clip, data.prompts, size)
+            else text_states(teacher.model, teacher.clip, data.prompts)
         )
         kind = prediction(teacher.model, f"teacher '{teacher.name}'")
         about = {"description": teacher.description, "sha256": weights_sha256(unet.state_dict())}
@@ -51,6 +59,9 @@ def gather(base, clip, teachers: Sequence[TeacherInput], latents, captions, conf
     # The host's copies are not needed while training runs: give their memory to it.
     mm.unload_all_models()
     device = mm.get_torch_device()
+    config, plan = fitted(config, base_unet.config, data.shape[1:], len(teachers), device)
+    if plan:
+        say(plan.describe())
     return Distillation(frozen[0], frozen[1:], data, config, device)
 
 
@@ -81,32 +92,31 @@ def clip_and_vae_parts(base, clip, vae) -> Checkpoint:
 
 
 def captioned_latents(model, latents, captions) -> CaptionedLatents:
-    """LATENTs (each one picture or a batch) and captions -> scaled latents, all of one size."""
-    samples = [latent["samples"] for latent in latents]
-    sizes = sorted({tuple(s.shape[1:]) for s in samples})
-    if len(sizes) > 1:
-        shown = ", ".join(f"{s[2] * 8}x{s[1] * 8}" for s in sizes[:4])
-        raise ValueError(f"the training pictures have different sizes ({shown}): resize or crop them to one size first")
-    scaled = model.model.process_latent_in(torch.cat(samples).float().cpu())
+    """LATENTs (each one picture or a batch, of any sizes) and their captions -> scaled latents, a bucket for each size."""
+    samples = [picture[None] for latent in latents for picture in latent["samples"]]  # (1, C, h, w) each
     captions = list(captions)
-    return CaptionedLatents(scaled.clone(), captions)
+    if len(samples) != len(captions):
+        raise ValueError(f"{len(captions)} captions for {len(samples)} pictures: connect one text for each picture")
+    sizes = sorted({tuple(sample.shape[1:]) for sample in samples})
+    order = [[i for i, sample in enumerate(samples) if tuple(sample.shape[1:]) == size] for size in sizes]
+    buckets = [
+        model.model.process_latent_in(torch.cat([samples[i] for i in places]).float().cpu()).clone() for places in order
+    ]
+    return CaptionedLatents(buckets, [captions[i] for places in order for i in places])
 
 
-def text_states(model, clip, prompts: Sequence[str], size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """Contexts (U, L, d) of prompts by the host's CLIP and, for SDXL, y (U, adm). size: (height, width) in pixels."""
-    contexts, vectors = [], []
+def text_states(model, clip, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    """Contexts (U, L, d) of prompts by the host's CLIP and, for a model that takes them, the pooled texts (U, p)."""
+    contexts, pooled = [], []
     for prompt in prompts:
         mm.throw_exception_if_processing_interrupted()
         encoded = clip.encode_from_tokens(clip.tokenize(prompt), return_dict=True)
         contexts.append(encoded["cond"].float().cpu()[0])  # (L, d)
-        y = model.model.encode_adm(
-            pooled_output=encoded["pooled_output"], height=size[0], width=size[1], device=torch.device("cpu")
-        )
-        if y is not None:
-            vectors.append(y.float().cpu()[0])
+        if model.model.adm_channels:
+            pooled.append(encoded["pooled_output"].float().cpu()[0])  # (p,)
     length = math.lcm(*{len(c) for c in contexts})  # attention over repeated keys gives what it gives over them once
     stacked = torch.stack([c.repeat(length // len(c), 1) for c in contexts])
-    return stacked.clone(), torch.stack(vectors).clone() if vectors else None
+    return stacked.clone(), torch.stack(pooled).clone() if pooled else None
 
 
 def average_unet(run: Distillation) -> UNet:

@@ -6,13 +6,17 @@ import argparse
 import contextlib
 import json
 import logging
-import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from . import cache_commands
+from .cache_commands import ProgressBar as PartsBar
+from .controls import signals
+from .progress import Progress
 
 MODELS = str(Path(__file__).parents[1] / "models")
 
@@ -48,8 +52,18 @@ def parser() -> argparse.ArgumentParser:
         "distill", help="distil teachers into a DMM checkpoint; the same command again goes on"
     )
     distill.add_argument("--config", required=True, help="YAML file, see training/configs/")
-    distill.add_argument("--dry-run", action="store_true", help="check and print the resolved config, train nothing")
+    distill.add_argument(
+        "--dry-run", action="store_true", help="check all files, print config and memory plan, train nothing"
+    )
+    distill.add_argument("--memory", type=memory, help="GB that the run may use, auto or off (default: the config's)")
+    distill.add_argument(
+        "--fork",
+        metavar="RUN",
+        help="begin a new run with the weights of another: its run folder or a state file of it",
+    )
     distill.set_defaults(run=run_distill)
+
+    cache_commands.add_parsers(commands)
 
     sample = commands.add_parser("sample", help="paint with a checkpoint")
     sample.add_argument("checkpoint")
@@ -95,57 +109,61 @@ def parser() -> argparse.ArgumentParser:
 
 
 class Bar:
-    """A tqdm progress bar with the loss of every teacher (smoothed over about 20 steps) and the time left."""
+    """A tqdm progress bar with the smoothed loss of every teacher and the time left; another while teachers paint."""
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
-        self.smooth: dict[str, float] = {}
+        self.progress = Progress()
+        self.painting = PartsBar()
 
     def __call__(self, run, metrics) -> None:
         if self.bar is None:
             self.bar = tqdm(total=metrics.steps, initial=metrics.step - 1, unit="step", dynamic_ncols=True)
-        for name, value in metrics.score.items():
-            self.smooth[name] = value if name not in self.smooth else 0.95 * self.smooth[name] + 0.05 * value
-        self.bar.set_postfix_str(" ".join(f"{name} {value:.4f}" for name, value in self.smooth.items()), refresh=False)
+        self.progress.update(metrics)
+        self.bar.set_postfix_str(self.progress.scores(), refresh=False)
         self.bar.update()
         if metrics.step == metrics.steps:
             self.bar.close()
 
 
 @contextlib.contextmanager
-def interrupt_between_steps(on_step):
-    """Inside, Ctrl-C and a polite kill end the run after the step in hand, by a KeyboardInterrupt; a second one at once."""
-    asked = []
+def watched(picture_every: int = 0):
+    """A Watch with progress bars, whose run can be asked for things by signals (see ``controls.signals``)."""
+    from .watch import Watch
 
-    def handler(signum, frame):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(signum)
-
-    def step(run, metrics):
-        on_step(run, metrics)
-        if asked:
-            raise KeyboardInterrupt
-
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield step
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+    bar = Bar()
+    watch = Watch(on_step=bar, on_paint=bar.painting, picture_every=picture_every)
+    with signals(watch.controls):
+        yield watch
 
 
 def run_distill(args) -> None:
     from .config import load_config
-    from .distill import distill
+    from .distill import distill, pick_device
+    from .load import load_run
 
     config = load_config(args.config)
+    if args.memory is not None:
+        config.train.memory = args.memory
+        config.train.check()
     print(json.dumps(config.to_dict(), indent=2))
     if args.dry_run:
+        run = load_run(config, pick_device(config.train.device))
+        print(run.plan.describe() if run.plan else "memory: nothing planned (see the setting 'memory')")
         return
-    with interrupt_between_steps(Bar()) as on_step:
-        distill(config, on_step)
+    with watched(config.picture_every) as watch:
+        distill(config, watch, args.fork and Path(args.fork))
     print(f"wrote {config.output}")
+
+
+def memory(text: str) -> float | str:
+    """ "12" -> 12.0; "auto" and "off" stay."""
+    if text in ("auto", "off"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not GB, auto or off") from None
 
 
 def run_sample(args) -> None:
@@ -198,8 +216,8 @@ def run_demo_judge(args) -> None:
 def run_demo(args) -> None:
     from .demo.tour import tour
 
-    with interrupt_between_steps(Bar()) as on_step:
-        tour(args.config, on_step)
+    with watched() as watch:
+        tour(args.config, watch)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,17 @@ from typing import Any
 
 import yaml
 
+from .presets import preset
+
 INITS = ("base", "soup")
 PRECISIONS = ("fp32", "bf16", "fp16")
-DATA_KINDS = ("demo_scenes", "latents")
+DATA_KINDS = ("demo_scenes", "latents", "cache")
 LR_SCHEDULES = ("constant", "cosine", "linear")
+TRAINABLE = ("all", "lora", "style")
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
+RESIDENCIES = ("auto", "device", "offload")
+TEACHER_DTYPES = ("auto", *PRECISIONS)
+EMA_DEVICES = ("auto", "cpu")
 
 
 @dataclass
@@ -30,7 +37,8 @@ class TeacherSpec:
 
 @dataclass
 class DataSpec:
-    """Captioned latents. ``demo_scenes`` renders ``count`` procedural scenes; ``latents`` reads a safetensors ``file``."""
+    """Captioned latents. ``demo_scenes`` renders ``count`` procedural scenes; ``latents`` reads a safetensors ``file``; ``cache``
+    is a folder that ``dmm cache`` made, named as ``file``."""
 
     kind: str = "demo_scenes"
     file: str = ""
@@ -40,35 +48,77 @@ class DataSpec:
 
 @dataclass
 class TrainConfig:
-    """What training does, whatever the models and the data are. The defaults are the plain recipe of arXiv:2504.12364.
+    """What training does, whatever the models and the data are. The defaults are the recipe of arXiv:2504.12364.
 
-    steps: optimiser steps. batch_size: samples a step, shared by all teachers. lr: of AdamW; style_lr_scale multiplies it
-    for codebook and MLP. warmup: steps. lambda_feat: weight of eq. 10. caption_dropout: share of empty prompts.
-    base_share: share of samples without a style, distilled to the base model. init: where the student starts, "base" or
-    "soup" (the teachers' mean). ema_gamma: power-function average of the weights (arXiv:2312.02696), None for none.
-    save_every: steps between run states, keep: how many of them stay.
+    steps: optimiser steps. batch_size: samples of one forward, shared by all teachers; accumulate: forwards a step.
+    lr: of the optimiser, style_lr_scale multiplies it for codebook and MLP; warmup: steps; grad_clip: 0 for none.
+    optimizer: see ``make_optimizer``; betas and weight_decay are of AdamW's kind.
+
+    lambda_feat: weight of eq. 10. lambda_adv: weight of eq. 11, 0 for no discriminator; adv_lr: of its own optimiser;
+    adv_start: the step from which the student listens to it. caption_dropout: share of empty prompts. base_share: share of samples
+    without a style, distilled to the base model.
+
+    final_steps: steps after ``steps`` on pictures that the teachers painted ("synthesised fine-tune"), ``final_images`` each, with
+    final_lr (None: lr), painted with final_cfg in final_sampling_steps steps.
+
+    init: where the student starts, "base" or "soup" (the teachers' mean). trainable: "all" weights, "lora" (low-rank adapters of
+    rank lora_rank and the style side; folded into the file) or "style" (the style side only). ema_gamma: power-function average of
+    the weights (arXiv:2312.02696), None for none; ema_device: where it is kept, "auto" is with the student.
+
+    memory: GB that the run may use of its device; batch_size and accumulate (their product stays), optimizer, trainable, ema_device,
+    gradient_checkpointing and residency are then chosen to fit, where they are left at their defaults. "auto" is all of a GPU, and
+    no plan without one; "off" plans nothing.
+
+    precision: of the arithmetic; weights stay in fp32. teacher_dtype: the teachers' weights, "auto" is the precision on a GPU and
+    fp32 elsewhere. residency: the teachers wait on the "device", or in RAM with ``teacher_slots`` places on the device ("offload").
+    compile: torch.compile the student. save_every: steps between run states, keep: how many of them stay; validation: samples of the
+    fixed check at each save that finds the best state, 0 for none.
     """
 
     steps: int = 100_000
     batch_size: int = 8
+    accumulate: int = 1
     lr: float = 1e-5
     style_lr_scale: float = 1.0
     lr_schedule: str = "constant"
     warmup: int = 0
+    optimizer: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     grad_clip: float = 1.0
     lambda_feat: float = 0.001
+    lambda_adv: float = 0.01
+    adv_lr: float = 1e-5
+    adv_start: int = 0
     caption_dropout: float = 0.1
     base_share: float = 0.05
+    final_steps: int = 0
+    final_images: int = 1500
+    final_lr: float | None = None
+    final_cfg: float = 7.0
+    final_sampling_steps: int = 25
     init: str = "base"
+    trainable: str = "all"
+    lora_rank: int = 32
     ema_gamma: float | None = None
+    ema_device: str = "auto"
     precision: str = "fp32"
+    teacher_dtype: str = "auto"
+    residency: str = "auto"
+    teacher_slots: int = 2
+    memory: float | str = "auto"
     gradient_checkpointing: bool = False
+    compile: bool = False
+    tf32: bool = True
     seed: int = 0
     device: str = "auto"
     save_every: int = 500
     keep: int = 2
+    validation: int = 64
+
+    @property
+    def all_steps(self) -> int:
+        return self.steps + self.final_steps
 
     def check(self) -> None:
         """Raises ValueError naming the first setting that makes no sense."""
@@ -77,16 +127,23 @@ class TrainConfig:
             if not ok:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: {what}")
 
-        for name in ("steps", "batch_size", "save_every", "keep"):
-            value = getattr(self, name)
-            need(
-                isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-                name,
-                "expected a whole number from 1",
-            )
-        for name in ("lr", "style_lr_scale"):
+        whole = (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "save_every",
+            "keep",
+            "lora_rank",
+            "final_images",
+            "final_sampling_steps",
+        )
+        for name in whole:
+            need(_whole(getattr(self, name)) and getattr(self, name) >= 1, name, "expected a whole number from 1")
+        for name in ("warmup", "adv_start", "final_steps", "validation"):
+            need(_whole(getattr(self, name)) and getattr(self, name) >= 0, name, "expected a whole number from 0")
+        for name in ("lr", "style_lr_scale", "adv_lr", "final_cfg"):
             need(_finite(getattr(self, name)) and getattr(self, name) > 0, name, "expected a positive number")
-        for name in ("weight_decay", "grad_clip", "lambda_feat"):
+        for name in ("weight_decay", "grad_clip", "lambda_feat", "lambda_adv"):
             need(_finite(getattr(self, name)) and getattr(self, name) >= 0, name, "expected 0 or more")
         for name in ("caption_dropout", "base_share"):
             need(
@@ -94,21 +151,30 @@ class TrainConfig:
                 name,
                 "expected a share from 0 to below 1",
             )
-        need(isinstance(self.warmup, int) and self.warmup >= 0, "warmup", "expected a number of steps")
-        need(isinstance(self.seed, int), "seed", "expected a whole number")
-        need(self.init in INITS, "init", f"choose one of {', '.join(INITS)}")
-        need(self.precision in PRECISIONS, "precision", f"choose one of {', '.join(PRECISIONS)}")
-        need(self.lr_schedule in LR_SCHEDULES, "lr_schedule", f"choose one of {', '.join(LR_SCHEDULES)}")
+        need(_whole(self.seed), "seed", "expected a whole number")
+        choices = {
+            "init": INITS,
+            "precision": PRECISIONS,
+            "lr_schedule": LR_SCHEDULES,
+            "trainable": TRAINABLE,
+            "optimizer": OPTIMIZERS,
+            "residency": RESIDENCIES,
+            "teacher_dtype": TEACHER_DTYPES,
+            "ema_device": EMA_DEVICES,
+        }
+        for name, known in choices.items():
+            need(getattr(self, name) in known, name, f"choose one of {', '.join(known)}")
         need(
             len(self.betas) == 2 and all(_finite(b) and 0 <= b < 1 for b in self.betas),
             "betas",
             "expected two from 0 to 1",
         )
-        need(
-            self.ema_gamma is None or (_finite(self.ema_gamma) and self.ema_gamma > 0),
-            "ema_gamma",
-            "expected > 0 or null",
-        )
+        need(self.teacher_slots in (1, 2), "teacher_slots", "expected 1 or 2")
+        own = self.memory in ("auto", "off") or (_finite(self.memory) and self.memory > 0)
+        need(own, "memory", "expected GB, auto or off")
+        for name in ("ema_gamma", "final_lr"):
+            value = getattr(self, name)
+            need(value is None or (_finite(value) and value > 0), name, "expected > 0 or null")
 
 
 @dataclass
@@ -116,6 +182,7 @@ class DistillConfig:
     """A headless run: ``dmm distill --config FILE``. Paths in the file are relative to the file.
 
     parts_from: a full checkpoint of the same family, whose VAE (and text encoder) the result gets where the base has none.
+    picture_every: steps between contact sheets of student and teachers in the run folder, 0 for none.
     """
 
     base: str
@@ -124,6 +191,7 @@ class DistillConfig:
     run_dir: str
     parts_from: str = ""
     title: str = "DMM"
+    picture_every: int = 500
     data: DataSpec = field(default_factory=DataSpec)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -134,6 +202,8 @@ class DistillConfig:
             raise ValueError(f"data.kind is {self.data.kind!r}: choose one of {', '.join(DATA_KINDS)}")
         if not self.output.endswith(".safetensors"):
             raise ValueError(f"output is {self.output!r}: the file name must end in .safetensors")
+        if self.data.kind != "demo_scenes" and not self.data.file:
+            raise ValueError(f"data.file is missing: data of kind {self.data.kind} are read from there")
         files = [
             ("base", self.base),
             *((f"teacher '{t.name}'", t.file) for t in self.teachers),
@@ -142,6 +212,8 @@ class DistillConfig:
         for role, path in files:
             if path and not Path(path).is_file():
                 raise ValueError(f"{role}: there is no file '{path}'")
+        if not _whole(self.picture_every) or self.picture_every < 0:
+            raise ValueError(f"picture_every is {self.picture_every!r}: expected a whole number from 0")
         self.train.check()
 
     def to_dict(self) -> dict[str, Any]:
@@ -194,7 +266,7 @@ def _build(cls, raw: Any, where: str):
         raise ValueError(f"{where} must be a mapping of settings, got {type(raw).__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in raw:
-        if key not in fields:
+        if key not in fields and not (cls is TrainConfig and key == "preset"):
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(sorted(fields))}"
             raise ValueError(f"{where} has an unknown setting '{key}'{hint}")
@@ -206,6 +278,8 @@ def _build(cls, raw: Any, where: str):
     if cls is DistillConfig and isinstance(values.get("teachers"), list):
         values["teachers"] = [_build(TeacherSpec, t, f"teachers[{i}]") for i, t in enumerate(values["teachers"])]
     if cls is TrainConfig:
+        if "preset" in values:
+            values = {**preset(values.pop("preset")), **values}
         values = {k: _number(fields[k].type, v) for k, v in values.items()}
     required = {
         n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -225,6 +299,10 @@ def _number(kind: str, value: Any) -> Any:
     if kind.startswith("tuple") and isinstance(value, list):
         return tuple(_number("float", v) for v in value)
     return value
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _finite(value: Any) -> bool:

@@ -1,55 +1,203 @@
-"""Captioned latents, and how a step's batch follows from (seed, step) alone."""
+"""Captioned latents, and how a step's batch follows from (seed, number) alone."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..dmm_core.schedule import NoiseSchedule
+
 
 @dataclass
-class CaptionedLatents:
-    """latents: (M, 4, h, w), scaled as the UNet sees them; captions: M texts.
+class Batch:
+    """One forward of the student: what it and the teachers see.
 
-    ``prompts`` are the distinct captions, the empty one first; ``rows`` (M,) index them.
+    x_t (B, C, h, w) float32; t (B,) timesteps; teacher (B,), sorted so that each teacher's rows are a slice, N standing for the
+    base; rows (B,) of the captions in ``Teacher.contexts``, 0 where the caption is dropped. target (B, C, h, w): what the teachers
+    predict, each in its own parameterisation, where the data hold it (rollouts), else None.
     """
 
-    latents: Tensor
-    captions: Sequence[str]
+    x_t: Tensor
+    t: Tensor
+    teacher: Tensor
+    rows: Tensor
+    target: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        if self.latents.ndim != 4 or len(self.latents) != len(self.captions):
-            raise ValueError(
-                f"{len(self.captions)} captions for latents of shape {tuple(self.latents.shape)}: "
-                "expected one caption for each of the latents (count, channels, height, width)"
-            )
-        if not len(self.latents):
-            raise ValueError("no training pictures given")
-        if not torch.isfinite(self.latents).all():
-            raise ValueError(
-                "the latents contain NaN or infinite numbers: check the pictures and the VAE that encoded them"
-            )
-        empty = [i for i, caption in enumerate(self.captions) if not caption.strip()]
-        if empty:
-            raise ValueError(
-                f"{len(empty)} of {len(self.captions)} captions are empty (the first at position {empty[0]}): caption every "
-                "picture; training without prompts is covered by caption_dropout"
-            )
+
+class Bucket(Protocol):
+    """All pictures of one size; a Tensor (M, C, h, w) is one, and so is a view of files that reads what it is asked for."""
+
+    shape: Sequence[int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """(B,) -> (B, C, h, w) float32, scaled as the UNet sees them."""
+
+
+class TrainingData(Protocol):
+    """What a run trains on. ``prompts`` are the distinct captions, the empty one first."""
+
+    prompts: Sequence[str]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of a typical sample, for pictures on the way."""
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether batches bring the teachers' predictions with them."""
+
+    def __len__(self) -> int: ...
+
+    def fingerprint(self) -> str:
+        """Changes when anything of the data changes: a run refuses to go on with other data."""
+
+    def batch(
+        self,
+        seed: int,
+        number: int,
+        batch_size: int,
+        teachers: int,
+        base_share: float,
+        dropout: float,
+        schedule: NoiseSchedule,
+    ) -> Batch:
+        """Batch ``number`` of the run; it depends on the arguments only, so a resumed run draws what it would have drawn."""
+
+
+class CaptionedLatents:
+    """Pictures with captions, of one size or of several.
+
+    latents: (M, C, h, w) float32, scaled as the UNet sees them, or one Bucket per size; captions: a text for each picture, in the
+    buckets' order; owner: (M,) the teacher that painted the picture, which then is the only one to learn from it, or None.
+    ``rows`` (M,) are the captions' places in ``prompts``. Raises ValueError for data that cannot be trained on.
+    """
+
+    has_targets = False
+
+    def __init__(self, latents: Tensor | Sequence[Bucket], captions: Sequence[str], owner: Tensor | None = None):
+        self.buckets = [latents] if isinstance(latents, Tensor) else list(latents)
+        self.captions, self.owner = list(captions), owner
+        self._check()
         self.prompts = ["", *sorted(set(self.captions))]
         row = {prompt: i for i, prompt in enumerate(self.prompts)}
         self.rows = torch.tensor([row[caption] for caption in self.captions])
 
+    def _check(self) -> None:
+        for bucket in self.buckets:
+            if len(bucket.shape) != 4:
+                raise ValueError(
+                    f"latents of shape {tuple(bucket.shape)}: expected (count, channels, height, width), a caption for each"
+                )
+            if isinstance(bucket, Tensor) and not torch.isfinite(bucket).all():
+                raise ValueError(
+                    "the latents contain NaN or infinite numbers: check the pictures and the VAE that encoded them"
+                )
+        count = len(self)
+        if not count:
+            raise ValueError("no training pictures given")
+        if count != len(self.captions):
+            raise ValueError(
+                f"{len(self.captions)} captions for latents of {count} pictures: expected one caption for each"
+            )
+        empty = [i for i, caption in enumerate(self.captions) if not caption.strip()]
+        if empty:
+            raise ValueError(
+                f"{len(empty)} of {count} captions are empty (the first at position {empty[0]}): caption every picture; "
+                "training without prompts is covered by caption_dropout"
+            )
+
+    def __len__(self) -> int:
+        return sum(len(bucket) for bucket in self.buckets)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return tuple(max(self.buckets, key=len).shape[1:])
+
     def fingerprint(self) -> str:
-        """sha256 over latents and captions: a run refuses to go on with other data."""
         digest = hashlib.sha256("\0".join(self.captions).encode())
-        digest.update(self.latents.float().contiguous().numpy().tobytes())
+        for bucket in self.buckets:
+            digest.update(bucket_fingerprint(bucket))
+        if self.owner is not None:
+            digest.update(self.owner.numpy().tobytes())
         return digest.hexdigest()
+
+    def batch(
+        self,
+        seed: int,
+        number: int,
+        batch_size: int,
+        teachers: int,
+        base_share: float,
+        dropout: float,
+        schedule: NoiseSchedule,
+    ) -> Batch:
+        """Teachers take turns, so that each gets the same number of rows; a ``base_share`` of the rows goes to the base instead."""
+        which, index = epoch_batch(seed, number, [len(b) for b in self.buckets], batch_size)
+        start = sum(len(b) for b in self.buckets[:which])
+        g = torch.Generator().manual_seed(hash_seed(seed, "batch", number))
+        if self.owner is None:
+            teacher = (number * batch_size + torch.arange(batch_size)) % teachers
+        else:
+            teacher = self.owner[start + index]
+        teacher = torch.where(torch.rand(batch_size, generator=g) < base_share, teachers, teacher)
+        teacher, order = teacher.sort(stable=True)
+        index = index[order]
+        x0 = self.buckets[which][index]
+        t = torch.randint(len(schedule), (batch_size,), generator=g)
+        eps = torch.randn(x0.shape, generator=g)
+        drop = torch.rand(batch_size, generator=g) < dropout
+        rows = torch.where(drop, 0, self.rows[start + index])
+        return Batch(schedule.add_noise(x0, eps, t), t, teacher, rows)
+
+
+def bucket_fingerprint(bucket: Bucket) -> bytes:
+    """A Bucket that reads files knows its own ``fingerprint()``; that of a Tensor is its numbers."""
+    if isinstance(bucket, Tensor):
+        return bucket.float().contiguous().numpy().tobytes()
+    return bucket.fingerprint().encode()
+
+
+def epoch_batch(seed: int, number: int, sizes: Sequence[int], batch_size: int) -> tuple[int, Tensor]:
+    """(bucket, indices (batch_size,) in it) of batch ``number`` of an endless run over buckets of these sizes.
+
+    All of a batch is of one bucket. Every sample comes once an epoch; a bucket that is no multiple of the batch wraps around.
+    """
+    count = sum(math.ceil(size / batch_size) for size in sizes)
+    epoch, place = divmod(number, count)
+    which, part = _epoch_order(seed, epoch, tuple(sizes), batch_size)[place]
+    order = _permutation(seed, epoch, which, sizes[which])
+    return which, order[(part * batch_size + torch.arange(batch_size)) % sizes[which]]
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, sizes: tuple[int, ...], batch_size: int) -> list[tuple[int, int]]:
+    """The batches (bucket, part of it) of an epoch, shuffled."""
+    parts = [(b, part) for b, size in enumerate(sizes) for part in range(math.ceil(size / batch_size))]
+    g = torch.Generator().manual_seed(hash_seed(seed, "order", epoch))
+    return [parts[i] for i in torch.randperm(len(parts), generator=g).tolist()]
+
+
+@functools.lru_cache(maxsize=16)
+def _permutation(seed: int, epoch: int, bucket: int, size: int) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(hash_seed(seed, "epoch", epoch, bucket)))
+
+
+def hash_seed(seed: int, *purpose: object) -> int:
+    """A 63-bit seed for one purpose of a run, unrelated to that of any other purpose."""
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def load_latents(path: str | Path) -> CaptionedLatents:
@@ -65,50 +213,3 @@ def load_latents(path: str | Path) -> CaptionedLatents:
     if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
         raise ValueError(f"'{path}': the metadata 'captions' is not a JSON list of texts")
     return CaptionedLatents(latents, captions)
-
-
-@dataclass
-class Batch:
-    """One step's random choices. teacher (B,) is sorted so that each teacher's rows are a slice; N stands for the base."""
-
-    index: Tensor
-    teacher: Tensor
-    t: Tensor
-    eps: Tensor
-    drop: Tensor
-
-
-def draw_batch(
-    seed: int, step: int, data: CaptionedLatents, batch_size: int, teachers: int, base_share: float, dropout: float
-) -> Batch:
-    """The batch of a step. It depends on (seed, step) only, so a resumed run draws what the first run would have drawn.
-
-    Teachers take turns, so that over the run each gets the same number of rows; a ``base_share`` of the rows goes to the
-    base instead. Pictures are drawn without repetition within an epoch.
-    """
-    g = torch.Generator().manual_seed(hash_seed(seed, "batch", step))
-    position = step * batch_size + torch.arange(batch_size)
-    teacher = position % teachers
-    teacher = torch.where(torch.rand(batch_size, generator=g) < base_share, teachers, teacher)
-    teacher = teacher.sort().values
-    count = len(data.latents)
-    # The permutation of each epoch this batch touches; at most two unless the data are smaller than a batch.
-    index = torch.empty(batch_size, dtype=torch.long)
-    for epoch in range(int(position[0]) // count, int(position[-1]) // count + 1):
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(hash_seed(seed, "epoch", epoch)))
-        here = position // count == epoch
-        index[here] = order[position[here] % count]
-    index = index[torch.randperm(batch_size, generator=g)]  # or a teacher would meet the same pictures every epoch
-    return Batch(
-        index=index,
-        teacher=teacher,
-        t=torch.randint(1000, (batch_size,), generator=g),
-        eps=torch.randn(batch_size, *data.latents.shape[1:], generator=g),
-        drop=torch.rand(batch_size, generator=g) < dropout,
-    )
-
-
-def hash_seed(seed: int, *purpose: object) -> int:
-    """A 63-bit seed for one purpose of a run, unrelated to that of any other purpose."""
-    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

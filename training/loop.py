@@ -17,20 +17,44 @@ import torch
 from torch import Tensor
 
 from ..dmm_core.schedule import NoiseSchedule
-from ..dmm_core.unet import UNet, UNetConfig, init_style
+from ..dmm_core.unet import UNet
+from .adversary import Adversary, draw_renoise
 from .config import TrainConfig, check_names
-from .data import Batch, CaptionedLatents, draw_batch, hash_seed
+from .data import Batch, TrainingData, hash_seed
 from .ema import PowerEMA
+from .lora import folded_state_dict
 from .losses import feature_loss, score_loss
-from .teacher import Teacher, check_architectures, soup
+from .optimizers import make_optimizer
+from .residency import Rack
+from .student import new_student, parameter_groups, put, trained
+from .teacher import Teacher, check_architectures
 
 BASE = "(no style)"
 """The name under which style-less rows are reported."""
+EMA_EVERY_ON_CPU = 8
+"""Steps between updates of an average that is kept in RAM: each one copies the student there."""
+
+
+@dataclass
+class Losses:
+    """Of one forward, before weighting. score (eq. 9) and feature (eq. 10): (B,), ``feature`` zero where it is off.
+
+    adversarial and discriminator (the two sides of eq. 11): of the rows with a style, or None without a discriminator.
+    """
+
+    score: Tensor
+    feature: Tensor
+    adversarial: Tensor | None = None
+    discriminator: Tensor | None = None
 
 
 @dataclass
 class Metrics:
-    """What one step did. ``score`` and ``count`` are per teacher name: mean eq. 9 loss of its rows, number of rows."""
+    """What one step did. ``score`` and ``count`` are per teacher name: mean eq. 9 loss of its rows, number of rows.
+
+    loss is the weighted sum that the student follows; feature, adversarial and discriminator are unweighted means, the last two
+    None without a discriminator. seconds: of the step.
+    """
 
     step: int
     steps: int
@@ -41,6 +65,8 @@ class Metrics:
     lr: float
     grad_norm: float
     seconds: float = 0.0
+    adversarial: float | None = None
+    discriminator: float | None = None
 
 
 @dataclass
@@ -48,22 +74,25 @@ class Distillation:
     """N teachers -> one student with N styles.
 
     base: the model that style-less rows are distilled to and, with init "base", the student's start; its contexts are the
-    student's. Raises ValueError for teachers of another architecture, bad names or a bad config.
+    student's. final_data: what the steps after ``config.steps`` train on; it can be set until they begin.
+    Raises ValueError for teachers of another architecture, bad names or a bad config.
     """
 
     base: Teacher
     teachers: Sequence[Teacher]
-    data: CaptionedLatents
+    data: TrainingData
     config: TrainConfig
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    final_data: TrainingData | None = None
 
     def __post_init__(self) -> None:
-        self.config.check()
+        c = self.config
+        c.check()
         check_names([teacher.name for teacher in self.teachers])
         check_architectures(self.base.unet.config, [(t.name, t.unet.config) for t in self.teachers])
-        if self.data.latents.shape[1] != self.base.unet.config.in_channels:
+        if self.data.shape[0] != self.base.unet.config.in_channels:
             raise ValueError(
-                f"latents have {self.data.latents.shape[1]} channels, the models take {self.base.unet.config.in_channels}"
+                f"latents have {self.data.shape[0]} channels, the models take {self.base.unet.config.in_channels}"
             )
         other = [t.name for t in self.teachers if t.zero_snr != self.base.zero_snr]
         if other:  # the same timestep would mean another noise level to them
@@ -73,42 +102,48 @@ class Distillation:
         self.schedule = NoiseSchedule(self.base.zero_snr)
         self.step = 0
         self.updating = False  # true while weights and step do not belong together: such a state must not be saved
-        self.student = self._new_student().to(self.device)
-        self.student.gradient_checkpointing = self.config.gradient_checkpointing
+        self.student = new_student(self.base.unet, [t.unet for t in self.teachers], c).to(self.device)
+        self.trained = trained(self.student)
+        self.optimizer = make_optimizer(parameter_groups(self.student, c), c, self.device)
+        on_cpu = c.ema_device == "cpu" and self.device.type != "cpu"
+        place = {"device": "cpu", "every": EMA_EVERY_ON_CPU} if on_cpu else {}
+        self.ema = PowerEMA(self.trained.items(), c.ema_gamma, **place) if c.ema_gamma else None
+        self.adversary = None
+        if c.lambda_adv:
+            channels = self.base.unet.config.channel_mult[-1] * self.base.unet.config.model_channels
+            self.adversary = Adversary(channels, self.num_styles, c.adv_lr, c.seed, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=c.precision == "fp16")
         for teacher in (self.base, *self.teachers):
-            teacher.unet.to(self.device)
-        style = {id(p) for p in self.student.style_parameters()}
-        named = list(self.student.named_parameters())
-        groups = [
-            {"params": [p for _, p in named if id(p) not in style], "scale": 1.0},
-            {"params": [p for _, p in named if id(p) in style], "scale": self.config.style_lr_scale},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=self.config.lr, betas=tuple(self.config.betas), weight_decay=self.config.weight_decay
+            teacher.weights_sha256  # noqa: B018  (remembered: the rack converts weights in place)
+        self.rack = Rack(
+            [*(t.unet for t in self.teachers), self.base.unet],
+            self.device,
+            # Data that bring the targets with them need no teacher on the device, unless its blocks are looked at.
+            "offload" if self.data.has_targets and not c.lambda_feat else c.residency,
+            self._teacher_dtype(),
+            resident=[self.num_styles] if self.adversary else [],
+            slots=c.teacher_slots,
         )
-        self.ema = PowerEMA(named, self.config.ema_gamma) if self.config.ema_gamma else None
-        fp16 = self.config.precision == "fp16"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        self._forward_student = torch.compile(self.student) if c.compile else self.student
+        self._drawn: tuple[int, Batch] | None = None
 
     @property
     def num_styles(self) -> int:
         return len(self.teachers)
 
-    def _new_student(self) -> UNet:
-        sizes = {**vars(self.base.unet.config), "num_styles": self.num_styles}
-        if sizes["adm_channels"]:
-            sizes["style_mlp"] = "add_embedding2"  # in SDXL's diffusers layout add_embedding is taken
-        student = UNet(UNetConfig(**sizes))
-        source = self.base.unet.state_dict()
-        if self.config.init == "soup":
-            source = soup([teacher.unet.state_dict() for teacher in self.teachers])
-        student.load_state_dict(source, strict=False)  # all but the style side
-        init_style(student, torch.Generator().manual_seed(hash_seed(self.config.seed, "style")))
-        return student.float()
+    def _teacher_dtype(self) -> torch.dtype | None:
+        """None keeps what the files have."""
+        kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        kind = self.config.teacher_dtype
+        if kind == "auto":
+            kind = self.config.precision if self.device.type == "cuda" else "fp32"
+        return kinds[kind]
 
     def learning_rate(self, step: int) -> float:
-        """Of the step that follows ``step`` finished ones: linear warm-up, then the schedule."""
+        """Of the step that follows ``step`` finished ones: linear warm-up, then the schedule, then the final stage's own."""
         c = self.config
+        if c.final_steps and step >= c.steps:
+            return c.final_lr or c.lr
         if step < c.warmup:
             return c.lr * (step + 1) / c.warmup
         done = (step - c.warmup) / max(1, c.steps - c.warmup)
@@ -118,74 +153,201 @@ class Distillation:
 
     def run(self) -> Iterator[Metrics]:
         """Train from ``self.step`` to the last step, yielding after each. Raises ValueError on a non-finite loss."""
-        while self.step < self.config.steps:
+        while self.step < self.config.all_steps:
             yield self.train_step()
 
     def train_step(self) -> Metrics:
         started = time.perf_counter()
         c = self.config
-        batch = draw_batch(c.seed, self.step, self.data, c.batch_size, self.num_styles, c.base_share, c.caption_dropout)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.adversary:
+            self.adversary.optimizer.zero_grad(set_to_none=True)
+        parts: list[tuple[Batch, Losses, Tensor]] = []
         with torch.enable_grad():
-            score, feature = self.losses(batch)
-            loss = score.mean() + c.lambda_feat * feature.mean()
-            by_name = self._per_teacher(score.detach(), batch)
-            if not torch.isfinite(loss):
-                bad = [name for name, value in by_name[0].items() if not math.isfinite(value)] or ["the feature loss"]
-                raise ValueError(
-                    f"the loss is not finite at step {self.step + 1} (teacher: {', '.join(bad)}): "
-                    "lower the learning rate or use precision fp32 or bf16"
-                )
-            lr = self.learning_rate(self.step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr * group["scale"]
-            self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
-            self.scaler.unscale_(self.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), c.grad_clip or math.inf)
-            self.updating = True
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.step += 1
-        if self.ema:
-            self.ema.update(self.student.named_parameters())
-        self.updating = False
-        return Metrics(
-            step=self.step,
-            steps=c.steps,
-            loss=loss.item(),
-            feature=feature.mean().item(),
-            score=by_name[0],
-            count=by_name[1],
-            lr=lr,
-            grad_norm=float(norm),
-            seconds=time.perf_counter() - started,
+            for k in range(c.accumulate):
+                number = self.step * c.accumulate + k
+                batch = self._batch(number)
+                losses = self.losses(batch, number)
+                loss = self._weighted(losses)
+                self.scaler.scale(loss / c.accumulate).backward()
+                if losses.discriminator is not None and len(losses.discriminator):
+                    self.scaler.scale(losses.discriminator.mean() / c.accumulate).backward()
+                parts.append((batch, losses, loss.detach()))
+                self._look_ahead(number + 1)  # the device is still busy
+                self._check_finite(batch, losses, loss)
+        lr = self.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        norm = self._update()
+        metrics = self._metrics(parts, lr, norm)
+        metrics.seconds = time.perf_counter() - started
+        return metrics
+
+    def _weighted(self, losses: Losses) -> Tensor:
+        c = self.config
+        loss = losses.score.mean() + c.lambda_feat * losses.feature.mean()
+        if losses.adversarial is not None and len(losses.adversarial) and self.step >= c.adv_start:
+            # A mean over the whole batch, as of the other losses: rows without a style count as zero.
+            loss = loss + c.lambda_adv * losses.adversarial.sum() / len(losses.score)
+        return loss
+
+    def _check_finite(self, batch: Batch, losses: Losses, loss: Tensor) -> None:
+        if torch.isfinite(loss):
+            return
+        score, _ = self._per_teacher([(batch, losses, loss)])
+        bad = [name for name, value in score.items() if not math.isfinite(value)]
+        raise ValueError(
+            f"the loss is not finite at step {self.step + 1} (teacher: {', '.join(bad) or 'all, outside of the score'}): "
+            "lower the learning rate or use precision fp32 or bf16"
         )
 
-    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """eq. 9 and eq. 10 per sample, (B,) each; the second is zero where lambda_feat is."""
-        c, device = self.config, self.device
-        want_features = c.lambda_feat > 0
-        x0, eps, t = self.data.latents[batch.index].to(device), batch.eps.to(device), batch.t.to(device)
-        rows = torch.where(batch.drop, 0, self.data.rows[batch.index])  # row 0 is the empty prompt
-        x_t = self.schedule.add_noise(x0, eps, t)
-        targets, target_features = [], []
-        with torch.no_grad(), self.autocast():
-            for i, teacher in enumerate((*self.teachers, self.base)):
-                mine = (batch.teacher == i).to(device)
-                if not mine.any():
-                    continue
-                out = self._forward(teacher.unet, teacher, x_t[mine], t[mine], rows[mine.cpu()], None, want_features)
-                out, features = out if want_features else (out, [])
-                targets.append(self._as_student(out.float(), x_t[mine], t[mine], teacher))
-                target_features.append(features)
+    def _update(self) -> float:
+        """Clip, step, average. Raises ValueError, before anything changes, for gradients that are not finite."""
+        c = self.config
+        self.scaler.unscale_(self.optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.trained.values(), c.grad_clip or math.inf))
+        if not math.isfinite(norm) and not self.scaler.is_enabled():  # fp16's scaler skips such a step by itself
+            raise ValueError(
+                f"the gradients are not finite at step {self.step + 1}: lower the learning rate or use precision fp32"
+            )
+        self.updating = True
+        self.scaler.step(self.optimizer)
+        if self.adversary:
+            self.scaler.step(self.adversary.optimizer)
+        self.scaler.update()
+        self.step += 1
+        if self.ema:
+            self.ema.update(self.trained.items())
+        self.updating = False
+        return norm
+
+    def _metrics(self, parts: list[tuple[Batch, Losses, Tensor]], lr: float, norm: float) -> Metrics:
+        def mean(values: list[Tensor | None]) -> float | None:
+            values = [v for v in values if v is not None and len(v)]
+            return torch.cat(values).mean().item() if values else None
+
+        every = [losses for _, losses, _ in parts]
+        score, count = self._per_teacher(parts)
+        return Metrics(
+            step=self.step,
+            steps=self.config.all_steps,
+            loss=torch.stack([loss for *_, loss in parts]).mean().item(),
+            feature=mean([losses.feature.detach() for losses in every]),
+            score=score,
+            count=count,
+            lr=lr,
+            grad_norm=norm,
+            adversarial=mean([losses.adversarial for losses in every]),
+            discriminator=mean([losses.discriminator for losses in every]),
+        )
+
+    def _per_teacher(self, parts: list[tuple[Batch, Losses, Tensor]]) -> tuple[dict[str, float], dict[str, int]]:
+        teacher = torch.cat([batch.teacher for batch, *_ in parts])
+        score = torch.cat([losses.score.detach() for _, losses, _ in parts]).cpu()
+        means, counts = {}, {}
+        for i in teacher.unique().tolist():
+            name = self.teachers[i].name if i < self.num_styles else BASE
+            mine = teacher == i
+            means[name], counts[name] = score[mine].mean().item(), int(mine.sum())
+        return means, counts
+
+    # --- batches ------------------------------------------------------------------------------------------------------
+
+    def _batch(self, number: int) -> Batch:
+        """Batch ``number``, counted over forwards, from the data of its stage."""
+        if self._drawn and self._drawn[0] == number:
+            return self._drawn[1]
+        c = self.config
+        data, seed, first = self.data, c.seed, 0
+        if number >= c.steps * c.accumulate:
+            data, seed, first = self.final_data, hash_seed(c.seed, "final stage"), c.steps * c.accumulate
+        return data.batch(
+            seed, number - first, c.batch_size, self.num_styles, c.base_share, c.caption_dropout, self.schedule
+        )
+
+    def _look_ahead(self, number: int) -> None:
+        """Read the next batch and send for its first teacher."""
+        c = self.config
+        last = (c.all_steps if self.final_data else c.steps) * c.accumulate
+        if number >= last:
+            return
+        batch = self._batch(number)
+        self._drawn = (number, batch)
+        if batch.target is None or c.lambda_feat:
+            self.rack.prefetch(int(batch.teacher[0]))
+
+    # --- losses -------------------------------------------------------------------------------------------------------
+
+    def losses(self, batch: Batch, number: int = 0) -> Losses:
+        """All losses of a batch; ``number`` chooses the noise that the discriminator sees."""
+        want_features = self.config.lambda_feat > 0
+        x_t, t = batch.x_t.to(self.device), batch.t.to(self.device)
+        target, target_features = self.targets(batch, x_t, t, want_features)
+        out, features = self.predict(batch, x_t, t, want_features)
+        score = score_loss(out, target)
+        losses = Losses(score, feature_loss(features, target_features) if want_features else torch.zeros_like(score))
+        if self.adversary:
+            self._add_adversarial(losses, batch, number, x_t, t, out, target)
+        return losses
+
+    def predict(self, batch: Batch, x_t: Tensor, t: Tensor, want_features: bool) -> tuple[Tensor, list[Tensor]]:
+        """What the student says to a batch, each row in its teacher's style (B, C, h, w), and its blocks' outputs."""
         with self.autocast():
-            style = self.style_rows(batch.teacher).to(device)
-            out = self._forward(self.student, self.base, x_t, t, rows, style, want_features)
+            context, y = self.base.conditioning(batch.rows, x_t.shape[2:], self.device)
+            style = self.style_rows(batch.teacher).to(self.device)
+            out = self._forward_student(x_t, t, context, y=y, style=style, features=want_features)
         out, features = out if want_features else (out, [])
-        score = score_loss(out, torch.cat(targets))
-        if not want_features:
-            return score, torch.zeros_like(score)
-        return score, feature_loss(features, [torch.cat(block) for block in zip(*target_features)])
+        return out.float(), features
+
+    @torch.no_grad()
+    def targets(self, batch: Batch, x_t: Tensor, t: Tensor, want_features: bool) -> tuple[Tensor, list[Tensor]]:
+        """What the teachers predict, as the student would say it (B, C, h, w), and their blocks' outputs."""
+        everyone = (*self.teachers, self.base)
+        needed = batch.teacher.unique().tolist()
+        if batch.target is not None and not want_features:
+            whole = batch.target.to(self.device)
+            mine = [(batch.teacher == i).to(self.device) for i in needed]
+            return torch.cat([self._as_student(whole[m], x_t[m], t[m], everyone[i]) for i, m in zip(needed, mine)]), []
+        targets, features = [], []
+        for i, unet in self.rack.visit(needed):
+            mine = batch.teacher == i
+            there, kind = mine.to(self.device), unet.dtype
+            context, y = everyone[i].conditioning(batch.rows[mine], x_t.shape[2:], self.device)
+            with self.autocast():
+                out = unet(
+                    x_t[there].to(kind),
+                    t[there],
+                    context.to(kind),
+                    y=None if y is None else y.to(kind),
+                    features=want_features,
+                )
+            out, blocks = out if want_features else (out, [])
+            targets.append(self._as_student(out.float(), x_t[there], t[there], everyone[i]))
+            features.append(blocks)
+        return torch.cat(targets), [torch.cat(block) for block in zip(*features)]
+
+    def _add_adversarial(
+        self, losses: Losses, batch: Batch, number: int, x_t: Tensor, t: Tensor, out: Tensor, target: Tensor
+    ) -> None:
+        """eq. 11 for the rows that have a style; eq. 12 turns predictions into clean latents."""
+        styled = (batch.teacher < self.num_styles).to(self.device)
+        style = batch.teacher.to(self.device)[styled]
+        if not len(style):
+            losses.adversarial = losses.discriminator = losses.score.new_zeros(0)
+            return
+        noise = draw_renoise(self.config.seed, number, tuple(batch.x_t.shape), self.schedule)
+        noise.t, noise.eps = noise.t.to(self.device)[styled], noise.eps.to(self.device)[styled]
+        context, y = self.base.conditioning(batch.rows[styled.cpu()], x_t.shape[2:], self.device)
+        backbone = self.rack.get(self.num_styles)
+        seen = []
+        for prediction, gradients in ((out, True), (target, False)):
+            x0 = self.schedule.to_x0(prediction[styled], x_t[styled], t[styled], self.base.prediction)
+            with torch.set_grad_enabled(gradients), self.autocast():
+                backbone.gradient_checkpointing = self.config.gradient_checkpointing
+                seen.append(self.adversary.features(backbone, x0, noise, self.schedule, context, y))
+        student, teacher = seen
+        losses.adversarial = self.adversary.generator_loss(student, style)
+        losses.discriminator = self.adversary.discriminator_loss(student, teacher, style)
 
     def style_rows(self, teacher: Tensor) -> Tensor:
         """Teacher indices (B,) -> style rows (B, N+1); index N (the base) gives the row of zeros, "no style"."""
@@ -193,13 +355,6 @@ class Distillation:
         rows = hot.clone()
         rows[:, -1] = 1.0 - hot[:, -1]  # the last column is the strength
         return rows
-
-    def _forward(
-        self, unet: UNet, text: Teacher, x_t: Tensor, t: Tensor, rows: Tensor, style: Tensor | None, features: bool
-    ):
-        context = text.contexts[rows].to(self.device)
-        y = None if text.y is None else text.y[rows].to(self.device)
-        return unet(x_t, t, context.to(x_t.dtype), y=y, style=style, features=features)
 
     def _as_student(self, out: Tensor, x_t: Tensor, t: Tensor, teacher: Teacher) -> Tensor:
         """A teacher's output in the student's parameterisation (the base's), so that eps and v teachers can be mixed."""
@@ -209,42 +364,30 @@ class Distillation:
             return self.schedule.to_eps(out, x_t, t, teacher.prediction)
         return self.schedule.to_v(out, x_t, t, teacher.prediction)
 
-    def _per_teacher(self, score: Tensor, batch: Batch) -> tuple[dict[str, float], dict[str, int]]:
-        means, counts = {}, {}
-        for i, teacher in enumerate((*self.teachers, self.base)):
-            mine = batch.teacher == i
-            if mine.any():
-                name = teacher.name if i < self.num_styles else BASE
-                means[name], counts[name] = score[mine.to(score.device)].mean().item(), int(mine.sum())
-        return means, counts
-
     def autocast(self):
         kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
         if self.config.precision not in kinds:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, kinds[self.config.precision])
+        # Its copies of the weights would outlive the blocks that are recomputed to save memory.
+        cache = not self.config.gradient_checkpointing
+        return torch.autocast(self.device.type, kinds[self.config.precision], cache_enabled=cache)
+
+    # --- weights ------------------------------------------------------------------------------------------------------
 
     def student_weights(self, averaged: bool = True) -> dict[str, Tensor]:
-        """The student's state dict on the CPU, its average where there is one and ``averaged`` is set."""
-        weights = {k: v.detach().float().cpu().clone() for k, v in self.student.state_dict().items()}
-        if averaged and self.ema and self.ema.step:
-            weights.update({k: v.cpu().clone() for k, v in self.ema.average.items()})
-        return weights
+        """The student's state dict on the CPU, adapters folded in; its average where there is one and ``averaged`` is set."""
+        with self.averaged() if averaged else contextlib.nullcontext():
+            return {k: v.float().cpu().clone() for k, v in folded_state_dict(self.student).items()}
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> Iterator[UNet]:
         """Inside, the student holds its averaged weights (if there are any): for pictures on the way."""
-        if not (self.ema and self.ema.step):
-            yield
+        if not (self.ema and self.ema.ready):
+            yield self.student
             return
-        raw = {name: p.detach().clone() for name, p in self.student.named_parameters()}
+        raw = {name: p.detach().to("cpu", copy=True) for name, p in self.trained.items()}
         try:
-            self._put(self.ema.average)
-            yield
+            put(self.student, self.ema.average)
+            yield self.student
         finally:
-            self._put(raw)
-
-    @torch.no_grad()
-    def _put(self, weights: dict[str, Tensor]) -> None:
-        for name, p in self.student.named_parameters():
-            p.copy_(weights[name])
+            put(self.student, raw)

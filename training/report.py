@@ -13,6 +13,7 @@ from ..dmm_core.style import style_row
 from ..dmm_core.unet import UNet
 from .data import CaptionedLatents, hash_seed
 from .losses import score_loss
+from .residency import Rack
 from .teacher import Teacher
 
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -41,29 +42,36 @@ def eps_errors(
     data: CaptionedLatents,
     samples: int = 64,
     seed: int = 1,
+    rack: Rack | None = None,
 ) -> list[EpsErrors]:
-    """Compare on the same x_t, spread evenly over t, the first ``samples`` pictures of ``data``; all models on one device.
+    """Compare on the same x_t, spread evenly over t, the first ``samples`` pictures of one size of ``data``; all models on one device, or the
+    teachers and the base where their ``rack`` has them.
 
     Everything is compared in the parameterisation of the model's output; teachers must share the base's.
     """
     schedule, device = NoiseSchedule(base.zero_snr), next(student.parameters()).device
     g = torch.Generator().manual_seed(hash_seed(seed, "eps errors"))
-    count = min(samples, len(data.latents))
-    x0, rows = data.latents[:count], data.rows[:count]
+    count = min(samples, len(data.buckets[0]))
+    x0, rows = data.buckets[0][torch.arange(count)], data.rows[:count]
     t = ((torch.arange(count) + 0.5) * 1000 / count).long()[torch.randperm(count, generator=g)]
     x_t = schedule.add_noise(x0, torch.randn(x0.shape, generator=g), t).to(device)
     t = t.to(device)
 
     def predict(unet: UNet, text: Teacher, style: int | None = None) -> Tensor:
         row = None if style is None else style_row(len(teachers), style).expand(count, -1).to(device)
-        y = None if text.y is None else text.y[rows].to(device)
-        return unet(x_t, t, text.contexts[rows].to(device), y=y, style=row)
+        context, y = text.conditioning(rows, x_t.shape[2:], device)
+        kind = unet.dtype
+        context, y = context.to(kind), None if y is None else y.to(kind)
+        return unet(x_t.to(kind), t, context, y=y, style=row)
 
-    of_base, of_soup = predict(base.unet, base), predict(soup, base)
+    def unet_of(index: int) -> UNet:
+        return rack.get(index) if rack else (*teachers, base)[index].unet
+
+    of_base, of_soup = predict(unet_of(len(teachers)), base), predict(soup, base)
     of_student = [predict(student, base, i) for i in range(len(teachers))]
     table = []
     for i, teacher in enumerate(teachers):
-        target = predict(teacher.unet, teacher)
+        target = predict(unet_of(i), teacher)
         error = [score_loss(out, target).mean().item() for out in of_student]
         wrong = error[:i] + error[i + 1 :]
         table.append(

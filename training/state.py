@@ -1,84 +1,114 @@
 """The state of a run on disk: everything that the next step depends on, written atomically, the last few kept.
 
-One safetensors file a state: ``student.*``, ``ema.*``, ``exp_avg.*``, ``exp_avg_sq.*``; the step, the config and the
-hashes of teachers and data are in its metadata. Random numbers and the data position follow from (seed, step), so they need no room.
+One safetensors file a state: ``student.*`` and ``ema.*`` (what learns), ``optimizer.*``, and of the discriminator ``head.*`` and
+``head_optimizer.*``; the step, the config and the hashes of teachers and data are in its metadata. Random numbers and the data
+position follow from (seed, step), so they need no room.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
+import math
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..dmm_core.files import atomic_write
+from .hashing import tensor_sha256
 from .loop import Distillation
+from .optimizers import load_optimizer, optimizer_tensors
+from .student import put
+from .teacher import Rows
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "1"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-MAY_CHANGE = ("device", "save_every", "keep")
+FORMAT = "2"
+BEST = "best.safetensors"
+MAY_CHANGE = ("device", "save_every", "keep", "residency", "teacher_slots", "memory", "validation")
 """Settings that do not change what a step does; every other one is part of a run's identity."""
 
 
 def identity(run: Distillation) -> dict[str, str]:
     """What must be the same for a run to go on: config, base, every teacher, data; each as text or hash."""
     settings = {k: v for k, v in dataclasses.asdict(run.config).items() if k not in MAY_CHANGE}
-    if run.config.lr_schedule == "constant":
+    if run.config.lr_schedule == "constant" and not run.config.final_steps:
         settings.pop("steps")  # then a longer run begins like a shorter one, which may therefore be made longer
     parts = {f"setting {k}": json.dumps(v) for k, v in settings.items()}
-    parts["base model"] = weights_sha256(run.base.unet.state_dict())
-    parts["base text"] = tensor_sha256(run.base.contexts)
+    parts["base model"] = run.base.weights_sha256
+    parts["base text"] = rows_fingerprint(run.base.contexts)
     parts["teacher names"] = json.dumps([t.name for t in run.teachers])
     for teacher in run.teachers:
-        parts[f"teacher '{teacher.name}'"] = weights_sha256(teacher.unet.state_dict())
-        parts[f"text of teacher '{teacher.name}'"] = tensor_sha256(teacher.contexts)
+        parts[f"teacher '{teacher.name}'"] = teacher.weights_sha256
+        parts[f"text of teacher '{teacher.name}'"] = rows_fingerprint(teacher.contexts)
     parts["data"] = run.data.fingerprint()
     return parts
 
 
-def weights_sha256(weights: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for key in sorted(weights):
-        digest.update(key.encode())
-        digest.update(tensor_sha256(weights[key]).encode())
-    return digest.hexdigest()
+def rows_fingerprint(rows: Rows) -> str:
+    return tensor_sha256(rows) if isinstance(rows, Tensor) else rows.fingerprint()
 
 
-def tensor_sha256(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous()
-    return hashlib.sha256(data.flatten().view(torch.uint8).numpy().data).hexdigest()
+def save_state(run: Distillation, folder: Path, parts: dict[str, str], error: float | None = None) -> Path:
+    """Write ``state-<step>.safetensors`` and remove all but the last ``keep``; parts: ``identity(run)``, computed once.
 
-
-def save_state(run: Distillation, folder: Path, parts: dict[str, str]) -> Path:
-    """Write ``state-<step>.safetensors`` and remove all but the last ``keep``; parts: ``identity(run)``, computed once."""
+    error: of the fixed check; the state with the lowest is also there as ``best.safetensors``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"state-{run.step:08d}.safetensors"
-    named = dict(run.student.named_parameters())
-    tensors = {f"student.{k}": p.detach() for k, p in named.items()}
-    for key, p in named.items():
-        state = run.optimizer.state.get(p, {})
-        tensors.update({f"{moment}.{key}": state[moment] for moment in MOMENTS if moment in state})
+    tensors = {f"student.{k}": p.detach() for k, p in run.trained.items()}
+    metadata = {"dmm.state": FORMAT, "step": str(run.step), "identity": json.dumps(parts)}
+    _add_optimizer(tensors, metadata, "optimizer", run.optimizer, run.trained)
     if run.ema:
         tensors.update({f"ema.{k}": v for k, v in run.ema.average.items()})
-    tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
-    metadata = {"dmm.state": FORMAT, "step": str(run.step), "identity": json.dumps(parts)}
+    if run.adversary:
+        named = dict(run.adversary.head.named_parameters())
+        tensors.update({f"head.{k}": p.detach() for k, p in named.items()})
+        _add_optimizer(tensors, metadata, "head_optimizer", run.adversary.optimizer, named)
     if run.scaler.is_enabled():
         metadata["scaler"] = json.dumps(run.scaler.state_dict())
+    if error is not None:
+        metadata["error"] = repr(error)
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+    if error is not None and error < best_error(folder):
+        _link(path, folder / BEST)
     for old in states(folder)[: -run.config.keep]:
         old.unlink(missing_ok=True)
     return path
+
+
+def _add_optimizer(tensors: dict, metadata: dict, prefix: str, optimizer, named) -> None:
+    own, numbers = optimizer_tensors(optimizer, named)
+    tensors.update({f"{prefix}.{k}": v for k, v in own.items()})
+    metadata[prefix] = json.dumps(numbers)
+
+
+def best_error(folder: Path) -> float:
+    """The lowest error of the fixed check in this run so far; infinity when there is none."""
+    try:
+        with safe_open(str(folder / BEST), framework="pt") as file:
+            return float((file.metadata() or {})["error"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return math.inf
+
+
+def _link(path: Path, name: Path) -> None:
+    """A second name for a file, replacing what had it; a copy where the file system has no links."""
+    temporary = name.with_suffix(".new")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, name)
 
 
 def states(folder: Path) -> list[Path]:
@@ -93,16 +123,53 @@ def resume(run: Distillation, folder: Path, parts: dict[str, str]) -> bool:
     """
     for path in reversed(states(folder)):
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                _check(path, metadata, parts)
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors, metadata = read_state(path)
         except (SafetensorError, OSError) as error:
             logger.warning("%s cannot be read (%s): trying the state before it", path.name, error)
             continue
+        _check(path, metadata, parts)
         _load(run, tensors, metadata)
         return True
     return False
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a state. Raises SafetensorError or OSError for a file that cannot be read."""
+    with safe_open(str(path), framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+
+
+def fork(run: Distillation, source: Path) -> int:
+    """Give a new run the weights of an old one (a run folder, or one of its states) and nothing else; returns the old step.
+
+    Its averaged weights where it has them. Raises ValueError when there is no such state, or its model has other styles or sizes.
+    """
+    path = source if source.is_file() else next(iter(reversed(states(source))), None)
+    if path is None:
+        raise ValueError(
+            f"there is no run to start from in '{source}': expected a run folder or one of its state files"
+        )
+    try:
+        tensors, metadata = read_state(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"'{path}' cannot be read as a run state: {error}") from error
+    if "dmm.state" not in metadata:
+        raise ValueError(f"'{path}' is not a run state: expected one of the state-*.safetensors of a run folder")
+    prefix = "ema." if any(key.startswith("ema.") for key in tensors) else "student."
+    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    shapes = {k: tuple(p.shape) for k, p in run.trained.items()}
+    other = sorted(
+        k for k in shapes.keys() | weights if shapes.get(k) != (tuple(weights[k].shape) if k in weights else None)
+    )
+    if other:
+        raise ValueError(
+            f"the run in '{path.parent}' trained another model (for example '{other[0]}'): a fork keeps the sizes, the number "
+            "of teachers and what is trainable"
+        )
+    put(run.student, weights)
+    if run.ema:
+        run.ema.load_state_dict(weights, 0)
+    return int(metadata["step"])
 
 
 def _check(path: Path, metadata: dict[str, str], parts: dict[str, str]) -> None:
@@ -122,16 +189,18 @@ def _check(path: Path, metadata: dict[str, str], parts: dict[str, str]) -> None:
 
 
 def _load(run: Distillation, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
+
     run.step = int(metadata["step"])
-    with torch.no_grad():
-        for key, p in run.student.named_parameters():
-            p.copy_(tensors[f"student.{key}"])
-            if f"exp_avg.{key}" in tensors:
-                run.optimizer.state[p] = {
-                    "step": torch.tensor(float(run.step)),
-                    **{moment: tensors[f"{moment}.{key}"].to(p.device) for moment in MOMENTS},
-                }
+    put(run.student, part("student"))
+    load_optimizer(run.optimizer, run.trained, part("optimizer"), json.loads(metadata["optimizer"]))
     if run.ema:
-        run.ema.load_state_dict({k: tensors[f"ema.{k}"] for k in run.ema.average}, run.step)
+        run.ema.load_state_dict(part("ema"), run.step)
+    if run.adversary:
+        named = dict(run.adversary.head.named_parameters())
+        run.adversary.head.load_state_dict(part("head"))
+        numbers = json.loads(metadata["head_optimizer"])
+        load_optimizer(run.adversary.optimizer, named, part("head_optimizer"), numbers)
     if "scaler" in metadata:
         run.scaler.load_state_dict(json.loads(metadata["scaler"]))

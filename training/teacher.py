@@ -5,25 +5,37 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..dmm_core.unet import UNet, UNetConfig, load_unet
+from .hashing import weights_sha256
+from .text import sdxl_vector
+
+
+class Rows(Protocol):
+    """Something per distinct caption: a Tensor (U, ...), or a view of files that reads the rows it is asked for."""
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """(B,) -> (B, ...)"""
 
 
 @dataclass
 class Teacher:
     """A frozen UNet with a name.
 
-    contexts: (U, L, d), its text encoder's states of every distinct caption, row 0 of the empty prompt; y: (U, adm) for
-    SDXL. prediction: "eps" or "v"; zero_snr: its noise schedule ends in pure noise. The remaining fields are recorded in the style's metadata.
+    contexts: (U, L, d), its text encoder's states of every distinct caption, row 0 of the empty prompt; pooled: (U, p), the pooled
+    text of SDXL's second encoder. prediction: "eps" or "v"; zero_snr: its noise schedule ends in pure noise. The remaining fields are
+    recorded in the style's metadata.
     """
 
     name: str
     unet: UNet
-    contexts: Tensor
-    y: Tensor | None = None
+    contexts: Rows
+    pooled: Rows | None = None
     prediction: str = "eps"
     zero_snr: bool = False
     description: str = ""
@@ -33,6 +45,20 @@ class Teacher:
 
     def __post_init__(self) -> None:
         self.unet.requires_grad_(False).eval()
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of the weights as they were when this was first asked; a run asks before it moves or converts them."""
+        return weights_sha256(self.unet.state_dict())
+
+    def conditioning(self, rows: Tensor, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """context (B, L, d) and, for SDXL, y (B, adm) of captions for latents of this (h, w)."""
+        rows = rows.cpu()
+        context = self.contexts[rows].to(device)
+        if self.pooled is None:
+            return context, None
+        height, width = size
+        return context, sdxl_vector(self.pooled[rows].to(device), 8 * height, 8 * width)
 
 
 def plain_unet(sd: Mapping[str, Tensor], name: str) -> UNet:

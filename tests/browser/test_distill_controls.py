@@ -6,6 +6,7 @@ import re
 import pytest
 
 from ..host.test_example_workflows import graph_of
+from .conftest import PATIENCE
 from .test_workflows import open_graph, queued, set_widget
 
 TRAINER = "app.graph.findNodesByType('DMMDistillTeachers')[0]"
@@ -55,8 +56,20 @@ def start(page, server):
 
 def steps_done(page, server):
     """The host's loss graph cannot draw a single step."""
-    while training(server)[0]["step"] < 2:
+    until(page, lambda: training(server)[0]["step"] >= 2)
+
+
+def until(page, happened):
+    for _ in range(PATIENCE // 200):
+        if happened():
+            return
         page.wait_for_timeout(200)
+    pytest.fail("it never happened")
+
+
+def files(server, pattern) -> set:
+    """Of all runs so far."""
+    return set(server.base.rglob(f"output/dmm_runs/*/{pattern}"))
 
 
 def button(page, label):
@@ -83,19 +96,11 @@ def test_the_buttons_steer_the_training(trainer, server, tmp_path_factory):
     button(page, "Resume").wait_for(state="visible")
     assert training(server)[0]["paused"]
     page.screenshot(path=tmp_path_factory.getbasetemp() / f"paused-{page.renderer}.png")
-    painted = len(list(server.base.rglob("dmm_runs/*/pictures/*.png")))
-    page.wait_for_timeout(1000)  # the step in hand
+    pictures, states = files(server, "pictures/*.png"), files(server, "state-*.safetensors")
     button(page, "Sample now").click()
-    for _ in range(60):
-        if len(list(server.base.rglob("dmm_runs/*/pictures/*.png"))) > painted:
-            break
-        page.wait_for_timeout(500)
-    else:
-        pytest.fail("no picture was painted")
-    states = list(server.base.rglob("dmm_runs/*/state-*.safetensors"))
+    until(page, lambda: files(server, "pictures/*.png") - pictures)
     button(page, "Save now").click()
-    page.wait_for_timeout(3000)
-    assert len(list(server.base.rglob("dmm_runs/*/state-*.safetensors"))) > len(states)
+    until(page, lambda: files(server, "state-*.safetensors") - states)
     page.screenshot(path=tmp_path_factory.getbasetemp() / f"sampled-{page.renderer}.png")
     button(page, "Resume").click()
     button(page, "Pause").wait_for(state="visible")

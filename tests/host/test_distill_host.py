@@ -216,7 +216,7 @@ def test_fewer_captions_than_pictures(files):
     g = graph(name="mistake")
     g["one text"] = {"class_type": "PrimitiveString", "inputs": {"value": "a red star"}}
     g["distil"]["inputs"]["captions"] = ["one text", 0]
-    with pytest.raises(NodeError, match="1 captions for latents"):
+    with pytest.raises(NodeError, match="1 captions for 8 pictures"):
         files.run(g)
     g["one text"]["inputs"]["value"] = " "
     g["scenes"]["inputs"]["count"] = 8

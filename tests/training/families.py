@@ -7,13 +7,15 @@ from comfyui_dmm.training.data import CaptionedLatents
 from comfyui_dmm.training.loop import Distillation
 from comfyui_dmm.training.teacher import Teacher
 
+SIZES = 6 * 256
+"""Width of SDXL's size conditioning, which follows the pooled text in y."""
 # 64 channels: in GroupNorm's 32 groups a single channel's offset, and with it time and style, would be normalised away.
 SMALL = UNetConfig(
     model_channels=64, channel_mult=(1, 1), num_res_blocks=(1, 1), depth_input=(0, 1), depth_output=(1, 0, 0, 0), context_dim=16,
 )  # fmt: skip
 SMALL_XL = UNetConfig(
     model_channels=64, channel_mult=(1, 1), num_res_blocks=(1, 1), depth_input=(0, 1), depth_output=(1, 0, 0, 0), context_dim=16,
-    linear_proj=True, adm_channels=24,
+    linear_proj=True, adm_channels=SIZES + 24,
 )  # fmt: skip
 
 
@@ -26,13 +28,21 @@ def small_teacher(name: str, seed: int, data: CaptionedLatents, config=SMALL, pr
     """A random UNet with text states of its own."""
     torch.manual_seed(seed)
     prompts = len(data.prompts)
-    y = torch.randn(prompts, config.adm_channels) if config.adm_channels else None
-    return Teacher(name, UNet(config), torch.randn(prompts, 7, config.context_dim), y, prediction)
+    pooled = torch.randn(prompts, config.adm_channels - SIZES) if config.adm_channels else None
+    return Teacher(name, UNet(config), torch.randn(prompts, 7, config.context_dim), pooled, prediction)
 
 
 def small_run(teachers=3, config=SMALL, data=None, prediction="eps", **settings) -> Distillation:
     data = data or small_data()
-    defaults = {"steps": 6, "batch_size": 8, "lr": 1e-3, "ema_gamma": 6.94, "seed": 3}
+    defaults = {
+        "steps": 6,
+        "batch_size": 8,
+        "lr": 1e-3,
+        "ema_gamma": 6.94,
+        "seed": 3,
+        "lambda_adv": 0.0,
+        "validation": 8,
+    }
     base = small_teacher("base", 0, data, config)
     named = [small_teacher(f"teacher {i}", i, data, config, prediction) for i in range(1, teachers + 1)]
     return Distillation(base, named, data, TrainConfig(**{**defaults, **settings}))

@@ -20,6 +20,9 @@ from safetensors.torch import save_file
 
 from .families import SMALL
 
+SHORT = {
+    "steps": 4, "batch_size": 4, "lr": 1e-3, "ema_gamma": 6.94, "device": "cpu", "lambda_adv": 0.0, "validation": 4,
+}  # fmt: skip
 WIDER = dataclasses.replace(SMALL, context_dim=64)
 
 
@@ -53,7 +56,7 @@ def write_config(folder, **changes):
         "output": "out/dmm.safetensors",
         "run_dir": "out/run",
         "data": {"kind": "latents", "file": "data.safetensors"},
-        "train": {"steps": 4, "batch_size": 4, "lr": 1e-3, "ema_gamma": 6.94, "device": "cpu"},
+        "train": SHORT,
     }
     (folder / "run.yaml").write_text(yaml.safe_dump({**config, **changes}))
 
@@ -72,6 +75,12 @@ def test_distil_sample_info(folder, capsys):
     assert learnt.recipe["base"]["sha256"] == file_sha256(folder / "base.safetensors")
     resolved = json.loads((folder / "out" / "run" / "config.json").read_text())
     assert resolved["train"]["lambda_feat"] == 0.001  # a default: the resolved config has every setting
+    raw = load_checkpoint(folder / "out" / "dmm-raw.safetensors")
+    assert raw.unet.keys() == learnt.unet.keys() and not torch.equal(raw.unet["out.2.bias"], learnt.unet["out.2.bias"])
+    log = [json.loads(line) for line in (folder / "out" / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3, 4] and set(log[0]["score"]) <= {"one", "two", "(no style)"}
+    assert (folder / "out" / "run" / "best.safetensors").exists()
+    assert (folder / "out" / "run" / "pictures" / "step-00000000.png").exists()
     shown = capsys.readouterr().out
     assert '"lambda_feat": 0.001' in shown
 
@@ -86,7 +95,7 @@ def test_distil_sample_info(folder, capsys):
 
 
 def test_the_same_command_goes_on(folder, capsys):
-    write_config(folder, train={"steps": 2, "batch_size": 4, "lr": 1e-3, "ema_gamma": 6.94})
+    write_config(folder, train={**SHORT, "steps": 2})
     assert dmm("distill", "--config", folder / "run.yaml") == 0
     write_config(folder)
     assert dmm("distill", "--config", folder / "run.yaml") == 0
@@ -101,6 +110,68 @@ def test_the_same_command_goes_on(folder, capsys):
 def test_dry_run_writes_nothing(folder, capsys):
     assert dmm("distill", "--config", folder / "run.yaml", "--dry-run") == 0
     assert '"steps": 4' in capsys.readouterr().out and not (folder / "out").exists()
+
+
+def test_dry_run_prints_the_memory_plan_and_refuses_what_does_not_fit(folder, capsys):
+    assert dmm("distill", "--config", folder / "run.yaml", "--dry-run", "--memory", "1") == 0
+    assert "activations" in capsys.readouterr().out
+    assert dmm("distill", "--config", folder / "run.yaml", "--dry-run", "--memory", "0.001") == 1
+    assert "GB of memory at the least" in capsys.readouterr().err and not (folder / "out").exists()
+
+
+def test_a_fork_begins_with_old_weights_in_a_folder_of_its_own(folder, capsys):
+    assert dmm("distill", "--config", folder / "run.yaml") == 0
+    old = load_checkpoint(folder / "out" / "dmm.safetensors")
+    changed = {**SHORT, "lr": 1e-12, "weight_decay": 0.0, "steps": 1}
+    write_config(folder, train=changed)
+    assert dmm("distill", "--config", folder / "run.yaml") == 1
+    assert "setting lr" in capsys.readouterr().err
+    write_config(folder, train=changed, run_dir="out/second", output="out/second.safetensors")
+    assert dmm("distill", "--config", folder / "run.yaml", "--fork", folder / "out" / "run") == 0
+    new = load_checkpoint(folder / "out" / "second.safetensors")
+    assert all(
+        torch.equal(old.unet[k], new.unet[k]) for k in old.unet
+    )  # the rate is too small for half precision to see
+    assert (
+        dmm("distill", "--config", folder / "run.yaml", "--fork", folder / "nothing") == 0
+    )  # it has states of its own
+
+
+def test_a_cache_of_pictures_and_rollouts_are_data(folder, capsys):
+    """dmm cache, then dmm distill on it: both kinds, and a cache of another base is refused."""
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    for i in range(6):
+        Image.new("RGB", (64, 64), (40 * i, 0, 0)).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(f"red number {i}")
+    base = folder / "base.safetensors"
+    cache = ("cache", "images", "--images", pictures, "--base", base, "--output", folder / "cache", "--resolution", 64)
+    assert dmm(*cache) == 0
+    (folder / "captions.txt").write_text("red\ngreen\nblue\n")
+    teachers = [x for name in ("one", "two") for x in ("--teacher", f"{name}={folder / name}.safetensors")]
+    rollouts = (
+        "--output",
+        folder / "rolled",
+        "--paths",
+        4,
+        "--states",
+        2,
+        "--steps",
+        4,
+        "--size",
+        "64x64",
+        "--base-share",
+        0.2,
+    )
+    assert dmm("cache", "rollouts", "--captions", folder / "captions.txt", "--base", base, *teachers, *rollouts) == 0
+    for kind in ("cache", "rolled"):
+        write_config(
+            folder, data={"kind": "cache", "file": kind}, run_dir=f"out/{kind}", output=f"out/{kind}.safetensors"
+        )
+        assert dmm("distill", "--config", folder / "run.yaml") == 0
+    save_checkpoint(folder / "one.safetensors", Checkpoint(unet=unet(5)))
+    assert dmm("distill", "--config", folder / "run.yaml") == 1
+    assert "were not painted by teacher 'one'" in capsys.readouterr().err
 
 
 def test_an_interrupt_keeps_what_was_learnt(folder, monkeypatch, capsys):
@@ -121,7 +192,7 @@ def test_an_interrupt_keeps_what_was_learnt(folder, monkeypatch, capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_between_steps(folder, number):
     """A real process, a real signal: exit 130, a state and a checkpoint of the same step, and the run goes on from it."""
-    write_config(folder, train={"steps": 100_000, "batch_size": 4, "lr": 1e-3, "ema_gamma": 6.94})
+    write_config(folder, train={**SHORT, "steps": 100_000})
     command = [
         sys.executable,
         "-m",
@@ -181,7 +252,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(folder, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    write_config(folder, train={"steps": 6, "batch_size": 4, "lr": 1e-3, "ema_gamma": 6.94})
+    write_config(folder, train={**SHORT, "steps": 6})
     assert dmm("distill", "--config", folder / "run.yaml") == 1
     assert "No space left" in capsys.readouterr().err
     assert (folder / "out" / "dmm.safetensors").read_bytes() == old

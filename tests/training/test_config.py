@@ -3,6 +3,7 @@
 import pytest
 import yaml
 from comfyui_dmm.training.config import TrainConfig, check_names, load_config
+from comfyui_dmm.training.presets import PRESETS
 
 
 @pytest.fixture
@@ -34,6 +35,13 @@ def test_paths_are_relative_to_the_file(tmp_path, good):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_preset_is_what_the_file_does_not_say(tmp_path, good):
+    train = {"preset": "paper", "steps": 5, "memory": 12}
+    config = load_config(write(tmp_path, {**good, "train": train})).train
+    assert {k: getattr(config, k) for k in PRESETS["paper"]} == {**PRESETS["paper"], "steps": 5}
+    assert config.memory == 12.0 and config.all_steps == 10_005
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -47,6 +55,11 @@ def test_paths_are_relative_to_the_file(tmp_path, good):
         ({"train": {"init": "zero"}}, "init is 'zero': choose one of base, soup"),
         ({"train": {"precision": "int4"}}, "precision is 'int4'"),
         ({"data": {"kind": "web"}}, "data.kind is 'web'"),
+        ({"data": {"kind": "cache"}}, "data.file is missing"),
+        ({"picture_every": -1}, "picture_every is -1"),
+        ({"train": {"preset": "best"}}, "preset is 'best': choose one of draft, standard, paper"),
+        ({"train": {"memory": "lots"}}, "memory is 'lots': expected GB, auto or off"),
+        ({"train": {"memory": 0}}, "memory is 0"),
         ({"output": "x.ckpt"}, "must end in .safetensors"),
         ({"base": "missing.safetensors"}, "base: there is no file"),
         ({"teachers": []}, "no teachers"),

@@ -7,12 +7,13 @@ import torch
 from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.dmm_core.unet import UNet, load_unet
 from comfyui_dmm.training.config import TrainConfig
-from comfyui_dmm.training.data import CaptionedLatents, draw_batch
+from comfyui_dmm.training.data import CaptionedLatents, epoch_batch
 from comfyui_dmm.training.ema import PowerEMA, power_beta
 from comfyui_dmm.training.loop import Distillation
 from comfyui_dmm.training.losses import feature_loss, score_loss
 from comfyui_dmm.training.report import eps_errors, format_table
 from comfyui_dmm.training.teacher import soup
+from comfyui_dmm.training.text import sdxl_vector
 
 from .families import SMALL_XL, small_data, small_run, small_teacher
 
@@ -35,22 +36,22 @@ def test_feature_loss_by_hand():
 def test_losses_equal_a_recomputation_row_by_row(config, prediction):
     """Every row on its own, straight from the definitions: tolerance 1e-5."""
     run = small_run(teachers=3, base_share=0.3, prediction=prediction, **({"config": config} if config else {}))
-    c = run.config
-    batch = draw_batch(c.seed, 0, run.data, 16, 3, c.base_share, 0.4)
-    assert 3 in batch.teacher and batch.drop.any() and not batch.drop.all()
-    score, feature = run.losses(batch)
+    batch = run.data.batch(run.config.seed, 0, 16, 3, 0.3, 0.4, run.schedule)
+    assert 3 in batch.teacher and (batch.rows == 0).any() and not (batch.rows == 0).all()
+    losses = run.losses(batch)
     abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
     everyone = [*run.teachers, run.base]
     for i in range(16):
         a, b = abar[batch.t[i]].sqrt().float(), (1 - abar[batch.t[i]]).sqrt().float()
-        x_t = (a * run.data.latents[batch.index[i]] + b * batch.eps[i])[None]
-        caption = "" if batch.drop[i] else run.data.captions[batch.index[i]]
-        row = run.data.prompts.index(caption)
+        x_t, row = batch.x_t[i : i + 1], int(batch.rows[i])
         who = int(batch.teacher[i])
         style = torch.zeros(1, 4)
         if who < 3:
             style[0, [who, 3]] = 1.0
-        y = lambda t: None if t.y is None else t.y[row : row + 1]  # noqa: E731
+
+        def y(text):
+            return None if text.pooled is None else sdxl_vector(text.pooled[row : row + 1], 64, 64)
+
         teacher = everyone[who]
         target, target_features = teacher.unet(
             x_t, batch.t[i : i + 1], teacher.contexts[row : row + 1], y=y(teacher), features=True
@@ -60,9 +61,27 @@ def test_losses_equal_a_recomputation_row_by_row(config, prediction):
         out, features = run.student(
             x_t, batch.t[i : i + 1], run.base.contexts[row : row + 1], y=y(run.base), style=style, features=True
         )
-        assert math.isclose(score[i].item(), (out - target).square().mean().item(), rel_tol=1e-4, abs_tol=1e-6)
+        assert math.isclose(losses.score[i].item(), (out - target).square().mean().item(), rel_tol=1e-4, abs_tol=1e-6)
         by_hand = sum((f - g).square().mean().item() for f, g in zip(features, target_features))
-        assert math.isclose(feature[i].item(), by_hand, rel_tol=1e-4, abs_tol=1e-6)
+        assert math.isclose(losses.feature[i].item(), by_hand, rel_tol=1e-4, abs_tol=1e-6)
+
+
+def test_a_batch_noises_pictures_and_drops_captions_as_it_says():
+    """x_t is one of the pictures with standard normal noise at its t, and its row that picture's caption: 200 batches."""
+    data, schedule = small_data(3), NoiseSchedule()
+    noises, seen = [], set()
+    for number in range(200):
+        batch = data.batch(5, number, 2, 2, 0.2, 0.25, schedule)
+        for x_t, t, row in zip(batch.x_t, batch.t, batch.rows):
+            a, b = schedule.alphas_cumprod[t].sqrt(), (1 - schedule.alphas_cumprod[t]).sqrt()
+            guesses = [(x_t - a * x0) / b for x0 in data.buckets[0]]
+            which = min(range(3), key=lambda i: abs(guesses[i].square().mean().item() - 1)) if b > 0.5 else None
+            if which is not None and a > 0.3:  # the picture can be told
+                noises.append(guesses[which])
+                assert row == 0 or data.prompts[row] in data.captions
+            seen.add(int(row))
+    noise = torch.stack(noises)
+    assert seen == {0, 1, 2, 3} and abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
 
 
 def test_teachers_never_move_and_everything_of_the_student_does():
@@ -75,39 +94,95 @@ def test_teachers_never_move_and_everything_of_the_student_does():
     assert [k for k, v in run.student.state_dict().items() if torch.equal(v, start[k])] == []
 
 
-def test_a_batch_follows_from_seed_and_step():
-    data = small_data(50)
-    one, two = (draw_batch(7, 11, data, 16, 4, 0.1, 0.1) for _ in range(2))
-    assert all(torch.equal(getattr(one, k), getattr(two, k)) for k in ("index", "teacher", "t", "eps", "drop"))
-    other = draw_batch(8, 11, data, 16, 4, 0.1, 0.1)
-    assert not torch.equal(one.eps, other.eps) and not torch.equal(one.t, other.t)
+FIELDS = ("x_t", "t", "teacher", "rows")
 
 
-def test_every_picture_once_an_epoch_and_teachers_share_equally():
-    data = small_data(60)
-    batches = [draw_batch(0, step, data, 12, 5, 0.0, 0.1) for step in range(5)]
-    assert sorted(torch.cat([b.index for b in batches]).tolist()) == list(range(60))
+def test_a_batch_follows_from_seed_and_number():
+    data, schedule = small_data(50), NoiseSchedule()
+    one, two = (data.batch(7, 11, 16, 4, 0.1, 0.1, schedule) for _ in range(2))
+    assert all(torch.equal(getattr(one, k), getattr(two, k)) for k in FIELDS)
+    other = data.batch(8, 11, 16, 4, 0.1, 0.1, schedule)
+    assert not torch.equal(one.x_t, other.x_t) and not torch.equal(one.t, other.t)
+
+
+@pytest.mark.parametrize("sizes, batch", [([60], 12), ([7], 12), ([30, 5, 1], 4)])
+def test_every_picture_once_an_epoch_and_one_bucket_a_batch(sizes, batch):
+    count = sum(math.ceil(size / batch) for size in sizes)
+    for epoch in (0, 3):
+        drawn = [epoch_batch(1, epoch * count + i, sizes, batch) for i in range(count)]
+        for bucket, size in enumerate(sizes):
+            indices = torch.cat([index for b, index in drawn if b == bucket])
+            assert len(indices) == math.ceil(size / batch) * batch
+            assert indices.unique().tolist() == list(range(size))
+            assert torch.bincount(indices).max() <= math.ceil(len(indices) / size)
+    first, second = ([epoch_batch(1, e * count + i, sizes, batch) for i in range(count)] for e in (0, 1))
+    if count > 1:
+        assert any(a[0] != b[0] or not torch.equal(a[1], b[1]) for a, b in zip(first, second))
+
+
+def test_pictures_of_several_sizes():
+    g = torch.Generator().manual_seed(0)
+    buckets = [torch.randn(5, 4, 8, 8, generator=g), torch.randn(9, 4, 8, 16, generator=g)]
+    data = CaptionedLatents(buckets, [f"caption {i}" for i in range(14)])
+    assert len(data) == 14 and data.shape == (4, 8, 16)
+    run = small_run(data=data, steps=8)
+    sizes = {tuple(run._batch(n).x_t.shape[2:]) for n in range(8)}
+    assert sizes == {(8, 8), (8, 16)}
+    assert all(math.isfinite(m.loss) for m in run.run())
+
+
+def test_teachers_share_equally():
+    data, schedule = small_data(60), NoiseSchedule()
+    batches = [data.batch(0, number, 12, 5, 0.0, 0.1, schedule) for number in range(5)]
     counts = torch.bincount(torch.cat([b.teacher for b in batches]), minlength=5)
     assert counts.tolist() == [12] * 5
     assert all((b.teacher.diff() >= 0).all() for b in batches)
 
 
+def test_pictures_with_an_owner_teach_no_other_teacher():
+    data = small_data(12)
+    owned = CaptionedLatents(data.buckets[0], [f"picture {i}" for i in range(12)], torch.arange(12) % 3)
+    for number in range(30):
+        batch = owned.batch(0, number, 8, 3, 0.2, 0.0, NoiseSchedule())
+        for teacher, row in zip(batch.teacher.tolist(), batch.rows.tolist()):
+            assert teacher in (3, int(owned.prompts[row].split()[1]) % 3)
+
+
 def test_shares_of_base_rows_and_dropped_captions():
-    data = small_data(64)
-    batches = [draw_batch(0, step, data, 64, 3, 0.25, 0.1) for step in range(60)]
+    data, schedule = small_data(64), NoiseSchedule()
+    batches = [data.batch(0, number, 64, 3, 0.25, 0.1, schedule) for number in range(60)]
     base = torch.cat([b.teacher == 3 for b in batches]).float().mean().item()
-    dropped = torch.cat([b.drop for b in batches]).float().mean().item()
+    dropped = torch.cat([b.rows == 0 for b in batches]).float().mean().item()
     assert abs(base - 0.25) < 0.03 and abs(dropped - 0.1) < 0.02  # 3840 draws: 4 sigma is 0.028 and 0.019
 
 
 def test_pictures_are_not_tied_to_teachers():
     """With as many pictures as a multiple of the teachers, a fixed pairing would starve each teacher of most pictures."""
-    data = small_data(24)
+    data = CaptionedLatents(small_data(24).buckets[0], [f"picture {i}" for i in range(24)])
     met = set()
-    for step in range(120):
-        b = draw_batch(0, step, data, 12, 4, 0.0, 0.1)
-        met |= set(zip(b.teacher.tolist(), b.index.tolist()))
+    for number in range(120):
+        b = data.batch(0, number, 12, 4, 0.0, 0.0, NoiseSchedule())
+        met |= set(zip(b.teacher.tolist(), b.rows.tolist()))
     assert len(met) == 4 * 24
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulation_is_one_large_batch(accumulate):
+    """Gradients of 4 forwards of 4 = the mean of their gradients, one by one: tolerance 1e-6."""
+    run, single = (small_run(accumulate=a, batch_size=4, grad_clip=0.0) for a in (accumulate, 1))
+    want = None
+    for number in range(accumulate):
+        single.student.zero_grad()
+        single._weighted(single.losses(single._batch(number))).backward()
+        grads = [p.grad.clone() for p in single.trained.values()]
+        want = grads if want is None else [a + b for a, b in zip(want, grads)]
+    metrics = run.train_step()
+    for p, g in zip(run.trained.values(), want):
+        torch.testing.assert_close(p.grad, g / accumulate, atol=1e-6, rtol=1e-4)
+    assert (
+        sum(metrics.count.values()) == 4 * accumulate
+        and run._batch(accumulate).t.tolist() == single._batch(accumulate).t.tolist()
+    )
 
 
 def test_power_average_is_the_weighted_sum():
@@ -124,6 +199,21 @@ def test_power_average_is_the_weighted_sum():
         for later in range(i + 1, len(values) + 1):
             weight *= power_beta(later, gamma)
         want += weight * value
+    assert math.isclose(ema.state_dict()["p"].item(), want, rel_tol=1e-5)
+
+
+def test_an_average_updated_now_and_then_ends_where_the_decays_say():
+    """every = 3: at steps 3, 6, 9 the share of the new value is 1 - (1 - 3/t)^(g+1)."""
+    p = torch.nn.Parameter(torch.zeros(1))
+    ema = PowerEMA([("p", p)], 6.94, every=3)
+    want = None
+    for step in range(1, 10):
+        p.data.fill_(float(step))
+        assert ema.ready == (step > 3)
+        ema.update([("p", p)])
+        if step % 3 == 0:
+            beta = (1 - 3 / step) ** 7.94
+            want = step if want is None else beta * want + (1 - beta) * step
     assert math.isclose(ema.state_dict()["p"].item(), want, rel_tol=1e-5)
 
 
@@ -149,6 +239,11 @@ def test_learning_rate_schedules(schedule, at_end):
     if schedule == "cosine":
         assert math.isclose(rates[55], 1.0)
     assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_the_final_stage_has_a_rate_of_its_own():
+    run = small_run(steps=10, final_steps=5, lr=2.0, lr_schedule="cosine", final_lr=0.5)
+    assert run.learning_rate(10) == run.learning_rate(14) == 0.5 and run.learning_rate(9) < 0.1
 
 
 def test_style_side_gets_its_own_rate():
@@ -192,6 +287,16 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_teacher():
         run.train_step()
 
 
+def test_gradients_that_are_not_finite_stop_before_anything_changes():
+    run = small_run(teachers=2)
+    run.train_step()
+    before = {k: v.clone() for k, v in run.student.state_dict().items()}
+    run.student.out[2].weight.register_hook(lambda g: g * float("inf"))
+    with pytest.raises(ValueError, match="gradients are not finite at step 2"):
+        run.train_step()
+    assert run.step == 1 and all(torch.equal(v, before[k]) for k, v in run.student.state_dict().items())
+
+
 def test_gradient_clipping_bounds_the_update():
     run = small_run(grad_clip=1e-3)
     run.train_step()
@@ -201,13 +306,13 @@ def test_gradient_clipping_bounds_the_update():
 
 def test_refusals():
     data = small_data()
-    with pytest.raises(ValueError, match=r"'odd' has .*adm_channels 24 instead of 0"):
+    with pytest.raises(ValueError, match=r"'odd' has .*adm_channels 1560 instead of 0"):
         Distillation(
             small_teacher("base", 0, data), [small_teacher("odd", 1, data, SMALL_XL)], data, TrainConfig(steps=1)
         )
     with pytest.raises(ValueError, match="3 of 4 captions are empty"):
         CaptionedLatents(torch.zeros(4, 4, 8, 8), ["a", "", " ", ""])
-    with pytest.raises(ValueError, match="2 captions for latents"):
+    with pytest.raises(ValueError, match="2 captions for latents of 4 "):
         CaptionedLatents(torch.zeros(4, 4, 8, 8), ["a", "b"])
     with pytest.raises(ValueError, match="NaN"):
         CaptionedLatents(torch.full((1, 4, 8, 8), float("nan")), ["a"])

@@ -9,7 +9,10 @@ import time
 import pytest
 import torch
 from comfyui_dmm.training.distill import train
-from comfyui_dmm.training.state import identity, resume, save_state, states
+from comfyui_dmm.training.loop import Distillation
+from comfyui_dmm.training.state import BEST, best_error, fork, identity, read_state, resume, save_state, states
+from comfyui_dmm.training.validation import validation_error
+from comfyui_dmm.training.watch import Watch
 from safetensors.torch import load_file
 
 from .families import small_data, small_run, small_teacher
@@ -31,10 +34,10 @@ def test_resume_is_bitwise_exact(tmp_path, stop_at, average):
 
     first = small_run(ema_gamma=average, save_every=4)
     with pytest.raises(Stop):
-        train(first, tmp_path, stop)
+        train(first, tmp_path, Watch(stop))
     second = small_run(ema_gamma=average, save_every=4)
     steps = []
-    train(second, tmp_path, lambda run, metrics: steps.append(metrics.step))
+    train(second, tmp_path, Watch(lambda run, metrics: steps.append(metrics.step)))
     assert steps == list(range(stop_at + 1, 7))
     for averaged in (False, True):
         a, b = straight.student_weights(averaged), second.student_weights(averaged)
@@ -75,7 +78,8 @@ def test_another_run_is_refused_by_name(tmp_path, change, named):
 def test_a_changed_teacher_is_refused(tmp_path):
     train(small_run(), tmp_path)
     run = small_run()
-    run.teachers[1].unet.load_state_dict(small_teacher("x", 99, run.data).unet.state_dict())
+    other = small_teacher("teacher 2", 99, run.data)
+    run = Distillation(run.base, [run.teachers[0], other, run.teachers[2]], run.data, run.config)
     with pytest.raises(ValueError, match="something else: teacher 'teacher 2'"):
         train(run, tmp_path)
 
@@ -91,20 +95,114 @@ def test_a_run_can_be_made_longer(tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_state_holds_what_the_next_step_needs(tmp_path):
-    run = small_run(steps=2)
+@pytest.mark.parametrize(
+    "settings", [{}, {"lambda_adv": 0.1}, {"trainable": "lora", "lora_rank": 4}, {"optimizer": "adafactor"}]
+)
+def test_a_state_holds_what_the_next_step_needs(tmp_path, settings):
+    """Of the weights only those that learn; of the optimisers everything."""
+    run = small_run(steps=2, **settings)
     train(run, None)
     tensors = load_file(save_state(run, tmp_path, {}))
-    names = [k for k, _ in run.student.named_parameters()]
-    assert set(tensors) == {f"{part}.{n}" for part in ("student", "exp_avg", "exp_avg_sq", "ema") for n in names}
+    kinds = {"optimizer": ("exp_avg", "exp_avg_sq", "step")}
+    if "optimizer" in settings:
+        kinds["optimizer"] = ()  # a matrix has other moments than a vector: only their presence is asked below
+        assert any("exp_avg_sq_row" in k for k in tensors)
+    want = {f"{part}.{n}" for part in ("student", "ema") for n in run.trained}
+    want |= {f"optimizer.{n}|{kind}" for n in run.trained for kind in kinds["optimizer"]}
+    if run.adversary:
+        head = dict(run.adversary.head.named_parameters())
+        want |= {f"head.{n}" for n in head} | {f"head_optimizer.{n}|{k}" for n in head for k in kinds["optimizer"]}
+    if "optimizer" in settings:
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}
+    assert set(tensors) == want
+
+
+EVERYTHING = {"lambda_adv": 0.1, "accumulate": 2, "final_steps": 4, "final_images": 8, "final_sampling_steps": 3}
+
+
+@pytest.mark.parametrize("stop_at", [3, 6, 8])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        EVERYTHING,
+        {"trainable": "lora", "lora_rank": 4},
+        {"trainable": "style"},
+        {"optimizer": "adafactor"},
+        {"precision": "bf16"},
+    ],
+)
+def test_every_kind_of_run_resumes_bitwise(tmp_path, settings, stop_at):
+    """Stopped before, at and after the beginning of the final stage."""
+    settings = {"steps": 6 if "final_steps" in settings else 10, **settings}
+    straight = small_run(teachers=2, **settings)
+    train(straight, None)
+
+    def stop(run, metrics):
+        if metrics.step == stop_at:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(small_run(teachers=2, **settings), tmp_path, Watch(stop))
+    second = small_run(teachers=2, **settings)
+    train(second, tmp_path)
+    assert second.step == 10
+    for averaged in (False, True):
+        a, b = straight.student_weights(averaged), second.student_weights(averaged)
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_best_is_the_state_with_the_lowest_error(tmp_path):
+    run = small_run(steps=5, save_every=1, keep=2, lr=5e-3)
+    errors = {}
+
+    def note(run, metrics):
+        errors[metrics.step] = validation_error(run)
+
+    train(run, tmp_path, Watch(note))
+    tensors, metadata = read_state(tmp_path / BEST)
+    best = min(errors, key=errors.get)
+    assert int(metadata["step"]) == best and float(metadata["error"]) == errors[best]
+    assert [p.name for p in states(tmp_path)] == ["state-00000004.safetensors", "state-00000005.safetensors"]
+
+
+def test_a_worse_state_does_not_become_the_best(tmp_path):
+    run = small_run()
+    list(run.run())
+    save_state(run, tmp_path, {}, 0.5)
+    run.step = 7
+    save_state(run, tmp_path, {}, 0.75)
+    save_state(run, tmp_path, {}, float("nan"))
+    assert read_state(tmp_path / BEST)[1]["step"] == "6" and best_error(tmp_path) == 0.5
+
+
+def test_a_fork_starts_from_old_weights_and_nothing_else(tmp_path):
+    old = small_run()
+    train(old, tmp_path / "old")
+    new = small_run(lr=5e-4, seed=9)
+    begun = []
+
+    def first(run, metrics):
+        begun.append(metrics.step)
+
+    start = {k: v.clone() for k, v in old.student_weights().items()}
+    fork(new, tmp_path / "old")
+    assert new.step == 0 and not new.optimizer.state
+    assert all(torch.equal(v, start[k]) for k, v in new.student_weights(False).items())
+    train(small_run(lr=5e-4, seed=9), tmp_path / "new", Watch(first), fork_from=tmp_path / "old")
+    assert begun == [1, 2, 3, 4, 5, 6] and states(tmp_path / "old")[-1].name == "state-00000006.safetensors"
+    with pytest.raises(ValueError, match="trained another model"):
+        fork(small_run(teachers=2), tmp_path / "old")
+    with pytest.raises(ValueError, match="no run to start from"):
+        fork(small_run(), tmp_path / "nothing")
 
 
 CHILD = """
 import sys, pathlib, torch
 torch.set_num_threads(1)
 from comfyui_dmm.training.distill import train
+from comfyui_dmm.training.watch import Watch
 from tests.training.families import small_run
-train(small_run(steps=60, save_every=1), pathlib.Path(sys.argv[1]), lambda run, m: print(m.step, flush=True))
+train(small_run(steps=60, save_every=1), pathlib.Path(sys.argv[1]), Watch(lambda run, m: print(m.step, flush=True)))
 """
 
 

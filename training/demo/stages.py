@@ -20,11 +20,13 @@ from torch import Tensor
 from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ...dmm_core.unet import UNet, UNetConfig, load_unet
 from ...dmm_core.vae import load_vae
+from .. import lora
 from ..config import load_config
 from ..data import CaptionedLatents
 from ..distill import distill
 from ..text import ClipText
-from . import controlnet, lora
+from ..watch import Watch
+from . import controlnet
 from .autoencoder import PHASES, refine_decoder, train_vae
 from .bank import captioned_latents
 from .classifier import save_classifier, train_classifier
@@ -122,7 +124,7 @@ def build_classifier(work: Path, budget: Budget) -> None:
 def build_latents(work: Path, budget: Budget, look: str) -> None:
     vae = load_vae(load_file(work / "vae.safetensors"))
     data = captioned_latents(vae, [look], budget.scenes * (2 if look == BASE_LOOK else 1), SEED_SCENES)
-    save_tensors(work / f"latents-{look}.safetensors", {"latents": data.latents})
+    save_tensors(work / f"latents-{look}.safetensors", {"latents": data.buckets[0]})
 
 
 def _data(work: Path, look: str) -> tuple[CaptionedLatents, Tensor]:
@@ -139,7 +141,7 @@ def _train_unet(work: Path, look: str, name: str, unet: UNet, samples: int, lr: 
     average = fit(
         lambda x_t, t, context, index: unet(x_t, t, context),
         list(unet.named_parameters()),
-        data.latents,
+        data.buckets[0],
         data.rows,
         contexts,
         samples,
@@ -174,7 +176,7 @@ def build_lora(work: Path, budget: Budget) -> None:
     params = [(f"{n}.{k}", p) for n, adapter in adapters.items() for k, p in adapter.named_parameters()]
     data, contexts = _data(work, LORA_LOOK)
     average = fit(
-        lambda x_t, t, context, index: unet(x_t, t, context), params, data.latents, data.rows, contexts,
+        lambda x_t, t, context, index: unet(x_t, t, context), params, data.buckets[0], data.rows, contexts,
         budget.lora, lr=3e-3, progress=_reporter("LoRA"),
     )  # fmt: skip
     with torch.no_grad():
@@ -189,14 +191,14 @@ def build_control(work: Path, budget: Budget) -> None:
     net = controlnet.ControlNet(unet)
     data, contexts = _data(work, BASE_LOOK)
     rng = np.random.default_rng(SEED_SCENES)
-    hints = torch.from_numpy(np.stack([control_hint(sample_scene(rng)) for _ in range(len(data.latents))]))
+    hints = torch.from_numpy(np.stack([control_hint(sample_scene(rng)) for _ in range(len(data))]))
 
     def predict(x_t, t, context, index):
         hint = hints[index].permute(0, 3, 1, 2).float().contiguous() / 255  # (B, H, W, 3) -> (B, 3, H, W)
         return unet(x_t, t, context, control=net(x_t, hint, t, context))
 
     average = fit(
-        predict, list(net.named_parameters()), data.latents, data.rows, contexts, budget.control,
+        predict, list(net.named_parameters()), data.buckets[0], data.rows, contexts, budget.control,
         lr=1e-3, caption_dropout=0.3, progress=_reporter("ControlNet"),
     )  # fmt: skip
     net.load_state_dict(average)
@@ -224,7 +226,7 @@ def build_student(work: Path, budget: Budget) -> None:
     def on_step(run, metrics):
         report(metrics.step, metrics.steps, sum(metrics.score.values()) / len(metrics.score))
 
-    distill(config, on_step)
+    distill(config, Watch(on_step=on_step))
 
 
 def _stages() -> dict[str, tuple[Callable[[Path, Budget], None], tuple[str, ...]]]:

@@ -16,6 +16,7 @@ from ..images import blend_strip, grid
 from ..paint import Painter, Settings, painter
 from ..report import eps_errors, format_table
 from ..teacher import soup
+from ..watch import Watch
 from .bank import demo_latents
 
 CAPTIONS = (
@@ -32,12 +33,12 @@ HELD_OUT_SEED = 7_000_000
 """Seed of the scenes for the table; training draws its scenes from small seeds."""
 
 
-def tour(config_path: str, on_step) -> None:
+def tour(config_path: str, watch: Watch) -> None:
     """Everything `make demo` shows; files go beside the config's ``output``."""
     started = time.monotonic()
     config = load_config(config_path)
     output = Path(config.output)
-    run = distill(config, on_step)
+    run = distill(config, watch)
     trained = time.monotonic()
 
     student = load_unet(load_checkpoint(output).unet)  # what was written, not what is in memory
@@ -47,8 +48,8 @@ def tour(config_path: str, on_step) -> None:
     brush = painter(load_checkpoint(output))
     contexts = brush.text.encode(data.prompts)  # the demo family shares one text encoder
     base, *teachers = (replace(teacher, contexts=contexts) for teacher in (run.base, *run.teachers))
-    table = eps_errors(teachers, base, average, student, data, samples=len(data.latents))
-    print(f"\neps error against each teacher (mean squared, {len(data.latents)} unseen scenes; smaller is closer)\n")
+    table = eps_errors(teachers, base, average, student, data, samples=len(data))
+    print(f"\neps error against each teacher (mean squared, {len(data)} unseen scenes; smaller is closer)\n")
     print(format_table(table))
 
     rows, labels = [], []

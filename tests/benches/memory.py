@@ -1,0 +1,157 @@
+"""What the planner expects a run to take on the device, and on a CUDA machine what it does take.
+
+    python -m comfyui_dmm.tests.benches.memory                  (a minute or two of one CPU core)
+    python -m comfyui_dmm.tests.benches.memory --preset 24      (only the plans for 24 GB)
+
+With CUDA every plan is carried out: three steps of the real trainer on random weights of the real sizes, which needs as much RAM as
+the table says. The last column, measured over estimated activations, is what ``training.planner.plan`` takes as ``measured_peak``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+from ...dmm_core.unet import UNet, UNetConfig
+from ...training.config import TrainConfig
+from ...training.data import CaptionedLatents
+from ...training.footprint import CAPTION_TOKENS, DTYPES
+from ...training.loop import Distillation
+from ...training.planner import GB, Plan, Want, plan
+from ...training.teacher import Teacher
+
+STEPS = 3
+SD15 = UNetConfig()
+SDXL = UNetConfig(
+    channel_mult=(1, 2, 4), num_res_blocks=(2, 2, 2), depth_input=(0, 0, 2, 2, 10, 10), depth_middle=10,
+    depth_output=(10, 10, 10, 2, 2, 2, 0, 0, 0), context_dim=2048, linear_proj=True, adm_channels=2816,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A card of ``gb`` GB and what is to be distilled on it."""
+
+    family: str
+    config: UNetConfig
+    side: int
+    teachers: int
+    gb: int
+    adversarial: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}, {self.teachers} teachers, {self.gb} GB{', discriminator' if self.adversarial else ''}"
+
+
+PRESETS = (
+    Preset("SD1.5", SD15, 64, 8, 8),
+    Preset("SD1.5", SD15, 64, 4, 12),
+    Preset("SD1.5", SD15, 64, 8, 16),
+    Preset("SD1.5", SD15, 64, 8, 24),
+    Preset("SD1.5", SD15, 64, 8, 24, adversarial=True),
+    Preset("SD1.5", SD15, 64, 8, 48),
+    Preset("SDXL", SDXL, 128, 4, 24),
+    Preset("SDXL", SDXL, 128, 4, 48),
+)
+
+
+def make_plan(preset: Preset) -> Plan:
+    want = Want(adversarial=preset.adversarial)
+    return plan(preset.config, (preset.side, preset.side), preset.teachers, preset.gb * GB, want)
+
+
+def random_run(preset: Preset, made: Plan) -> Distillation:
+    """The trainer with models of the real sizes that never learnt anything."""
+    config, dtype = preset.config, DTYPES[made.precision]
+    data = CaptionedLatents(torch.randn(16, 4, preset.side, preset.side), [f"caption {i}" for i in range(16)])
+    prompts = len(data.prompts)
+
+    def model(name: str) -> Teacher:
+        pooled = (
+            torch.randn(prompts, config.adm_channels - 6 * 256) if config.adm_channels else None
+        )  # y is this and six sizes
+        with torch.device("cuda"):  # random numbers come faster there
+            unet = UNet(config).to(dtype)
+        return Teacher(name, unet.cpu(), torch.randn(prompts, CAPTION_TOKENS, config.context_dim), pooled)
+
+    adversarial = 0.01 if preset.adversarial else 0.0
+    settings = TrainConfig(
+        **made.settings(),
+        teacher_slots=made.slots,
+        steps=STEPS,
+        ema_gamma=6.94,
+        lambda_feat=0.001,
+        lambda_adv=adversarial,
+    )
+    teachers = [model(f"teacher {i}") for i in range(preset.teachers)]
+    return Distillation(model("base"), teachers, data, settings, torch.device("cuda"))
+
+
+def measure(preset: Preset, made: Plan) -> int:
+    """Bytes at the worst moment of three steps; everything that the run held is given back."""
+    run = random_run(preset, made)
+    try:
+        torch.cuda.reset_peak_memory_stats()
+        for _ in itertools.islice(run.run(), STEPS):
+            pass
+        return torch.cuda.max_memory_allocated()
+    finally:
+        run.rack.close()
+        del run
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def line(preset: Preset) -> str:
+    try:
+        made = make_plan(preset)
+    except ValueError as error:
+        return f"| {preset.name} | {error} | | | | | |"
+    how = [
+        made.trainable,
+        made.optimizer,
+        f"{made.micro_batch} x {made.accumulate}",
+        "recomputed" if made.gradient_checkpointing else "kept",
+        "teachers on the device" if made.residency == "device" else f"teachers in RAM, {made.slots} placed",
+        f"average: {made.ema_device}",
+    ]
+    measured = ratio = "–"
+    if torch.cuda.is_available():
+        peak = measure(preset, made)
+        activations = made.parts["activations"]
+        measured = f"{peak / GB:.2f}"
+        ratio = f"{(peak - made.peak + activations) / activations:.2f}"
+    kept = made.peak - made.parts["activations"]
+    cells = [
+        preset.name,
+        "; ".join(how),
+        f"{made.ram / GB:.1f}",
+        f"{kept / GB:.2f}",
+        f"{made.peak / GB:.2f}",
+        measured,
+        ratio,
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def run(args: argparse.Namespace) -> None:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device: estimates only"
+    print(
+        f"batch 8, bf16, feature loss, average of the weights; GB of 2^30 bytes; torch {torch.__version__}; {device}\n"
+    )
+    print("| preset | plan | RAM | kept | estimated peak | measured peak | activations, measured / estimated |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for preset in PRESETS:
+        if args.preset in (None, preset.gb):
+            print(line(preset), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", type=int, choices=sorted({p.gb for p in PRESETS}), help="only plans of these GB")
+    run(parser.parse_args())

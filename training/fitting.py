@@ -1,0 +1,58 @@
+"""A run's settings made to fit the memory of its device, by the planner."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..dmm_core.unet import UNetConfig
+from .config import TrainConfig
+from .planner import GB, Plan, Want, plan
+
+OPEN = {
+    "optimizer": "adamw",
+    "trainable": "all",
+    "ema_device": "auto",
+    "gradient_checkpointing": False,
+    "residency": "auto",
+}
+"""Settings that the planner may change, and the value that leaves them to it: any other is the user's own choice."""
+
+
+def budget_bytes(memory: float | str, device: torch.device) -> int | None:
+    """What a run may use of its device; None for "off" and, without a GPU, "auto": then nothing is planned.
+
+    "auto" counts all of a GPU's memory, used or not: the same machine must plan the same run again to go on with it.
+    """
+    if memory == "off" or (memory == "auto" and device.type != "cuda"):
+        return None
+    if memory == "auto":
+        return torch.cuda.get_device_properties(device).total_memory
+    return int(memory * GB)
+
+
+def fitted(
+    config: TrainConfig, unet: UNetConfig, latents_hw: tuple[int, int], teachers: int, device: torch.device
+) -> tuple[TrainConfig, Plan | None]:
+    """The settings that fit into ``config.memory``, with the same samples per step, and the plan they are from, if one was made.
+
+    unet: of the teachers; latents_hw: of the largest pictures. Raises ValueError when nothing fits.
+    """
+    budget = budget_bytes(config.memory, device)
+    if budget is None:
+        return config, None
+    fixed = {name: getattr(config, name) for name, free in OPEN.items() if getattr(config, name) != free}
+    want = Want(
+        batch_size=config.batch_size * config.accumulate,
+        features=config.lambda_feat > 0,
+        adversarial=config.lambda_adv > 0,
+        ema=config.ema_gamma is not None,
+        precision=config.precision,
+        teacher_dtype=config.teacher_dtype,
+        lora_rank=config.lora_rank,
+        device=device.type,
+        fixed=fixed,
+    )
+    found = plan(unet, latents_hw, teachers, budget, want)
+    return dataclasses.replace(config, **found.settings(), teacher_slots=found.slots), found

@@ -1,0 +1,229 @@
+"""A folder of safetensors shards with a manifest: how caches lie on disk, are built in pieces, and are read lazily.
+
+A shard is written whole or not at all, and carries the hash of everything that decides its content; building again keeps the
+shards whose hash is right. The manifest is written last and removed before a shard of it changes: a folder with a manifest is
+complete. Nothing in it depends on when or in how many attempts it was made.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..dmm_core.files import atomic_write, file_sha256
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+KINDS = ("images", "rollouts")
+MANIFEST = "manifest.json"
+IDENTITY = "dmm.shard"
+"""A shard's only metadata: safetensors writes several entries in a random order, and equal shards must be equal files."""
+
+SHARD_NAME = re.compile(r"(latents|text|rollouts)-[0-9a-z-]+-\d{5}\.safetensors")
+OPEN_SHARDS = 64
+"""Files kept open at a time (memory-mapped) by one reader."""
+
+SHOWN = 5
+"""Entries of a long list that a message shows."""
+
+
+def first_few(items: Sequence[object]) -> str:
+    rest = len(items) - SHOWN
+    return "; ".join(str(item) for item in items[:SHOWN]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """The folder of a cache that is being built or extended.
+
+    settings: what every shard depends on, by name; a folder that was made with others is refused (ValueError), never mixed.
+    """
+
+    def __init__(self, folder: str | os.PathLike, kind: str, settings: Mapping[str, Any]):
+        self.folder, self.kind, self.settings = Path(folder), kind, json.loads(json.dumps(settings))
+        self.before: dict[str, Any] = {}
+        if (self.folder / MANIFEST).exists():
+            self.before = read_manifest(self.folder, kind)
+            changed = [
+                f"{name} ({self.before['settings'].get(name)!r} -> {self.settings.get(name)!r})"
+                for name in sorted(self.before["settings"].keys() | self.settings.keys())
+                if self.before["settings"].get(name) != self.settings.get(name)
+            ]
+            if changed:
+                raise ValueError(
+                    f"the cache in '{folder}' was made with something else: {'; '.join(changed)}. Choose another folder"
+                )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise ValueError(f"'{folder}' is a file: give a folder for the cache") from None
+        self.known = {entry["file"]: entry for entry in shard_entries(self.before)}
+
+    def shard(self, name: str, identity: str, count: int, build: Callable[[], dict[str, Tensor]]) -> dict[str, Any]:
+        """The manifest's entry of a shard, after it was built, unless it is there already.
+
+        Raises OSError saying what to do when the disk refuses; finished shards stay.
+        """
+        path = self.folder / name
+        digest = file_sha256(path) if _carries(path, identity) else None
+        if digest is None or name in self.known and self.known[name]["sha256"] != digest:
+            tensors = build()
+            if name in self.known:
+                (self.folder / MANIFEST).unlink(missing_ok=True)
+            try:
+                with atomic_write(path) as temporary:
+                    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {IDENTITY: identity})
+            except (OSError, SafetensorError) as error:
+                raise OSError(
+                    f"{path} could not be written ({error}). The shards before it are finished and stay usable: free some "
+                    "space and run the same command again, it goes on from here"
+                ) from error
+            digest = file_sha256(path)
+        return {"file": name, "count": count, "bytes": path.stat().st_size, "sha256": digest}
+
+    def finish(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the manifest and remove shards that no longer belong to the cache. Returns the manifest."""
+        manifest = {"format": FORMAT, "kind": self.kind, "settings": self.settings, **content}
+        text = json.dumps(manifest) + "\n"
+        path = self.folder / MANIFEST
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            with atomic_write(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        wanted = {entry["file"] for entry in shard_entries(manifest)}
+        for old in self.folder.iterdir():
+            if SHARD_NAME.fullmatch(old.name) and old.name not in wanted:
+                logger.info("removing %s, which is no longer part of the cache", old.name)
+                old.unlink()
+        return manifest
+
+
+def _carries(path: Path, identity: str) -> bool:
+    """Whether a shard is there, whole and with this identity."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get(IDENTITY) == identity
+    except (OSError, SafetensorError):
+        return False
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(folder: str | os.PathLike, kind: str | None = None) -> dict[str, Any]:
+    """Raises ValueError for a folder that is no finished cache, of another kind, or of a newer version."""
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        started = Path(folder).is_dir() and any(SHARD_NAME.fullmatch(p.name) for p in Path(folder).iterdir())
+        what = (
+            "is not finished: run the same 'dmm cache' command again"
+            if started
+            else "is not a cache: make one with 'dmm cache'"
+        )
+        raise ValueError(f"'{folder}' {what} (it has no {MANIFEST})") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(
+            f"'{path}' cannot be read ({error}): run the 'dmm cache' command again after removing it"
+        ) from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"'{folder}' is a cache of format {found!r}, this version reads {FORMAT}: make it again")
+    if manifest.get("kind") not in ([kind] if kind else KINDS):
+        raise ValueError(
+            f"'{folder}' is a cache of {manifest.get('kind')}, expected one of {kind or ' or '.join(KINDS)}"
+        )
+    try:
+        bad = [e["file"] for e in shard_entries(manifest) if not SHARD_NAME.fullmatch(e["file"])]
+        manifest["settings"].keys()
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"'{path}' is damaged ({error!r}): remove it and run the 'dmm cache' command again") from error
+    if bad:  # it is used as a path
+        raise ValueError(f"'{path}' names files that are no shards: {first_few(bad)}")
+    return manifest
+
+
+def shard_entries(content: Any) -> list[dict[str, Any]]:
+    """Every shard's entry anywhere in a manifest: they lie in lists called ``shards``."""
+    if isinstance(content, dict):
+        own = content.get("shards", [])
+        return [*own, *(e for key, value in content.items() if key != "shards" for e in shard_entries(value))]
+    if isinstance(content, list) and content and isinstance(content[0], dict):
+        return [entry for value in content for entry in shard_entries(value)]
+    return []
+
+
+def check_shards(folder: str | os.PathLike, entries: Iterable[Mapping[str, Any]], verify: bool = False) -> None:
+    """Raises ValueError naming the shards that are missing or of another size, with ``verify`` also of other content."""
+    problems = []
+    for entry in entries:
+        path = Path(folder) / entry["file"]
+        if not path.is_file():
+            problems.append(f"{path.name} is missing")
+        elif path.stat().st_size != entry["bytes"]:
+            problems.append(f"{path.name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
+        elif verify and file_sha256(path) != entry["sha256"]:
+            problems.append(f"{path.name} has other content than it was written with")
+    if problems:
+        raise ValueError(
+            f"the cache in '{folder}' is damaged: {first_few(problems)}. Run the 'dmm cache' command that made it again: "
+            "it makes those shards anew"
+        )
+
+
+class ShardReader:
+    """Rows of tensors that lie in a list of shards, as if end to end. entries: the shards' in the manifest, ``count`` rows each."""
+
+    def __init__(self, folder: str | os.PathLike, entries: Sequence[Mapping[str, Any]]):
+        self.folder, self.entries = Path(folder), list(entries)
+        self.ends = torch.tensor([entry["count"] for entry in self.entries], dtype=torch.long).cumsum(0)
+        self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def _open_shard(self, shard: int):
+        path = self.folder / self.entries[shard]["file"]
+        try:
+            return safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{path} of the cache cannot be read ({error}): run the 'dmm cache' command again"
+            ) from error
+
+    def place(self, row: int) -> tuple[int, int]:
+        """(shard, row in it). Raises IndexError outside 0..len - 1."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of a cache of {len(self)}")
+        shard = int(torch.searchsorted(self.ends, row, right=True))
+        return shard, row - (int(self.ends[shard - 1]) if shard else 0)
+
+    def span(self, shard: int, name: str, start: int, stop: int) -> Tensor:
+        """Rows start to stop - 1 of one shard's tensor, in the dtype of the file."""
+        return self._open(shard).get_slice(name)[start:stop]
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """Row numbers (B,) -> (B, ...), in the dtype of the file."""
+        places = [self.place(row) for row in index.tolist()]
+        return torch.cat([self.span(shard, name, row, row + 1) for shard, row in places])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole: all rows, and the sizes of the first shard's."""
+        return len(self), *self._open(0).get_slice(name).get_shape()[1:]
+
+    def fingerprint(self) -> str:
+        return "".join(entry["sha256"] for entry in self.entries)

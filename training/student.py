@@ -1,0 +1,71 @@
+"""The student: where it starts, and which of its parameters learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..dmm_core.unet import UNet, UNetConfig, init_style
+from .config import TrainConfig
+from .data import hash_seed
+from .lora import add_lora
+from .teacher import soup
+
+
+def new_student(base: UNet, teachers: Sequence[UNet], config: TrainConfig) -> UNet:
+    """A UNet with a style per teacher, on the CPU, what learns in float32; its start follows from config and seed alone."""
+    sizes = {**vars(base.config), "num_styles": len(teachers)}
+    if sizes["adm_channels"]:
+        sizes["style_mlp"] = "add_embedding2"  # in SDXL's diffusers layout add_embedding is taken
+    student = UNet(UNetConfig(**sizes))
+    source = soup([t.state_dict() for t in teachers]) if config.init == "soup" else base.state_dict()
+    student.load_state_dict(source, strict=False)  # all but the style side
+    init_style(student, torch.Generator().manual_seed(hash_seed(config.seed, "style")))
+    generator = torch.Generator().manual_seed(hash_seed(config.seed, "lora"))
+    choose_trained(student.float(), config.trainable, config.lora_rank, config.precision, generator)
+    student.gradient_checkpointing = config.gradient_checkpointing
+    return student
+
+
+def choose_trained(
+    student: UNet, trainable: str, lora_rank: int, precision: str, generator: torch.Generator | None = None
+) -> None:
+    """Turn off the gradients of what does not learn, and attach low-rank adapters for "lora" (in place).
+
+    With half-precision arithmetic, frozen matrices are kept in float16, which is what checkpoint files have, so that nothing is lost.
+    """
+    if trainable == "all":
+        return
+    style = {id(p) for p in student.style_parameters()}
+    for module in student.modules():
+        for name, p in module.named_parameters(recurse=False):
+            half = precision != "fp32" and id(p) not in style and p.ndim > 1
+            value = p.detach().half() if half else p.detach()
+            setattr(module, name, nn.Parameter(value, requires_grad=id(p) in style))
+    if trainable == "lora":
+        add_lora(student, lora_rank, lora_rank, generator)
+
+
+def trained(student: UNet) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name."""
+    return {name: p for name, p in student.named_parameters() if p.requires_grad}
+
+
+def parameter_groups(student: UNet, config: TrainConfig) -> list[dict]:
+    """For an optimiser: the network, and the style side with its own ``scale`` of the learning rate."""
+    style = {id(p) for p in student.style_parameters()}
+    named = trained(student).values()
+    groups = [
+        {"params": [p for p in named if id(p) not in style], "scale": 1.0},
+        {"params": [p for p in named if id(p) in style], "scale": config.style_lr_scale},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+@torch.no_grad()
+def put(student: UNet, weights: dict[str, Tensor]) -> None:
+    """Copy weights into the parameters that learn."""
+    for name, p in trained(student).items():
+        p.copy_(weights[name])

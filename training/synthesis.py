@@ -1,0 +1,100 @@
+"""The paper's last stage: pictures that the teachers paint, for the student to be fine-tuned on (arXiv:2504.12364, Sec. 3.4).
+
+Finished parts stay in the run folder, so that an interrupted painting goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..dmm_core.files import atomic_write
+from ..dmm_core.sampling import cfg_denoiser, host_noise, sample, sigmas_for
+from .data import CaptionedLatents, hash_seed
+from .loop import Distillation
+
+logger = logging.getLogger(__name__)
+
+Tick = Callable[[int, int, str], None]
+"""(done, total, what): called after every part; what it raises ends the painting."""
+
+
+@torch.no_grad()
+def painted_by_teachers(
+    run: Distillation, folder: Path | None = None, progress: Tick | None = None
+) -> CaptionedLatents:
+    """``final_images`` latents by each teacher, at the size of most of the run's data, with captions drawn from it.
+
+    folder: where finished parts are kept, None for nowhere. The pictures follow from the run's seed, the teachers and the captions.
+    """
+    c = run.config
+    parts = [(i, start) for i in range(run.num_styles) for start in range(0, c.final_images, c.batch_size)]
+    latents, captions, owner = [], [], []
+    for done, (i, start) in enumerate(parts):
+        rows = caption_rows(run, i, start)
+        path = folder / f"{i:03d}-{start:06d}.safetensors" if folder else None
+        part = _finished(path, len(rows))
+        if part is None:
+            part = paint(run, i, rows, hash_seed(c.seed, "paint", i, start))
+            if not torch.isfinite(part).all():
+                raise ValueError(
+                    f"teacher '{run.teachers[i].name}' paints NaN or infinite numbers: use teacher_dtype fp32 or bf16, or look "
+                    "at what it paints in ComfyUI"
+                )
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(path) as temporary:
+                    save_file({"latents": part.half().contiguous()}, temporary)
+        latents.append(part.half())
+        captions += [run.data.prompts[row] for row in rows.tolist()]
+        owner += [i] * len(rows)
+        if progress:
+            progress(done + 1, len(parts), f"'{run.teachers[i].name}' paints")
+    return CaptionedLatents(torch.cat(latents).float(), captions, torch.tensor(owner))
+
+
+def caption_rows(run: Distillation, teacher: int, start: int) -> Tensor:
+    """Which captions a teacher paints in one part: rows of the run's prompts, without the empty one, each equally often."""
+    c = run.config
+    known = len(run.data.prompts) - 1
+    order = torch.randperm(known, generator=torch.Generator().manual_seed(hash_seed(c.seed, "captions", teacher)))
+    places = torch.arange(start, min(start + c.batch_size, c.final_images))
+    return 1 + order[places % known]
+
+
+def paint(run: Distillation, teacher: int, rows: Tensor, seed: int) -> Tensor:
+    """Captions (B,) -> latents (B, C, h, w) float32 on the CPU, painted with the run's final_cfg and final_sampling_steps."""
+    c, text = run.config, run.teachers[teacher]
+    size = run.data.shape[1:]
+    context, y = text.conditioning(rows, size, run.device)
+    empty, empty_y = text.conditioning(torch.zeros(1, dtype=torch.long), size, run.device)
+    denoiser = cfg_denoiser(
+        run.rack.get(teacher),
+        run.schedule,
+        context,
+        empty.expand(len(rows), -1, -1),
+        c.final_cfg,
+        y=y,
+        uncond_y=None if y is None else empty_y.expand(len(rows), -1),
+        prediction=text.prediction,
+    )
+    noise = host_noise((len(rows), *run.data.shape), seed).to(run.device)
+    sigmas = sigmas_for(run.schedule, c.final_sampling_steps, "karras").to(run.device)
+    return sample(denoiser, run.schedule, noise, sigmas, "dpmpp_2m").float().cpu()
+
+
+def _finished(path: Path | None, count: int) -> Tensor | None:
+    if path is None or not path.exists():
+        return None
+    try:
+        part = load_file(path)["latents"]
+    except (SafetensorError, OSError, KeyError) as error:
+        logger.warning("%s cannot be read (%s): painted anew", path.name, error)
+        return None
+    return part if len(part) == count else None

@@ -1,0 +1,31 @@
+"""A fixed check of the student during a run, by which the best of its states is known."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .data import hash_seed
+from .loop import Distillation
+from .losses import score_loss
+
+
+@torch.no_grad()
+def validation_error(run: Distillation) -> float:
+    """Mean eq. 9 loss of the averaged student on ``config.validation`` samples, the same every time, equal shares per teacher.
+
+    The samples are of the run's data with noise of their own; no captions are dropped and none is style-less.
+    """
+    c = run.config
+    seed = hash_seed(c.seed, "validation")
+    total, count = 0.0, 0
+    with run.averaged():
+        for number in range(math.ceil(c.validation / c.batch_size)):
+            batch = run.data.batch(seed, number, c.batch_size, run.num_styles, 0.0, 0.0, run.schedule)
+            x_t, t = batch.x_t.to(run.device), batch.t.to(run.device)
+            target, _ = run.targets(batch, x_t, t, want_features=False)
+            out, *_ = run.predict(batch, x_t, t, want_features=False)
+            total += score_loss(out, target).sum().item()
+            count += len(batch.t)
+    return total / count
