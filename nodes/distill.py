@@ -18,13 +18,13 @@ from comfy_api.latest import io, ui
 
 from ..dmm_core.checkpoint import save_checkpoint
 from ..training.config import check_names
-from ..training.controls import Controls, StopAndSave
 from ..training.distill import student_checkpoint, train
 from ..training.loop import Distillation
-from ..training.progress import Progress
 from ..training.report import eps_errors, format_table
 from ..training.state import identity
-from ..training.watch import Watch
+from ..training.watch.controls import Controls, StopAndSave
+from ..training.watch.progress import Progress
+from ..training.watch.watch import Watch
 from . import host_model, paths, training_inputs, training_routes
 from .distill_settings import setting_inputs, train_config
 from .preview import Screen, host_decoder, send_text

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from ..training.loop import Distillation, Metrics
-from ..training.pictures import Decoder
-from ..training.progress import Progress
+from ..training.watch.pictures import Decoder
+from ..training.watch.progress import Progress
 
 LARGEST = 1024
 """Pixels of the longer side of what is sent to the browser."""

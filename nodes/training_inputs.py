@@ -14,9 +14,9 @@ from ..dmm_core.checkpoint import Checkpoint
 from ..dmm_core.unet import UNet, load_unet
 from ..training.config import TrainConfig
 from ..training.data import CaptionedLatents
-from ..training.fitting import fitted
 from ..training.hashing import weights_sha256
 from ..training.loop import Distillation
+from ..training.memory.fitting import fitted
 from ..training.teacher import Teacher, check_architectures, plain_unet, soup
 from .teacher import TeacherInput
 from .weights import unet_weights

@@ -6,9 +6,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from ..training.controls import Controls
 from ..training.presets import PRESETS
-from ..training.progress import Progress
+from ..training.watch.controls import Controls
+from ..training.watch.progress import Progress
 from .distill_settings import preset_inputs
 
 _running: dict[str, tuple[Controls, Progress]] = {}

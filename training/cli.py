@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import cache_commands
-from .cache_commands import ProgressBar as PartsBar
-from .controls import signals
-from .progress import Progress
+from .dataset import cache_commands
+from .dataset.cache_commands import ProgressBar as PartsBar
+from .watch.controls import signals
+from .watch.progress import Progress
 
 MODELS = str(Path(__file__).parents[1] / "models")
 
@@ -129,7 +129,7 @@ class Bar:
 @contextlib.contextmanager
 def watched(picture_every: int = 0):
     """A Watch with progress bars, whose run can be asked for things by signals (see ``controls.signals``)."""
-    from .watch import Watch
+    from .watch.watch import Watch
 
     bar = Bar()
     watch = Watch(on_step=bar, on_paint=bar.painting, picture_every=picture_every)

@@ -19,16 +19,16 @@ from ..dmm_core.files import atomic_write
 from ..dmm_core.metadata import StyleInfo
 from ..dmm_core.unet import UNetConfig
 from ..dmm_core.vae import load_vae
-from .cache import latent_scale
 from .config import DistillConfig
+from .dataset.cache import latent_scale
 from .images import decode_to_pil
 from .load import load_run
 from .loop import Distillation
-from .pictures import Decoder
 from .state import fork, identity, resume, save_state
 from .synthesis import painted_by_teachers
 from .validation import validation_error
-from .watch import Watch, Watching
+from .watch.pictures import Decoder
+from .watch.watch import Watch, Watching
 
 logger = logging.getLogger(__name__)
 

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from ..dmm_core.checkpoint import Checkpoint, load_checkpoint
 from ..dmm_core.files import file_sha256
-from .cache import ImageCache, base_with_parts
 from .config import DistillConfig, TrainConfig
 from .data import TrainingData, load_latents
-from .fitting import fitted
+from .dataset.cache import ImageCache, base_with_parts
+from .dataset.open_cache import open_cache
+from .dataset.rollout_data import Rollouts
 from .hashing import weights_hash
 from .loop import Distillation
-from .open_cache import open_cache
-from .planner import Plan
-from .rollout_data import Rollouts
+from .memory.fitting import fitted
+from .memory.planner import Plan
 from .teacher import Rows, Teacher, check_architectures, plain_unet
 from .text import ClipText
 

@@ -24,8 +24,8 @@ from .data import Batch, TrainingData, hash_seed
 from .ema import PowerEMA
 from .lora import folded_state_dict
 from .losses import feature_loss, score_loss
+from .memory.residency import Rack
 from .optimizers import make_optimizer
-from .residency import Rack
 from .student import new_student, parameter_groups, put, trained
 from .teacher import Teacher, check_architectures
 

@@ -13,7 +13,7 @@ from ..dmm_core.style import style_row
 from ..dmm_core.unet import UNet
 from .data import CaptionedLatents, hash_seed
 from .losses import score_loss
-from .residency import Rack
+from .memory.residency import Rack
 from .teacher import Teacher
 
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]

@@ -4,7 +4,7 @@
     python -m comfyui_dmm.tests.benches.memory --preset 24      (only the plans for 24 GB)
 
 With CUDA every plan is carried out: three steps of the real trainer on random weights of the real sizes, which needs as much RAM as
-the table says. The last column, measured over estimated activations, is what ``training.planner.plan`` takes as ``measured_peak``.
+the table says. The last column, measured over estimated activations, is what ``training.memory.planner.plan`` takes as ``measured_peak``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from ...dmm_core.unet import UNet, UNetConfig
 from ...training.config import TrainConfig
 from ...training.data import CaptionedLatents
-from ...training.footprint import CAPTION_TOKENS, DTYPES
 from ...training.loop import Distillation
-from ...training.planner import GB, Plan, Want, plan
+from ...training.memory.footprint import CAPTION_TOKENS, DTYPES
+from ...training.memory.planner import GB, Plan, Want, plan
 from ...training.teacher import Teacher
 
 STEPS = 3

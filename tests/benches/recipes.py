@@ -22,8 +22,10 @@ from PIL import Image
 
 from ...dmm_core.unet import UNet, load_unet
 from ...dmm_core.vae import load_vae
-from ...training.cache import build_image_cache
 from ...training.config import DataSpec, DistillConfig, load_config
+from ...training.dataset.cache import build_image_cache
+from ...training.dataset.rollout_paths import RolloutSettings
+from ...training.dataset.rollouts import build_rollouts
 from ...training.demo.bank import captioned_latents, demo_images
 from ...training.demo.classifier import load_classifier
 from ...training.demo.judge import judge
@@ -33,8 +35,6 @@ from ...training.distill import train
 from ...training.load import load_run
 from ...training.paint import Painter
 from ...training.report import eps_errors
-from ...training.rollout_paths import RolloutSettings
-from ...training.rollouts import build_rollouts
 from ...training.teacher import Teacher, soup
 from ...training.text import ClipText
 

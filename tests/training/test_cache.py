@@ -19,13 +19,12 @@ from comfyui_dmm.dmm_core.checkpoint import Checkpoint, load_checkpoint, save_ch
 from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.dmm_core.unet import UNet
 from comfyui_dmm.dmm_core.vae import SCALE_SD, AutoencoderKL, VAEConfig, load_vae
-from comfyui_dmm.training import cache, cached_text, shards
-from comfyui_dmm.training.buckets import bucket_sizes, choose_bucket, fit, size_multiple
-from comfyui_dmm.training.cache import ENLARGED, add_text, build_image_cache, open_image_cache
-from comfyui_dmm.training.cache_commands import ProgressBar, add_parsers
 from comfyui_dmm.training.cli import MODELS
-from comfyui_dmm.training.hashing import weights_hash
-from comfyui_dmm.training.image_folder import (
+from comfyui_dmm.training.dataset import cache, cached_text, shards
+from comfyui_dmm.training.dataset.buckets import bucket_sizes, choose_bucket, fit, size_multiple
+from comfyui_dmm.training.dataset.cache import ENLARGED, add_text, build_image_cache, open_image_cache
+from comfyui_dmm.training.dataset.cache_commands import ProgressBar, add_parsers
+from comfyui_dmm.training.dataset.image_folder import (
     Problem,
     ahead,
     decode,
@@ -34,8 +33,9 @@ from comfyui_dmm.training.image_folder import (
     read_captions,
     survey,
 )
-from comfyui_dmm.training.open_cache import open_cache
-from comfyui_dmm.training.shards import MANIFEST
+from comfyui_dmm.training.dataset.open_cache import open_cache
+from comfyui_dmm.training.dataset.shards import MANIFEST
+from comfyui_dmm.training.hashing import weights_hash
 from comfyui_dmm.training.text import ClipText, init_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -252,7 +252,7 @@ def test_a_killed_process_leaves_what_the_next_one_needs(tmp_path, pictures, bas
         shutil.copy(path, folder)
     save_checkpoint(tmp_path / "base.safetensors", base)
     code = (
-        "import sys; from comfyui_dmm.training import cache; cache.SHARD_PICTURES = 1\n"
+        "import sys; from comfyui_dmm.training.dataset import cache; cache.SHARD_PICTURES = 1\n"
         "cache.build_image_cache(*sys.argv[1:], resolution=64)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, folder, pictures, tmp_path / "base.safetensors"])

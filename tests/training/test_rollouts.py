@@ -11,13 +11,12 @@ from comfyui_dmm.dmm_core.files import file_sha256
 from comfyui_dmm.dmm_core.sampling import cfg_denoiser, sample, sigmas_for
 from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.dmm_core.unet import UNet, load_unet
-from comfyui_dmm.training import rollouts
-from comfyui_dmm.training.cache import add_text
 from comfyui_dmm.training.cli import MODELS
 from comfyui_dmm.training.config import TrainConfig
-from comfyui_dmm.training.loop import Distillation
-from comfyui_dmm.training.rollout_data import open_rollouts, share_out, size_of_batch
-from comfyui_dmm.training.rollout_paths import (
+from comfyui_dmm.training.dataset import rollouts
+from comfyui_dmm.training.dataset.cache import add_text
+from comfyui_dmm.training.dataset.rollout_data import open_rollouts, share_out, size_of_batch
+from comfyui_dmm.training.dataset.rollout_paths import (
     BASE_NAME,
     Owner,
     Recorder,
@@ -26,8 +25,9 @@ from comfyui_dmm.training.rollout_paths import (
     shifted_grid,
     timestep_grid,
 )
-from comfyui_dmm.training.rollouts import build_rollouts
-from comfyui_dmm.training.shards import MANIFEST
+from comfyui_dmm.training.dataset.rollouts import build_rollouts
+from comfyui_dmm.training.dataset.shards import MANIFEST
+from comfyui_dmm.training.loop import Distillation
 from comfyui_dmm.training.teacher import Teacher
 from comfyui_dmm.training.text import ClipText, init_text
 from safetensors.torch import load_file

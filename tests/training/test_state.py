@@ -12,7 +12,7 @@ from comfyui_dmm.training.distill import train
 from comfyui_dmm.training.loop import Distillation
 from comfyui_dmm.training.state import BEST, best_error, fork, identity, read_state, resume, save_state, states
 from comfyui_dmm.training.validation import validation_error
-from comfyui_dmm.training.watch import Watch
+from comfyui_dmm.training.watch.watch import Watch
 from safetensors.torch import load_file
 
 from .families import small_data, small_run, small_teacher
@@ -196,34 +196,41 @@ def test_a_fork_starts_from_old_weights_and_nothing_else(tmp_path):
         fork(small_run(), tmp_path / "nothing")
 
 
+KILLED = {
+    "teachers": 2, "steps": 25, "save_every": 1, "lambda_adv": 0.1, "final_steps": 35, "final_images": 16, "final_sampling_steps": 3,
+}  # fmt: skip
 CHILD = """
 import sys, pathlib, torch
 torch.set_num_threads(1)
 from comfyui_dmm.training.distill import train
-from comfyui_dmm.training.watch import Watch
+from comfyui_dmm.training.watch.watch import Watch
 from tests.training.families import small_run
-train(small_run(steps=60, save_every=1), pathlib.Path(sys.argv[1]), Watch(lambda run, m: print(m.step, flush=True)))
+from tests.training.test_state import KILLED
+def told(*what):
+    print("alive", flush=True)
+train(small_run(**KILLED), pathlib.Path(sys.argv[1]), Watch(told, on_paint=told))
 """
 
 
 @pytest.mark.slow
 def test_kill_nine_at_random_moments(tmp_path):
-    """SIGKILL at 20 random moments, saves included; every time the same command goes on; the end is bitwise the same."""
-    straight = small_run(steps=60, save_every=1)
+    """SIGKILL at 20 random moments, in saves and while teachers paint too; every time the same command goes on; the end is bitwise the
+    same, discriminator and final stage included."""
+    straight = small_run(**KILLED)
     train(straight, None)
     moments = torch.rand(20, generator=torch.Generator().manual_seed(0))
+    killed = 0
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     for moment in moments.tolist():
         child = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=root
         )
-        if not child.stdout.readline():
-            child.wait()
-            break  # nothing left to do: the run was finished before this kill
-        time.sleep(0.3 * moment)
+        child.stdout.readline()  # its first step is done, or the first pictures of a teacher
+        time.sleep(0.1 * moment)
         child.send_signal(signal.SIGKILL)
-        child.wait()
-    last = small_run(steps=60, save_every=1)
+        killed += child.wait() == -signal.SIGKILL
+    last = small_run(**KILLED)
     train(last, tmp_path)
+    assert killed == 20 and last.step == 60
     a, b = straight.student_weights(False), last.student_weights(False)
     assert all(torch.equal(a[k], b[k]) for k in a)

@@ -8,7 +8,7 @@ from comfyui_dmm.training.data import hash_seed
 from comfyui_dmm.training.distill import train
 from comfyui_dmm.training.state import states
 from comfyui_dmm.training.synthesis import caption_rows, paint, painted_by_teachers
-from comfyui_dmm.training.watch import Watch
+from comfyui_dmm.training.watch.watch import Watch
 
 from .families import SMALL_XL, small_run
 

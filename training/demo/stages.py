@@ -25,7 +25,7 @@ from ..config import load_config
 from ..data import CaptionedLatents
 from ..distill import distill
 from ..text import ClipText
-from ..watch import Watch
+from ..watch.watch import Watch
 from . import controlnet
 from .autoencoder import PHASES, refine_decoder, train_vae
 from .bank import captioned_latents

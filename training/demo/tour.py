@@ -16,7 +16,7 @@ from ..images import blend_strip, grid
 from ..paint import Painter, Settings, painter
 from ..report import eps_errors, format_table
 from ..teacher import soup
-from ..watch import Watch
+from ..watch.watch import Watch
 from .bank import demo_latents
 
 CAPTIONS = (

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .loop import Distillation, Metrics
+from ..loop import Distillation, Metrics
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hashing import text_hash, weights_hash
+from ..hashing import text_hash, weights_hash
+from ..text import WINDOW, ClipText, windows
 from .image_folder import Progress
 from .shards import ShardReader, ShardWriter
-from .text import WINDOW, ClipText, windows
 
 SHARD_PROMPTS = 256
 BATCH = 16

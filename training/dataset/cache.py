@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..dmm_core.checkpoint import Checkpoint, load_checkpoint
-from ..dmm_core.unet import UNetConfig, unet_config_from_state_dict
-from ..dmm_core.vae import SCALE_SD, SCALE_SDXL, AutoencoderKL, load_vae
+from ...dmm_core.checkpoint import Checkpoint, load_checkpoint
+from ...dmm_core.unet import UNetConfig, unet_config_from_state_dict
+from ...dmm_core.vae import SCALE_SD, SCALE_SDXL, AutoencoderKL, load_vae
+from ..data import CaptionedLatents
+from ..hashing import text_hash, weights_hash
 from .buckets import MAX_ASPECT, bucket_sizes, choose_bucket, default_resolution, enlargement, fit, size_multiple
 from .cached_text import TextStore, store_text
-from .data import CaptionedLatents
-from .hashing import text_hash, weights_hash
 from .image_folder import Picture, Problem, Progress, ahead, read_picture, survey
 from .shards import ShardReader, ShardWriter, check_shards, first_few, read_manifest, shard_entries
 

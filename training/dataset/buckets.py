@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageOps
 
-from ..dmm_core.unet import UNetConfig
+from ...dmm_core.unet import UNetConfig
 
 MAX_ASPECT = 3.0
 """The longest bucket's long side over its short one."""

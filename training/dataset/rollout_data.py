@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dmm_core.checkpoint import Checkpoint
-from ..dmm_core.schedule import NoiseSchedule
+from ...dmm_core.checkpoint import Checkpoint
+from ...dmm_core.schedule import NoiseSchedule
+from ..data import Batch, hash_seed
+from ..hashing import text_hash, weights_hash
 from .cached_text import TextStore
-from .data import Batch, hash_seed
-from .hashing import text_hash, weights_hash
 from .rollout_paths import BASE_NAME, Owner
 from .shards import ShardReader, check_shards, read_manifest, shard_entries
 

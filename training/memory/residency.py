@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..dmm_core.unet import UNet, UNetConfig
+from ...dmm_core.unet import UNet, UNetConfig
 from .footprint import available_bytes
 
 log = logging.getLogger(__name__)

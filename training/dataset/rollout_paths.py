@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dmm_core.sampling import SAMPLERS, SCHEDULERS, choose, sample, sigmas_for
-from ..dmm_core.schedule import NoiseSchedule, predicted_x0
-from .data import hash_seed
-from .hashing import text_hash
-from .teacher import Teacher
+from ...dmm_core.sampling import SAMPLERS, SCHEDULERS, choose, sample, sigmas_for
+from ...dmm_core.schedule import NoiseSchedule, predicted_x0
+from ..data import hash_seed
+from ..hashing import text_hash
+from ..teacher import Teacher
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BASE_NAME = "(base)"

@@ -19,18 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dmm_core.checkpoint import Checkpoint
-from ..dmm_core.files import file_sha256
-from ..dmm_core.unet import UNetConfig, unet_config_from_state_dict
+from ...dmm_core.checkpoint import Checkpoint
+from ...dmm_core.files import file_sha256
+from ...dmm_core.unet import UNetConfig, unet_config_from_state_dict
+from ..config import check_names
+from ..hashing import text_hash, weights_hash
+from ..teacher import Teacher, check_architectures, plain_unet
 from .buckets import default_resolution, size_multiple
 from .cache import Model, as_checkpoint, base_with_parts, store_all_text
 from .cached_text import TextStore
-from .config import check_names
-from .hashing import text_hash, weights_hash
 from .image_folder import Progress, clean_caption
 from .rollout_paths import BASE_NAME, PRECISIONS, Owner, RolloutSettings, paint_states, path_generator
 from .shards import ShardWriter
-from .teacher import Teacher, check_architectures, plain_unet
 
 SHARD_PATHS = 32
 

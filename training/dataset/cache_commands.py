@@ -114,8 +114,8 @@ def size(text: str) -> tuple[int, int]:
 
 
 def run_images(args) -> None:
+    from ..distill import pick_device
     from .cache import build_image_cache
-    from .distill import pick_device
 
     report = build_image_cache(
         args.output,
@@ -135,7 +135,7 @@ def run_images(args) -> None:
 
 
 def run_rollouts(args) -> None:
-    from .distill import pick_device
+    from ..distill import pick_device
     from .image_folder import read_caption_file
     from .rollout_paths import RolloutSettings
     from .rollouts import build_rollouts
@@ -171,8 +171,8 @@ def run_rollouts(args) -> None:
 
 
 def run_text(args) -> None:
+    from ..distill import pick_device
     from .cache import add_text
-    from .distill import pick_device
 
     new = add_text(args.cache, args.teacher, pick_device(args.device), ProgressBar())
     print(f"{new} text encoder(s) added to {args.cache}")

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..dmm_core.files import atomic_write
-from ..dmm_core.sampling import cfg_denoiser, host_noise, sample, sigmas_for
-from ..dmm_core.style import style_row
-from ..dmm_core.unet import UNet
-from .images import grid
+from ...dmm_core.files import atomic_write
+from ...dmm_core.sampling import cfg_denoiser, host_noise, sample, sigmas_for
+from ...dmm_core.style import style_row
+from ...dmm_core.unet import UNet
+from ..images import grid
+from ..loop import Distillation
+from ..teacher import Teacher
 from .journal import Journal
-from .loop import Distillation
-from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..loop import Distillation, Metrics
+from ..synthesis import Tick
 from .controls import Controls
 from .journal import Journal
-from .loop import Distillation, Metrics
 from .pictures import Decoder, Pictures
-from .synthesis import Tick
 
 
 def nothing(*args) -> None:

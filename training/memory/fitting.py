@@ -6,8 +6,8 @@ import dataclasses
 
 import torch
 
-from ..dmm_core.unet import UNetConfig
-from .config import TrainConfig
+from ...dmm_core.unet import UNetConfig
+from ..config import TrainConfig
 from .planner import GB, Plan, Want, plan
 
 OPEN = {

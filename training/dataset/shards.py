@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..dmm_core.files import atomic_write, file_sha256
+from ...dmm_core.files import atomic_write, file_sha256
 
 logger = logging.getLogger(__name__)
 

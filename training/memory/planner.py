@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..dmm_core.unet import UNetConfig
+from ...dmm_core.unet import UNetConfig
 from .footprint import Sizes, Step, sizes, step_peak
 
 GB = 2**30

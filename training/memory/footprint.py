@@ -27,10 +27,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..dmm_core.unet import UNet, UNetConfig, Upsample
-from .adversary import Adversary, Head
-from .losses import feature_loss, score_loss
-from .student import choose_trained
+from ...dmm_core.unet import UNet, UNetConfig, Upsample
+from ..adversary import Adversary, Head
+from ..losses import feature_loss, score_loss
+from ..student import choose_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CAPTION_TOKENS = 77
