@@ -40,11 +40,14 @@ def optimizer_tensors(
     optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, dict]]:
     """({"<parameter>|<key>": tensor}, {parameter: {key: number}}): all that the optimiser remembers of its parameters."""
-    tensors, numbers = {}, {}
+    tensors, numbers, seen = {}, {}, set()
     for name, p in named.items():
         for key, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}|{key}"] = value.detach()
+                # bitsandbytes gives all parameters one table of its 256 levels; safetensors refuses tensors that share memory.
+                shared = value.data_ptr() in seen
+                seen.add(value.data_ptr())
+                tensors[f"{name}|{key}"] = value.detach().clone() if shared else value.detach()
             else:
                 numbers.setdefault(name, {})[key] = value
     return tensors, numbers

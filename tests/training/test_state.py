@@ -1,5 +1,6 @@
 """Run states: an interrupted run ends bitwise like one that never stopped, and a state of another run is refused."""
 
+import math
 import os
 import signal
 import subprocess
@@ -149,6 +150,25 @@ def test_every_kind_of_run_resumes_bitwise(tmp_path, settings, stop_at):
     for averaged in (False, True):
         a, b = straight.student_weights(averaged), second.student_weights(averaged)
         assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_an_eight_bit_run_resumes_bitwise(tmp_path):
+    """With the real bitsandbytes, whose state has tables that all parameters share."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    straight = small_run(optimizer="adamw8bit")
+    assert all(math.isfinite(m.loss) for m in straight.run())
+
+    def stop(run, metrics):
+        if metrics.step == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(small_run(optimizer="adamw8bit"), tmp_path, Watch(stop))
+    second = small_run(optimizer="adamw8bit")
+    train(second, tmp_path)
+    assert any(state["state1"].dtype == torch.uint8 for state in second.optimizer.state.values())
+    a, b = straight.student_weights(False), second.student_weights(False)
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_best_is_the_state_with_the_lowest_error(tmp_path):
