@@ -30,6 +30,8 @@ def host(tmp_path_factory):
     sys.path.insert(0, str(HOST))
     from comfy.cli_args import args
 
+    import utils  # noqa: F401  (as main.py does first: comfy/utils.py may be found under this name later)
+
     args.cpu = True
     args.base_directory = str(tmp_path_factory.mktemp("base"))
     import comfy.sd
