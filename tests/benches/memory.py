@@ -3,15 +3,14 @@
     python -m comfyui_dmm.tests.benches.memory                  (a minute or two of one CPU core)
     python -m comfyui_dmm.tests.benches.memory --preset 24      (only the plans for 24 GB)
 
-With CUDA every plan is carried out: three steps of the real trainer on random weights of the real sizes, which needs as much RAM as
-the table says. The last column, measured over estimated activations, is what ``training.memory.planner.plan`` takes as ``measured_peak``.
+With CUDA every plan is carried out, on a device that gives no more memory than the plan may use: four steps of the real trainer on
+random weights of the real sizes, which needs as much RAM as the table says. The column of activations, measured over estimated, is what ``training.memory.planner.plan`` takes as ``measured_peak``.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,7 @@ from ...training.memory.footprint import CAPTION_TOKENS, DTYPES
 from ...training.memory.planner import GB, Plan, Want, plan
 from ...training.teacher import Teacher
 
-STEPS = 3
+STEPS = 4
 SD15 = UNetConfig()
 SDXL = UNetConfig(
     channel_mult=(1, 2, 4), num_res_blocks=(2, 2, 2), depth_input=(0, 0, 2, 2, 10, 10), depth_middle=10,
@@ -92,26 +91,32 @@ def random_run(preset: Preset, made: Plan) -> Distillation:
     return Distillation(model("base"), teachers, data, settings, torch.device("cuda"))
 
 
-def measure(preset: Preset, made: Plan) -> int:
-    """Bytes at the worst moment of three steps; everything that the run held is given back."""
+def measure(preset: Preset, made: Plan) -> tuple[int, float]:
+    """(bytes at the worst moment, samples per second) of a few steps, on a device that gives no more than the plan may use.
+
+    Everything that the run held is given back. The first step, which warms up, is not timed.
+    """
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, preset.gb * GB / total))
     run = random_run(preset, made)
     try:
         torch.cuda.reset_peak_memory_stats()
-        for _ in itertools.islice(run.run(), STEPS):
-            pass
-        return torch.cuda.max_memory_allocated()
+        seconds = [metrics.seconds for metrics in run.run()]  # of whole steps: their figures are read from the device
+        samples = made.micro_batch * made.accumulate
+        return torch.cuda.max_memory_allocated(), samples * (STEPS - 1) / sum(seconds[1:])
     finally:
         run.rack.close()
         del run
         gc.collect()
         torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def line(preset: Preset) -> str:
     try:
         made = make_plan(preset)
     except ValueError as error:
-        return f"| {preset.name} | {error} | | | | | |"
+        return f"| {preset.name} | {error} | | | | | | |"
     how = [
         made.trainable,
         made.optimizer,
@@ -120,9 +125,10 @@ def line(preset: Preset) -> str:
         "teachers on the device" if made.residency == "device" else f"teachers in RAM, {made.slots} placed",
         f"average: {made.ema_device}",
     ]
-    measured = ratio = "–"
+    measured = ratio = rate = "–"
     if torch.cuda.is_available():
-        peak = measure(preset, made)
+        peak, samples = measure(preset, made)
+        rate = f"{samples:.2f}"
         activations = made.parts["activations"]
         measured = f"{peak / GB:.2f}"
         ratio = f"{(peak - made.peak + activations) / activations:.2f}"
@@ -135,6 +141,7 @@ def line(preset: Preset) -> str:
         f"{made.peak / GB:.2f}",
         measured,
         ratio,
+        rate,
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -144,8 +151,10 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"batch 8, bf16, feature loss, average of the weights; GB of 2^30 bytes; torch {torch.__version__}; {device}\n"
     )
-    print("| preset | plan | RAM | kept | estimated peak | measured peak | activations, measured / estimated |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        "| preset | plan | RAM | kept | estimated peak | measured peak | activations, measured / estimated | samples/s |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for preset in PRESETS:
         if args.preset in (None, preset.gb):
             print(line(preset), flush=True)

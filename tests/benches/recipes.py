@@ -47,16 +47,16 @@ ARMS = {
     "final stage": {"final_share": 0.2},
     "low-rank": {"trainable": "lora", "lora_rank": 8},
     "image cache": {"data": "images"},
-    "rollouts": {"data": "rollouts", "lambda_feat": 0.0},
+    "rollouts": {"data": "rollouts", "paths": 160, "lambda_feat": 0.0},
+    "more rollouts": {"data": "rollouts", "paths": 480, "lambda_feat": 0.0},
     "paper": {"lambda_adv": 0.01, "adv_lr": 1e-3, "final_share": 0.2},
 }
-"""Changes of the recipe; final_share: of the steps, taken from the main stage; data: a cache made for this bench instead of scenes."""
-PATHS = 160
-"""Paintings by each teacher in the rollouts, five states kept of each."""
+"""Changes of the recipe; final_share: of the steps, taken from the main stage; data: a cache made for this bench instead of scenes;
+paths: paintings by each teacher in the rollouts, five states kept of each."""
 
 
 def settings(base, changes: dict, steps: int, seed: int):
-    changes = {k: v for k, v in changes.items() if k != "data"}
+    changes = {k: v for k, v in changes.items() if k not in ("data", "paths")}
     last = round(steps * changes.pop("final_share", 0.0))
     return dataclasses.replace(
         base, steps=steps - last, final_steps=last, final_images=320, final_cfg=4.0, final_sampling_steps=16, seed=seed,
@@ -69,7 +69,7 @@ def one(arm: str, steps: int, seed: int) -> dict:
     config = load_config(ROOT / "training" / "configs" / "demo.yaml")
     config.train = settings(dataclasses.replace(config.train, lambda_adv=0.0), ARMS[arm], steps, seed)
     if kind := ARMS[arm].get("data"):
-        config.data = DataSpec("cache", str(make_cache(kind, config)))
+        config.data = DataSpec("cache", str(make_cache(kind, config, ARMS[arm].get("paths"))))
     loaded = load_run(config, torch.device("cpu"))
     run = loaded.start()
     started = time.monotonic()
@@ -98,9 +98,9 @@ def one(arm: str, steps: int, seed: int) -> dict:
     }
 
 
-def make_cache(kind: str, config: DistillConfig) -> Path:
+def make_cache(kind: str, config: DistillConfig, paths: int | None) -> Path:
     """The demo's scenes as a folder of pictures, through ``dmm cache``; or their captions, painted by the teachers."""
-    folder = ROOT / "out" / f"bench-{kind}"
+    folder = ROOT / "out" / f"bench-{kind}{paths or ''}"
     images, captions = demo_images((BASE_LOOK, *TEACHER_LOOKS), config.data.count, config.data.seed)
     started = time.monotonic()
     if kind == "images":
@@ -112,7 +112,7 @@ def make_cache(kind: str, config: DistillConfig) -> Path:
         build_image_cache(folder, pictures, config.base, parts_from=config.parts_from)
     else:
         teachers = {spec.name: spec.file for spec in config.teachers}
-        settings = RolloutSettings(paths=PATHS, cfg=4.0, batch_size=32)
+        settings = RolloutSettings(paths=paths, cfg=4.0, batch_size=32)
         build_rollouts(folder, config.base, teachers, sorted(set(captions)), settings, config.parts_from)
     print(f"{kind}: made in {time.monotonic() - started:.0f} s", flush=True)
     return folder
