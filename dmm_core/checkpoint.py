@@ -253,6 +253,7 @@ _LOOKALIKES = {
     "joint_blocks.": "it looks like a model of another architecture",
     "text_model.": "it looks like a text encoder",
     "decoder.": "it looks like a VAE",
+    "model_embedding.": "it holds styles without a UNet; put them onto their model first (dmm convert --onto)",
 }
 
 

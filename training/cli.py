@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from . import convert_command
 from .dataset import cache_commands
 from .dataset.cache_commands import ProgressBar as PartsBar
 from .watch.controls import signals
@@ -88,6 +89,8 @@ def parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what is in a checkpoint file")
     info.add_argument("checkpoint")
     info.set_defaults(run=run_info)
+
+    convert_command.add_parser(commands)
 
     demo = commands.add_parser("demo", help="the demo family")
     actions = demo.add_subparsers(required=True, metavar="action")
