@@ -115,9 +115,8 @@ def learn(inputs, base, name: str, vae, preview_every: int, node_id) -> tuple[Pa
         return path, losses, f"{saved}\n\n{comparison(run)}"
     finally:
         run.rack.close()
-        vars(
-            run
-        ).clear()  # whatever still holds the run, as the functions in an error's frames do, holds nothing with it
+        # Whatever still holds the run, as the functions in an error's frames do, holds nothing with it.
+        vars(run).clear()
 
 
 def comparison(run: Distillation) -> str:
