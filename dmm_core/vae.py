@@ -17,11 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .loading import load_strictly
+from .unet import UNetConfig
 
 SCALE_SD = 0.18215
 SCALE_SDXL = 0.13025
 IGNORED_PREFIXES = ("loss.", "model_ema.")
 """What published VAE files carry besides the autoencoder: the training loss's networks and the EMA's counters."""
+
+
+def latent_scale(config: UNetConfig) -> float:
+    """What the latents are multiplied by that a UNet of these sizes sees."""
+    return SCALE_SDXL if config.adm_channels else SCALE_SD
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import comfy.model_management as mm
@@ -149,7 +149,7 @@ def distil(run: Distillation, base, name: str, vae, preview_every: int, node_id)
     def write_checkpoint() -> None:
         save_checkpoint(path, student_checkpoint(run, base, name, torch.float16))
 
-    controls = FileControls(write_checkpoint, screen.show_pause)
+    controls = Controls(screen.show_pause)
 
     def on_step(run: Distillation, metrics) -> None:
         losses.append(metrics.loss)
@@ -167,34 +167,20 @@ def distil(run: Distillation, base, name: str, vae, preview_every: int, node_id)
         on_step,
         screen.show_picture,
         on_paint,
-        host_decoder(run, vae),
-        preview_every,
-        mm.throw_exception_if_processing_interrupted,
-        controls,
+        on_save=write_checkpoint,  # in a graph the model's file is what there is to use
+        decode=host_decoder(run, vae),
+        picture_every=preview_every,
+        check_interrupt=mm.throw_exception_if_processing_interrupted,
+        controls=controls,
     )
     with training_routes.listed(node_id, controls, progress):
         try:
             with contextlib.suppress(StopAndSave):
-                train(run, run_dir, watch)
+                train(run, run_dir, watch, parts=parts)
         finally:  # finished, stopped, cancelled or failed: what was learnt becomes a file
             if run.step and not run.updating:
                 write_checkpoint()
     return path, losses
-
-
-class FileControls(Controls):
-    """Saves the model's file with the state of the run: in a graph that is what there is to use."""
-
-    def __init__(self, write_checkpoint: Callable[[], None], on_pause: Callable[[], None]):
-        super().__init__(on_pause)
-        self.write_checkpoint = write_checkpoint
-
-    def after_step(self, save, sample, check_interrupt) -> None:
-        def save_both() -> None:
-            save()
-            self.write_checkpoint()
-
-        super().after_step(save_both, sample, check_interrupt)
 
 
 NODES = [DistillTeachers]

@@ -8,6 +8,7 @@ import comfy.utils
 import torch
 from PIL import Image
 
+from ..dmm_core.vae import latent_scale
 from ..training.loop import Distillation, Metrics
 from ..training.watch.pictures import Decoder
 from ..training.watch.progress import Progress
@@ -40,7 +41,7 @@ class Screen:
 
 def host_decoder(run: Distillation, vae) -> Decoder:
     """Decodes one picture at a time: a training leaves little room on the device."""
-    scale = 0.13025 if run.base.pooled is not None else 0.18215
+    scale = latent_scale(run.base.unet.config)
 
     def decode(latents: torch.Tensor) -> list[Image.Image]:
         pixels = torch.cat([vae.decode(latent[None].float().cpu() / scale) for latent in latents])  # (B, H, W, 3), 0..1

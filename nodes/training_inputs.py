@@ -14,7 +14,6 @@ from ..dmm_core.checkpoint import Checkpoint
 from ..dmm_core.unet import UNet, load_unet
 from ..training.config import TrainConfig
 from ..training.data import CaptionedLatents
-from ..training.hashing import weights_sha256
 from ..training.loop import Distillation
 from ..training.memory.fitting import fitted
 from ..training.teacher import Teacher, check_architectures, plain_unet, soup
@@ -43,10 +42,7 @@ def gather(
         unets.append(plain_unet(unet_weights(teacher.model), f"teacher '{teacher.name}'"))
         check_architectures(base_unet.config, [(teacher.name, unets[-1].config)])
     contexts, pooled = text_states(base, clip, data.prompts)
-    digest = weights_sha256(base_unet.state_dict())
-    frozen = [
-        Teacher("base", base_unet, contexts, pooled, prediction(base, "the base model"), zero_snr(base), sha256=digest)
-    ]
+    frozen = [Teacher("base", base_unet, contexts, pooled, prediction(base, "the base model"), zero_snr(base))]
     for teacher, unet in zip(teachers, unets):
         own = (
             (contexts, pooled)
@@ -54,8 +50,9 @@ def gather(
             else text_states(teacher.model, teacher.clip, data.prompts)
         )
         kind = prediction(teacher.model, f"teacher '{teacher.name}'")
-        about = {"description": teacher.description, "sha256": weights_sha256(unet.state_dict())}
-        frozen.append(Teacher(teacher.name, unet, *own, kind, zero_snr(teacher.model), **about))
+        frozen.append(Teacher(teacher.name, unet, *own, kind, zero_snr(teacher.model), description=teacher.description))
+    for teacher in frozen:
+        teacher.sha256 = teacher.weights_sha256  # there is no file
     # The host's copies are not needed while training runs: give their memory to it.
     mm.unload_all_models()
     device = mm.get_torch_device()

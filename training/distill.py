@@ -18,9 +18,8 @@ from ..dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ..dmm_core.files import atomic_write
 from ..dmm_core.metadata import StyleInfo
 from ..dmm_core.unet import UNetConfig
-from ..dmm_core.vae import load_vae
+from ..dmm_core.vae import latent_scale, load_vae
 from .config import DistillConfig
-from .dataset.cache import latent_scale
 from .images import decode_to_pil
 from .load import load_run
 from .loop import Distillation
@@ -43,14 +42,21 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device is {name!r}: use auto, cpu, cuda or cuda:0") from error
 
 
-def train(run: Distillation, run_dir: Path | None, watch: Watch | None = None, fork_from: Path | None = None) -> None:
+def train(
+    run: Distillation,
+    run_dir: Path | None,
+    watch: Watch | None = None,
+    fork_from: Path | None = None,
+    parts: dict[str, str] | None = None,
+) -> None:
     """Train to the end, resuming from and saving to ``run_dir``. Whatever ends it early, the state is saved first.
 
     Where the weights come from: a state in ``run_dir``; else the run ``fork_from``; else the run's own start. What the ``watch``
     raises (an interrupt, say, or StopAndSave) ends the run like any other exception: it is passed on after the state has been written.
+    parts: ``identity(run)``, where the caller has it already: it reads all weights and data.
     """
     c, watch = run.config, watch or Watch()
-    parts = identity(run) if run_dir else {}
+    parts = parts or (identity(run) if run_dir else {})
     if run_dir and resume(run, run_dir, parts):
         logger.info("going on from step %d of %d", run.step, c.all_steps)
     elif fork_from:

@@ -27,7 +27,7 @@ from .losses import feature_loss, score_loss
 from .memory.residency import Rack
 from .optimizers import make_optimizer
 from .student import new_student, parameter_groups, put, trained
-from .teacher import Teacher, check_architectures
+from .teacher import Teacher, check_architectures, check_schedules
 
 BASE = "(no style)"
 """The name under which style-less rows are reported."""
@@ -94,11 +94,7 @@ class Distillation:
             raise ValueError(
                 f"latents have {self.data.shape[0]} channels, the models take {self.base.unet.config.in_channels}"
             )
-        other = [t.name for t in self.teachers if t.zero_snr != self.base.zero_snr]
-        if other:  # the same timestep would mean another noise level to them
-            raise ValueError(
-                f"teachers with another noise schedule (zero terminal SNR or not) than the base: {', '.join(other)}"
-            )
+        check_schedules(self.base.zero_snr, [(t.name, t.zero_snr) for t in self.teachers])
         self.schedule = NoiseSchedule(self.base.zero_snr)
         self.step = 0
         self.updating = False  # true while weights and step do not belong together: such a state must not be saved

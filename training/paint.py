@@ -24,7 +24,7 @@ from ..dmm_core.style_value import (
     vocabulary,
 )
 from ..dmm_core.unet import UNet, load_unet
-from ..dmm_core.vae import SCALE_SD, SCALE_SDXL, AutoencoderKL, load_vae
+from ..dmm_core.vae import AutoencoderKL, latent_scale, load_vae
 from .images import decode_to_pil
 from .text import ClipText, sdxl_vector
 
@@ -128,7 +128,7 @@ class Painter:
 
     @torch.no_grad()
     def pictures(self, latents: Tensor) -> list[Image.Image]:
-        return decode_to_pil(self.vae, latents, SCALE_SDXL if self.unet.config.adm_channels else SCALE_SD)
+        return decode_to_pil(self.vae, latents, latent_scale(self.unet.config))
 
 
 def painter(checkpoint: Checkpoint, companion: Checkpoint | None = None, device: torch.device | None = None) -> Painter:

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..dmm_core.files import atomic_write
-from ..dmm_core.sampling import cfg_denoiser, host_noise, sample, sigmas_for
+from ..dmm_core.sampling import Callback, cfg_denoiser, host_noise, sample, sigmas_for
+from ..dmm_core.unet import UNet
 from .data import CaptionedLatents, hash_seed
 from .loop import Distillation
+from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -70,23 +72,36 @@ def caption_rows(run: Distillation, teacher: int, start: int) -> Tensor:
 
 def paint(run: Distillation, teacher: int, rows: Tensor, seed: int) -> Tensor:
     """Captions (B,) -> latents (B, C, h, w) float32 on the CPU, painted with the run's final_cfg and final_sampling_steps."""
-    c, text = run.config, run.teachers[teacher]
-    size = run.data.shape[1:]
-    context, y = text.conditioning(rows, size, run.device)
-    empty, empty_y = text.conditioning(torch.zeros(1, dtype=torch.long), size, run.device)
-    denoiser = cfg_denoiser(
-        run.rack.get(teacher),
-        run.schedule,
-        context,
-        empty.expand(len(rows), -1, -1),
-        c.final_cfg,
-        y=y,
-        uncond_y=None if y is None else empty_y.expand(len(rows), -1),
-        prediction=text.prediction,
+    c = run.config
+    latents = paint_captions(
+        run, run.rack.get(teacher), run.teachers[teacher], rows, seed, c.final_sampling_steps, c.final_cfg
     )
-    noise = host_noise((len(rows), *run.data.shape), seed).to(run.device)
-    sigmas = sigmas_for(run.schedule, c.final_sampling_steps, "karras").to(run.device)
-    return sample(denoiser, run.schedule, noise, sigmas, "dpmpp_2m").float().cpu()
+    return latents.float().cpu()
+
+
+def paint_captions(
+    run: Distillation,
+    unet: UNet,
+    text: Teacher,
+    rows: Tensor,
+    seed: int,
+    steps: int,
+    cfg: float,
+    style: Tensor | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Captions (B,) -> latents (B, C, h, w) at the size of most of the run's data, by a UNet on the run's device whose text states and
+    parameterisation are those of ``text``. style: (1, N+1) or None."""
+    size = run.data.shape
+    context, y = text.conditioning(rows, size[1:], run.device)
+    empty, empty_y = text.conditioning(torch.zeros(1, dtype=torch.long), size[1:], run.device)
+    style = None if style is None else style.to(run.device)
+    denoiser = cfg_denoiser(
+        unet, run.schedule, context, empty, cfg, style, y=y, uncond_y=empty_y, prediction=text.prediction
+    )
+    noise = host_noise((len(rows), *size), seed).to(run.device)
+    sigmas = sigmas_for(run.schedule, steps, "karras").to(run.device)
+    return sample(denoiser, run.schedule, noise, sigmas, "dpmpp_2m", callback)
 
 
 def _finished(path: Path | None, count: int) -> Tensor | None:

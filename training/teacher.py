@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -85,6 +85,16 @@ def check_architectures(base: UNetConfig, teachers: Sequence[tuple[str, UNetConf
             problems.append(f"'{name}' has {', '.join(different)}")
     if problems:
         raise ValueError(f"teachers of another architecture than the base model: {'; '.join(problems)}")
+
+
+def check_schedules(zero_snr: bool, teachers: Iterable[tuple[str, bool]]) -> None:
+    """Raises ValueError naming every teacher whose noise schedule ends otherwise than the base's (``zero_snr``): the same timestep
+    would mean another noise level to it."""
+    other = [name for name, theirs in teachers if theirs != zero_snr]
+    if other:
+        raise ValueError(
+            f"teachers with another noise schedule (zero terminal SNR or not) than the base: {', '.join(other)}"
+        )
 
 
 def soup(teachers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint, load_checkpoint
-from ...dmm_core.unet import UNetConfig, unet_config_from_state_dict
-from ...dmm_core.vae import SCALE_SD, SCALE_SDXL, AutoencoderKL, load_vae
+from ...dmm_core.unet import unet_config_from_state_dict
+from ...dmm_core.vae import AutoencoderKL, latent_scale, load_vae
 from ..data import CaptionedLatents
 from ..hashing import text_hash, weights_hash
 from .buckets import MAX_ASPECT, bucket_sizes, choose_bucket, default_resolution, enlargement, fit, size_multiple
@@ -85,10 +85,6 @@ def base_with_parts(base: Model, parts_from: Model | None) -> Checkpoint:
             "the base model has no text encoder: name a full checkpoint to take it from (parts_from, --parts-from)"
         )
     return base
-
-
-def latent_scale(config: UNetConfig) -> float:
-    return SCALE_SDXL if config.adm_channels else SCALE_SD
 
 
 def build_image_cache(

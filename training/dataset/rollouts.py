@@ -24,7 +24,7 @@ from ...dmm_core.files import file_sha256
 from ...dmm_core.unet import UNetConfig, unet_config_from_state_dict
 from ..config import check_names
 from ..hashing import text_hash, weights_hash
-from ..teacher import Teacher, check_architectures, plain_unet
+from ..teacher import Teacher, check_architectures, check_schedules, plain_unet
 from .buckets import default_resolution, size_multiple
 from .cache import Model, as_checkpoint, base_with_parts, store_all_text
 from .cached_text import TextStore
@@ -116,11 +116,7 @@ def _owners(teachers: Mapping[str, Model], base: Checkpoint, config: UNetConfig)
         owners.append(_owner("teacher", name, model, checkpoint, base))
         sizes.append((name, unet_config_from_state_dict(checkpoint.unet)))
     check_architectures(config, sizes)
-    other = [owner.name for owner in owners if owner.zero_snr != base.zero_snr]
-    if other:
-        raise ValueError(
-            f"teachers with another noise schedule (zero terminal SNR or not) than the base: {', '.join(other)}"
-        )
+    check_schedules(base.zero_snr, [(owner.name, owner.zero_snr) for owner in owners])
     for owner in owners:
         if owner.name.strip() == BASE_NAME:
             raise ValueError(f"a teacher cannot be called '{BASE_NAME}': the base's own paths have that name")

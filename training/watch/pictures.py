@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from ...dmm_core.files import atomic_write
-from ...dmm_core.sampling import cfg_denoiser, host_noise, sample, sigmas_for
 from ...dmm_core.style import style_row
 from ...dmm_core.unet import UNet
 from ..images import grid
 from ..loop import Distillation
+from ..synthesis import paint_captions
 from ..teacher import Teacher
 from .journal import Journal
 
@@ -102,18 +102,10 @@ class Pictures:
 
     def _latents(self, unet: UNet, text: Teacher, style: Tensor | None = None) -> Tensor:
         """(P, C, h, w) for P captions, by a UNet whose text states and parameterisation are those of ``text``."""
-        run, size = self.run, self.run.data.shape
-        context, y = text.conditioning(self.rows, size[1:], run.device)
-        empty, empty_y = text.conditioning(torch.zeros(1, dtype=torch.long), size[1:], run.device)
-        if style is not None:
-            style = style.to(run.device)
-        denoiser = cfg_denoiser(
-            unet, run.schedule, context, empty, CFG, style, y=y, uncond_y=empty_y, prediction=text.prediction
-        )
-        noise = host_noise((len(self.rows), *size), SEED).to(run.device)
-        sigmas = sigmas_for(run.schedule, STEPS, "karras").to(run.device)
-        with run.autocast():
-            return sample(denoiser, run.schedule, noise, sigmas, callback=lambda *_: self.check_interrupt())
+        with self.run.autocast():
+            return paint_captions(
+                self.run, unet, text, self.rows, SEED, STEPS, CFG, style, lambda *_: self.check_interrupt()
+            )
 
     def _write(self, image: Image.Image) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ def nothing(*args) -> None:
 @dataclass
 class Watch:
     """on_step: called after every step. on_picture: with every contact sheet. on_paint: while teachers paint for the final stage.
+    on_save: after a save that was asked for.
 
     decode: latents to pictures; without it there are none. picture_every: steps between sheets, beginning before the first; 0 for none
     but those that are asked for. check_interrupt: may raise the host's interrupt. controls: what is asked of the run from outside.
@@ -31,6 +32,7 @@ class Watch:
     on_step: Callable[[Distillation, Metrics], None] = nothing
     on_picture: Callable[[Image.Image], None] = nothing
     on_paint: Tick = nothing
+    on_save: Callable[[], None] = nothing
     decode: Decoder | None = None
     picture_every: int = 0
     check_interrupt: Callable[[], None] = nothing
@@ -65,7 +67,11 @@ class Watching:
         every = self.watch.picture_every
         if every and (metrics.step % every == 0 or metrics.step == metrics.steps):
             self.show()
-        self.watch.controls.after_step(save, self.show, self.watch.check_interrupt)
+        self.watch.controls.after_step(lambda: self.save(save), self.show, self.watch.check_interrupt)
+
+    def save(self, save: Callable[[], None]) -> None:
+        save()
+        self.watch.on_save()
 
     def end(self) -> None:
         if self.journal:
