@@ -101,7 +101,7 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: Checkpoint, extra: Mapp
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a checkpoint's file name must end in .safetensors")
     try:
-        num_styles = _count_styles(checkpoint.unet)
+        num_styles = count_styles(checkpoint.unet)
         styles = checkpoint.styles or default_styles(num_styles)
         check_styles(styles, num_styles)
         if checkpoint.prediction not in ("eps", "v"):
@@ -110,10 +110,10 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: Checkpoint, extra: Mapp
         rest = {**checkpoint.metadata, **(extra or {})}
         metadata = write_metadata(styles, checkpoint.recipe, checkpoint.prediction, rest, config, path.stem)
         tensors = checkpoint.tensors
-        _check_finite(tensors)
+        check_finite(tensors)
         marks = {V_MARK: checkpoint.prediction == "v", ZERO_SNR_MARK: checkpoint.zero_snr}
         tensors.update({key: torch.empty(0) for key, on in marks.items() if on})
-        tensors = _storable(compact_vocabulary(tensors))
+        tensors = storable(compact_vocabulary(tensors))
     except ValueError as error:
         raise ValueError(f"{path} was not saved: {error}") from error
     try:
@@ -142,14 +142,14 @@ def _read(path: str | os.PathLike, header_only: bool) -> Checkpoint:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except SafetensorError as error:
-        raise ValueError(f"{path} {_diagnosis(path, error)}") from error
+        raise ValueError(f"{path} {diagnosis(path, error)}") from error
     try:
-        return _assemble(tensors, metadata)
+        return assemble(tensors, metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _assemble(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Checkpoint:
+def assemble(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Checkpoint:
     edm = [key for key in tensors if key in ("edm_mean", "edm_std") or key.startswith("edm_vpred.")]
     if edm:
         raise ValueError(f"this is an EDM model (key '{edm[0]}'); only eps- and v-prediction models are supported")
@@ -163,7 +163,7 @@ def _assemble(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Checkp
         other = {k: v for k, v in tensors.items() if not k.startswith(UNET_PREFIX)}
     if "input_blocks.0.0.weight" not in unet or "out.2.weight" not in unet:
         raise ValueError(f"no Stable Diffusion UNet in it: {_lookalike([*unet, *vae, *text])}")
-    styles, recipe, prediction, rest = read_metadata(metadata, _count_styles(unet))
+    styles, recipe, prediction, rest = read_metadata(metadata, count_styles(unet))
     if prediction is None:
         prediction = "v" if v_mark else modelspec_prediction(rest) or _sd2_prediction(unet)
     return Checkpoint(
@@ -171,7 +171,7 @@ def _assemble(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Checkp
     )
 
 
-def _count_styles(unet: Mapping[str, Tensor]) -> int:
+def count_styles(unet: Mapping[str, Tensor]) -> int:
     """N, after checking that codebook and MLP are complete and as wide as the time embedding; 0 without styles."""
     style = {key: tensor for key, tensor in unet.items() if key.startswith(STYLE_KEYS)}
     if not style:
@@ -207,7 +207,7 @@ def _sd2_prediction(unet: Mapping[str, Tensor]) -> str:
     return "v" if bias.float().std(unbiased=False) > 0.09 else "eps"
 
 
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         if tensor.is_floating_point():
             values = tensor.float() if tensor.element_size() == 1 else tensor  # torch has no isfinite for float8
@@ -215,7 +215,7 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
                 raise ValueError(f"weight '{key}' holds NaN or infinity: the training diverged, or a cast overflowed")
 
 
-def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """On the CPU, contiguous, and no two of them in one storage: what safetensors can write."""
     stored, storages = {}, set()
     for key, tensor in tensors.items():
@@ -265,7 +265,7 @@ def _lookalike(keys: Iterable[str]) -> str:
     return "choose a Stable Diffusion 1.x, 2.x or XL checkpoint"
 
 
-def _diagnosis(path: Path, error: SafetensorError) -> str:
+def diagnosis(path: Path, error: SafetensorError) -> str:
     """Why safetensors refused a file, in the user's words: what it is instead, or how much of it is missing."""
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -6,7 +6,6 @@ small file with the style side alone: codebook, MLP and metadata. All of them be
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -35,6 +34,8 @@ from ..dmm_core.diffusers_layout import (
 from ..dmm_core.files import atomic_write
 from ..dmm_core.metadata import architecture, check_styles, default_styles, read_metadata, write_metadata
 from ..dmm_core.unet import unet_config_from_state_dict
+from .hashing import weights_sha256
+from .text import OPEN_CLIP_LAYER, OPEN_CLIP_WHOLE
 
 WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
 """A diffusers module's folder."""
@@ -144,7 +145,7 @@ def save_style(path: str | os.PathLike, checkpoint: Checkpoint) -> None:
     metadata = _metadata(path, checkpoint) | {UNET_DIGEST: unet_digest(checkpoint.unet)}
     _check(path, style)
     with _refusal_explained(path), atomic_write(path) as temporary:
-        save_file(layout._storable(style), temporary, metadata=metadata)
+        save_file(layout.storable(style), temporary, metadata=metadata)
 
 
 def recombine(style_path: str | os.PathLike, onto: str | os.PathLike) -> tuple[Checkpoint, list[str]]:
@@ -161,7 +162,7 @@ def recombine(style_path: str | os.PathLike, onto: str | os.PathLike) -> tuple[C
     _, plain = _split(base.unet)
     try:
         unet = plain | style
-        num_styles = layout._count_styles(unet)
+        num_styles = layout.count_styles(unet)
         if bool(config.adm_channels) != (unet_config_from_state_dict(unet).style_mlp != "add_embedding"):
             raise ValueError("one of the two is an SDXL model and the other is not")
         styles, recipe, prediction, rest = read_metadata(metadata, num_styles)
@@ -182,13 +183,8 @@ def recombine(style_path: str | os.PathLike, onto: str | os.PathLike) -> tuple[C
 
 
 def unet_digest(unet: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a UNet's tensors without its style side, their names and dtypes included."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(_split(unet)[1].items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        if tensor.numel():
-            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    """Of a UNet's tensors without its style side, in the dtypes they have."""
+    return weights_sha256(_split(unet)[1])
 
 
 def _split(unet: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -228,7 +224,7 @@ def save_diffusers(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
             atomic_write(folder / WEIGHTS) as weights,
             atomic_write(folder / CONFIG) as text,
         ):
-            save_file(layout._storable(unet), weights, metadata=metadata)
+            save_file(layout.storable(unet), weights, metadata=metadata)
             text.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     except BaseException:
         if made and not any(folder.iterdir()):
@@ -271,7 +267,7 @@ def _load_unet(
         if described:
             check_diffusers_config(described, unet_config_from_state_dict(unet))
         marks = {ZERO_SNR_MARK: torch.empty(0)} if metadata.pop(ZERO_SNR, None) == "true" else {}
-        return layout._assemble({**{UNET_PREFIX + k: v for k, v in unet.items()}, **extra, **marks}, metadata)
+        return layout.assemble({**{UNET_PREFIX + k: v for k, v in unet.items()}, **extra, **marks}, metadata)
     except ValueError as error:
         raise ValueError(f"{files[0]}: {error}") from error
 
@@ -330,14 +326,7 @@ def to_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises ValueError for keys that a CLIP text encoder does not have.
     """
     weights = {k.removeprefix("text_model."): v for k, v in weights.items() if not k.endswith("position_ids")}
-    names = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj"}
-    names |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-    whole = {
-        "embeddings.position_embedding.weight": "positional_embedding",
-        "embeddings.token_embedding.weight": "token_embedding.weight",
-        "final_layer_norm.weight": "ln_final.weight",
-        "final_layer_norm.bias": "ln_final.bias",
-    }
+    names, whole = ({ours: theirs for theirs, ours in table.items()} for table in (OPEN_CLIP_LAYER, OPEN_CLIP_WHOLE))
     missing, out = sorted(whole.keys() - weights.keys()), {}
     if missing:
         raise ValueError(f"not a CLIP text encoder: {missing} are missing")
@@ -415,7 +404,7 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         try:
             return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
         except SafetensorError as error:
-            raise ValueError(f"{path} {layout._diagnosis(path, error)}") from error
+            raise ValueError(f"{path} {layout.diagnosis(path, error)}") from error
 
 
 def _opened(path: Path):
@@ -424,7 +413,7 @@ def _opened(path: Path):
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except SafetensorError as error:
-        raise ValueError(f"{path} {layout._diagnosis(path, error)}") from error
+        raise ValueError(f"{path} {layout.diagnosis(path, error)}") from error
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -456,7 +445,7 @@ def _metadata(path: Path, checkpoint: Checkpoint) -> dict[str, str]:
 
 def _check(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
-        layout._check_finite(tensors)
+        layout.check_finite(tensors)
     except ValueError as error:
         raise ValueError(f"{path} was not saved: {error}") from error
 
