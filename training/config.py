@@ -58,6 +58,9 @@ class TrainConfig:
     adv_start: the step from which the student listens to it. caption_dropout: share of empty prompts. base_share: share of samples
     without a style, distilled to the base model.
 
+    guard: only when a DMM model grows or forgets: the share of the rows with a style that repeat the styles that stay, as the frozen
+    old model paints them (Sec. 3.5). warm_start: steps that look for each new style's code, all else frozen, before training begins.
+
     final_steps: steps after ``steps`` on pictures that the teachers painted ("synthesised fine-tune"), ``final_images`` each, with
     final_lr (None: lr), painted with final_cfg in final_sampling_steps steps.
 
@@ -92,6 +95,8 @@ class TrainConfig:
     adv_start: int = 0
     caption_dropout: float = 0.1
     base_share: float = 0.05
+    guard: float = 0.5
+    warm_start: int = 0
     final_steps: int = 0
     final_images: int = 1500
     final_lr: float | None = None
@@ -139,13 +144,13 @@ class TrainConfig:
         )
         for name in whole:
             need(_whole(getattr(self, name)) and getattr(self, name) >= 1, name, "expected a whole number from 1")
-        for name in ("warmup", "adv_start", "final_steps", "validation"):
+        for name in ("warmup", "adv_start", "warm_start", "final_steps", "validation"):
             need(_whole(getattr(self, name)) and getattr(self, name) >= 0, name, "expected a whole number from 0")
         for name in ("lr", "style_lr_scale", "adv_lr", "final_cfg"):
             need(_finite(getattr(self, name)) and getattr(self, name) > 0, name, "expected a positive number")
         for name in ("weight_decay", "grad_clip", "lambda_feat", "lambda_adv"):
             need(_finite(getattr(self, name)) and getattr(self, name) >= 0, name, "expected 0 or more")
-        for name in ("caption_dropout", "base_share"):
+        for name in ("caption_dropout", "base_share", "guard"):
             need(
                 _finite(getattr(self, name)) and 0 <= getattr(self, name) < 1,
                 name,

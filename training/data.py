@@ -34,6 +34,34 @@ class Batch:
     target: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Draw:
+    """How a run draws its batches; a Draw and a batch's number determine the batch.
+
+    teachers: how many; base_share: of the rows, without a style; dropout: share of empty captions; shares: how the rows with a style
+    are split between the teachers (they sum to 1), None for equally.
+    """
+
+    seed: int
+    batch_size: int
+    teachers: int
+    base_share: float
+    dropout: float
+    schedule: NoiseSchedule
+    shares: tuple[float, ...] | None = None
+
+    def turns(self, number: int) -> Tensor:
+        """The teacher of every row of batch ``number``, (B,), before any of them goes to the base."""
+        place = number * self.batch_size + torch.arange(self.batch_size)
+        if self.shares is None:
+            return place % self.teachers
+        # Multiples of the golden ratio fill [0, 1) evenly wherever one begins: every teacher gets its share at any length.
+        u = ((place.double() + 0.5) * (math.sqrt(5) - 1) / 2) % 1.0
+        ends = torch.tensor(self.shares, dtype=torch.float64).cumsum(0)
+        last = max(i for i, share in enumerate(self.shares) if share > 0)
+        return torch.searchsorted(ends, u, right=True).clamp(max=last)
+
+
 class Bucket(Protocol):
     """All pictures of one size; a Tensor (M, C, h, w) is one, and so is a view of files that reads what it is asked for."""
 
@@ -63,17 +91,8 @@ class TrainingData(Protocol):
     def fingerprint(self) -> str:
         """Changes when anything of the data changes: a run refuses to go on with other data."""
 
-    def batch(
-        self,
-        seed: int,
-        number: int,
-        batch_size: int,
-        teachers: int,
-        base_share: float,
-        dropout: float,
-        schedule: NoiseSchedule,
-    ) -> Batch:
-        """Batch ``number`` of the run; it depends on the arguments only, so a resumed run draws what it would have drawn."""
+    def batch(self, number: int, draw: Draw) -> Batch:
+        """Batch ``number`` of a run; it depends on the arguments only, so a resumed run draws what it would have drawn."""
 
 
 class CaptionedLatents:
@@ -133,33 +152,21 @@ class CaptionedLatents:
             digest.update(self.owner.numpy().tobytes())
         return digest.hexdigest()
 
-    def batch(
-        self,
-        seed: int,
-        number: int,
-        batch_size: int,
-        teachers: int,
-        base_share: float,
-        dropout: float,
-        schedule: NoiseSchedule,
-    ) -> Batch:
-        """Teachers take turns, so that each gets the same number of rows; a ``base_share`` of the rows goes to the base instead."""
-        which, index = epoch_batch(seed, number, [len(b) for b in self.buckets], batch_size)
+    def batch(self, number: int, draw: Draw) -> Batch:
+        """Teachers take turns, so that each gets its share of the rows; a ``base_share`` of the rows goes to the base instead."""
+        which, index = epoch_batch(draw.seed, number, [len(b) for b in self.buckets], draw.batch_size)
         start = sum(len(b) for b in self.buckets[:which])
-        g = torch.Generator().manual_seed(hash_seed(seed, "batch", number))
-        if self.owner is None:
-            teacher = (number * batch_size + torch.arange(batch_size)) % teachers
-        else:
-            teacher = self.owner[start + index]
-        teacher = torch.where(torch.rand(batch_size, generator=g) < base_share, teachers, teacher)
+        g = torch.Generator().manual_seed(hash_seed(draw.seed, "batch", number))
+        teacher = draw.turns(number) if self.owner is None else self.owner[start + index]
+        teacher = torch.where(torch.rand(draw.batch_size, generator=g) < draw.base_share, draw.teachers, teacher)
         teacher, order = teacher.sort(stable=True)
         index = index[order]
         x0 = self.buckets[which][index]
-        t = torch.randint(len(schedule), (batch_size,), generator=g)
+        t = torch.randint(len(draw.schedule), (draw.batch_size,), generator=g)
         eps = torch.randn(x0.shape, generator=g)
-        drop = torch.rand(batch_size, generator=g) < dropout
+        drop = torch.rand(draw.batch_size, generator=g) < draw.dropout
         rows = torch.where(drop, 0, self.rows[start + index])
-        return Batch(schedule.add_noise(x0, eps, t), t, teacher, rows)
+        return Batch(draw.schedule.add_noise(x0, eps, t), t, teacher, rows)
 
 
 def bucket_fingerprint(bucket: Bucket) -> bytes:

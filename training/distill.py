@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ..dmm_core.files import atomic_write
-from ..dmm_core.metadata import StyleInfo
 from ..dmm_core.unet import UNetConfig
 from ..dmm_core.vae import latent_scale, load_vae
 from .config import DistillConfig
@@ -108,10 +107,6 @@ def student_checkpoint(
     dtype: of the UNet's weights, None for float32.
     """
     weights = run.student_weights(averaged)
-    styles = [
-        StyleInfo(name=t.name.strip(), description=t.description, teacher=t.file, sha256=t.sha256, licence=t.licence)
-        for t in run.teachers
-    ]
     recipe = {
         "train": json.loads(json.dumps(dataclasses.asdict(run.config))),
         "steps_done": run.step,
@@ -120,11 +115,16 @@ def student_checkpoint(
         "data": {"count": len(run.data), "sha256": run.data.fingerprint()},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
+    if run.guarded:  # a model that grew: what was learnt now, and how it came to what it knew before
+        old = {i: run.teachers[i].name for i in run.guarded}
+        recipe["added"] = [t.name for i, t in enumerate(run.teachers) if i not in old]
+        before = {k: v for k, v in base.recipe.items() if k != "history"}
+        recipe["history"] = [*base.recipe.get("history", []), {"styles": list(old.values()), **before}]
     return Checkpoint(
         unet={k: v.to(dtype or v.dtype) for k, v in weights.items()},
         text=base.text,
         vae=base.vae,
-        styles=styles,
+        styles=[t.info() for t in run.teachers],
         recipe=recipe,
         metadata={"modelspec.title": title},
         prediction=run.base.prediction,

@@ -20,7 +20,7 @@ from ..dmm_core.schedule import NoiseSchedule
 from ..dmm_core.unet import UNet
 from .adversary import Adversary, draw_renoise
 from .config import TrainConfig, check_names
-from .data import Batch, TrainingData, hash_seed
+from .data import Batch, Draw, TrainingData, hash_seed
 from .ema import PowerEMA
 from .lora import folded_state_dict
 from .losses import feature_loss, score_loss
@@ -74,8 +74,9 @@ class Distillation:
     """N teachers -> one student with N styles.
 
     base: the model that style-less rows are distilled to and, with init "base", the student's start; its contexts are the
-    student's. final_data: what the steps after ``config.steps`` train on; it can be set until they begin.
-    Raises ValueError for teachers of another architecture, bad names or a bad config.
+    student's. Where it is a DMM model, the student goes on from it: teachers that are its own styles are the *guarded* ones, and
+    the frozen base speaks for them (Sec. 3.5). final_data: what the steps after ``config.steps`` train on; it can be set until they
+    begin. Raises ValueError for teachers of another architecture, bad names or a bad config.
     """
 
     base: Teacher
@@ -98,7 +99,7 @@ class Distillation:
         self.schedule = NoiseSchedule(self.base.zero_snr)
         self.step = 0
         self.updating = False  # true while weights and step do not belong together: such a state must not be saved
-        self.student = new_student(self.base.unet, [t.unet for t in self.teachers], c).to(self.device)
+        self.student = new_student(self.base.unet, self.teachers, c).to(self.device)
         self.trained = trained(self.student)
         self.optimizer = make_optimizer(parameter_groups(self.student, c), c, self.device)
         on_cpu = c.ema_device == "cpu" and self.device.type != "cpu"
@@ -117,7 +118,7 @@ class Distillation:
             # Data that bring the targets with them need no teacher on the device, unless its blocks are looked at.
             "offload" if self.data.has_targets and not c.lambda_feat else c.residency,
             self._teacher_dtype(),
-            resident=[self.num_styles] if self.adversary else [],
+            resident=self._needed_always(),
             slots=c.teacher_slots,
         )
         self._forward_student = torch.compile(self.student) if c.compile else self.student
@@ -126,6 +127,27 @@ class Distillation:
     @property
     def num_styles(self) -> int:
         return len(self.teachers)
+
+    @property
+    def guarded(self) -> list[int]:
+        """Styles that the base has already and keeps."""
+        return [i for i, t in enumerate(self.teachers) if t.unet is self.base.unet and t.style is not None]
+
+    @property
+    def shares(self) -> tuple[float, ...] | None:
+        """Of the rows that have a style, by teacher (they sum to 1): ``config.guard`` of them for the guarded styles together, if some
+        are and some are not; else None, which is equal shares."""
+        old, c = set(self.guarded), self.config
+        new = self.num_styles - len(old)
+        if not old or not new:
+            return None
+        return tuple(c.guard / len(old) if i in old else (1 - c.guard) / new for i in range(self.num_styles))
+
+    def _needed_always(self) -> list[int]:
+        """Models that stay on the device: the discriminator looks through the base, and a DMM model speaks in every batch."""
+        if self.base.unet.config.num_styles:
+            return [i for i, t in enumerate((*self.teachers, self.base)) if t.unet is self.base.unet]
+        return [self.num_styles] if self.adversary else []
 
     def _teacher_dtype(self) -> torch.dtype | None:
         """None keeps what the files have."""
@@ -257,9 +279,10 @@ class Distillation:
         data, seed, first = self.data, c.seed, 0
         if number >= c.steps * c.accumulate:
             data, seed, first = self.final_data, hash_seed(c.seed, "final stage"), c.steps * c.accumulate
-        return data.batch(
-            seed, number - first, c.batch_size, self.num_styles, c.base_share, c.caption_dropout, self.schedule
+        draw = Draw(
+            seed, c.batch_size, self.num_styles, c.base_share, c.caption_dropout, self.schedule, self.shares
         )
+        return data.batch(number - first, draw)
 
     def _look_ahead(self, number: int) -> None:
         """Read the next batch and send for its first teacher."""
@@ -304,9 +327,10 @@ class Distillation:
             whole = batch.target.to(self.device)
             mine = [(batch.teacher == i).to(self.device) for i in needed]
             return torch.cat([self._as_student(whole[m], x_t[m], t[m], everyone[i]) for i, m in zip(needed, mine)]), []
-        targets, features = [], []
-        for i, unet in self.rack.visit(needed):
-            mine = batch.teacher == i
+        order, targets, features = [], [], []
+        groups = self._by_unet(needed)
+        for i, unet in self.rack.visit(list(groups)):
+            mine = torch.isin(batch.teacher, torch.tensor(groups[i]))
             there, kind = mine.to(self.device), unet.dtype
             context, y = everyone[i].conditioning(batch.rows[mine], x_t.shape[2:], self.device)
             with self.autocast():
@@ -315,12 +339,35 @@ class Distillation:
                     t[there],
                     context.to(kind),
                     y=None if y is None else y.to(kind),
+                    style=self._old_styles(batch.teacher[mine]) if unet.config.num_styles else None,
                     features=want_features,
                 )
             out, blocks = out if want_features else (out, [])
             targets.append(self._as_student(out.float(), x_t[there], t[there], everyone[i]))
             features.append(blocks)
-        return torch.cat(targets), [torch.cat(block) for block in zip(*features)]
+            order.append(mine.nonzero()[:, 0])
+        target, blocks = torch.cat(targets), [torch.cat(block) for block in zip(*features)]
+        places = torch.cat(order)
+        if torch.equal(places, torch.arange(len(places))):
+            return target, blocks
+        back = places.argsort().to(self.device)  # the rows of a UNet with several styles were not neighbours
+        return target[back], [block[back] for block in blocks]
+
+    def _by_unet(self, needed: Sequence[int]) -> dict[int, list[int]]:
+        """Indices of models that answer in one forward, by the first of them: they share UNet and text states."""
+        everyone, groups = (*self.teachers, self.base), {}
+        for i in needed:
+            mate = next((j for j in groups if everyone[j].unet is everyone[i].unet), None)
+            if mate is None or everyone[mate].contexts is not everyone[i].contexts:
+                groups[i] = [i]
+            else:
+                groups[mate].append(i)
+        return groups
+
+    def _old_styles(self, teacher: Tensor) -> Tensor:
+        """Teacher indices (B,), all of styles of the base -> its style rows (B, n+1)."""
+        everyone = (*self.teachers, self.base)
+        return torch.cat([everyone[i].style_row for i in teacher.tolist()]).to(self.device)
 
     def _add_adversarial(
         self, losses: Losses, batch: Batch, number: int, x_t: Tensor, t: Tensor, out: Tensor, target: Tensor

@@ -37,7 +37,7 @@ class EpsErrors:
 def eps_errors(
     teachers: Sequence[Teacher],
     base: Teacher,
-    soup: UNet,
+    soup: UNet | None,
     student: UNet,
     data: CaptionedLatents,
     samples: int = 64,
@@ -59,6 +59,8 @@ def eps_errors(
 
     def predict(unet: UNet, text: Teacher, style: int | None = None) -> Tensor:
         row = None if style is None else style_row(len(teachers), style).expand(count, -1).to(device)
+        if row is None and unet.config.num_styles:  # a DMM model as a teacher
+            row = text.style_row.expand(count, -1).to(device)
         context, y = text.conditioning(rows, x_t.shape[2:], device)
         kind = unet.dtype
         context, y = context.to(kind), None if y is None else y.to(kind)
@@ -67,7 +69,8 @@ def eps_errors(
     def unet_of(index: int) -> UNet:
         return rack.get(index) if rack else (*teachers, base)[index].unet
 
-    of_base, of_soup = predict(unet_of(len(teachers)), base), predict(soup, base)
+    of_base = predict(unet_of(len(teachers)), base)
+    of_soup = predict(soup, base) if soup else torch.full_like(of_base, float("nan"))
     of_student = [predict(student, base, i) for i in range(len(teachers))]
     table = []
     for i, teacher in enumerate(teachers):

@@ -7,22 +7,34 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..dmm_core.style import CODEBOOK
 from ..dmm_core.unet import UNet, UNetConfig, init_style
 from .config import TrainConfig
 from .data import hash_seed
 from .lora import add_lora
-from .teacher import soup
+from .teacher import Teacher, soup
 
 
-def new_student(base: UNet, teachers: Sequence[UNet], config: TrainConfig) -> UNet:
-    """A UNet with a style per teacher, on the CPU, what learns in float32; its start follows from config and seed alone."""
+def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) -> UNet:
+    """A UNet with a style per teacher, on the CPU, what learns in float32; its start follows from config and seed alone.
+
+    Where ``base`` is a DMM model, a teacher that is one of its styles begins with that style's code, and every other one with a
+    random code; network and style MLP are the base's. Raises ValueError for init "soup" then: the soup would lose what it knows.
+    """
+    grown = base.config.num_styles > 0
+    if grown and config.init != "base":
+        raise ValueError(f"init is {config.init!r}: a model that has styles already goes on from itself (init: base)")
     sizes = {**vars(base.config), "num_styles": len(teachers)}
-    if sizes["adm_channels"]:
+    if sizes["adm_channels"] and not grown:
         sizes["style_mlp"] = "add_embedding2"  # in SDXL's diffusers layout add_embedding is taken
     student = UNet(UNetConfig(**sizes))
-    source = soup([t.state_dict() for t in teachers]) if config.init == "soup" else base.state_dict()
-    student.load_state_dict(source, strict=False)  # all but the style side
     init_style(student, torch.Generator().manual_seed(hash_seed(config.seed, "style")))
+    source = soup([t.unet.state_dict() for t in teachers]) if config.init == "soup" else base.state_dict()
+    codes = source.pop(f"{CODEBOOK}.weight", None)
+    student.load_state_dict(source, strict=False)  # all but what has no source
+    for row, teacher in enumerate(teachers):
+        if teacher.unet is base and teacher.style is not None:
+            student.model_embedding.weight.data[row] = codes[teacher.style]
     generator = torch.Generator().manual_seed(hash_seed(config.seed, "lora"))
     choose_trained(student.float(), config.trainable, config.lora_rank, config.precision, generator)
     student.gradient_checkpointing = config.gradient_checkpointing

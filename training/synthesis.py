@@ -72,9 +72,9 @@ def caption_rows(run: Distillation, teacher: int, start: int) -> Tensor:
 
 def paint(run: Distillation, teacher: int, rows: Tensor, seed: int) -> Tensor:
     """Captions (B,) -> latents (B, C, h, w) float32 on the CPU, painted with the run's final_cfg and final_sampling_steps."""
-    c = run.config
+    c, text = run.config, run.teachers[teacher]
     latents = paint_captions(
-        run, run.rack.get(teacher), run.teachers[teacher], rows, seed, c.final_sampling_steps, c.final_cfg
+        run, run.rack.get(teacher), text, rows, seed, c.final_sampling_steps, c.final_cfg, text.style_row
     )
     return latents.float().cpu()
 

@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..dmm_core.metadata import StyleInfo
+from ..dmm_core.style import MLP_NAMES, no_style_row, style_row
 from ..dmm_core.unet import UNet, UNetConfig, load_unet
 from .hashing import weights_sha256
 from .text import sdxl_vector
@@ -28,8 +30,9 @@ class Teacher:
     """A frozen UNet with a name.
 
     contexts: (U, L, d), its text encoder's states of every distinct caption, row 0 of the empty prompt; pooled: (U, p), the pooled
-    text of SDXL's second encoder. prediction: "eps" or "v"; zero_snr: its noise schedule ends in pure noise. The remaining fields are
-    recorded in the style's metadata.
+    text of SDXL's second encoder. prediction: "eps" or "v"; zero_snr: its noise schedule ends in pure noise. style: of a UNet that is
+    itself a DMM model, which of its styles this teacher is; None for no style. The remaining fields are recorded in the style's
+    metadata; ``known`` is what an older DMM file says of the style, and is recorded as it is.
     """
 
     name: str
@@ -42,9 +45,25 @@ class Teacher:
     file: str = ""
     sha256: str = ""
     licence: str = ""
+    style: int | None = None
+    known: StyleInfo | None = None
 
     def __post_init__(self) -> None:
         self.unet.requires_grad_(False).eval()
+
+    @property
+    def style_row(self) -> Tensor | None:
+        """What its UNet is to be asked for: (1, n+1), n the styles that the UNet has; None for a plain UNet."""
+        styles = self.unet.config.num_styles
+        if not styles:
+            return None
+        return no_style_row(styles) if self.style is None else style_row(styles, self.style)
+
+    def info(self) -> StyleInfo:
+        """Of the student's style."""
+        return self.known or StyleInfo(
+            self.name.strip(), self.description, teacher=self.file, sha256=self.sha256, licence=self.licence
+        )
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -63,23 +82,45 @@ class Teacher:
 
 def plain_unet(sd: Mapping[str, Tensor], name: str) -> UNet:
     """A frozen, style-less UNet from a state dict; ValueError (naming the teacher) for styles, NaN or a foreign layout."""
+    unet = sound_unet(sd, name)
+    if unet.config.num_styles:
+        raise ValueError(
+            f"{name} is itself a DMM model with {unet.config.num_styles} styles: use a plain checkpoint (new teachers for a DMM "
+            "model: Add Teacher to DMM, dmm add-teacher)"
+        )
+    return unet
+
+
+def styled_unet(sd: Mapping[str, Tensor], name: str) -> UNet:
+    """A frozen DMM UNet from a state dict; ValueError (naming it) for one without styles, NaN or a foreign layout."""
+    unet = sound_unet(sd, name)
+    if not unet.config.num_styles:
+        raise ValueError(f"{name} has no styles: it is a plain checkpoint, not a DMM model (Distill Teachers makes one)")
+    return unet
+
+
+def sound_unet(sd: Mapping[str, Tensor], name: str) -> UNet:
+    """A UNet from a state dict; ValueError, naming it, for NaN or a foreign layout."""
     try:
         unet = load_unet(sd)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    if unet.config.num_styles:
-        raise ValueError(f"{name} is itself a DMM model with {unet.config.num_styles} styles: use a plain checkpoint")
     for key, tensor in unet.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} has NaN or infinite weights in '{key}': the file is damaged, get it again")
     return unet
 
 
+def without_styles(config: UNetConfig) -> UNetConfig:
+    """The sizes of the same network without a style side."""
+    return dataclasses.replace(config, num_styles=0, style_mlp=MLP_NAMES[0])
+
+
 def check_architectures(base: UNetConfig, teachers: Sequence[tuple[str, UNetConfig]]) -> None:
-    """Raises ValueError naming every teacher whose sizes differ from the base's, and the sizes that differ."""
+    """Raises ValueError naming every teacher whose sizes differ from the base's, and the sizes that differ; styles aside."""
     problems = []
     for name, config in teachers:
-        ours, theirs = dataclasses.asdict(base), dataclasses.asdict(config)
+        ours, theirs = (dataclasses.asdict(without_styles(c)) for c in (base, config))
         different = [f"{k} {theirs[k]} instead of {ours[k]}" for k in ours if ours[k] != theirs[k]]
         if different:
             problems.append(f"'{name}' has {', '.join(different)}")

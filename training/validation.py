@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .data import hash_seed
+from .data import Draw, hash_seed
 from .loop import Distillation
 from .losses import score_loss
 
@@ -18,11 +18,11 @@ def validation_error(run: Distillation) -> float:
     The samples are of the run's data with noise of their own; no captions are dropped and none is style-less.
     """
     c = run.config
-    seed = hash_seed(c.seed, "validation")
+    draw = Draw(hash_seed(c.seed, "validation"), c.batch_size, run.num_styles, 0.0, 0.0, run.schedule)
     total, count = 0.0, 0
     with run.averaged():
         for number in range(math.ceil(c.validation / c.batch_size)):
-            batch = run.data.batch(seed, number, c.batch_size, run.num_styles, 0.0, 0.0, run.schedule)
+            batch = run.data.batch(number, draw)
             x_t, t = batch.x_t.to(run.device), batch.t.to(run.device)
             target, _ = run.targets(batch, x_t, t, want_features=False)
             out, *_ = run.predict(batch, x_t, t, want_features=False)

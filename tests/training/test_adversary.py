@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.training.adversary import Adversary, draw_renoise
-from comfyui_dmm.training.data import hash_seed
+from comfyui_dmm.training.data import Draw, hash_seed
 
 from .families import SMALL_XL, small_run
 
@@ -46,7 +46,7 @@ def test_features_are_of_the_renoised_clean_latents(prediction):
     """x0 by eq. 12 (or from v), noised again, through the base's middle block, style-less: recomputed row by row, tolerance 1e-4."""
     run = small_run(teachers=2, lambda_adv=0.5, base_share=0.0, prediction=prediction)
     run.base.prediction = prediction
-    batch = run.data.batch(1, 0, 6, 2, 0.0, 0.3, run.schedule)
+    batch = run.data.batch(0, Draw(1, 6, 2, 0.0, 0.3, run.schedule))
     losses = run.losses(batch, 5)
     noise = draw_renoise(run.config.seed, 5, tuple(batch.x_t.shape), run.schedule)
     for i in range(6):

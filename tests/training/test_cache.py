@@ -20,6 +20,7 @@ from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.dmm_core.unet import UNet
 from comfyui_dmm.dmm_core.vae import SCALE_SD, AutoencoderKL, VAEConfig, load_vae
 from comfyui_dmm.training.cli import MODELS
+from comfyui_dmm.training.data import Draw
 from comfyui_dmm.training.dataset import cache, cached_text, shards
 from comfyui_dmm.training.dataset.buckets import bucket_sizes, choose_bucket, fit, size_multiple
 from comfyui_dmm.training.dataset.cache import ENLARGED, add_text, build_image_cache, open_image_cache
@@ -148,7 +149,7 @@ def test_the_cache_of_demo_scenes_trains(tmp_path):
     assert data.captions == expected.captions
     contexts, _ = data.text_of(whole.text)
     torch.testing.assert_close(contexts[data.rows], ClipText(whole.text).encode(captions), atol=4e-3, rtol=1e-3)
-    ours, theirs = (d.batch(0, 0, 4, 2, 0.0, 0.0, NoiseSchedule()) for d in (data, expected))
+    ours, theirs = (d.batch(0, Draw(0, 4, 2, 0.0, 0.0, NoiseSchedule())) for d in (data, expected))
     torch.testing.assert_close(ours.x_t, theirs.x_t, atol=4e-3, rtol=1e-3)
     assert torch.equal(ours.rows, theirs.rows)
 

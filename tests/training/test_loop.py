@@ -7,7 +7,7 @@ import torch
 from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.dmm_core.unet import UNet, load_unet
 from comfyui_dmm.training.config import TrainConfig
-from comfyui_dmm.training.data import CaptionedLatents, epoch_batch
+from comfyui_dmm.training.data import CaptionedLatents, Draw, epoch_batch
 from comfyui_dmm.training.ema import PowerEMA, power_beta
 from comfyui_dmm.training.loop import Distillation
 from comfyui_dmm.training.losses import feature_loss, score_loss
@@ -36,7 +36,7 @@ def test_feature_loss_by_hand():
 def test_losses_equal_a_recomputation_row_by_row(config, prediction):
     """Every row on its own, straight from the definitions: tolerance 1e-5."""
     run = small_run(teachers=3, base_share=0.3, prediction=prediction, **({"config": config} if config else {}))
-    batch = run.data.batch(run.config.seed, 0, 16, 3, 0.3, 0.4, run.schedule)
+    batch = run.data.batch(0, Draw(run.config.seed, 16, 3, 0.3, 0.4, run.schedule))
     assert 3 in batch.teacher and (batch.rows == 0).any() and not (batch.rows == 0).all()
     losses = run.losses(batch)
     abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
@@ -71,7 +71,7 @@ def test_a_batch_noises_pictures_and_drops_captions_as_it_says():
     data, schedule = small_data(3), NoiseSchedule()
     noises, seen = [], set()
     for number in range(200):
-        batch = data.batch(5, number, 2, 2, 0.2, 0.25, schedule)
+        batch = data.batch(number, Draw(5, 2, 2, 0.2, 0.25, schedule))
         for x_t, t, row in zip(batch.x_t, batch.t, batch.rows):
             a, b = schedule.alphas_cumprod[t].sqrt(), (1 - schedule.alphas_cumprod[t]).sqrt()
             guesses = [(x_t - a * x0) / b for x0 in data.buckets[0]]
@@ -99,9 +99,9 @@ FIELDS = ("x_t", "t", "teacher", "rows")
 
 def test_a_batch_follows_from_seed_and_number():
     data, schedule = small_data(50), NoiseSchedule()
-    one, two = (data.batch(7, 11, 16, 4, 0.1, 0.1, schedule) for _ in range(2))
+    one, two = (data.batch(11, Draw(7, 16, 4, 0.1, 0.1, schedule)) for _ in range(2))
     assert all(torch.equal(getattr(one, k), getattr(two, k)) for k in FIELDS)
-    other = data.batch(8, 11, 16, 4, 0.1, 0.1, schedule)
+    other = data.batch(11, Draw(8, 16, 4, 0.1, 0.1, schedule))
     assert not torch.equal(one.x_t, other.x_t) and not torch.equal(one.t, other.t)
 
 
@@ -133,7 +133,7 @@ def test_pictures_of_several_sizes():
 
 def test_teachers_share_equally():
     data, schedule = small_data(60), NoiseSchedule()
-    batches = [data.batch(0, number, 12, 5, 0.0, 0.1, schedule) for number in range(5)]
+    batches = [data.batch(number, Draw(0, 12, 5, 0.0, 0.1, schedule)) for number in range(5)]
     counts = torch.bincount(torch.cat([b.teacher for b in batches]), minlength=5)
     assert counts.tolist() == [12] * 5
     assert all((b.teacher.diff() >= 0).all() for b in batches)
@@ -143,14 +143,14 @@ def test_pictures_with_an_owner_teach_no_other_teacher():
     data = small_data(12)
     owned = CaptionedLatents(data.buckets[0], [f"picture {i}" for i in range(12)], torch.arange(12) % 3)
     for number in range(30):
-        batch = owned.batch(0, number, 8, 3, 0.2, 0.0, NoiseSchedule())
+        batch = owned.batch(number, Draw(0, 8, 3, 0.2, 0.0, NoiseSchedule()))
         for teacher, row in zip(batch.teacher.tolist(), batch.rows.tolist()):
             assert teacher in (3, int(owned.prompts[row].split()[1]) % 3)
 
 
 def test_shares_of_base_rows_and_dropped_captions():
     data, schedule = small_data(64), NoiseSchedule()
-    batches = [data.batch(0, number, 64, 3, 0.25, 0.1, schedule) for number in range(60)]
+    batches = [data.batch(number, Draw(0, 64, 3, 0.25, 0.1, schedule)) for number in range(60)]
     base = torch.cat([b.teacher == 3 for b in batches]).float().mean().item()
     dropped = torch.cat([b.rows == 0 for b in batches]).float().mean().item()
     assert abs(base - 0.25) < 0.03 and abs(dropped - 0.1) < 0.02  # 3840 draws: 4 sigma is 0.028 and 0.019
@@ -161,7 +161,7 @@ def test_pictures_are_not_tied_to_teachers():
     data = CaptionedLatents(small_data(24).buckets[0], [f"picture {i}" for i in range(24)])
     met = set()
     for number in range(120):
-        b = data.batch(0, number, 12, 4, 0.0, 0.0, NoiseSchedule())
+        b = data.batch(number, Draw(0, 12, 4, 0.0, 0.0, NoiseSchedule()))
         met |= set(zip(b.teacher.tolist(), b.rows.tolist()))
     assert len(met) == 4 * 24
 

@@ -13,6 +13,7 @@ from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.dmm_core.unet import UNet, load_unet
 from comfyui_dmm.training.cli import MODELS
 from comfyui_dmm.training.config import TrainConfig
+from comfyui_dmm.training.data import Draw
 from comfyui_dmm.training.dataset import rollouts
 from comfyui_dmm.training.dataset.cache import add_text
 from comfyui_dmm.training.dataset.rollout_data import open_rollouts, share_out, size_of_batch
@@ -272,7 +273,7 @@ def test_a_teacher_is_added_and_the_others_stay(tmp_path, family):
     assert sorted(opened.names) == ["one", "three", "two"] and opened.has_base
     again = opened.for_teachers(base, files_of({k: teachers[k] for k in ("one", "two")}))
     assert again.fingerprint() == data.fingerprint() != opened.fingerprint()
-    one, two = (d.batch(0, 3, 8, 2, 0.1, 0.1, SCHEDULE) for d in (data, again))
+    one, two = (d.batch(3, Draw(0, 8, 2, 0.1, 0.1, SCHEDULE)) for d in (data, again))
     assert torch.equal(one.x_t, two.x_t) and torch.equal(one.target, two.target)
 
 
@@ -298,7 +299,7 @@ def test_other_teachers_are_refused_by_name(made, family):
     with pytest.raises(ValueError, match="text encoder of teacher 'two' is not in the cache.*dmm cache text"):
         data.for_teachers(base, files_of({**teachers, "two": other_text}))
     with pytest.raises(ValueError, match="rollouts of 3 teachers for a run of 2"):
-        data.batch(0, 0, 4, 2, 0.0, 0.0, SCHEDULE)
+        data.batch(0, Draw(0, 4, 2, 0.0, 0.0, SCHEDULE))
     renamed = data.for_teachers(base, files_of({"drei": teachers["three"], "eins": teachers["one"]}))
     assert renamed.names == ["drei", "eins"]
     half = {
@@ -312,9 +313,9 @@ def test_a_base_share_needs_paths_of_the_base(tmp_path, family):
     base, teachers = family
     build(tmp_path / "r", family, teachers={"one": teachers["one"]}, base_share=0.0, paths=2, steps=2, states=1)
     data = open_rollouts(tmp_path / "r").for_teachers(base, files_of({"one": teachers["one"]}))
-    data.batch(0, 0, 4, 1, 0.0, 0.1, SCHEDULE)
+    data.batch(0, Draw(0, 4, 1, 0.0, 0.1, SCHEDULE))
     with pytest.raises(ValueError, match="no paths of the base.*base_share to 0"):
-        data.batch(0, 0, 4, 1, 0.1, 0.1, SCHEDULE)
+        data.batch(0, Draw(0, 4, 1, 0.1, 0.1, SCHEDULE))
 
 
 @pytest.mark.parametrize(
@@ -385,7 +386,7 @@ def test_teachers_share_equally_and_every_state_comes_once(made, family):
     met = {}
     per_size = {}
     for number in range(60):
-        batch = data.batch(5, number, 6, 3, 0.0, 0.0, SCHEDULE)
+        batch = data.batch(number, Draw(5, 6, 3, 0.0, 0.0, SCHEDULE))
         assert (batch.teacher.diff() >= 0).all() and torch.bincount(batch.teacher, minlength=3).tolist() == [2, 2, 2]
         for x, owner in zip(batch.x_t, batch.teacher.tolist()):
             met.setdefault((owner, tuple(x.shape)), []).append(x.flatten()[:8].numpy().tobytes())
@@ -407,7 +408,7 @@ def test_targets_captions_and_dropout(made, family):
     texts = [data.text_of(c.text or family[0].text)[0] for c in everyone]
     owners, dropped = [], 0
     for number in range(12):
-        batch = data.batch(1, number, 8, 3, 0.2, 0.4, SCHEDULE)
+        batch = data.batch(number, Draw(1, 8, 3, 0.2, 0.4, SCHEDULE))
         assert batch.target.shape == batch.x_t.shape and batch.x_t.dtype == batch.target.dtype == torch.float32
         assert batch.t.dtype == torch.int64 and len(batch.rows) == 8
         for i, owner in enumerate(batch.teacher.tolist()):
@@ -416,7 +417,7 @@ def test_targets_captions_and_dropout(made, family):
             torch.testing.assert_close(batch.target[i : i + 1], out, atol=2e-5, rtol=2**-11)
             owners.append(owner)
             dropped += int(batch.rows[i] == 0)
-        again = data.batch(1, number, 8, 3, 0.2, 0.4, SCHEDULE)
+        again = data.batch(number, Draw(1, 8, 3, 0.2, 0.4, SCHEDULE))
         assert all(torch.equal(getattr(batch, k), getattr(again, k)) for k in ("x_t", "t", "teacher", "rows", "target"))
     assert 0.17 < owners.count(3) / len(owners) < 0.23 and 0.25 < dropped / 96 < 0.55
 
@@ -470,7 +471,7 @@ def test_the_shipped_family_from_files(tmp_path):
         files["ink"]
     )
     text = load_checkpoint(f"{MODELS}/dmm/demo-dmm.safetensors").text
-    batch = data.batch(0, 0, 6, 2, 0.0, 0.3, SCHEDULE)
+    batch = data.batch(0, Draw(0, 6, 2, 0.0, 0.3, SCHEDULE))
     contexts, _ = data.text_of(text)
     for i, name in enumerate(data.names):
         network, mine = load_unet(load_checkpoint(files[name]).unet).eval(), batch.teacher == i

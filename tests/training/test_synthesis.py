@@ -4,7 +4,7 @@ import pytest
 import torch
 from comfyui_dmm.dmm_core.sampling import host_noise
 from comfyui_dmm.dmm_core.schedule import NoiseSchedule
-from comfyui_dmm.training.data import hash_seed
+from comfyui_dmm.training.data import Draw, hash_seed
 from comfyui_dmm.training.distill import train
 from comfyui_dmm.training.state import states
 from comfyui_dmm.training.synthesis import caption_rows, paint, painted_by_teachers
@@ -97,5 +97,5 @@ def test_the_last_steps_train_on_what_each_teacher_painted(tmp_path):
     assert steps == [(i, 5) for i in range(1, 6)] and parts == [(i, 6) for i in range(1, 7)]
     assert len(run.final_data) == 20 and states(tmp_path)[-1].name == "state-00000005.safetensors"
     batch = run._batch(2)
-    want = run.final_data.batch(hash_seed(run.config.seed, "final stage"), 0, 4, 2, 0.05, 0.1, run.schedule)
+    want = run.final_data.batch(0, Draw(hash_seed(run.config.seed, "final stage"), 4, 2, 0.05, 0.1, run.schedule))
     assert torch.equal(batch.x_t, want.x_t)

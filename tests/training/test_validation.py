@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui_dmm.training.data import hash_seed
+from comfyui_dmm.training.data import Draw, hash_seed
 from comfyui_dmm.training.validation import validation_error
 
 from .families import small_run
@@ -20,7 +20,7 @@ def test_it_is_the_mean_error_of_the_averaged_student(prediction):
     seed, errors = hash_seed(run.config.seed, "validation"), []
     with run.averaged(), torch.no_grad():
         for number in range(3):
-            batch = run.data.batch(seed, number, 8, 3, 0.0, 0.0, run.schedule)
+            batch = run.data.batch(number, Draw(seed, 8, 3, 0.0, 0.0, run.schedule))
             for i in range(8):
                 row, who = batch.rows[i : i + 1], int(batch.teacher[i])
                 style = torch.zeros(1, 4)
@@ -36,5 +36,5 @@ def test_it_is_the_mean_error_of_the_averaged_student(prediction):
 
 def test_it_does_not_look_at_dropped_captions_or_the_base():
     run = small_run(caption_dropout=0.9, base_share=0.9, validation=16)
-    batch = run.data.batch(hash_seed(run.config.seed, "validation"), 0, 8, 3, 0.0, 0.0, run.schedule)
+    batch = run.data.batch(0, Draw(hash_seed(run.config.seed, "validation"), 8, 3, 0.0, 0.0, run.schedule))
     assert (batch.rows > 0).all() and (batch.teacher < 3).all()

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint
-from ...dmm_core.schedule import NoiseSchedule
-from ..data import Batch, hash_seed
+from ..data import Batch, Draw, hash_seed
 from ..hashing import text_hash, weights_hash
 from .cached_text import TextStore
 from .rollout_paths import BASE_NAME, Owner
@@ -121,39 +120,35 @@ class Rollouts:
         rows = [entry["parts"][i]["rows"] for entry in self.entries for i in range(len(entry["parts"]))]
         return text_hash("rollouts", self.prompts, self.sizes, shards, rows)
 
-    def batch(
-        self,
-        seed: int,
-        number: int,
-        batch_size: int,
-        teachers: int,
-        base_share: float,
-        dropout: float,
-        schedule: NoiseSchedule,
-    ) -> Batch:
+    def batch(self, number: int, draw: Draw) -> Batch:
         """As ``TrainingData.batch``. Where a caption is dropped, the target is the prediction for the empty prompt.
 
         Raises ValueError for another number of teachers than there are, and for a base_share without paths of the base.
         """
-        if teachers != len(self.names):
+        if draw.teachers != len(self.names):
             raise ValueError(
-                f"rollouts of {len(self.names)} teachers for a run of {teachers}: see Rollouts.for_teachers"
+                f"rollouts of {len(self.names)} teachers for a run of {draw.teachers}: see Rollouts.for_teachers"
             )
-        if base_share and not self.has_base:
+        if draw.shares is not None:
+            raise ValueError(
+                "rollouts give every teacher the same share; to add or forget styles use pictures (data of kind cache made by "
+                "'dmm cache images')"
+            )
+        if draw.base_share and not self.has_base:
             raise ValueError(
                 f"the rollouts in '{self.folder}' have no paths of the base: make them with a base share, or set base_share to 0"
             )
-        counts = tuple(math.ceil(sum(len(part) for part in parts) / batch_size) for parts in self.parts)
-        which, turn = size_of_batch(seed, number, counts)
-        teacher, draw = share_out(turn * batch_size, batch_size, teachers, base_share)
+        counts = tuple(math.ceil(sum(len(part) for part in parts) / draw.batch_size) for parts in self.parts)
+        which, turn = size_of_batch(draw.seed, number, counts)
+        teacher, turns = share_out(turn * draw.batch_size, draw.batch_size, draw.teachers, draw.base_share)
         teacher, order = teacher.sort(stable=True)
-        draw = draw[order]
-        g = torch.Generator().manual_seed(hash_seed(seed, "rollout batch", number))
-        drop = torch.rand(batch_size, generator=g) < dropout
+        turns = turns[order]
+        g = torch.Generator().manual_seed(hash_seed(draw.seed, "rollout batch", number))
+        drop = torch.rand(draw.batch_size, generator=g) < draw.dropout
         states: dict[str, list[Tensor]] = {name: [] for name in ("x_t", "t", "rows", "target")}
         for i in teacher.unique().tolist():
             mine, part = teacher == i, self.parts[which][i]
-            index = torch.tensor([_drawn(seed, which, i, len(part), d) for d in draw[mine].tolist()])
+            index = torch.tensor([_drawn(draw.seed, which, i, len(part), d) for d in turns[mine].tolist()])
             dropped = drop[mine]
             states["x_t"].append(part.reader.rows("x_t", index).float())
             states["t"].append(part.reader.rows("t", index))

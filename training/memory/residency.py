@@ -57,7 +57,8 @@ class Slot:
 
 
 class Rack:
-    """Frozen UNets of one architecture, by index (teachers 0..N-1, the base N), and where they live.
+    """Frozen UNets by index (teachers 0..N-1, the base N; one UNet may have several), and where they live. Those that are not
+    resident have one architecture.
 
     policy: "device": all of them on the device. "offload": in RAM, at most ``slots`` (2, or 1: no copying ahead while a teacher
     computes) on the device at a time. "auto": "device" if all of them fit into half of the memory that is free now, so make the
@@ -88,6 +89,7 @@ class Rack:
         self._check(policy, resident, slots)
         self.policy = self._choose(dtype) if policy == "auto" else policy
         self.resident = frozenset(range(len(unets)) if self.policy == "device" else resident)
+        self._check_waiting()
         self.slots: list[Slot] = []
         self._max_slots = slots
         self._flat: dict[int, Tensor] = {}  # by index: all weights of a UNet that waits in RAM
@@ -169,9 +171,14 @@ class Rack:
             raise ValueError(f"slots is {slots!r}: expected 1 or 2 places on the device")
         if outside := sorted(set(resident) - set(range(len(self.unets)))):
             raise ValueError(f"resident names {outside}, but the models are 0 to {len(self.unets) - 1}")
-        for index, unet in enumerate(self.unets):
-            if unet.config != self.unets[0].config:
-                raise ValueError(f"model {index} has other sizes than model 0: all must have one architecture")
+
+    def _check_waiting(self) -> None:
+        self._waiting = [i for i in range(len(self.unets)) if i not in self.resident]
+        for index in self._waiting:
+            if self.unets[index].config != self.unets[self._waiting[0]].config:
+                raise ValueError(
+                    f"model {index} has other sizes than model {self._waiting[0]}: those that wait must have one architecture"
+                )
 
     def _check_index(self, index: int) -> None:
         if self._closed:
@@ -182,7 +189,7 @@ class Rack:
     def _choose(self, dtype: torch.dtype | None) -> str:
         if self.device.type == "cpu":
             return "device"  # they are in RAM either way
-        weights = [p for unet in self.unets for p in unet.parameters()]
+        weights = [p for unet in {id(unet): unet for unet in self.unets}.values() for p in unet.parameters()]
         need = sum(p.numel() * (dtype or p.dtype).itemsize for p in weights)
         return "device" if need <= available_bytes(self.device) // 2 else "offload"
 
@@ -190,7 +197,8 @@ class Rack:
         for unet in self.unets:
             unet.requires_grad_(False).eval()
             unet.gradient_checkpointing = False
-        waiting_dtype = dtype or self.unets[0].dtype  # one for all, since they take turns in a slot
+        # One for all, since they take turns in a slot.
+        waiting_dtype = dtype or (self.unets[self._waiting[0]].dtype if self._waiting else None)
         for index, unet in enumerate(self.unets):
             if index in self.resident:
                 unet.to(self.device, dtype)
@@ -222,7 +230,7 @@ class Rack:
             return used[0]
         if len(self.slots) < self._max_slots:
             dtype = next(iter(self._flat.values())).dtype
-            self.slots.append(Slot(self._layout, self.unets[0].config, self.device, dtype))
+            self.slots.append(Slot(self._layout, self.unets[self._waiting[0]].config, self.device, dtype))
             self._mark(self.slots[-1])  # its memory may have been another tensor's a moment ago
             return self.slots[-1]
         return free[0] if free and not keep_unused else None

@@ -89,7 +89,9 @@ class Pictures:
         with torch.random.fork_rng(devices):  # nothing here draws from the global generators, but a decoder might
             for i in styles:
                 if i not in self._of_teachers:
-                    self._of_teachers[i] = list(self.decode(self._latents(run.rack.get(i), run.teachers[i])))
+                    teacher = run.teachers[i]
+                    latents = self._latents(run.rack.get(i), teacher, teacher.style_row)
+                    self._of_teachers[i] = list(self.decode(latents))
             with run.averaged():
                 latents = [self._latents(run.student, run.base, style_row(run.num_styles, i)) for i in styles]
             of_student = [list(self.decode(latent)) for latent in latents]
