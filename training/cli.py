@@ -62,7 +62,17 @@ def parser() -> argparse.ArgumentParser:
         metavar="RUN",
         help="begin a new run with the weights of another: its run folder or a state file of it",
     )
-    distill.set_defaults(run=run_distill)
+    distill.set_defaults(run=run_distill, grown="")
+
+    for name, what in (
+        ("add-teacher", "teach a DMM model more styles; the ones it has are kept"),
+        ("forget", "take styles out of a DMM model, without their teachers' files"),
+    ):
+        grow = commands.add_parser(name, help=what)
+        grow.add_argument("--config", required=True, help="YAML file as for distill; its base is the DMM model")
+        grow.add_argument("--dry-run", action="store_true", help="check all files, print config and memory plan")
+        grow.add_argument("--memory", type=memory, help="GB that the run may use, auto or off")
+        grow.set_defaults(run=run_distill, fork=None, grown=name)
 
     cache_commands.add_parsers(commands)
 
@@ -146,16 +156,22 @@ def run_distill(args) -> None:
     from .load import load_run
 
     config = load_config(args.config)
+    if bool(config.forget) != (args.grown == "forget"):
+        raise ValueError(
+            "forget: in the config names styles to forget: run it with dmm forget"
+            if config.forget
+            else "name the styles to forget in the config, as forget: [name, ...]"
+        )
     if args.memory is not None:
         config.train.memory = args.memory
         config.train.check()
     print(json.dumps(config.to_dict(), indent=2))
     if args.dry_run:
-        run = load_run(config, pick_device(config.train.device))
+        run = load_run(config, pick_device(config.train.device), bool(args.grown))
         print(run.plan.describe() if run.plan else "memory: nothing planned (see the setting 'memory')")
         return
     with watched(config.picture_every) as watch:
-        distill(config, watch, args.fork and Path(args.fork))
+        distill(config, watch, args.fork and Path(args.fork), bool(args.grown))
     print(f"wrote {config.output}")
 
 

@@ -26,11 +26,34 @@ EMA_DEVICES = ("auto", "cpu")
 
 
 @dataclass
+class LoraSpec:
+    """A LoRA file and how strongly it is applied: to the UNet, and to the text encoder (None: as to the UNet)."""
+
+    file: str
+    strength: float = 1.0
+    clip_strength: float | None = None
+
+    @property
+    def text_strength(self) -> float:
+        return self.strength if self.clip_strength is None else self.clip_strength
+
+    def check(self) -> None:
+        """Raises ValueError without a file, and for a strength that is no number."""
+        if not isinstance(self.file, str) or not self.file:
+            raise ValueError(f"a LoRA's file is {self.file!r}: expected the name of a .safetensors file")
+        for name, value in (("strength", self.strength), ("clip_strength", self.text_strength)):
+            if not _finite(value):
+                raise ValueError(f"LoRA '{self.file}': {name} is {value!r}, expected a number")
+
+
+@dataclass
 class TeacherSpec:
-    """One teacher of a headless run: the name its style gets, its checkpoint file, and what to tell users about it."""
+    """One teacher of a headless run: the name its style gets, its checkpoint file ("" for the run's base), the LoRAs on top of
+    it, and what to tell users about it."""
 
     name: str
-    file: str
+    file: str = ""
+    loras: list[LoraSpec] = field(default_factory=list)
     description: str = ""
     licence: str = ""
 
@@ -183,26 +206,52 @@ class TrainConfig:
 
 
 @dataclass
+class AttackConfig:
+    """The adversary of a run that forgets a style: every ``every`` steps it looks, for ``steps`` steps, for ``codes`` codes that bring
+    the style back. codes 0: none, the style is only painted over where its own code was."""
+
+    every: int = 25
+    steps: int = 10
+    codes: int = 3
+
+    def check(self) -> None:
+        """Raises ValueError naming the setting that makes no sense."""
+        for name, low in (("every", 1), ("steps", 1), ("codes", 0)):
+            value = getattr(self, name)
+            if not _whole(value) or value < low:
+                raise ValueError(f"attack.{name} is {value!r}: expected a whole number from {low}")
+
+
+@dataclass
 class DistillConfig:
     """A headless run: ``dmm distill --config FILE``. Paths in the file are relative to the file.
 
-    parts_from: a full checkpoint of the same family, whose VAE (and text encoder) the result gets where the base has none.
+    For ``dmm add-teacher`` the base is a DMM model and the teachers are the new ones; for ``dmm forget`` it is one too, there are no
+    teachers, and ``forget`` names the styles that go. parts_from: a full checkpoint of the same family, whose VAE (and text encoder) the result gets where the base has none.
     picture_every: steps between contact sheets of student and teachers in the run folder, 0 for none.
     """
 
     base: str
-    teachers: list[TeacherSpec]
     output: str
     run_dir: str
+    teachers: list[TeacherSpec] = field(default_factory=list)
+    forget: list[str] = field(default_factory=list)
     parts_from: str = ""
     title: str = "DMM"
     picture_every: int = 500
     data: DataSpec = field(default_factory=DataSpec)
     train: TrainConfig = field(default_factory=TrainConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
 
     def check(self) -> None:
         """Raises ValueError naming the first setting that makes no sense."""
-        check_names([teacher.name for teacher in self.teachers])
+        if self.forget and self.teachers:
+            raise ValueError("forget and teachers are both given: a run either learns or forgets")
+        if not isinstance(self.forget, list) or not all(isinstance(name, str) for name in self.forget):
+            raise ValueError(f"forget is {self.forget!r}: expected a list of style names")
+        if not self.forget:
+            check_names([teacher.name for teacher in self.teachers])
+        self.attack.check()
         if self.data.kind not in DATA_KINDS:
             raise ValueError(f"data.kind is {self.data.kind!r}: choose one of {', '.join(DATA_KINDS)}")
         if not self.output.endswith(".safetensors"):
@@ -214,6 +263,12 @@ class DistillConfig:
             *((f"teacher '{t.name}'", t.file) for t in self.teachers),
             ("parts_from", self.parts_from),
         ]
+        for teacher in self.teachers:
+            if not teacher.file and not teacher.loras:
+                raise ValueError(f"teacher '{teacher.name}' has neither a file nor loras: it would be the base itself")
+            for lora in teacher.loras:
+                lora.check()
+            files += [(f"LoRA of teacher '{teacher.name}'", lora.file) for lora in teacher.loras]
         for role, path in files:
             if path and not Path(path).is_file():
                 raise ValueError(f"{role}: there is no file '{path}'")
@@ -255,8 +310,9 @@ def load_config(path: str | Path) -> DistillConfig:
         for name in ("base", "output", "run_dir", "parts_from"):
             if getattr(config, name):
                 setattr(config, name, str((path.parent / getattr(config, name)).resolve()))
-        for teacher in config.teachers:
-            teacher.file = str((path.parent / teacher.file).resolve())
+        for item in (item for teacher in config.teachers for item in (teacher, *teacher.loras)):
+            if item.file:
+                item.file = str((path.parent / item.file).resolve())
         if config.data.file:
             config.data.file = str((path.parent / config.data.file).resolve())
         config.check()
@@ -276,12 +332,18 @@ def _build(cls, raw: Any, where: str):
             hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(sorted(fields))}"
             raise ValueError(f"{where} has an unknown setting '{key}'{hint}")
     values = dict(raw)
-    nested = {"data": DataSpec, "train": TrainConfig}
+    nested = {"data": DataSpec, "train": TrainConfig, "attack": AttackConfig}
     for key, kind in nested.items():
         if cls is DistillConfig and key in values:
             values[key] = _build(kind, values[key], key)
     if cls is DistillConfig and isinstance(values.get("teachers"), list):
         values["teachers"] = [_build(TeacherSpec, t, f"teachers[{i}]") for i, t in enumerate(values["teachers"])]
+    if cls is TeacherSpec and "loras" in values:
+        if not isinstance(values["loras"], list):
+            raise ValueError(f"{where}.loras must be a list, each of a file and, if you like, a strength")
+        values["loras"] = [_build(LoraSpec, lora, f"{where}.loras[{i}]") for i, lora in enumerate(values["loras"])]
+        for lora in values["loras"]:
+            lora.check()
     if cls is TrainConfig:
         if "preset" in values:
             values = {**preset(values.pop("preset")), **values}

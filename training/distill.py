@@ -18,6 +18,7 @@ from ..dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ..dmm_core.files import atomic_write
 from ..dmm_core.unet import UNetConfig
 from ..dmm_core.vae import latent_scale, load_vae
+from .codes import warm_start
 from .config import DistillConfig
 from .images import decode_to_pil
 from .load import load_run
@@ -71,6 +72,8 @@ def train(
     watching = Watching(watch, run, run_dir)
     try:
         with tf32(c.tf32):
+            if c.warm_start and run.guarded and not run.step and not fork_from:
+                warm_start(run, watch.on_paint)
             watching.begin()
             while run.step < c.all_steps:
                 if run.step >= c.steps and run.final_data is None:
@@ -116,15 +119,14 @@ def student_checkpoint(
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
     if run.guarded:  # a model that grew: what was learnt now, and how it came to what it knew before
-        old = {i: run.teachers[i].name for i in run.guarded}
-        recipe["added"] = [t.name for i, t in enumerate(run.teachers) if i not in old]
+        recipe |= run.what_changed()
         before = {k: v for k, v in base.recipe.items() if k != "history"}
-        recipe["history"] = [*base.recipe.get("history", []), {"styles": list(old.values()), **before}]
+        recipe["history"] = [*base.recipe.get("history", []), {"styles": [s.name for s in base.styles], **before}]
     return Checkpoint(
         unet={k: v.to(dtype or v.dtype) for k, v in weights.items()},
         text=base.text,
         vae=base.vae,
-        styles=[t.info() for t in run.teachers],
+        styles=run.styles(),
         recipe=recipe,
         metadata={"modelspec.title": title},
         prediction=run.base.prediction,
@@ -132,15 +134,18 @@ def student_checkpoint(
     )
 
 
-def distill(config: DistillConfig, watch: Watch | None = None, fork_from: Path | None = None) -> Distillation:
-    """``dmm distill``: load, save the resolved config, train (or go on), write the checkpoint. Returns the finished run.
+def distill(
+    config: DistillConfig, watch: Watch | None = None, fork_from: Path | None = None, grown: bool = False
+) -> Distillation:
+    """``dmm distill``: load, save the resolved config, train (or go on), write the checkpoint. Returns the finished run. With ``grown``
+    (``dmm add-teacher``, ``dmm forget``) the base is a DMM model whose styles stay, or are forgotten.
 
     The checkpoint holds the averaged weights; where there is an average, the raw ones are beside it as ``<output>-raw.safetensors``.
     However training ends, the checkpoints of what was learnt so far are written, before an interrupt goes on.
     Raises ValueError for files that do not fit, before anything is written.
     """
     output, run_dir = Path(config.output), Path(config.run_dir)
-    loaded = load_run(config, pick_device(config.train.device))
+    loaded = load_run(config, pick_device(config.train.device), grown)
     if loaded.plan:
         logger.info("%s", loaded.plan.describe())
     run, base = loaded.start(), loaded.parts

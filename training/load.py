@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,16 +11,17 @@ from torch import Tensor
 
 from ..dmm_core.checkpoint import Checkpoint, load_checkpoint
 from ..dmm_core.files import file_sha256
-from .config import DistillConfig, TrainConfig
+from .config import AttackConfig, DistillConfig, TrainConfig
 from .data import TrainingData, load_latents
 from .dataset.cache import ImageCache, base_with_parts
 from .dataset.open_cache import open_cache
 from .dataset.rollout_data import Rollouts
+from .forget import Forgetting
 from .hashing import weights_hash
 from .loop import Distillation
 from .memory.fitting import fitted
 from .memory.planner import Plan
-from .teacher import Rows, Teacher, check_architectures, plain_unet
+from .teacher import Rows, Teacher, check_architectures, plain_unet, styled_unet
 from .text import ClipText
 
 Named = Mapping[str, tuple[Checkpoint, str]]
@@ -38,16 +39,25 @@ class Run:
     device: torch.device
     parts: Checkpoint
     plan: Plan | None
+    forget: Sequence[str] = ()
+    attack: AttackConfig = field(default_factory=AttackConfig)
 
     def start(self) -> Distillation:
+        if self.forget:
+            return Forgetting(
+                self.base, self.teachers, self.forget, self.data, self.config, self.device, self.attack
+            )
         return Distillation(self.base, self.teachers, self.data, self.config, self.device)
 
 
-def load_run(config: DistillConfig, device: torch.device) -> Run:
-    """Raises ValueError for files that are not what the config says or do not belong together."""
+def load_run(config: DistillConfig, device: torch.device, grown: bool = False) -> Run:
+    """grown: the base is a DMM model, whose styles stay (or are forgotten) and come first.
+
+    Raises ValueError for files that are not what the config says or do not belong together.
+    """
     base = base_with_parts(config.base, config.parts_from or None)
     files: Named = {spec.name: (load_checkpoint(spec.file), spec.file) for spec in config.teachers}
-    base_unet = plain_unet(base.unet, "the base model")
+    base_unet = styled_unet(base.unet, "the base model") if grown else plain_unet(base.unet, "the base model")
     unets = {name: plain_unet(checkpoint.unet, f"teacher '{name}'") for name, (checkpoint, _) in files.items()}
     check_architectures(base_unet.config, [(name, unet.config) for name, unet in unets.items()])
     data = load_data(config, base, files)
@@ -70,7 +80,10 @@ def load_run(config: DistillConfig, device: torch.device) -> Run:
     foundation.name = "base"
     train, plan = fitted(config.train, base_unet.config, data.shape[1:], len(files), device)
     base.unet = {}  # the copy in ``foundation`` is enough
-    return Run(foundation, list(frozen.values()), data, train, device, base, plan)
+    old = [foundation.as_style(i, style) for i, style in enumerate(base.styles)] if grown else []
+    return Run(
+        foundation, [*old, *frozen.values()], data, train, device, base, plan, config.forget, config.attack
+    )
 
 
 def load_data(config: DistillConfig, base: Checkpoint, teachers: Named) -> TrainingData:

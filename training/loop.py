@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..dmm_core.metadata import StyleInfo
 from ..dmm_core.schedule import NoiseSchedule
 from ..dmm_core.unet import UNet
 from .adversary import Adversary, draw_renoise
@@ -27,7 +28,7 @@ from .losses import feature_loss, score_loss
 from .memory.residency import Rack
 from .optimizers import make_optimizer
 from .student import new_student, parameter_groups, put, trained
-from .teacher import Teacher, check_architectures, check_schedules
+from .teacher import Teacher, check_architectures, check_schedules, check_text
 
 BASE = "(no style)"
 """The name under which style-less rows are reported."""
@@ -96,6 +97,7 @@ class Distillation:
                 f"latents have {self.data.shape[0]} channels, the models take {self.base.unet.config.in_channels}"
             )
         check_schedules(self.base.zero_snr, [(t.name, t.zero_snr) for t in self.teachers])
+        check_text((self.base, *self.teachers))
         self.schedule = NoiseSchedule(self.base.zero_snr)
         self.step = 0
         self.updating = False  # true while weights and step do not belong together: such a state must not be saved
@@ -127,6 +129,19 @@ class Distillation:
     @property
     def num_styles(self) -> int:
         return len(self.teachers)
+
+    def styles(self) -> list[StyleInfo]:
+        """Of the finished student, in the order of its codebook."""
+        return [teacher.info() for teacher in self.teachers]
+
+    def own_identity(self) -> dict[str, str]:
+        """What else must be the same for a state to be gone on from: settings of another kind of run than this one."""
+        return {}
+
+    def what_changed(self) -> dict[str, list[str]]:
+        """For the recipe of a model that had styles before."""
+        old = set(self.guarded)
+        return {"added": [teacher.name for i, teacher in enumerate(self.teachers) if i not in old]}
 
     @property
     def guarded(self) -> list[int]:

@@ -46,10 +46,11 @@ def identity(run: Distillation) -> dict[str, str]:
     parts["base text"] = rows_fingerprint(run.base.contexts)
     parts["teacher names"] = json.dumps([t.name for t in run.teachers])
     for teacher in run.teachers:
-        parts[f"teacher '{teacher.name}'"] = teacher.weights_sha256
+        style = "" if teacher.style is None else f", style {teacher.style}"
+        parts[f"teacher '{teacher.name}'"] = teacher.weights_sha256 + style
         parts[f"text of teacher '{teacher.name}'"] = rows_fingerprint(teacher.contexts)
     parts["data"] = run.data.fingerprint()
-    return parts
+    return parts | run.own_identity()
 
 
 def rows_fingerprint(rows: Rows) -> str:

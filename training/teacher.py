@@ -15,7 +15,7 @@ from ..dmm_core.metadata import StyleInfo
 from ..dmm_core.style import MLP_NAMES, no_style_row, style_row
 from ..dmm_core.unet import UNet, UNetConfig, load_unet
 from .hashing import weights_sha256
-from .text import sdxl_vector
+from .text import SIZE_FEATURES, sdxl_vector
 
 
 class Rows(Protocol):
@@ -64,6 +64,12 @@ class Teacher:
         return self.known or StyleInfo(
             self.name.strip(), self.description, teacher=self.file, sha256=self.sha256, licence=self.licence
         )
+
+    def as_style(self, index: int, info: StyleInfo) -> Teacher:
+        """One style of this DMM model as a teacher of its own; they share the UNet and the text states."""
+        one = dataclasses.replace(self, name=info.name, style=index, known=info)
+        one.weights_sha256 = self.weights_sha256  # one UNet, hashed once
+        return one
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -136,6 +142,21 @@ def check_schedules(zero_snr: bool, teachers: Iterable[tuple[str, bool]]) -> Non
         raise ValueError(
             f"teachers with another noise schedule (zero terminal SNR or not) than the base: {', '.join(other)}"
         )
+
+
+def check_text(teachers: Iterable[Teacher]) -> None:
+    """Raises ValueError naming the first teacher whose text states have other widths than its UNet takes."""
+    empty = torch.zeros(1, dtype=torch.long)
+    for teacher in teachers:
+        config = teacher.unet.config
+        pooled = 0 if teacher.pooled is None else teacher.pooled[empty].shape[-1]
+        given = (teacher.contexts[empty].shape[-1], pooled + SIZE_FEATURES if pooled else 0)
+        if given != (config.context_dim, config.adm_channels):
+            raise ValueError(
+                f"'{teacher.name}': its text encoder gives contexts of width {given[0]} and a pooled conditioning of {given[1]}, its "
+                f"UNet takes {config.context_dim} and {config.adm_channels}: give it the text encoder of its own file (the refiner of "
+                "SDXL and unCLIP models cannot be distilled)"
+            )
 
 
 def soup(teachers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
