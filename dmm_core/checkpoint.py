@@ -2,12 +2,10 @@
 
 The layout is the single file that ComfyUI users know. A DMM UNet (Song et al., arXiv:2504.12364) has two more modules:
 the codebook ``model_embedding`` [N, D] and the style MLP. Style names, the recipe and so on are metadata.
-Only safetensors is ever read: a pickle can run code.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import atomic_write
 from .metadata import StyleInfo, check_styles, default_styles, modelspec_prediction, read_metadata, write_metadata
 from .style import CODEBOOK, MLP_NAMES
 from .unet import unet_config_from_state_dict
-from .vocabulary import IDS, TABLE, compact_vocabulary, expand_vocabulary
+from .vocabulary import IDS, NUM_TOKENS, compact_vocabulary, expand_vocabulary
+from .weights_file import read_weights, write_weights
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -32,8 +28,12 @@ STYLE_KEYS = tuple(f"{name}." for name in (CODEBOOK, *MLP_NAMES))
 V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
 """Empty tensors by which ComfyUI marks v-prediction and a noise schedule rescaled to end in pure noise."""
 
+MAX_STYLES = 4096
+"""A bound for files of strangers: of every style a name is made, and all names are compared with each other."""
+
 _SD2_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
-_HEADER_LIMIT = 100_000_000  # bytes, safetensors' own
+_DECISIVE = (_SD2_BIAS, UNET_PREFIX + _SD2_BIAS, "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias", IDS)
+"""The few tensors whose values decide how the rest is read; the bias in all its names, diffusers' included."""
 
 
 @dataclass
@@ -80,12 +80,21 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
     Raises ValueError naming the file when it is not one, is damaged, or was written by a newer version.
     """
-    return _read(path, header_only=False)
+    return read_checkpoint(path, header_only=False)
 
 
 def read_info(path: str | os.PathLike) -> Checkpoint:
     """The same as ``load_checkpoint``, but with the weights left on disk: every tensor is on the meta device."""
-    checkpoint = _read(path, header_only=True)
+    return on_meta(read_checkpoint(path, header_only=True))
+
+
+def is_decisive(key: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor's values are needed to tell what a file is; never those of a large one."""
+    return key in _DECISIVE and len(shape) == 1 and shape[0] <= NUM_TOKENS
+
+
+def on_meta(checkpoint: Checkpoint) -> Checkpoint:
+    """``checkpoint`` with its last weights given up too (in place)."""
     for part in (checkpoint.unet, checkpoint.text, checkpoint.vae, checkpoint.other):
         part.update({key: tensor.to("meta") for key, tensor in part.items()})
     return checkpoint
@@ -110,39 +119,16 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: Checkpoint, extra: Mapp
         rest = {**checkpoint.metadata, **(extra or {})}
         metadata = write_metadata(styles, checkpoint.recipe, checkpoint.prediction, rest, config, path.stem)
         tensors = checkpoint.tensors
-        check_finite(tensors)
         marks = {V_MARK: checkpoint.prediction == "v", ZERO_SNR_MARK: checkpoint.zero_snr}
         tensors.update({key: torch.empty(0) for key, on in marks.items() if on})
-        tensors = storable(compact_vocabulary(tensors))
+        tensors = compact_vocabulary(tensors)
     except ValueError as error:
         raise ValueError(f"{path} was not saved: {error}") from error
-    try:
-        with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"{path} could not be written ({error}); what was there before is untouched. "
-            "Free some space, close programs that use the file, or choose another place"
-        ) from error
+    write_weights(path, tensors, metadata)
 
 
-def _read(path: str | os.PathLike, header_only: bool) -> Checkpoint:
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: give the .safetensors file itself")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata, keys = file.metadata() or {}, list(file.keys())
-            # The few tensors whose values decide how the rest is read.
-            wanted = {V_MARK, ZERO_SNR_MARK, _SD2_BIAS, UNET_PREFIX + _SD2_BIAS, *((IDS, TABLE) if IDS in keys else ())}
-            tensors = {
-                key: _on_meta(file.get_slice(key)) if header_only and key not in wanted else file.get_tensor(key)
-                for key in keys
-            }
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except SafetensorError as error:
-        raise ValueError(f"{path} {diagnosis(path, error)}") from error
+def read_checkpoint(path: str | os.PathLike, header_only: bool) -> Checkpoint:
+    tensors, metadata = read_weights(path, *([is_decisive] if header_only else []))
     try:
         return assemble(tensors, metadata)
     except ValueError as error:
@@ -150,6 +136,7 @@ def _read(path: str | os.PathLike, header_only: bool) -> Checkpoint:
 
 
 def assemble(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Checkpoint:
+    """A file's tensors, sorted into the parts of a checkpoint; ``tensors`` is used up. Raises ValueError when they make none."""
     edm = [key for key in tensors if key in ("edm_mean", "edm_std") or key.startswith("edm_vpred.")]
     if edm:
         raise ValueError(f"this is an EDM model (key '{edm[0]}'); only eps- and v-prediction models are supported")
@@ -163,7 +150,13 @@ def assemble(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Checkpo
         other = {k: v for k, v in tensors.items() if not k.startswith(UNET_PREFIX)}
     if "input_blocks.0.0.weight" not in unet or "out.2.weight" not in unet:
         raise ValueError(f"no Stable Diffusion UNet in it: {_lookalike([*unet, *vae, *text])}")
-    styles, recipe, prediction, rest = read_metadata(metadata, count_styles(unet))
+    odd = next((key for key, tensor in unet.items() if not tensor.is_floating_point()), None)
+    if odd is not None:
+        dtype = str(unet[odd].dtype).removeprefix("torch.")
+        raise ValueError(f"weight '{odd}' of the UNet is {dtype}: get the model in half precision, not a quantised one")
+    num_styles = count_styles(unet)
+    unet_config_from_state_dict(unet)  # refuses what is none
+    styles, recipe, prediction, rest = read_metadata(metadata, num_styles)
     if prediction is None:
         prediction = "v" if v_mark else modelspec_prediction(rest) or _sd2_prediction(unet)
     return Checkpoint(
@@ -181,8 +174,10 @@ def count_styles(unet: Mapping[str, Tensor]) -> int:
         raise ValueError(f"two style MLPs ({', '.join(mlps)}), expected one (SDXL's own add_embedding is label_emb)")
     time_embed = unet.get("time_embed.2.weight")
     codebook = style.get(f"{CODEBOOK}.weight")
-    if time_embed is None or time_embed.ndim != 2 or codebook is None or codebook.ndim != 2 or not codebook.shape[0]:
+    if any(weight is None or weight.ndim != 2 or not all(weight.shape) for weight in (time_embed, codebook)):
         raise ValueError(f"style weights without a codebook '{CODEBOOK}.weight' [styles, width], or without time_embed")
+    if codebook.shape[0] > MAX_STYLES:
+        raise ValueError(f"the codebook declares {codebook.shape[0]} styles, at most {MAX_STYLES} are read")
     dim, mlp = time_embed.shape[0], (mlps or MLP_NAMES)[0]
     wanted = {f"{CODEBOOK}.weight": (codebook.shape[0], dim)}
     for linear in (f"{mlp}.linear_1", f"{mlp}.linear_2"):
@@ -202,45 +197,11 @@ def count_styles(unet: Mapping[str, Tensor]) -> int:
 def _sd2_prediction(unet: Mapping[str, Tensor]) -> str:
     """SD2's two releases differ only in their weights; ComfyUI tells them by the spread of one bias, and so must we."""
     bias, key = unet.get(_SD2_BIAS), _SD2_BIAS.replace("norm1.bias", "attn2.to_k.weight")
-    if bias is None or key not in unet or unet[key].shape[-1] != 1024 or unet["input_blocks.0.0.weight"].shape[1] != 4:
+    if bias is None or key not in unet or unet[key].shape[-1:] != (1024,) or unet["input_blocks.0.0.weight"].shape[1] != 4:
+        return "eps"
+    if bias.is_meta or bias.ndim != 1:  # of no size that a UNet has
         return "eps"
     return "v" if bias.float().std(unbiased=False) > 0.09 else "eps"
-
-
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point():
-            values = tensor.float() if tensor.element_size() == 1 else tensor  # torch has no isfinite for float8
-            if not values.isfinite().all():
-                raise ValueError(f"weight '{key}' holds NaN or infinity: the training diverged, or a cast overflowed")
-
-
-def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, and no two of them in one storage: what safetensors can write."""
-    stored, storages = {}, set()
-    for key, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        if storage in storages and tensor.numel():
-            tensor = tensor.clone()
-        storages.add(storage)
-        stored[key] = tensor
-    return stored
-
-
-_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
-    "BOOL": "bool",
-}  # fmt: skip
-
-
-def _on_meta(entry) -> Tensor:
-    """A tensor of a header entry's shape and dtype, without the data."""
-    name = entry.get_dtype()
-    if name not in _DTYPES:
-        raise SafetensorError(f"dtype {name}")
-    return torch.empty(entry.get_shape(), dtype=getattr(torch, _DTYPES[name]), device="meta")
 
 
 _LOOKALIKES = {
@@ -263,35 +224,3 @@ def _lookalike(keys: Iterable[str]) -> str:
         if any(part in key for key in keys):
             return guess
     return "choose a Stable Diffusion 1.x, 2.x or XL checkpoint"
-
-
-def diagnosis(path: Path, error: SafetensorError) -> str:
-    """Why safetensors refused a file, in the user's words: what it is instead, or how much of it is missing."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(64)
-        length = int.from_bytes(start[:8], "little")  # of the header that follows
-        if size == 0:
-            return "is empty: download or copy it again"
-        if start.startswith(b"version https://git-lfs"):
-            return "is a Git LFS pointer, not the file itself: fetch it with git lfs pull"
-        if size < 8 or length > _HEADER_LIMIT:
-            if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-                return (
-                    "is a pickle (a .ckpt or .pt file), whatever its name says. Pickles can run code and are never "
-                    "opened here: get the .safetensors version of this model, or convert it"
-                )
-            if start.lstrip().startswith(b"<"):
-                return "is a web page, not a model: the download failed or needed a login; download it again"
-            return "is not a safetensors file: choose a .safetensors checkpoint"
-        if 8 + length > size:
-            return f"is cut off inside its header ({size} bytes): download or copy it again"
-        file.seek(8)
-        try:
-            header = json.loads(file.read(length))
-            end = 8 + length + max(entry["data_offsets"][1] for k, entry in header.items() if k != "__metadata__")
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-            end = 0
-        if end > size:
-            return f"is cut off: {size} of {end} bytes are there; download or copy it again"
-        return f"is a damaged safetensors file ({error}): download or copy it again"

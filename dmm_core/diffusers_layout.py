@@ -50,10 +50,17 @@ def unet_to_diffusers(unet: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     config = unet_config_from_state_dict(unet)
     unet_config_to_diffusers(config)  # refuses what has no place there
-    attention = [depth > 0 for depth in config.depth_output]
-    pooled = bool(config.adm_channels)
-    pairs = _unet_pairs(config.num_res_blocks, attention, pooled, (config.style_mlp, MLP_NAMES[pooled]))
-    return _renamed(unet, dict(pairs))
+    return _renamed(unet, _unet_modules(config))
+
+
+def diffusers_names(unet: Mapping[str, Tensor]) -> dict[str, str]:
+    """The single file's key (without prefix) -> diffusers' key, of every weight of a UNet that diffusers has a name for.
+
+    Also for sizes that ``unet_to_diffusers`` refuses: LoRA files name weights this way, whatever the UNet.
+    """
+    modules = _unet_modules(unet_config_from_state_dict(unet))
+    names = {key: _new_name(key, modules) for key in unet}
+    return {key: name for key, name in names.items() if name is not None}
 
 
 def unet_from_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -133,18 +140,25 @@ def check_diffusers_config(described: Mapping[str, Any], config: UNetConfig) -> 
     """Raise ValueError where a config.json says what the weights do not, or what the single file cannot say."""
     count = described.get("num_models") or 0
     if count != config.num_styles:
-        raise ValueError(f"its config.json says num_models {count!r}, but the weights hold {config.num_styles} styles")
+        raise ValueError(f"its config.json says num_models {str(count)[:200]}, but the weights hold {config.num_styles} styles")
     heads = described.get("num_attention_heads") or described.get("attention_head_dim", 8)
     wanted = [config.heads(mult * config.model_channels) for mult in config.channel_mult]
     if (heads if isinstance(heads, list) else [heads] * len(wanted)) != wanted:
         raise ValueError(
-            f"its config.json says {heads!r} attention heads, and a single file with these sizes is read with {wanted}: "
+            f"its config.json says {str(heads)[:200]} attention heads, and a single file with these sizes is read with {wanted}: "
             "it would paint something else"
         )
     if not described.get("flip_sin_to_cos", True) or described.get("freq_shift", 0):
         raise ValueError(
             "its config.json asks for other time features (flip_sin_to_cos, freq_shift) than Stable Diffusion's"
         )
+
+
+def _unet_modules(config: UNetConfig) -> dict[str, str]:
+    """Module of the single file -> module of diffusers."""
+    attention = [depth > 0 for depth in config.depth_output]
+    pooled = bool(config.adm_channels)
+    return dict(_unet_pairs(config.num_res_blocks, attention, pooled, (config.style_mlp, MLP_NAMES[pooled])))
 
 
 def _unet_pairs(res_blocks: Iterable[int], attention: list[bool], pooled: bool, mlp: tuple[str, str]) -> Pairs:
@@ -252,15 +266,21 @@ def _renamed(weights: Mapping[str, Tensor], modules: Mapping[str, str]) -> dict[
     """Every key with its module's new name. Raises ValueError for keys of modules that are not listed, and collisions."""
     renamed, unknown = {}, []
     for key, tensor in weights.items():
-        module = key
-        while module and module not in modules:
-            module = module.rpartition(".")[0]
-        if not module:
+        name = _new_name(key, modules)
+        if name is None:
             unknown.append(key)
-            continue
-        renamed[modules[module] + key[len(module) :]] = tensor
+        else:
+            renamed[name] = tensor
     if unknown:
         raise ValueError(f"{len(unknown)} keys that Stable Diffusion does not have: {sorted(unknown)[:8]}")
     if len(renamed) != len(weights):
         raise ValueError("two keys mean the same weight: the file mixes two layouts")
     return renamed
+
+
+def _new_name(key: str, modules: Mapping[str, str]) -> str | None:
+    """A key with its module's new name; None for a module that is not listed."""
+    module = key
+    while module and module not in modules:
+        module = module.rpartition(".")[0]
+    return modules[module] + key[len(module) :] if module else None

@@ -12,9 +12,10 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def load_strictly(
-    build: Callable[[], Network], sd: Mapping[str, Tensor], what: str, dtype: torch.dtype | None
+    build: Callable[[], Network], sd: Mapping[str, Tensor], what: str, dtype: torch.dtype | None, copy: bool = True
 ) -> Network:
-    """``build()`` with copies of the weights, cast to ``dtype`` (None keeps the file's); ``sd`` is left alone.
+    """``build()`` with copies of the weights, cast to ``dtype`` (None keeps the file's); ``sd`` is left alone. Without ``copy`` it has the
+    very tensors, as they are, which may be views of a file.
 
     Raises ValueError, naming ``what``, with the sorted missing / unexpected / misshapen keys.
     """
@@ -28,6 +29,7 @@ def load_strictly(
             f"the {what}'s weights do not fit the sizes read from them: "
             f"missing {missing[:8]}, unexpected {unexpected[:8]}, wrong shape {misshapen[:8]}"
         )
-    copies = {k: v.detach().clone().to(dtype or v.dtype) for k, v in sd.items()}
-    network.load_state_dict(copies, strict=True, assign=True)
+    if copy:
+        sd = {k: v.detach().clone().to(dtype or v.dtype) for k, v in sd.items()}
+    network.load_state_dict(sd, strict=True, assign=True)
     return network

@@ -7,8 +7,10 @@ are checked both when read and when written, and are only ever data, never a pat
 from __future__ import annotations
 
 import json
+import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
@@ -33,6 +35,9 @@ LONGEST = {
 
 MAX_DEPTH = 20
 """Levels of nesting accepted in a file's JSON, so that code which walks it may recurse."""
+
+MAX_VALUES = 1_000_000
+"""Commas and brackets in a file's JSON: a list takes 60 bytes of memory where its text takes three."""
 
 _THUMBNAIL = re.compile(r"data:image/(jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -80,17 +85,21 @@ def default_styles(num_styles: int) -> list[StyleInfo]:
 
 def check_styles(styles: Sequence[StyleInfo], num_styles: int) -> None:
     """Raise ValueError unless there is one description per style of the weights, each with a name of its own."""
-    if len(styles) != num_styles:
-        raise ValueError(
-            f"the style list names {len(styles)} styles but the weights hold {num_styles}: "
-            "the list and the weights must come from the same model"
-        )
+    _check_count(len(styles), num_styles)
     names = [style.name for style in styles]
     if any(name.strip().casefold() == NO_STYLE for name in names):
         raise ValueError(f"a style is called '{NO_STYLE}', which means painting without a style: rename it")
-    doubles = sorted({name for name in names if names.count(name) > 1})
+    doubles = sorted(name for name, count in Counter(names).items() if count > 1)
     if doubles:
         raise ValueError(f"style names must differ, but {doubles[:8]} appear more than once: rename them")
+
+
+def _check_count(named: int, num_styles: int) -> None:
+    if named != num_styles:
+        raise ValueError(
+            f"the style list names {named} styles but the weights hold {num_styles}: "
+            "the list and the weights must come from the same model"
+        )
 
 
 def read_metadata(
@@ -111,6 +120,8 @@ def read_metadata(
     styles = default_styles(num_styles)
     if "dmm.styles" in rest:
         entries = _from_json("dmm.styles", rest.pop("dmm.styles"), list)
+        if len(entries) > num_styles:  # before making something of each
+            _check_count(len(entries), num_styles)
         styles = [_style(i, entry) for i, entry in enumerate(entries)]
         check_styles(styles, num_styles)
     recipe = _from_json("dmm.recipe", rest.pop("dmm.recipe", "{}"), dict)
@@ -213,7 +224,9 @@ def _check_text(key: str, value: Any, breaks: bool) -> None:
 
 def _from_json(key: str, text: str, kind: type) -> Any:
     try:
-        value = json.loads(text, parse_constant=lambda _: None)  # NaN is Python's own addition to JSON
+        _check_size(text)
+        # NaN and infinity, which Python reads and JSON does not have, could not be written again.
+        value = json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"metadata '{key}' is not valid JSON ({error}): the file is damaged, get it again") from error
     level = [value]
@@ -226,12 +239,24 @@ def _from_json(key: str, text: str, kind: type) -> Any:
     return value
 
 
+def _check_size(text: str) -> None:
+    if sum(map(text.count, ",[{")) > MAX_VALUES:
+        raise ValueError(f"more than {MAX_VALUES} values")
+
+
+def _finite(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
 def _children(value: dict | list) -> Iterable:
     return value.values() if isinstance(value, dict) else value
 
 
 def _to_json(key: str, value: Any) -> str:
     try:
-        return json.dumps(value, allow_nan=False)
+        text = json.dumps(value, allow_nan=False)
+        _check_size(text)
+        return text
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{key} cannot be written as JSON: {error}") from error

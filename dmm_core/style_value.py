@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,6 +71,10 @@ class Style:
         """This style and all that it is made of."""
         yield self
 
+    def renamed(self, rename: Callable[[str], str]) -> Style:
+        """The same style, said in the names that ``rename`` gives for these."""
+        raise NotImplementedError
+
     @property
     def items(self) -> int:
         """How many different pictures of a batch it describes; 1 when all are painted alike."""
@@ -102,6 +106,9 @@ class Mix(Style):
                 total = [m + share * w for m, w in zip(total, codes)]
         return total
 
+    def renamed(self, rename: Callable[[str], str]) -> Style:
+        return Mix(tuple((rename(name), share) for name, share in self.shares))
+
     def __str__(self) -> str:
         if len(self.shares) == 1:
             return self.shares[0][0]
@@ -125,6 +132,9 @@ class Strength(Style):
     def parts(self) -> Iterator[Style]:
         yield self
         yield from self.style.parts()
+
+    def renamed(self, rename: Callable[[str], str]) -> Style:
+        return replace(self, style=self.style.renamed(rename))
 
     def __str__(self) -> str:
         return f"{self.style} x{self.strength:.3g}"
@@ -150,6 +160,9 @@ class Blend(Style):
         yield self
         yield from self.first.parts()
         yield from self.second.parts()
+
+    def renamed(self, rename: Callable[[str], str]) -> Style:
+        return replace(self, first=self.first.renamed(rename), second=self.second.renamed(rename))
 
     def __str__(self) -> str:
         return f"{self.first} > {self.second} {self.share:.0%}"
@@ -197,6 +210,10 @@ class Schedule(Style):
         for change in self.then:
             yield from change.style.parts()
 
+    def renamed(self, rename: Callable[[str], str]) -> Style:
+        then = tuple(replace(change, style=change.style.renamed(rename)) for change in self.then)
+        return Schedule(self.first.renamed(rename), then)
+
     def __str__(self) -> str:
         return "; ".join([str(self.first), *(f"{c.start:.0%}: {c.style}" for c in self.then)])
 
@@ -218,6 +235,9 @@ class PerItem(Style):
         yield self
         for style in self.styles:
             yield from style.parts()
+
+    def renamed(self, rename: Callable[[str], str]) -> Style:
+        return PerItem(tuple(style.renamed(rename) for style in self.styles))
 
     def __str__(self) -> str:
         return " | ".join(map(str, self.styles))

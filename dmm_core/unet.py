@@ -20,6 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from .loading import load_strictly
 from .style import CODEBOOK, MLP_NAMES, StyleMLP, style_delta
 
+MAX_LAYERS = 1000
+"""Transformer layers in a UNet; SDXL's has 70. A file of a few megabytes could name any number, and each takes time to build."""
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -343,13 +346,16 @@ class UNet(nn.Module):
 def unet_config_from_state_dict(sd: Mapping[str, Tensor]) -> UNetConfig:
     """Read every size from a UNet state dict in the LDM layout (keys without ``model.diffusion_model.``).
 
-    Raises ValueError naming the key that is missing when this is not such a UNet.
+    Raises ValueError naming the key that is missing, or of another shape than such a UNet's.
     """
 
-    def shape(key: str) -> torch.Size:
+    def shape(key: str, *dimensions: int) -> torch.Size:
         if key not in sd:
             raise ValueError(f"not a Stable Diffusion UNet in the LDM layout: key '{key}' is missing")
-        return sd[key].shape
+        size = sd[key].shape
+        if len(size) not in dimensions or not all(size):
+            raise ValueError(f"not a Stable Diffusion UNet in the LDM layout: '{key}' has shape {tuple(size)}")
+        return size
 
     def depth(block: str) -> int:
         n = 0
@@ -357,7 +363,13 @@ def unet_config_from_state_dict(sd: Mapping[str, Tensor]) -> UNetConfig:
             n += 1
         return n
 
-    model_channels, in_channels = shape("input_blocks.0.0.weight")[:2]
+    model_channels, in_channels = shape("input_blocks.0.0.weight", 4)[:2]
+    width = shape("time_embed.0.weight", 2)
+    if width != (4 * model_channels, model_channels):
+        raise ValueError(
+            f"not a Stable Diffusion UNet in the LDM layout: 'time_embed.0.weight' has shape {tuple(width)}, expected "
+            f"{(4 * model_channels, model_channels)} for {model_channels} channels"
+        )
     mults, res_blocks, depth_input = [], [0], []
     index = 1
     while f"input_blocks.{index}.0.op.weight" in sd or f"input_blocks.{index}.0.in_layers.0.weight" in sd:
@@ -367,12 +379,15 @@ def unet_config_from_state_dict(sd: Mapping[str, Tensor]) -> UNetConfig:
         else:
             res_blocks[-1] += 1
             depth_input.append(depth(block))
-            mult = shape(f"{block}.0.out_layers.3.weight")[0] // model_channels
+            mult = max(1, shape(f"{block}.0.out_layers.3.weight", 4)[0] // model_channels)
             if res_blocks[-1] == 1:
                 mults.append(mult)
         index += 1
     num_output = sum(res_blocks) + len(res_blocks)
     depth_output = [depth(f"output_blocks.{i}") for i in range(num_output)]
+    depth_middle = depth("middle_block")
+    if sum(depth_input) + depth_middle + sum(depth_output) > MAX_LAYERS:
+        raise ValueError(f"not a Stable Diffusion UNet: it has more than {MAX_LAYERS} transformer layers")
     transformers = [k for k in sd if k.endswith(".1.transformer_blocks.0.attn2.to_k.weight")]
     if not transformers or len(mults) != len(res_blocks):
         raise ValueError(
@@ -380,31 +395,31 @@ def unet_config_from_state_dict(sd: Mapping[str, Tensor]) -> UNetConfig:
         )
     first = transformers[0].removesuffix("transformer_blocks.0.attn2.to_k.weight")
     mlp = next((name for name in MLP_NAMES if f"{name}.linear_1.weight" in sd), MLP_NAMES[0])
-    adm = shape("label_emb.0.0.weight")[1] if "label_emb.0.0.weight" in sd else 0
+    adm = shape("label_emb.0.0.weight", 2)[1] if "label_emb.0.0.weight" in sd else 0
     return UNetConfig(
         in_channels=in_channels,
-        out_channels=shape("out.2.weight")[0],
+        out_channels=shape("out.2.weight", 4)[0],
         model_channels=model_channels,
         channel_mult=tuple(mults),
         num_res_blocks=tuple(res_blocks),
         depth_input=tuple(depth_input),
-        depth_middle=depth("middle_block"),
+        depth_middle=depth_middle,
         depth_output=tuple(depth_output),
-        context_dim=shape(transformers[0])[1],
-        linear_proj=len(shape(first + "proj_in.weight")) == 2,
+        context_dim=shape(transformers[0], 2)[1],
+        linear_proj=len(shape(first + "proj_in.weight", 2, 4)) == 2,
         adm_channels=adm,
-        num_styles=shape(f"{CODEBOOK}.weight")[0] if f"{CODEBOOK}.weight" in sd else 0,
+        num_styles=shape(f"{CODEBOOK}.weight", 2)[0] if f"{CODEBOOK}.weight" in sd else 0,
         style_mlp=mlp,
     )
 
 
-def load_unet(sd: Mapping[str, Tensor], dtype: torch.dtype | None = torch.float32) -> UNet:
-    """Build the UNet that a state dict describes and load it strictly (copies; ``sd`` is left alone).
+def load_unet(sd: Mapping[str, Tensor], dtype: torch.dtype | None = torch.float32, copy: bool = True) -> UNet:
+    """Build the UNet that a state dict describes and load it strictly (copies; ``sd`` is left alone; see ``load_strictly``).
 
     Raises ValueError with the sorted missing / unexpected / misshapen keys.
     """
     config = unet_config_from_state_dict(sd)
-    return load_strictly(lambda: UNet(config), sd, "UNet", dtype)
+    return load_strictly(lambda: UNet(config), sd, "UNet", dtype, copy)
 
 
 def init_style(unet: UNet, generator: torch.Generator | None = None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 TABLE = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
 IDS = "cond_stage_model.dmm_token_ids"
 NUM_TOKENS = 49408
-MAX_WIDTH = 4096
+MAX_WIDTH = 1280
 """No CLIP text encoder is wider; without a bound, a file of a few bytes could ask for any amount of memory."""
 
 
@@ -54,9 +54,14 @@ def expand_vocabulary(text: Mapping[str, Tensor]) -> dict[str, Tensor]:
         )
     if table.shape[1] > MAX_WIDTH:
         raise ValueError(f"the token table is {table.shape[1]} wide; CLIP text encoders have at most {MAX_WIDTH}")
+    if len(ids) > NUM_TOKENS:
+        raise ValueError(f"the compact token table is damaged: {len(ids)} ids, CLIP knows {NUM_TOKENS} tokens")
     ids = ids.long()
     if len(ids) and (ids.min() < 0 or ids.max() >= NUM_TOKENS or len(ids.unique()) != len(ids)):
         raise ValueError(f"the compact token table is damaged: '{IDS}' must hold different ids in 0..{NUM_TOKENS - 1}")
+    if table.is_meta:  # only the header of the file was read
+        text[TABLE] = table.new_empty(NUM_TOKENS, table.shape[1])
+        return text
     full = table[-1:].repeat(NUM_TOKENS, 1)  # (V, d) -> (49408, d)
     full[ids] = table[:-1]
     text[TABLE] = full

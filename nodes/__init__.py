@@ -7,6 +7,8 @@ from comfy_api.latest import ComfyExtension, io
 from . import (
     demo_scenes,
     distill,
+    edit_style,
+    grow,
     legacy,
     loader,
     named_blend,
@@ -23,8 +25,8 @@ from . import (
 )
 
 MODULES = (
-    *(loader, style, style_values, style_apply, style_sheet, named_blend, regions, save),
-    *(teacher, distill, demo_scenes),
+    *(loader, style, style_values, style_apply, style_sheet, named_blend, edit_style, regions, save),
+    *(teacher, distill, grow, demo_scenes),
 )
 
 

@@ -47,14 +47,20 @@ FIELDS = {
     "compile": "compile",
 }
 """Input -> field of TrainConfig."""
+GROWING = {"guard": "guard", "warm_start": "warm_start"}
+"""The same, of the nodes that go on with a DMM model."""
+
+
+def field_of(name: str) -> str:
+    return {**FIELDS, **GROWING}[name]
 
 
 def whole(name: str, low: int, high: int, tooltip: str | None = None, **more):
-    return io.Int.Input(name, default=getattr(DEFAULTS, FIELDS[name]), min=low, max=high, tooltip=tooltip, **more)
+    return io.Int.Input(name, default=getattr(DEFAULTS, field_of(name)), min=low, max=high, tooltip=tooltip, **more)
 
 
 def number(name: str, low: float, high: float, step: float, tooltip: str | None = None, **more):
-    default = getattr(DEFAULTS, FIELDS[name])
+    default = getattr(DEFAULTS, field_of(name))
     return io.Float.Input(name, default=default, min=low, max=high, step=step, round=False, tooltip=tooltip, **more)
 
 
@@ -117,11 +123,25 @@ def setting_inputs() -> list:
     ]
 
 
+def growing_inputs() -> list:
+    """Of the nodes that go on with a DMM model: the student starts from that model, whatever else is set."""
+    return [setting for setting in setting_inputs() if setting.id != "start_from"]
+
+
+def guard_input():
+    return number("guard", 0, 0.95, 0.05, "Share of the training that repeats the styles which stay. 0: they are forgotten.")
+
+
+def warm_start_input():
+    tooltip = "Steps that first look for the new style's vector with the network frozen; 0: it begins at random."
+    return whole("warm_start", 0, 100_000, tooltip)
+
+
 def train_config(given: Mapping[str, Any]) -> TrainConfig:
     """What the node's inputs say. Raises ValueError naming a setting that makes no sense."""
     named = given.get("preset", CUSTOM)
     values = {**given, **({} if named == CUSTOM else preset_inputs(named))}
-    settings = {field: values[name] for name, field in FIELDS.items() if name in values}
+    settings = {field: values[name] for name, field in {**FIELDS, **GROWING}.items() if name in values}
     settings["ema_gamma"] = values.get("average", DEFAULTS.ema_gamma) or None
     if "memory" in values:
         settings["memory"] = in_gigabytes(values["memory"])

@@ -21,14 +21,17 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ..dmm_core.checkpoint import STYLE_KEYS, TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX, Checkpoint, load_checkpoint
+from ..dmm_core.checkpoint import STYLE_KEYS, TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX, Checkpoint
 from ..dmm_core.metadata import StyleInfo
 from ..dmm_core.style import CODEBOOK, StyleMLP
-from ..dmm_core.style_value import Style, check_new_name, style_rows, vocabulary
+from ..dmm_core.style_value import NO_STYLE, Style, check_new_name, find_style, style_rows, vocabulary
 from ..dmm_core.vae import vae_config_from_state_dict
+from ..training.model_files import load_any
+from ..training.text import SIZE_FEATURES
 from . import region_patch, style_patch
 
-CLIP_LAYERS = "cond_stage_model.transformer.text_model."
+TEXT_WIDTHS = {"clip_l": 768, "clip_h": 1024, "clip_g": 1280}
+"""The host's text encoders of SD1.x and SDXL, of SD2.x, of SDXL, and the one width of each that it builds unasked."""
 ATTACHMENT = "dmm"
 SD_WIDTH = 320
 """``model_channels`` of every released Stable Diffusion model, or more."""
@@ -100,16 +103,44 @@ def with_blend(model, style: Style, info: StyleInfo):
     return model
 
 
+def with_edited_style(model, style: str, changes: dict[str, str]):
+    """A clone of a MODEL that describes one of its styles, learned or a named blend, otherwise. changes: fields of StyleInfo.
+
+    Under a new name the style stays what the MODEL paints with, if it was; to the nodes behind, the old name is unknown.
+    Raises ValueError for a style that the MODEL does not have, a name that is taken, and texts that cannot be stored.
+    """
+    before = model_info(model)
+    known = list(before.known)
+    old = find_style(known, style)
+    if "name" in changes:
+        changes = {**changes, "name": check_new_name([name for name in known if name != old], changes["name"])}
+
+    def edited(info: StyleInfo) -> StyleInfo:
+        return replace(info, **changes) if info.name == old else info
+
+    def renamed(name: str) -> str:
+        return changes.get("name", old) if name != NO_STYLE and find_style(known, name) == old else name
+
+    model = model.clone()
+    blends = tuple((edited(info), weights) for info, weights in before.blends)
+    after = replace(before, styles=tuple(map(edited, before.styles)), blends=blends)
+    model.set_attachments(ATTACHMENT, after)
+    chosen = style_patch.chosen_style(model)
+    style_patch.set_known(model, after.known)
+    style_patch.set_style(model, chosen.renamed(renamed))
+    return model
+
+
 # --- file to host -----------------------------------------------------------------------------------------------------
 
 
 def load(path: str) -> tuple:
-    """A safetensors checkpoint, DMM or plain -> (MODEL, CLIP or None, VAE, ModelInfo).
+    """A file or folder that ``load_any`` reads, DMM or plain -> (MODEL, CLIP or None, VAE, ModelInfo).
 
-    A file without a VAE gives the host's empty VAE, whose use names the problem.
+    One without a VAE gives the host's empty VAE, whose use names the problem.
     Raises ValueError for files that are no Stable Diffusion checkpoint.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_any(path)
     model, clip, vae = build_model(checkpoint), build_clip(checkpoint), build_vae(checkpoint)
     # The host reloads from these when it needs a second copy (torch.compile and hooks under DynamicVRAM, several GPUs).
     model.cached_patcher_init = (reload_model, (path,))
@@ -121,15 +152,15 @@ def load(path: str) -> tuple:
 
 
 def reload_model(path: str, disable_dynamic: bool = False):
-    return build_model(load_checkpoint(path), disable_dynamic)
+    return build_model(load_any(path), disable_dynamic)
 
 
 def reload_clip(path: str, disable_dynamic: bool = False):
-    return build_clip(load_checkpoint(path), disable_dynamic).patcher
+    return build_clip(load_any(path), disable_dynamic).patcher
 
 
 def reload_vae(path: str, disable_dynamic: bool = False):
-    return build_vae(load_checkpoint(path)).patcher  # the host's VAE offers no choice here
+    return build_vae(load_any(path)).patcher  # the host's VAE offers no choice here
 
 
 def build_model(checkpoint: Checkpoint, disable_dynamic: bool = False):
@@ -176,8 +207,7 @@ def model_config(sd: dict[str, Tensor]) -> tuple:
         config = comfy.model_detection.model_config_from_unet(sd, UNET_PREFIX)
         if config is not None:
             return config, True
-    elif sizes["adm_in_channels"] is None:
-        kind = comfy.supported_models.SD20 if sizes["use_linear_in_transformer"] else comfy.supported_models.SD15
+    elif kind := small_kind(sizes):
         config = kind(sizes)
         config.unet_config |= {"num_heads": -1, "num_head_channels": 64}  # no weight shows them; see UNetConfig.heads
         return config, False
@@ -185,6 +215,14 @@ def model_config(sd: dict[str, Tensor]) -> tuple:
         f"ComfyUI knows no model of these sizes: width {sizes['model_channels']}, context {sizes['context_dim']}, "
         f"pooled conditioning {sizes['adm_in_channels']}; use an SD1.x, SD2.x or SDXL model"
     )
+
+
+def small_kind(sizes: dict):
+    """Which of the host's models has the shape of these sizes, whatever their widths; None for none."""
+    linear, pooled = sizes["use_linear_in_transformer"], sizes["adm_in_channels"]
+    if pooled is None:
+        return comfy.supported_models.SD20 if linear else comfy.supported_models.SD15
+    return comfy.supported_models.SDXL if linear and pooled > SIZE_FEATURES else None
 
 
 def build_small_model(config, sd: dict[str, Tensor], weight_dtype: torch.dtype, disable_dynamic: bool):
@@ -244,25 +282,30 @@ def build_clip(checkpoint: Checkpoint, disable_dynamic: bool = False):
         tokenizer_data=weights,
         parameters=comfy.utils.calculate_parameters(weights),
         state_dict=weights,
-        model_options=text_model_options(checkpoint.text),
+        model_options=text_model_options(weights),
         disable_dynamic=disable_dynamic,
     )
 
 
-def text_model_options(text: dict[str, Tensor]) -> dict:
-    """The sizes of an SD1.x text encoder that is not CLIP-L, as the host's CLIP takes them (64 channels a head)."""
-    embedding = text.get(f"{CLIP_LAYERS}embeddings.token_embedding.weight")
-    if embedding is None or embedding.shape[1] == 768:
-        return {}
-    width = embedding.shape[1]
-    layers = {k.removeprefix(f"{CLIP_LAYERS}encoder.layers.").split(".")[0] for k in text if ".encoder.layers." in k}
-    sizes = {
-        "hidden_size": width,
-        "intermediate_size": text[f"{CLIP_LAYERS}encoder.layers.0.mlp.fc1.weight"].shape[0],
-        "num_hidden_layers": len(layers),
-        "num_attention_heads": max(1, width // 64),
-    }
-    return {"clip_l_model_config": sizes}
+def text_model_options(weights: dict[str, Tensor]) -> dict:
+    """The sizes of text encoders that are not as wide as the released ones, as the host's CLIP takes them.
+
+    weights: in the host's key names. 64 channels make a head, as in the released ones.
+    """
+    options = {}
+    for name, released in TEXT_WIDTHS.items():
+        prefix = f"{name}.transformer.text_model."
+        embedding = weights.get(f"{prefix}embeddings.token_embedding.weight")
+        if embedding is None or embedding.shape[1] == released:
+            continue
+        layers = {k[len(prefix) :].split(".")[2] for k in weights if k.startswith(f"{prefix}encoder.layers.")}
+        options[f"{name}_model_config"] = {
+            "hidden_size": embedding.shape[1],
+            "intermediate_size": weights[f"{prefix}encoder.layers.0.mlp.fc1.weight"].shape[0],
+            "num_hidden_layers": len(layers),
+            "num_attention_heads": max(1, embedding.shape[1] // 64),
+        }
+    return options
 
 
 def build_vae(checkpoint: Checkpoint):
@@ -295,21 +338,28 @@ def to_checkpoint(model, clip=None, vae=None) -> Checkpoint:
     clip_sd = None if clip is None else clip.state_dict_for_saving()
     vae_sd = None if vae is None or vae.first_stage_model is None else vae.get_sd()
     sd = model.state_dict_for_saving(clip_sd, vae_sd)
-    unet = part(sd, UNET_PREFIX, info.dtype)
-    if info.blends:  # a blend is a code like the others: the MLP comes after the mixing
-        codes = unet[f"{CODEBOOK}.weight"]
-        weights = torch.tensor([weights for _, weights in info.blends])
-        unet[f"{CODEBOOK}.weight"] = torch.cat([codes, (weights @ codes.float()).to(codes.dtype)])
+    unet, styles = with_blend_codes(part(sd, UNET_PREFIX, info.dtype), info)
     return Checkpoint(
         unet=unet,
         text={k: as_file(v, info.dtype) for k, v in sd.items() if k.startswith(TEXT_PREFIXES)},
         vae=part(sd, VAE_PREFIX, info.dtype),
-        styles=[*info.styles, *(style for style, _ in info.blends)],
+        styles=styles,
         recipe=info.recipe,
         metadata=dict(info.metadata),
         prediction=info.prediction,
         zero_snr=info.zero_snr,
     )
+
+
+def with_blend_codes(unet: dict[str, Tensor], info: ModelInfo) -> tuple[dict[str, Tensor], list[StyleInfo]]:
+    """A UNet's weights whose codebook has the named blends as codes of their own, and what is known of all its styles."""
+    styles = [*info.styles, *(style for style, _ in info.blends)]
+    if not info.blends:
+        return unet, styles
+    codes = unet[f"{CODEBOOK}.weight"]  # a blend is a code like the others: the MLP comes after the mixing
+    weights = torch.tensor([weights for _, weights in info.blends])
+    blended = torch.cat([codes, (weights @ codes.float()).to(codes.dtype)])
+    return {**unet, f"{CODEBOOK}.weight": blended}, styles
 
 
 def part(sd: dict[str, Tensor], prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 from comfy_api.latest import io, ui
 
+from ..training.model_files import change_stamp
 from . import host_model, paths
 
 
@@ -38,7 +37,10 @@ class LoadDMMModel(io.ComfyNode):
                 io.Combo.Input(
                     "ckpt_name",
                     options=paths.model_files(),
-                    tooltip="From models/dmm, output/dmm or models/checkpoints. Plain checkpoints load without styles.",
+                    tooltip=(
+                        "From models/dmm, output/dmm, models/checkpoints, and UNets in models/diffusion_models or "
+                        "models/diffusers. Plain models load without styles."
+                    ),
                 )
             ],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
@@ -47,8 +49,7 @@ class LoadDMMModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, ckpt_name):
-        status = os.stat(paths.model_path(ckpt_name))
-        return (ckpt_name, status.st_mtime_ns, status.st_size)  # a training run may have replaced the file
+        return (ckpt_name, change_stamp(paths.model_path(ckpt_name)))  # a training run may have replaced the file
 
     @classmethod
     def execute(cls, ckpt_name) -> io.NodeOutput:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePath
 
 import folder_paths
 
+from ..training.model_files import UNET_FILE
+
 FOLDER = "dmm"
+DIFFUSERS = "diffusers"
+FOLDERS = (FOLDER, "checkpoints", "diffusion_models", DIFFUSERS)
+"""The host's names of the folders that models are looked for in, in this order."""
 EXTENSIONS = {".safetensors"}
 PACK_MODELS = Path(__file__).absolute().parents[1] / "models"
 
@@ -28,14 +34,51 @@ def output_folder() -> str:
 
 
 def model_files() -> list[str]:
-    """Names to choose from: the DMM folder first, then the safetensors among the checkpoints (once each)."""
-    checkpoints = [f for f in folder_paths.get_filename_list("checkpoints") if Path(f).suffix.lower() in EXTENSIONS]
-    return list(dict.fromkeys(folder_paths.get_filename_list(FOLDER) + checkpoints))
+    """Names to choose from, each once: the DMM folder first. Nothing is opened: the names alone say what may be a model."""
+    names = [name for folder in FOLDERS for name in as_models(_listed(folder))]
+    return list(dict.fromkeys(names))
 
 
 def model_path(name: str) -> str:
-    """The file behind a name from ``model_files``. Raises ValueError when it is gone or was never there."""
-    path = folder_paths.get_full_path(FOLDER, name) or folder_paths.get_full_path("checkpoints", name)
-    if path is None:
-        raise ValueError(f"model file '{name}' not found: put it into models/dmm or models/checkpoints and refresh")
-    return path
+    """The file or folder behind a name from ``model_files``. Raises ValueError when it is gone or was never there.
+
+    As in the host, a name cannot climb out of the model folders, and links in them that users made are followed.
+    """
+    for folder in FOLDERS:
+        path = folder_paths.get_full_path(folder, name) if folder != DIFFUSERS else None
+        if path is None and name in as_models(_listed(folder)):
+            places = (os.path.join(root, name) for root in folder_paths.get_folder_paths(folder))
+            path = next((place for place in places if os.path.exists(place)), None)
+        if path is not None:
+            return path
+    raise ValueError(
+        f"model '{name}' not found: put it into models/dmm, checkpoints, diffusion_models or diffusers and refresh"
+    )
+
+
+def _listed(folder: str) -> list[str]:
+    """Every file in a kind of model folder, by the host's own search; it knows models/diffusers by folders and lists no files."""
+    if folder != DIFFUSERS:
+        return folder_paths.get_filename_list(folder)
+    return [
+        name
+        for root in folder_paths.get_folder_paths(folder)
+        for name in folder_paths.recursive_search(root, [".git"])[0]
+    ]
+
+
+def as_models(names: Iterable[str]) -> list[str]:
+    """Of file names, those that may be a model; the files of a diffusers pipeline or UNet folder as one, by the folder's name."""
+    paths = [path for path in map(PurePath, names) if path.suffix.lower() in EXTENSIONS]
+    pipelines = {path.parents[1] for path in paths if _is_diffusers(path) and path.parent.name == "unet"} - {PurePath()}
+    found = []
+    for path in sorted(paths):
+        whole = next((parent for parent in reversed(path.parents) if parent in pipelines), None)
+        if whole is None and _is_diffusers(path) and path.parent != PurePath():
+            whole = path.parent
+        found.append(str(whole or path))
+    return list(dict.fromkeys(found))
+
+
+def _is_diffusers(path: PurePath) -> bool:
+    return UNET_FILE.fullmatch(path.name) is not None

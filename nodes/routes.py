@@ -1,10 +1,11 @@
-"""GET /dmm/styles?ckpt_name=NAME: the styles in a model file, for the picker in the browser. Reads the file's header only."""
+"""GET /dmm/styles?ckpt_name=NAME: the styles in a model, for the pickers in the browser. Reads the header of its file only."""
 
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
-from ..dmm_core.checkpoint import read_info
+from ..training.model_files import load_any_info
 from . import paths
 
 
@@ -30,8 +31,9 @@ async def get_styles(request):
     except ValueError as error:
         return web.json_response({"error": str(error)}, status=404)
     try:
-        info = await asyncio.to_thread(read_info, path)
+        info = await asyncio.to_thread(load_any_info, path)
     except (ValueError, OSError) as error:
-        return web.json_response({"error": str(error).replace(path, name)}, status=422)
+        message = str(error).replace(path, name).replace(str(Path(path)), name)  # not where it lies on the disk
+        return web.json_response({"error": message}, status=422)
     styles = [{"name": s.name, "description": s.description, "thumbnail": s.thumbnail} for s in info.styles]
     return web.json_response({"styles": styles})

@@ -55,6 +55,11 @@ def set_style(patcher, style: Style) -> None:
     options[STYLE] = ModelStyle(known, style)
 
 
+def chosen_style(patcher) -> Style:
+    """The style that this MODEL paints with."""
+    return patcher.model_options["transformer_options"][STYLE].style
+
+
 def set_known(patcher, known: Vocabulary) -> None:
     """Change the styles that this MODEL knows by name."""
     options = patcher.model_options["transformer_options"]

@@ -5,77 +5,116 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import comfy.model_base
 import comfy.model_management as mm
+import comfy.model_sampling
 import torch
 from torch import Tensor
 
 from ..dmm_core.checkpoint import Checkpoint
 from ..dmm_core.unet import UNet, load_unet
-from ..training.config import TrainConfig
+from ..training.config import AttackConfig, TrainConfig, check_names
 from ..training.data import CaptionedLatents
+from ..training.forget import Forgetting, named
 from ..training.loop import Distillation
 from ..training.memory.fitting import fitted
-from ..training.teacher import Teacher, check_architectures, plain_unet, soup
+from ..training.teacher import Teacher, check_architectures, plain_unet, soup, styled_unet
+from . import host_model
 from .teacher import TeacherInput
 from .weights import unet_weights
 
+Say = Callable[[str], None]
+"""Shows a text to the user."""
+
 
 @torch.no_grad()
-def gather(
-    base,
-    clip,
-    teachers: Sequence[TeacherInput],
-    latents,
-    captions,
-    config: TrainConfig,
-    say: Callable[[str], None] = lambda text: None,
-) -> Distillation:
+def gather(base, clip, teachers: Sequence[TeacherInput], latents, captions, config: TrainConfig, say: Say) -> Distillation:
     """Everything a run needs, copied from the host's objects; call it outside of inference mode. say: is told the memory plan.
 
     Raises ValueError naming the input that does not fit.
     """
     data = captioned_latents(base, latents, captions)
-    base_unet = plain_unet(unet_weights(base), "the base model")
-    unets = []
+    foundation = frozen_base(base, clip, plain_unet(unet_weights(base), "the base model"), data.prompts)
+    frozen = frozen_teachers(teachers, foundation, clip, data.prompts)
+    config, device = ready(config, foundation, len(frozen), data, say)
+    return Distillation(foundation, frozen, data, config, device)
+
+
+@torch.no_grad()
+def gather_grown(model, clip, teachers: Sequence[TeacherInput], latents, captions, config: TrainConfig, say: Say) -> Distillation:
+    """As ``gather``, for a DMM model whose styles stay and come first. Raises ValueError for a model without styles."""
+    data = captioned_latents(model, latents, captions)
+    foundation, old = frozen_styles(model, clip, data.prompts)
+    new = frozen_teachers(teachers, foundation, clip, data.prompts)
+    check_names([teacher.name for teacher in (*old, *new)])
+    config, device = ready(config, foundation, len(new), data, say)
+    return Distillation(foundation, [*old, *new], data, config, device)
+
+
+@torch.no_grad()
+def gather_forgetting(
+    model, clip, forget: Sequence[str], latents, captions, config: TrainConfig, attack: AttackConfig, say: Say
+) -> Forgetting:
+    """As ``gather``, for a DMM model without the styles named in ``forget``. Raises ValueError for names that it does not have."""
+    data = captioned_latents(model, latents, captions)
+    foundation, old = frozen_styles(model, clip, data.prompts)
+    for name in forget:
+        named(old, name)
+    config, device = ready(config, foundation, 1, data, say)
+    return Forgetting(foundation, old, forget, data, config, device, attack)
+
+
+def frozen_base(base, clip, unet: UNet, prompts: Sequence[str]) -> Teacher:
+    return Teacher("base", unet, *text_states(base, clip, prompts), prediction(base, "the base model"), zero_snr(base))
+
+
+def frozen_styles(model, clip, prompts: Sequence[str]) -> tuple[Teacher, list[Teacher]]:
+    """A DMM model as it is now, LoRAs and named blends included: without a style, and as a teacher for each of its styles."""
+    info = host_model.model_info(model)
+    unet, styles = host_model.with_blend_codes(unet_weights(model, styles=True), info)
+    foundation = frozen_base(model, clip, styled_unet(unet, "the model"), prompts)
+    foundation.sha256 = foundation.weights_sha256
+    return foundation, [foundation.as_style(i, style) for i, style in enumerate(styles)]
+
+
+def frozen_teachers(teachers: Sequence[TeacherInput], base: Teacher, clip, prompts: Sequence[str]) -> list[Teacher]:
+    """The connected teachers; one without a CLIP of its own reads the captions with the base's."""
+    frozen = []
     for teacher in teachers:
-        unets.append(plain_unet(unet_weights(teacher.model), f"teacher '{teacher.name}'"))
-        check_architectures(base_unet.config, [(teacher.name, unets[-1].config)])
-    contexts, pooled = text_states(base, clip, data.prompts)
-    frozen = [Teacher("base", base_unet, contexts, pooled, prediction(base, "the base model"), zero_snr(base))]
-    for teacher, unet in zip(teachers, unets):
-        own = (
-            (contexts, pooled)
-            if teacher.clip in (None, clip)
-            else text_states(teacher.model, teacher.clip, data.prompts)
-        )
+        unet = plain_unet(unet_weights(teacher.model), f"teacher '{teacher.name}'")
+        check_architectures(base.unet.config, [(teacher.name, unet.config)])
+        own = (base.contexts, base.pooled)
+        if teacher.clip not in (None, clip):
+            own = text_states(teacher.model, teacher.clip, prompts)
         kind = prediction(teacher.model, f"teacher '{teacher.name}'")
         frozen.append(Teacher(teacher.name, unet, *own, kind, zero_snr(teacher.model), description=teacher.description))
-    for teacher in frozen:
+    for teacher in (base, *frozen):
         teacher.sha256 = teacher.weights_sha256  # there is no file
-    # The host's copies are not needed while training runs: give their memory to it.
-    mm.unload_all_models()
+    return frozen
+
+
+def ready(config: TrainConfig, base: Teacher, teachers: int, data: CaptionedLatents, say: Say) -> tuple[TrainConfig, torch.device]:
+    """The settings that fit the device, and the device, emptied of what the host had there."""
+    mm.unload_all_models()  # its copies are not needed while training runs
     device = mm.get_torch_device()
-    config, plan = fitted(config, base_unet.config, data.shape[1:], len(teachers), device)
+    config, plan = fitted(config, base.unet.config, data.shape[1:], teachers, device)
     if plan:
         say(plan.describe())
-    return Distillation(frozen[0], frozen[1:], data, config, device)
+    return config, device
 
 
 def prediction(patcher, who: str) -> str:
-    """ "eps" or "v". Raises ValueError, naming ``who``, for a model that predicts anything else."""
-    types = comfy.model_base.ModelType
-    kinds = {types.EPS: "eps", types.V_PREDICTION: "v"}
-    if patcher.model.model_type not in kinds:
-        raise ValueError(
-            f"{who} is a {patcher.model.model_type.name} model: only eps- and v-prediction models can be distilled"
-        )
-    return kinds[patcher.model.model_type]
+    """ "eps" or "v", as the MODEL paints (ModelSamplingDiscrete included). Raises ValueError, naming ``who``, for anything else."""
+    kinds = {comfy.model_sampling.EPS: "eps", comfy.model_sampling.V_PREDICTION: "v"}
+    levels, *kind = type(patcher.get_model_object("model_sampling")).__bases__
+    if levels is not comfy.model_sampling.ModelSamplingDiscrete or len(kind) != 1 or kind[0] not in kinds:
+        names = ", ".join(base.__name__ for base in (levels, *kind))
+        raise ValueError(f"{who} samples by {names}: only eps- and v-prediction models can be distilled")
+    return kinds[kind[0]]
 
 
 def zero_snr(patcher) -> bool:
-    """Whether the model's noise schedule ends in pure noise, by the setting that the host builds it from."""
-    return bool(patcher.model.model_config.sampling_settings.get("zsnr", False))
+    """Whether the MODEL's noise schedule ends in pure noise."""
+    return bool(patcher.get_model_object("model_sampling").zsnr)
 
 
 def clip_and_vae_parts(base, clip, vae) -> Checkpoint:
@@ -86,6 +125,24 @@ def clip_and_vae_parts(base, clip, vae) -> Checkpoint:
     copy = {"text": text, "vae": images}
     parts = {part: {k: v.detach().to("cpu").clone() for k, v in weights.items()} for part, weights in copy.items()}
     return Checkpoint(unet={}, prediction=prediction(base, "the base model"), **parts)
+
+
+def dmm_parts(model, clip, vae) -> Checkpoint:
+    """As ``clip_and_vae_parts``, with what the DMM model says of its styles and its making."""
+    info = host_model.model_info(model)
+    parts = clip_and_vae_parts(model, clip, vae)
+    parts.styles, parts.recipe = [*info.styles, *(style for style, _ in info.blends)], info.recipe
+    return parts
+
+
+def interruptible(say: Say) -> Callable[[int, int, str], None]:
+    """A progress callback that also answers the host's cancel."""
+
+    def tick(done: int, total: int, what: str) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        say(f"{what}: {done} of {total}")
+
+    return tick
 
 
 def captioned_latents(model, latents, captions) -> CaptionedLatents:

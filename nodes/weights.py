@@ -12,17 +12,17 @@ from ..dmm_core.style import CODEBOOK, MLP_NAMES
 PREFIX = "diffusion_model."
 
 
-def unet_weights(patcher) -> dict[str, Tensor]:
+def unet_weights(patcher, styles: bool = False) -> dict[str, Tensor]:
     """A MODEL's UNet in the LDM key names, on the CPU, in the dtype it is held in; copies, usable for training.
 
     Computed from the unpatched weights and the MODEL's own patches, so it does not matter which clone of the model is loaded
-    right now. Styles of a DMM model are left out.
+    right now. styles: with the codebook and MLP of a DMM model, which are left out otherwise.
     """
     weights = {}
     for key, (first, *patches) in patcher.get_key_patches(PREFIX).items():
         mm.throw_exception_if_processing_interrupted()
         name = key.removeprefix(PREFIX)
-        if name.split(".")[0] in (CODEBOOK, *MLP_NAMES):
+        if not styles and name.split(".")[0] in (CODEBOOK, *MLP_NAMES):
             continue
         weight, convert = first
         if patches:

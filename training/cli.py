@@ -16,7 +16,8 @@ from tqdm import tqdm
 from . import convert_command
 from .dataset import cache_commands
 from .dataset.cache_commands import ProgressBar as PartsBar
-from .watch.controls import signals
+from .distributed import AgreedError, LostProcess, Ranks, joined, launched, own_device
+from .watch.controls import StopAndSave, signals
 from .watch.progress import Progress
 
 MODELS = str(Path(__file__).parents[1] / "models")
@@ -24,22 +25,34 @@ MODELS = str(Path(__file__).parents[1] / "models")
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 after an error that was explained, 130 when interrupted."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    ranks = launched()
+    logging.basicConfig(level=logging.INFO if ranks.is_main else logging.WARNING, format="%(message)s")
     args = parser().parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
         args.run(args)
+    except LostProcess as error:
+        if error.speak:
+            print(f"\n{who(ranks)}: {error}", file=sys.stderr)  # a progress bar may be in this line
+        return 1
     except ValueError as error:
-        print(f"dmm: {error}", file=sys.stderr)
+        if ranks.is_main or not isinstance(error, AgreedError):
+            print(f"{who(ranks)}: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"dmm: {error.strerror or error}: {error.filename or 'while writing'}", file=sys.stderr)
+        print(f"{who(ranks)}: {error.strerror or error}: {error.filename or 'while writing'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("dmm: interrupted; what was learnt is saved, the same command goes on from there", file=sys.stderr)
+        if ranks.is_main:
+            print("dmm: interrupted; what was learnt is saved, the same command goes on from there", file=sys.stderr)
         return 130
     return 0
+
+
+def who(ranks: Ranks) -> str:
+    """Who speaks, for messages."""
+    return "dmm" if ranks.is_main else f"dmm, process {ranks.rank}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,14 +90,14 @@ def parser() -> argparse.ArgumentParser:
     cache_commands.add_parsers(commands)
 
     sample = commands.add_parser("sample", help="paint with a checkpoint")
-    sample.add_argument("checkpoint")
+    sample.add_argument("checkpoint", help="model file or folder (docs/files.md)")
     sample.add_argument("--prompt", action="append", required=True, help="may be given several times")
     style_help = 'name, shares ("ink:0.7, pen:0.3") or schedule ("0%%: ink; 60%%: pen"); "all": one row per style'
     sample.add_argument("--style", default="none", help=f"{style_help} (default: none)")
     sample.add_argument("--strength", type=float, default=1.0)
     sample.add_argument("--parts-from", help="full checkpoint to take a missing text encoder or VAE from")
     sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--size", type=int, default=0, help="pixels a side (default: 512, demo models 128)")
+    sample.add_argument("--size", type=int, default=0, help="pixels a side (default: what the model was trained at)")
     for name, default in (
         ("steps", 20),
         ("cfg", 4.0),
@@ -97,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     sample.set_defaults(run=run_sample)
 
     info = commands.add_parser("info", help="what is in a checkpoint file")
-    info.add_argument("checkpoint")
+    info.add_argument("checkpoint", help="model file or folder, or a file of styles (docs/files.md)")
     info.set_defaults(run=run_info)
 
     convert_command.add_parser(commands)
@@ -140,12 +153,15 @@ class Bar:
 
 
 @contextlib.contextmanager
-def watched(picture_every: int = 0):
-    """A Watch with progress bars, whose run can be asked for things by signals (see ``controls.signals``)."""
+def watched(picture_every: int = 0, ranks: Ranks | None = None):
+    """A Watch with progress bars, whose run can be asked for things by signals (see ``controls.signals``). Of several processes the
+    first one has bars."""
     from .watch.watch import Watch
 
-    bar = Bar()
-    watch = Watch(on_step=bar, on_paint=bar.painting, picture_every=picture_every)
+    watch = Watch(picture_every=picture_every)
+    if not ranks or ranks.is_main:
+        bar = Bar()
+        watch.on_step, watch.on_paint = bar, bar.painting
     with signals(watch.controls):
         yield watch
 
@@ -154,6 +170,7 @@ def run_distill(args) -> None:
     from .config import load_config
     from .distill import distill, pick_device
     from .load import load_run
+    from .sharding import check_parallel
 
     config = load_config(args.config)
     if bool(config.forget) != (args.grown == "forget"):
@@ -165,14 +182,19 @@ def run_distill(args) -> None:
     if args.memory is not None:
         config.train.memory = args.memory
         config.train.check()
-    print(json.dumps(config.to_dict(), indent=2))
+    ranks = launched()
+    check_parallel(config.train, ranks.world)
+    device = own_device(pick_device(config.train.device), ranks)
+    show = print if ranks.is_main else (lambda text: None)
+    show(json.dumps(config.to_dict(), indent=2))
     if args.dry_run:
-        run = load_run(config, pick_device(config.train.device), bool(args.grown))
-        print(run.plan.describe() if run.plan else "memory: nothing planned (see the setting 'memory')")
+        with joined(ranks, device), ranks.together():
+            run = load_run(config, device, bool(args.grown), ranks)
+        show(run.plan.describe() if run.plan else "memory: nothing planned (see the setting 'memory')")
         return
-    with watched(config.picture_every) as watch:
-        distill(config, watch, args.fork and Path(args.fork), bool(args.grown))
-    print(f"wrote {config.output}")
+    with watched(config.picture_every, ranks) as watch, joined(ranks, device, goodbye=StopAndSave):
+        distill(config, watch, args.fork and Path(args.fork), bool(args.grown), ranks)
+    show(f"wrote {config.output}")
 
 
 def memory(text: str) -> float | str:
@@ -186,14 +208,15 @@ def memory(text: str) -> float | str:
 
 
 def run_sample(args) -> None:
-    from ..dmm_core.checkpoint import load_checkpoint
     from ..dmm_core.style_value import Strength
+    from .dataset.buckets import default_resolution
     from .images import grid
+    from .model_files import load_any
     from .paint import Settings, painter
 
-    companion = load_checkpoint(args.parts_from) if args.parts_from else None
-    brush = painter(load_checkpoint(args.checkpoint), companion)
-    size = args.size or (512 if brush.unet.config.model_channels >= 320 else 128)
+    companion = load_any(args.parts_from) if args.parts_from else None
+    brush = painter(load_any(args.checkpoint), companion)
+    size = args.size or default_resolution(brush.unet.config, brush.prediction)
     settings = Settings(args.steps, args.cfg, args.sampler, args.scheduler, size, size, args.negative)
     styles = brush.styles if args.style == "all" else [args.style]
     rows = []

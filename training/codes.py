@@ -117,6 +117,7 @@ def warm_start(run: Distillation, tick: Tick | None = None) -> None:
     codes = fit_codes(search, start, c.warm_start, tick=tick and (lambda done: tick(done, c.warm_start, what)))
     with torch.no_grad():
         run.student.model_embedding.weight[new] = codes.to(run.student.model_embedding.weight)
+    run.ranks.align(run.student.model_embedding.weight.detach())
 
 
 @dataclass
@@ -129,20 +130,26 @@ class Recovery:
     untouched: float
 
 
-def recover(run: Distillation, unet: UNet, truth: int, steps: int, tries: int = 4, batches: int = 8) -> Recovery:
-    """Look for a code with which ``unet``, frozen, paints as teacher ``truth`` of ``run`` does: ``tries`` codes at once, from random
-    beginnings and the known codes' mean; batches: of the run's size, for the final figures."""
+def recover(
+    run: Distillation,
+    unet: UNet,
+    truth: Callable[[Batch], Tensor],
+    steps: int,
+    tries: int = 4,
+    batches: int = 8,
+    tick: Callable[[int], None] | None = None,
+) -> Recovery:
+    """Look for a code with which ``unet``, frozen, predicts what ``truth`` does: ``tries`` codes at once, from random beginnings and the
+    known codes' mean, on the run's pictures. batches: of the run's size, for the final figures."""
     device, c = run.device, run.config
     attacked = with_more_codes(unet, tries).to(device)
-    shares = tuple(float(i == truth) for i in range(run.num_styles))
 
     def sample(seed_of: str):
-        draw = Draw(hash_seed(c.seed, seed_of), c.batch_size, run.num_styles, 0.0, 0.0, run.schedule, shares)
+        draw = Draw(hash_seed(c.seed, seed_of), c.batch_size, 1, 0.0, 0.0, run.schedule)
 
         def one(number: int) -> tuple[Batch, Tensor, Tensor]:
             batch = run.data.batch(number, draw)
-            target, _ = run.targets(batch, batch.x_t.to(device), batch.t.to(device), want_features=False)
-            return batch, (number * c.batch_size + torch.arange(c.batch_size)) % tries, target
+            return batch, (number * c.batch_size + torch.arange(c.batch_size)) % tries, truth(batch)
 
         return one
 
@@ -152,7 +159,7 @@ def recover(run: Distillation, unet: UNet, truth: int, steps: int, tries: int = 
     start = torch.randn(tries, unet.config.embed_dim, generator=g).to(device)
     if unet.config.num_styles:
         start[0] = unet.model_embedding.weight.detach().float().mean(0).to(device)
-    codes = fit_codes(learn, start, steps)
+    codes = fit_codes(learn, start, steps, tick=tick)
     numbers = range(batches)
     nothing = []
     for number in numbers:

@@ -23,6 +23,7 @@ OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
 RESIDENCIES = ("auto", "device", "offload")
 TEACHER_DTYPES = ("auto", *PRECISIONS)
 EMA_DEVICES = ("auto", "cpu")
+PARALLELS = ("ddp", "fsdp")
 
 
 @dataclass
@@ -97,7 +98,8 @@ class TrainConfig:
 
     precision: of the arithmetic; weights stay in fp32. teacher_dtype: the teachers' weights, "auto" is the precision on a GPU and
     fp32 elsewhere. residency: the teachers wait on the "device", or in RAM with ``teacher_slots`` places on the device ("offload").
-    compile: torch.compile the student. save_every: steps between run states, keep: how many of them stay; validation: samples of the
+    compile: torch.compile the student. parallel: with several processes a copy of the student in each ("ddp") or a share of it
+    ("fsdp"). save_every: steps between run states, keep: how many of them stay; validation: samples of the
     fixed check at each save that finds the best state, 0 for none.
     """
 
@@ -137,6 +139,7 @@ class TrainConfig:
     memory: float | str = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
+    parallel: str = "ddp"
     tf32: bool = True
     seed: int = 0
     device: str = "auto"
@@ -189,6 +192,7 @@ class TrainConfig:
             "residency": RESIDENCIES,
             "teacher_dtype": TEACHER_DTYPES,
             "ema_device": EMA_DEVICES,
+            "parallel": PARALLELS,
         }
         for name, known in choices.items():
             need(getattr(self, name) in known, name, f"choose one of {', '.join(known)}")
@@ -208,15 +212,17 @@ class TrainConfig:
 @dataclass
 class AttackConfig:
     """The adversary of a run that forgets a style: every ``every`` steps it looks, for ``steps`` steps, for ``codes`` codes that bring
-    the style back. codes 0: none, the style is only painted over where its own code was."""
+    the style back. codes 0: none, the style is only painted over where its own code was. check: steps of the search that, at the end,
+    shows what is left in the network; 0: none."""
 
     every: int = 25
     steps: int = 10
     codes: int = 3
+    check: int = 100
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """Raises ValueError naming the setting that makes no sense."""
-        for name, low in (("every", 1), ("steps", 1), ("codes", 0)):
+        for name, low in (("every", 1), ("steps", 1), ("codes", 0), ("check", 0)):
             value = getattr(self, name)
             if not _whole(value) or value < low:
                 raise ValueError(f"attack.{name} is {value!r}: expected a whole number from {low}")
@@ -251,7 +257,7 @@ class DistillConfig:
             raise ValueError(f"forget is {self.forget!r}: expected a list of style names")
         if not self.forget:
             check_names([teacher.name for teacher in self.teachers])
-        self.attack.check()
+        self.attack.validate()
         if self.data.kind not in DATA_KINDS:
             raise ValueError(f"data.kind is {self.data.kind!r}: choose one of {', '.join(DATA_KINDS)}")
         if not self.output.endswith(".safetensors"):
@@ -269,8 +275,8 @@ class DistillConfig:
             for lora in teacher.loras:
                 lora.check()
             files += [(f"LoRA of teacher '{teacher.name}'", lora.file) for lora in teacher.loras]
-        for role, path in files:
-            if path and not Path(path).is_file():
+        for role, path in files:  # a model may be a folder of diffusers
+            if path and not Path(path).exists():
                 raise ValueError(f"{role}: there is no file '{path}'")
         if not _whole(self.picture_every) or self.picture_every < 0:
             raise ValueError(f"picture_every is {self.picture_every!r}: expected a whole number from 0")

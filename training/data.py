@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..dmm_core.schedule import NoiseSchedule
+from ..dmm_core.weights_file import read_weights
 
 
 @dataclass
@@ -24,7 +24,8 @@ class Batch:
 
     x_t (B, C, h, w) float32; t (B,) timesteps; teacher (B,), sorted so that each teacher's rows are a slice, N standing for the
     base; rows (B,) of the captions in ``Teacher.contexts``, 0 where the caption is dropped. target (B, C, h, w): what the teachers
-    predict, each in its own parameterisation, where the data hold it (rollouts), else None.
+    predict, each in its own parameterisation, where the data hold it (rollouts), else None. whole: the batch of which this is one
+    process's share, its rows from ``start`` on; None where this is all of it.
     """
 
     x_t: Tensor
@@ -32,6 +33,21 @@ class Batch:
     teacher: Tensor
     rows: Tensor
     target: Tensor | None = None
+    whole: Batch | None = None
+    start: int = 0
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def part(self, place: slice) -> Batch:
+        """Some neighbouring rows, which know what they are a part of."""
+        target = None if self.target is None else self.target[place]
+        own = (x[place] for x in (self.x_t, self.t, self.teacher, self.rows))
+        return Batch(*own, target, whole=self, start=place.start)
+
+    @property
+    def of_all(self) -> Batch:
+        return self if self.whole is None else self.whole
 
 
 @dataclass(frozen=True)
@@ -210,10 +226,9 @@ def hash_seed(seed: int, *purpose: object) -> int:
 def load_latents(path: str | Path) -> CaptionedLatents:
     """Read a safetensors file with ``latents`` (M, 4, h, w) and the metadata ``captions`` (a JSON list of M texts)."""
     try:
-        with safe_open(str(path), framework="pt") as file:
-            captions = json.loads((file.metadata() or {})["captions"])
-            latents = file.get_tensor("latents").float()
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        tensors, metadata = read_weights(path)
+        captions, latents = json.loads(metadata["captions"]), tensors["latents"].float()
+    except (OSError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(
             f"'{path}' is not a file of captioned latents (tensor 'latents', metadata 'captions'): {error}"
         ) from error

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from ..dmm_core.style import CODEBOOK
-from .codes import Search, fit_codes
+from ..dmm_core.unet import load_unet
+from .codes import Search, Tick, fit_codes, recover
 from .config import AttackConfig, TrainConfig
 from .data import Batch, Draw, TrainingData, hash_seed
+from .distributed import Ranks
 from .loop import Distillation
 from .teacher import Teacher
 
@@ -48,10 +50,11 @@ class Forgetting(Distillation):
         config: TrainConfig,
         device: torch.device,
         attack: AttackConfig | None = None,
+        ranks: Ranks | None = None,
     ):
         """styles: all of the base's, as ``Teacher.as_style`` gives them."""
         self.attack = attack or AttackConfig()
-        self.attack.check()
+        self.attack.validate()
         gone = [named(styles, name) for name in forget]
         stay = [style for style in styles if style not in gone]
         if not gone:
@@ -64,7 +67,10 @@ class Forgetting(Distillation):
             self.forgotten.append(Forgotten(old, rows))
             places += [as_without_style(old, i) for i in range(len(rows))]
         self.kept = len(stay)
-        super().__init__(base, places, data, dataclasses.replace(config, warm_start=0), device)
+        config = dataclasses.replace(config, warm_start=0)
+        super().__init__(base, places, data, config, device, ranks=ranks or Ranks())
+        if self.sharded:
+            raise ValueError("parallel is 'fsdp', which cannot forget: its codes are looked for with the whole student; use ddp")
         with torch.no_grad():
             book, codes = self.student.model_embedding.weight, base.unet.model_embedding.weight
             for one in self.forgotten:
@@ -74,7 +80,8 @@ class Forgetting(Distillation):
         return super().styles()[: self.kept]
 
     def own_identity(self) -> dict[str, str]:
-        return {"forgotten styles": repr([one.teacher.name for one in self.forgotten]), "attack": repr(self.attack)}
+        attack = dataclasses.replace(self.attack, check=0)  # comes after training and changes nothing of it
+        return {"forgotten styles": repr([one.teacher.name for one in self.forgotten]), "attack": repr(attack)}
 
     def what_changed(self) -> dict[str, list[str]]:
         return {"forgotten": [one.teacher.name for one in self.forgotten]}
@@ -110,6 +117,7 @@ class Forgetting(Distillation):
             codes = fit_codes(Search(self, self.student, rows, self._sample(one, len(rows))), start, self.attack.steps)
             with torch.no_grad():
                 book[rows] = codes.to(book)
+        self.ranks.align(book.detach())
 
     def _sample(self, one: Forgotten, count: int):
         """Batches whose targets are what the old model paints in the style."""
@@ -138,6 +146,30 @@ class Forgetting(Distillation):
         with self.autocast():
             out = unet(x_t.to(kind), t, context.to(kind), y=None if y is None else y.to(kind), style=rows)
         return out.float()
+
+
+    def last_word(self, tick: Tick | None = None) -> str:
+        """What a search of ``attack.check`` steps for each forgotten style brings back, before and after, as a small table.
+
+        eps errors against what the old model painted in that style. Deleting the code alone leaves the network as it was *before*; a
+        network that knows nothing of the style comes out as *without a style*.
+        """
+        steps = self.attack.check
+        if not steps:
+            return ""
+        width = max(len("a search for"), *(len(one.teacher.name) for one in self.forgotten))
+        lines = [f"{'a search for':<{width}}  found before   found now  without a style"]
+        networks = (self.base.unet, load_unet(self.student_weights()).to(self.device))
+        total = len(networks) * steps * len(self.forgotten)
+        for place, one in enumerate(self.forgotten):
+            found = []
+            for half, unet in enumerate(networks):
+                done, what = steps * (len(networks) * place + half), f"searching for '{one.teacher.name}'"
+                report = tick and (lambda n, done=done, what=what: tick(done + n, total, what))
+                found.append(recover(self, unet, lambda batch, one=one: self.ask_old(one.teacher, batch), steps, tick=report))
+            before, now = found
+            lines.append(f"{one.teacher.name:<{width}}  {before.error:12.5f}{now.error:12.5f}{now.untouched:17.5f}")
+        return "\n".join(lines)
 
 
 def named(styles: Sequence[Teacher], name: str) -> Teacher:

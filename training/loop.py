@@ -1,8 +1,10 @@
-"""The distillation loop of DMM (arXiv:2504.12364, Sec. 3.4 and Alg. 1) on one device.
+"""The distillation loop of DMM (arXiv:2504.12364, Sec. 3.4 and Alg. 1), of one process or of one among several.
 
 Contract of a step: a batch mixes styles; the student runs ONCE on the whole batch with one style row per sample; each teacher
 runs on its own rows only. Student and teacher see the same x_t, t and the same dropped captions. The loop yields metrics;
 progress bars, pictures and files are the caller's.
+
+Several processes (``ranks``) draw the same batch, and each works on its share of the rows: whoever they are, it is one step.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,13 +24,15 @@ from ..dmm_core.unet import UNet
 from .adversary import Adversary, draw_renoise
 from .config import TrainConfig, check_names
 from .data import Batch, Draw, TrainingData, hash_seed
+from .distributed import AgreedError, Ranks
 from .ema import PowerEMA
-from .lora import folded_state_dict
+from .lora import folded
 from .losses import feature_loss, score_loss
 from .memory.residency import Rack
 from .optimizers import make_optimizer
-from .student import new_student, parameter_groups, put, trained
-from .teacher import Teacher, check_architectures, check_schedules, check_text
+from .sharding import add_up, check_parallel, own, replicate, share, to_file, whole, without_sync
+from .student import new_student, parameter_groups, trained
+from .teacher import Teacher, check_architectures, check_predictions, check_schedules, check_text
 
 BASE = "(no style)"
 """The name under which style-less rows are reported."""
@@ -86,10 +90,12 @@ class Distillation:
     config: TrainConfig
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     final_data: TrainingData | None = None
+    ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
         c = self.config
         c.check()
+        check_parallel(c, self.ranks.world)
         check_names([teacher.name for teacher in self.teachers])
         check_architectures(self.base.unet.config, [(t.name, t.unet.config) for t in self.teachers])
         if self.data.shape[0] != self.base.unet.config.in_channels:
@@ -97,16 +103,21 @@ class Distillation:
                 f"latents have {self.data.shape[0]} channels, the models take {self.base.unet.config.in_channels}"
             )
         check_schedules(self.base.zero_snr, [(t.name, t.zero_snr) for t in self.teachers])
+        check_predictions(self.base, self.teachers)
         check_text((self.base, *self.teachers))
         self.schedule = NoiseSchedule(self.base.zero_snr)
         self.step = 0
         self.updating = False  # true while weights and step do not belong together: such a state must not be saved
-        self.student = new_student(self.base.unet, self.teachers, c).to(self.device)
+        self.sharded = c.parallel == "fsdp" and self.ranks.world > 1
+        self.student = new_student(self.base.unet, self.teachers, c)
+        if self.sharded:
+            share(self.student, c.precision, self.device, self.ranks.world)
+        self.student.to(self.device)
         self.trained = trained(self.student)
         self.optimizer = make_optimizer(parameter_groups(self.student, c), c, self.device)
         on_cpu = c.ema_device == "cpu" and self.device.type != "cpu"
         place = {"device": "cpu", "every": EMA_EVERY_ON_CPU} if on_cpu else {}
-        self.ema = PowerEMA(self.trained.items(), c.ema_gamma, **place) if c.ema_gamma else None
+        self.ema = PowerEMA(self.own_weights(), c.ema_gamma, **place) if c.ema_gamma else None
         self.adversary = None
         if c.lambda_adv:
             channels = self.base.unet.config.channel_mult[-1] * self.base.unet.config.model_channels
@@ -122,8 +133,11 @@ class Distillation:
             self._teacher_dtype(),
             resident=self._needed_always(),
             slots=c.teacher_slots,
+            late=self.ranks.world > 1,
         )
-        self._forward_student = torch.compile(self.student) if c.compile else self.student
+        several = self.ranks.world > 1 and not self.sharded
+        forward = replicate(self.student, self.device) if several else self.student
+        self._forward_student = torch.compile(forward) if c.compile else forward
         self._drawn: tuple[int, Batch] | None = None
 
     @property
@@ -142,6 +156,10 @@ class Distillation:
         """For the recipe of a model that had styles before."""
         old = set(self.guarded)
         return {"added": [teacher.name for i, teacher in enumerate(self.teachers) if i not in old]}
+
+    def last_word(self, tick: Callable[[int, int, str], None] | None = None) -> str:
+        """What a kind of run has to say about its finished student, in lines of text."""
+        return ""
 
     @property
     def guarded(self) -> list[int]:
@@ -200,14 +218,21 @@ class Distillation:
             for k in range(c.accumulate):
                 number = self.step * c.accumulate + k
                 batch = self._batch(number)
-                losses = self.losses(batch, number)
-                loss = self._weighted(losses)
-                self.scaler.scale(loss / c.accumulate).backward()
+                # Gradients are averaged over the processes, whose shares of the rows may differ.
+                rows, styled = (self.ranks.world * part for part in self._part_of_rows(batch))
+                with without_sync(self._forward_student, last=k + 1 == c.accumulate):
+                    losses = self.losses(batch, number)
+                    loss = self._weighted(losses)
+                    self.scaler.scale(rows * loss / c.accumulate).backward()
                 if losses.discriminator is not None and len(losses.discriminator):
-                    self.scaler.scale(losses.discriminator.mean() / c.accumulate).backward()
+                    self.scaler.scale(styled * losses.discriminator.mean() / c.accumulate).backward()
                 parts.append((batch, losses, loss.detach()))
                 self._look_ahead(number + 1)  # the device is still busy
-                self._check_finite(batch, losses, loss)
+        parts = self._of_all(parts)
+        for part in parts:
+            self._check_finite(*part)
+        if self.adversary and self.ranks.world > 1 and any(len(losses.discriminator) for _, losses, _ in parts):
+            add_up(self.adversary.head.parameters(), self.ranks)
         lr = self.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
@@ -215,6 +240,34 @@ class Distillation:
         metrics = self._metrics(parts, lr, norm)
         metrics.seconds = time.perf_counter() - started
         return metrics
+
+    def _part_of_rows(self, batch: Batch) -> tuple[float, float]:
+        """This process's share of a batch's rows, and of those with a style: 1 and 1 where it is alone."""
+        styled, of_all = (int((b.teacher < self.num_styles).sum()) for b in (batch, batch.of_all))
+        return len(batch) / len(batch.of_all), styled / max(1, of_all)
+
+    def _of_all(self, parts: list[tuple[Batch, Losses, Tensor]]) -> list[tuple[Batch, Losses, Tensor]]:
+        """Every process's rows in place of this one's, so that all of them know what one process would know."""
+        if self.ranks.world == 1:
+            return parts
+        tables = []  # (B, 4) of each forward: score, feature, adversarial, discriminator; zero in the others' rows
+        for batch, losses, _ in parts:
+            table = torch.zeros(len(batch.of_all), 4)
+            mine = table[batch.start : batch.start + len(batch)]
+            mine[:, 0], mine[:, 1] = losses.score.detach().cpu(), losses.feature.detach().cpu()
+            if losses.discriminator is not None:
+                styled = batch.teacher < self.num_styles
+                mine[styled, 2] = losses.adversarial.detach().float().cpu()
+                mine[styled, 3] = losses.discriminator.detach().float().cpu()
+            tables.append(table)
+        self.ranks.sum(every := torch.cat(tables))
+        everyone = []
+        for (batch, losses, _), table in zip(parts, every.split([len(table) for table in tables])):
+            styled = batch.of_all.teacher < self.num_styles
+            pair = (table[styled, 2], table[styled, 3]) if losses.discriminator is not None else (None, None)
+            losses = Losses(table[:, 0], table[:, 1], *pair)
+            everyone.append((batch.of_all, losses, self._weighted(losses)))
+        return everyone
 
     def _weighted(self, losses: Losses) -> Tensor:
         c = self.config
@@ -229,7 +282,7 @@ class Distillation:
             return
         score, _ = self._per_teacher([(batch, losses, loss)])
         bad = [name for name, value in score.items() if not math.isfinite(value)]
-        raise ValueError(
+        raise AgreedError(
             f"the loss is not finite at step {self.step + 1} (teacher: {', '.join(bad) or 'all, outside of the score'}): "
             "lower the learning rate or use precision fp32 or bf16"
         )
@@ -238,9 +291,9 @@ class Distillation:
         """Clip, step, average. Raises ValueError, before anything changes, for gradients that are not finite."""
         c = self.config
         self.scaler.unscale_(self.optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.trained.values(), c.grad_clip or math.inf))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.trained.values(), c.grad_clip or math.inf)))
         if not math.isfinite(norm) and not self.scaler.is_enabled():  # fp16's scaler skips such a step by itself
-            raise ValueError(
+            raise AgreedError(
                 f"the gradients are not finite at step {self.step + 1}: lower the learning rate or use precision fp32"
             )
         self.updating = True
@@ -250,7 +303,7 @@ class Distillation:
         self.scaler.update()
         self.step += 1
         if self.ema:
-            self.ema.update(self.trained.items())
+            self.ema.update(self.own_weights())
         self.updating = False
         return norm
 
@@ -297,7 +350,11 @@ class Distillation:
         draw = Draw(
             seed, c.batch_size, self.num_styles, c.base_share, c.caption_dropout, self.schedule, self.shares
         )
-        return data.batch(number - first, draw)
+        return self.own_rows(data.batch(number - first, draw))
+
+    def own_rows(self, batch: Batch) -> Batch:
+        """Those of a batch that this process works on: all, where it is alone."""
+        return batch if self.ranks.world == 1 else batch.part(self.ranks.part(len(batch)))
 
     def _look_ahead(self, number: int) -> None:
         """Read the next batch and send for its first teacher."""
@@ -393,8 +450,9 @@ class Distillation:
         if not len(style):
             losses.adversarial = losses.discriminator = losses.score.new_zeros(0)
             return
-        noise = draw_renoise(self.config.seed, number, tuple(batch.x_t.shape), self.schedule)
-        noise.t, noise.eps = noise.t.to(self.device)[styled], noise.eps.to(self.device)[styled]
+        noise = draw_renoise(self.config.seed, number, tuple(batch.of_all.x_t.shape), self.schedule)
+        mine = slice(batch.start, batch.start + len(batch))
+        noise.t, noise.eps = noise.t[mine].to(self.device)[styled], noise.eps[mine].to(self.device)[styled]
         context, y = self.base.conditioning(batch.rows[styled.cpu()], x_t.shape[2:], self.device)
         backbone = self.rack.get(self.num_styles)
         seen = []
@@ -432,10 +490,21 @@ class Distillation:
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
+    def own_weights(self) -> list[tuple[str, Tensor]]:
+        """The parameters that learn, by name; of those that are shared out this process's part, in their memory."""
+        return [(name, own(p)) for name, p in self.trained.items()]
+
     def student_weights(self, averaged: bool = True) -> dict[str, Tensor]:
-        """The student's state dict on the CPU, adapters folded in; its average where there is one and ``averaged`` is set."""
+        """The student's state dict on the CPU, adapters folded in; its average where there is one and ``averaged`` is set.
+
+        Where the student is shared out, this is for all processes together, and the first one gets it (the others nothing).
+        """
+        main = self.ranks.is_main
         with self.averaged() if averaged else contextlib.nullcontext():
-            return {k: v.float().cpu().clone() for k, v in folded_state_dict(self.student).items()}
+            state = {k: to_file(v, main) for k, v in self.student.state_dict().items()}
+            if self.sharded and not main:
+                return {}
+            return {k: v.float().cpu().clone() for k, v in folded(self.student, state).items()}
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[UNet]:
@@ -443,9 +512,13 @@ class Distillation:
         if not (self.ema and self.ema.ready):
             yield self.student
             return
-        raw = {name: p.detach().to("cpu", copy=True) for name, p in self.trained.items()}
+        raw = {name: p.to("cpu", copy=True) for name, p in self.own_weights()}
         try:
-            put(self.student, self.ema.average)
+            self._put_own(self.ema.average)
             yield self.student
         finally:
-            put(self.student, raw)
+            self._put_own(raw)
+
+    def _put_own(self, weights: dict[str, Tensor]) -> None:
+        for name, p in self.own_weights():
+            p.copy_(weights[name])

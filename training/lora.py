@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,10 @@ class LowRank(nn.Module):
         self.scale = alpha / rank
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + (self.scale * (self.up @ self.down)).view_as(weight)
+        return self.added(weight, self.up, self.down)
+
+    def added(self, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return weight + (self.scale * (up @ down)).view_as(weight)
 
 
 def add_lora(unet: nn.Module, rank: int, alpha: float, generator: torch.Generator | None = None) -> dict[str, LowRank]:
@@ -41,10 +45,19 @@ def add_lora(unet: nn.Module, rank: int, alpha: float, generator: torch.Generato
 
 def folded_state_dict(unet: nn.Module) -> dict[str, Tensor]:
     """The state dict that the module would have without adapters: they are added to the weights."""
-    out = {k: v for k, v in unet.state_dict().items() if ".parametrizations." not in k}
+    return folded(unet, unet.state_dict())
+
+
+def folded(unet: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same for another state dict of this module's keys."""
+    out = {k: v for k, v in state.items() if ".parametrizations." not in k}
     for name, module in unet.named_modules():
-        if parametrize.is_parametrized(module):
-            out.update({f"{name}.{key}": getattr(module, key) for key in module.parametrizations})
+        for key, adapters in getattr(module, "parametrizations", {}).items():
+            place = f"{name}.parametrizations.{key}"
+            weight = state[f"{place}.original"]
+            for i, adapter in enumerate(adapters):
+                weight = adapter.added(weight, state[f"{place}.{i}.up"], state[f"{place}.{i}.down"])
+            out[f"{name}.{key}"] = weight
     return {key: value.detach() for key, value in out.items()}
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainConfig
+from .sharding import share_of, to_file
 
 
 def make_optimizer(groups: Sequence[dict], config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -37,13 +38,15 @@ def make_optimizer(groups: Sequence[dict], config: TrainConfig, device: torch.de
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], is_main: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, dict]]:
-    """({"<parameter>|<key>": tensor}, {parameter: {key: number}}): all that the optimiser remembers of its parameters."""
+    """({"<parameter>|<key>": tensor}, {parameter: {key: number}}): all that the optimiser remembers of its parameters. Of shared-out
+    ones (for all processes together) it is whole where it ``is_main``."""
     tensors, numbers, seen = {}, {}, set()
     for name, p in named.items():
         for key, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor):
+                value = to_file(value, is_main)
                 # bitsandbytes gives all parameters one table of its 256 levels; safetensors refuses tensors that share memory.
                 shared = value.data_ptr() in seen
                 seen.add(value.data_ptr())
@@ -63,7 +66,7 @@ def load_optimizer(
     states: dict[str, dict] = {name: dict(numbers.get(name, {})) for name in named}
     for place, tensor in tensors.items():
         name, key = place.rsplit("|", 1)
-        states[name][key] = tensor
+        states[name][key] = share_of(tensor, named[name]) if tensor.shape == named[name].shape else tensor
     order = [id(p) for group in optimizer.param_groups for p in group["params"]]
     index = {name: order.index(id(p)) for name, p in named.items()}
     groups = optimizer.state_dict()["param_groups"]

@@ -22,9 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..dmm_core.files import atomic_write
+from .distributed import AgreedError
 from .hashing import tensor_sha256
 from .loop import Distillation
 from .optimizers import load_optimizer, optimizer_tensors
+from .sharding import cut_as, own, share_of, to_file
 from .student import put
 from .teacher import Rows
 
@@ -32,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "2"
 BEST = "best.safetensors"
-MAY_CHANGE = ("device", "save_every", "keep", "residency", "teacher_slots", "memory", "validation")
+MAY_CHANGE = (
+    "device", "save_every", "keep", "residency", "teacher_slots", "memory", "validation", "parallel", "gradient_checkpointing",
+)  # fmt: skip
 """Settings that do not change what a step does; every other one is part of a run's identity."""
 
 
@@ -53,6 +57,14 @@ def identity(run: Distillation) -> dict[str, str]:
     return parts | run.own_identity()
 
 
+def same_everywhere(run: Distillation, parts: dict[str, str]) -> None:
+    """Raises ValueError when the processes of a run have different identities: they read other files."""
+    first, *others = run.ranks.gather(parts)
+    for rank, theirs in enumerate(others, start=1):
+        if other := sorted(k for k in first.keys() | theirs.keys() if first.get(k) != theirs.get(k)):
+            raise AgreedError(f"process {rank} of this run reads other files than the first: {', '.join(other)}")
+
+
 def rows_fingerprint(rows: Rows) -> str:
     return tensor_sha256(rows) if isinstance(rows, Tensor) else rows.fingerprint()
 
@@ -60,15 +72,22 @@ def rows_fingerprint(rows: Rows) -> str:
 def save_state(run: Distillation, folder: Path, parts: dict[str, str], error: float | None = None) -> Path:
     """Write ``state-<step>.safetensors`` and remove all but the last ``keep``; parts: ``identity(run)``, computed once.
 
-    error: of the fixed check; the state with the lowest is also there as ``best.safetensors``.
+    error: of the fixed check; the state with the lowest is also there as ``best.safetensors``. Of several processes the first one
+    writes; where the student is shared out, this is for all of them together.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"state-{run.step:08d}.safetensors"
-    tensors = {f"student.{k}": p.detach() for k, p in run.trained.items()}
+    main = run.ranks.is_main
+    if not main and not run.sharded:
+        return path
+    tensors = {f"student.{k}": to_file(p.detach(), main) for k, p in run.trained.items()}
     metadata = {"dmm.state": FORMAT, "step": str(run.step), "identity": json.dumps(parts)}
-    _add_optimizer(tensors, metadata, "optimizer", run.optimizer, run.trained)
+    _add_optimizer(tensors, metadata, "optimizer", run.optimizer, run.trained, main)
     if run.ema:
-        tensors.update({f"ema.{k}": v for k, v in run.ema.average.items()})
+        average = run.ema.average.items()
+        tensors.update({f"ema.{k}": to_file(cut_as(v, run.trained[k]), main) for k, v in average})
+    if not main:
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
     if run.adversary:
         named = dict(run.adversary.head.named_parameters())
         tensors.update({f"head.{k}": p.detach() for k, p in named.items()})
@@ -86,9 +105,9 @@ def save_state(run: Distillation, folder: Path, parts: dict[str, str], error: fl
     return path
 
 
-def _add_optimizer(tensors: dict, metadata: dict, prefix: str, optimizer, named) -> None:
-    own, numbers = optimizer_tensors(optimizer, named)
-    tensors.update({f"{prefix}.{k}": v for k, v in own.items()})
+def _add_optimizer(tensors: dict, metadata: dict, prefix: str, optimizer, named, is_main: bool = True) -> None:
+    moments, numbers = optimizer_tensors(optimizer, named, is_main)
+    tensors.update({f"{prefix}.{k}": v for k, v in moments.items()})
     metadata[prefix] = json.dumps(numbers)
 
 
@@ -122,16 +141,28 @@ def resume(run: Distillation, folder: Path, parts: dict[str, str]) -> bool:
 
     Raises ValueError naming what changed when the state belongs to another run.
     """
-    for path in reversed(states(folder)):
+    path = run.ranks.from_main(newest(folder) if run.ranks.is_main else None)
+    if path is None:
+        return False
+    with run.ranks.together():
         try:
             tensors, metadata = read_state(path)
+        except SafetensorError as error:
+            raise ValueError(f"'{path}' cannot be read as a run state: {error}") from error
+        _check(path, metadata, parts)
+    _load(run, tensors, metadata)
+    return True
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest state of a run folder that can be read."""
+    for path in reversed(states(folder)):
+        try:
+            read_state(path)
+            return path
         except (SafetensorError, OSError) as error:
             logger.warning("%s cannot be read (%s): trying the state before it", path.name, error)
-            continue
-        _check(path, metadata, parts)
-        _load(run, tensors, metadata)
-        return True
-    return False
+    return None
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -169,8 +200,13 @@ def fork(run: Distillation, source: Path) -> int:
         )
     put(run.student, weights)
     if run.ema:
-        run.ema.load_state_dict(weights, 0)
+        run.ema.load_state_dict(_own_parts(run, weights), 0)
     return int(metadata["step"])
+
+
+def _own_parts(run: Distillation, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of tensors like the parameters that learn, this process's shares."""
+    return {name: own(share_of(weights[name], p)) for name, p in run.trained.items()}
 
 
 def _check(path: Path, metadata: dict[str, str], parts: dict[str, str]) -> None:
@@ -197,7 +233,7 @@ def _load(run: Distillation, tensors: dict[str, Tensor], metadata: dict[str, str
     put(run.student, part("student"))
     load_optimizer(run.optimizer, run.trained, part("optimizer"), json.loads(metadata["optimizer"]))
     if run.ema:
-        run.ema.load_state_dict(part("ema"), run.step)
+        run.ema.load_state_dict(_own_parts(run, part("ema")), run.step)
     if run.adversary:
         named = dict(run.adversary.head.named_parameters())
         run.adversary.head.load_state_dict(part("head"))

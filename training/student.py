@@ -12,6 +12,7 @@ from ..dmm_core.unet import UNet, UNetConfig, init_style
 from .config import TrainConfig
 from .data import hash_seed
 from .lora import add_lora
+from .sharding import share_of
 from .teacher import Teacher, soup
 
 
@@ -78,6 +79,6 @@ def parameter_groups(student: UNet, config: TrainConfig) -> list[dict]:
 
 @torch.no_grad()
 def put(student: UNet, weights: dict[str, Tensor]) -> None:
-    """Copy weights into the parameters that learn."""
+    """Copy weights into the parameters that learn; every process has all of them, and takes its share."""
     for name, p in trained(student).items():
-        p.copy_(weights[name])
+        p.copy_(share_of(weights[name], p))

@@ -1,12 +1,12 @@
 """The paper's last stage: pictures that the teachers paint, for the student to be fine-tuned on (arXiv:2504.12364, Sec. 3.4).
 
-Finished parts stay in the run folder, so that an interrupted painting goes on where it stopped.
+Finished parts stay in the run folder, so that an interrupted painting goes on where it stopped, and several processes paint together.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -35,30 +35,46 @@ def painted_by_teachers(
 
     folder: where finished parts are kept, None for nowhere. The pictures follow from the run's seed, the teachers and the captions.
     """
-    c = run.config
+    c, ranks = run.config, run.ranks
     parts = [(i, start) for i in range(run.num_styles) for start in range(0, c.final_images, c.batch_size)]
+
+    def finish(mine: list[tuple[int, int]]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        for done, (i, start) in enumerate(mine):
+            rows = caption_rows(run, i, start)
+            yield i, rows, _part(run, i, start, rows, folder)
+            if progress:
+                progress(done + 1, len(mine), f"'{run.teachers[i].name}' paints")
+
+    if folder and ranks.world > 1:  # each process its share of the parts, and then all of them read all files
+        with ranks.together():
+            for _ in finish(parts[ranks.part(len(parts))]):
+                pass
+        progress = None
     latents, captions, owner = [], [], []
-    for done, (i, start) in enumerate(parts):
-        rows = caption_rows(run, i, start)
-        path = folder / f"{i:03d}-{start:06d}.safetensors" if folder else None
-        part = _finished(path, len(rows))
-        if part is None:
-            part = paint(run, i, rows, hash_seed(c.seed, "paint", i, start))
-            if not torch.isfinite(part).all():
-                raise ValueError(
-                    f"teacher '{run.teachers[i].name}' paints NaN or infinite numbers: use teacher_dtype fp32 or bf16, or look "
-                    "at what it paints in ComfyUI"
-                )
-            if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_write(path) as temporary:
-                    save_file({"latents": part.half().contiguous()}, temporary)
+    for i, rows, part in finish(parts):
         latents.append(part.half())
         captions += [run.data.prompts[row] for row in rows.tolist()]
         owner += [i] * len(rows)
-        if progress:
-            progress(done + 1, len(parts), f"'{run.teachers[i].name}' paints")
     return CaptionedLatents(torch.cat(latents).float(), captions, torch.tensor(owner))
+
+
+def _part(run: Distillation, teacher: int, start: int, rows: Tensor, folder: Path | None) -> Tensor:
+    """Latents of some captions by one teacher: out of the folder, or painted now and put there."""
+    path = folder / f"{teacher:03d}-{start:06d}.safetensors" if folder else None
+    part = _finished(path, len(rows))
+    if part is not None:
+        return part
+    part = paint(run, teacher, rows, hash_seed(run.config.seed, "paint", teacher, start))
+    if not torch.isfinite(part).all():
+        raise ValueError(
+            f"teacher '{run.teachers[teacher].name}' paints NaN or infinite numbers: use teacher_dtype fp32 or bf16, or look "
+            "at what it paints in ComfyUI"
+        )
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            save_file({"latents": part.half().contiguous()}, temporary)
+    return part
 
 
 def caption_rows(run: Distillation, teacher: int, start: int) -> Tensor:

@@ -86,9 +86,12 @@ class Teacher:
         return context, sdxl_vector(self.pooled[rows].to(device), 8 * height, 8 * width)
 
 
-def plain_unet(sd: Mapping[str, Tensor], name: str) -> UNet:
-    """A frozen, style-less UNet from a state dict; ValueError (naming the teacher) for styles, NaN or a foreign layout."""
-    unet = sound_unet(sd, name)
+def plain_unet(sd: Mapping[str, Tensor], name: str, copy: bool = True, look: bool = True) -> UNet:
+    """A frozen, style-less UNet from a state dict; ValueError (naming the teacher) for styles, NaN or a foreign layout.
+
+    Without ``copy`` its weights are those of ``sd``, and without ``look`` nobody looks for NaN.
+    """
+    unet = sound_unet(sd, name, copy, look)
     if unet.config.num_styles:
         raise ValueError(
             f"{name} is itself a DMM model with {unet.config.num_styles} styles: use a plain checkpoint (new teachers for a DMM "
@@ -105,13 +108,13 @@ def styled_unet(sd: Mapping[str, Tensor], name: str) -> UNet:
     return unet
 
 
-def sound_unet(sd: Mapping[str, Tensor], name: str) -> UNet:
+def sound_unet(sd: Mapping[str, Tensor], name: str, copy: bool = True, look: bool = True) -> UNet:
     """A UNet from a state dict; ValueError, naming it, for NaN or a foreign layout."""
     try:
-        unet = load_unet(sd)
+        unet = load_unet(sd, copy=copy)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    for key, tensor in unet.state_dict().items():
+    for key, tensor in unet.state_dict().items() if look else ():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} has NaN or infinite weights in '{key}': the file is damaged, get it again")
     return unet
@@ -142,6 +145,18 @@ def check_schedules(zero_snr: bool, teachers: Iterable[tuple[str, bool]]) -> Non
         raise ValueError(
             f"teachers with another noise schedule (zero terminal SNR or not) than the base: {', '.join(other)}"
         )
+
+
+def check_predictions(base: Teacher, teachers: Iterable[Teacher]) -> None:
+    """Raises ValueError naming every teacher that cannot be said in the base's terms: v = (eps - sqrt(1 - abar) x_t) / sqrt(abar), and a
+    schedule with zero terminal SNR ends at 1 / sqrt(abar) = 4519, which is how much an error of eps would count."""
+    if base.zero_snr and base.prediction == "v":
+        eps = [teacher.name for teacher in teachers if teacher.prediction == "eps"]
+        if eps:
+            raise ValueError(
+                f"eps-prediction teachers for a v-prediction base with zero terminal SNR: {', '.join(eps)}. In pure noise eps says "
+                "nothing of a picture: use teachers that predict v"
+            )
 
 
 def check_text(teachers: Iterable[Teacher]) -> None:

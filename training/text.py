@@ -32,6 +32,8 @@ WINDOWS_PER_FORWARD = 64
 SD1_PREFIX = "cond_stage_model.transformer.text_model."
 UNUSED = ("position_ids", "text_projection.weight")
 """In some files: a counter, and a projection that no SD1.x model reads."""
+SIZE_FEATURES = 6 * 256
+"""Of SDXL's vector y, behind the pooled text (``sdxl_vector``)."""
 
 
 # --- prompts to token ids ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Random DMM checkpoints of every family that the pack supports, as small as the host's model detection allows."""
+"""Random DMM checkpoints of every family that the pack supports, as small as the host's model detection allows, and smaller ones."""
 
 import copy
 
@@ -7,7 +7,8 @@ from comfyui_dmm.dmm_core.checkpoint import Checkpoint
 from comfyui_dmm.dmm_core.metadata import StyleInfo
 from comfyui_dmm.dmm_core.unet import UNet, UNetConfig, init_style
 from comfyui_dmm.dmm_core.vae import AutoencoderKL, VAEConfig
-from comfyui_dmm.training.text import init_text
+from comfyui_dmm.training.text import SIZE_FEATURES, init_text
+from torch import Tensor
 
 NAMES = ["ink", "Neon lines", "paper: cut-out", "墨"]
 
@@ -45,7 +46,40 @@ SDXL = UNetConfig(
     num_styles=2,
     style_mlp="add_embedding2",
 )
-FAMILIES = {"demo": DEMO, "sd15": SD15, "sd20": SD20, "sdxl": SDXL}
+# The shapes of SD2.x and SDXL at widths that only this pack's loader builds; contexts as wide as the text encoders of ``text_of``.
+SMALL_SD20 = UNetConfig(
+    model_channels=64,
+    channel_mult=(1, 2),
+    num_res_blocks=(1, 1),
+    depth_input=(0, 1),
+    depth_output=(1, 1, 0, 0),
+    context_dim=128,
+    linear_proj=True,
+    num_styles=3,
+)
+SMALL_SDXL = UNetConfig(
+    model_channels=64,
+    channel_mult=(1, 2),
+    num_res_blocks=(1, 1),
+    depth_input=(0, 2),
+    depth_middle=2,
+    depth_output=(2, 2, 0, 0),
+    context_dim=64 + 128,
+    linear_proj=True,
+    adm_channels=128 + SIZE_FEATURES,
+    num_styles=3,
+    style_mlp="add_embedding2",
+)
+FAMILIES = {
+    "demo": DEMO,
+    "sd15": SD15,
+    "sd20": SD20,
+    "sdxl": SDXL,
+    "small sd20": SMALL_SD20,
+    "small sdxl": SMALL_SDXL,
+}
+KNOWN_AS = {"demo": "SD15", "sd15": "SD15", "sd20": "SD20", "sdxl": "SDXL", "small sd20": "SD20", "small sdxl": "SDXL"}
+"""The host's name for each."""
 
 
 def random_unet(config: UNetConfig, seed: int = 0) -> UNet:
@@ -68,7 +102,7 @@ def checkpoint_of(unet: UNet, dtype: torch.dtype = torch.float32, whole: bool = 
     )
     if whole:
         torch.manual_seed(1)
-        checkpoint.text = init_text(64, 2)
+        checkpoint.text = text_of(unet.config)
         vae = AutoencoderKL(VAEConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1))
         checkpoint.vae = {k: v.detach() for k, v in vae.state_dict().items()}
     for part in (checkpoint.unet, checkpoint.text, checkpoint.vae):
@@ -76,3 +110,58 @@ def checkpoint_of(unet: UNet, dtype: torch.dtype = torch.float32, whole: bool = 
     for name, value in changes.items():
         setattr(checkpoint, name, value)
     return checkpoint
+
+
+# --- text encoders ----------------------------------------------------------------------------------------------------
+
+
+def text_of(config: UNetConfig, seed: int = 0) -> dict[str, Tensor]:
+    """The small text encoder that a small family's files hold: one of 64 (SD1.x), of 128 (SD2.x), or one of each (SDXL)."""
+    if config.adm_channels:
+        return sdxl_text(seed)
+    return open_clip_text(128, 3, SD2_TEXT, seed) if config.linear_proj else init_text(64, 2, seed)
+
+
+def sdxl_text(seed: int = 0) -> dict[str, Tensor]:
+    clip_l = {
+        k.replace("cond_stage_model.", "conditioner.embedders.0."): v for k, v in noisy(init_text(64, 3, seed)).items()
+    }
+    return clip_l | open_clip_text(128, 4, "conditioner.embedders.1.model.", seed + 1)
+
+
+SD2_TEXT = "cond_stage_model.model."
+
+
+def open_clip_text(width: int, layers: int, prefix: str, seed: int) -> dict[str, Tensor]:
+    """Random weights in OpenCLIP's names: transformers' names and shapes, with query, key and value in one tensor."""
+    names = {
+        "embeddings.token_embedding.weight": "token_embedding.weight",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "final_layer_norm.": "ln_final.",
+        "encoder.layers.": "transformer.resblocks.",
+        "layer_norm": "ln_",
+        "self_attn.out_proj": "attn.out_proj",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+    }
+    sd, qkv = {}, {}
+    for key, weight in noisy(init_text(width, layers, seed)).items():
+        key = key.split("text_model.")[1]
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        if "self_attn" in key:
+            block, _, part = key.partition("self_attn.")
+            qkv.setdefault(f"{block}attn.in_proj_{part.split('.')[1]}", {})[part[0]] = weight
+        else:
+            sd[key] = weight
+    sd |= {key: torch.cat([parts[p] for p in "qkv"]) for key, parts in qkv.items()}
+    generator = torch.Generator().manual_seed(seed)
+    sd["text_projection"] = torch.randn(width, width, generator=generator) / width**0.5
+    sd["logit_scale"] = torch.tensor(4.6)
+    return {prefix + k: v for k, v in sd.items()}
+
+
+def noisy(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """No weight at its neutral value, so that a norm or a bias left out shows."""
+    generator = torch.Generator().manual_seed(7)
+    return {k: v + 0.1 * torch.randn(v.shape, generator=generator) for k, v in weights.items()}

@@ -10,7 +10,7 @@ from comfyui_dmm.dmm_core.checkpoint import STYLE_KEYS, save_checkpoint
 from comfyui_dmm.dmm_core.style import no_style_row, style_row
 from comfyui_dmm.dmm_core.style_value import PerItem, Strength, parse_style
 
-from .families import DEMO, FAMILIES, NAMES, checkpoint_of, random_unet
+from .families import DEMO, FAMILIES, KNOWN_AS, NAMES, checkpoint_of, random_unet
 from .sampling import conditioning, sample, watch
 
 
@@ -52,8 +52,7 @@ def test_every_family(models, family):
     config = FAMILIES[family]
     unet = random_unet(config)
     model = load(models, checkpoint_of(unet))
-    known_as = {"demo": "SD15", "sd15": "SD15", "sd20": "SD20", "sdxl": "SDXL"}
-    assert type(model.model.model_config).__name__ == known_as[family]
+    assert type(model.model.model_config).__name__ == KNOWN_AS[family]
     rows = {"none": no_style_row(config.num_styles), NAMES[1]: style_row(config.num_styles, 1, 0.75)}
     for name, row in rows.items():
         with watch(model) as calls:

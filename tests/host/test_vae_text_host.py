@@ -5,6 +5,8 @@ import torch
 from comfyui_dmm.dmm_core.vae import AutoencoderKL, VAEConfig
 from comfyui_dmm.training.text import ClipText, init_text, sdxl_vector
 
+from .families import SD2_TEXT, noisy, open_clip_text, sdxl_text
+
 PROMPTS = [
     "",
     "a red star on hills",
@@ -61,41 +63,6 @@ def target(host, family):
     return object.__new__(getattr(host.supported_models, family))
 
 
-def open_clip_text(width, layers, prefix, seed):
-    """Random weights in OpenCLIP's names: transformers' names and shapes, with query, key and value in one tensor."""
-    names = {
-        "embeddings.token_embedding.weight": "token_embedding.weight",
-        "embeddings.position_embedding.weight": "positional_embedding",
-        "final_layer_norm.": "ln_final.",
-        "encoder.layers.": "transformer.resblocks.",
-        "layer_norm": "ln_",
-        "self_attn.out_proj": "attn.out_proj",
-        "mlp.fc1": "mlp.c_fc",
-        "mlp.fc2": "mlp.c_proj",
-    }
-    sd, qkv = {}, {}
-    for key, weight in noisy(init_text(width, layers, seed)).items():
-        key = key.split("text_model.")[1]
-        for ours, theirs in names.items():
-            key = key.replace(ours, theirs)
-        if "self_attn" in key:
-            block, _, part = key.partition("self_attn.")
-            qkv.setdefault(f"{block}attn.in_proj_{part.split('.')[1]}", {})[part[0]] = weight
-        else:
-            sd[key] = weight
-    sd |= {key: torch.cat([parts[p] for p in "qkv"]) for key, parts in qkv.items()}
-    generator = torch.Generator().manual_seed(seed)
-    sd["text_projection"] = torch.randn(width, width, generator=generator) / width**0.5
-    sd["logit_scale"] = torch.tensor(4.6)
-    return {prefix + k: v for k, v in sd.items()}
-
-
-def noisy(weights):
-    """No weight at its neutral value, so that a norm or a bias left out shows."""
-    generator = torch.Generator().manual_seed(7)
-    return {k: v + 0.1 * torch.randn(v.shape, generator=generator) for k, v in weights.items()}
-
-
 def compare(ours, clip, prompts=PROMPTS):
     """Prompt by prompt: contexts of the same length, within 1e-4 of values of order 4 (seen: 2.3e-5)."""
     for prompt in prompts:
@@ -119,17 +86,13 @@ def test_sd1_text_equals_the_host(host, width, layers):
 
 
 def test_sd2_text_equals_the_host(host):
-    text = open_clip_text(128, 3, "cond_stage_model.model.", seed=1)
+    text = open_clip_text(128, 3, SD2_TEXT, seed=1)
     theirs = host_clip(host, target(host, "SD20"), text, {"clip_h_model_config": small(128, 3)})
     compare(ClipText(text), theirs)
 
 
 def test_sdxl_text_equals_the_host(host):
-    clip_l = {
-        k.replace("cond_stage_model.", "conditioner.embedders.0."): v
-        for k, v in noisy(init_text(64, 3, seed=2)).items()
-    }
-    text = clip_l | open_clip_text(128, 4, "conditioner.embedders.1.model.", seed=3)
+    text = sdxl_text(seed=2)
     configs = {"clip_l_model_config": small(64, 3), "clip_g_model_config": small(128, 4)}
     theirs = host_clip(host, target(host, "SDXL"), text, configs)
     ours = ClipText(text)

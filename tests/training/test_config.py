@@ -70,7 +70,7 @@ def test_a_preset_is_what_the_file_does_not_say(tmp_path, good):
         ({"teachers": [{"name": "None", "file": "a.safetensors"}]}, "cannot be called 'none'"),
         ({"teachers": [{"name": "", "file": "a.safetensors"}]}, "is empty"),
         ({"teachers": [{"name": "A", "file": "nope.safetensors"}]}, "teacher 'A': there is no file"),
-        ({"teachers": [{"name": "A"}]}, r"teachers\[0\] lacks the settings file"),
+        ({"teachers": [{"name": "A"}]}, "teacher 'A' has neither a file nor loras"),
     ],
 )
 def test_mistakes_are_named(tmp_path, good, change, message):

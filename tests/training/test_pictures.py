@@ -263,7 +263,7 @@ def test_an_end_in_the_middle_of_painting_puts_the_raw_weights_back(error, passe
 
     def check():
         calls.append(1)
-        if len(calls) == (2 if who == "teacher" else 2 * STEPS + 2):  # after two teachers, the student's second step
+        if len(calls) == (2 if who == "student" else 2 * STEPS + 2):  # after the student's two styles, a teacher's second step
             if who == "student":
                 assert not same(raw(run), before), "not inside the averaged weights: this test tests nothing"
             raise error

@@ -9,7 +9,6 @@ The latents are the mean of the VAE's posterior times its scale. Nothing in it d
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import os
@@ -22,11 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...dmm_core.checkpoint import Checkpoint, load_checkpoint
+from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.unet import unet_config_from_state_dict
 from ...dmm_core.vae import AutoencoderKL, latent_scale, load_vae
 from ..data import CaptionedLatents
 from ..hashing import text_hash, weights_hash
+from ..lora_files import patched, split_loras
+from ..model_files import add_parts, load_any
 from .buckets import MAX_ASPECT, bucket_sizes, choose_bucket, default_resolution, enlargement, fit, size_multiple
 from .cached_text import TextStore, store_text
 from .image_folder import Picture, Problem, Progress, ahead, read_picture, survey
@@ -35,7 +36,7 @@ from .shards import ShardReader, ShardWriter, check_shards, first_few, read_mani
 logger = logging.getLogger(__name__)
 
 Model = str | os.PathLike | Checkpoint
-"""A checkpoint, or the file it is in."""
+"""A checkpoint, or the file or folder it is in, or that one's name with LoRAs (``lora_files``)."""
 
 SHARD_PICTURES = 256
 ENLARGED = 2.0
@@ -70,16 +71,19 @@ class CacheReport:
 # --- building ---------------------------------------------------------------------------------------------------------
 
 
-def as_checkpoint(model: Model) -> Checkpoint:
-    return model if isinstance(model, Checkpoint) else load_checkpoint(model)
+def as_checkpoint(model: Model, base: Checkpoint | None = None) -> Checkpoint:
+    """base: whose text encoder LoRAs change where the model's own file has none."""
+    if isinstance(model, Checkpoint):
+        return model
+    file, loras = split_loras(model)
+    return patched(load_any(file), loras, base)
 
 
 def base_with_parts(base: Model, parts_from: Model | None) -> Checkpoint:
     """The base model, with text encoder and VAE of ``parts_from`` where it has none. Raises ValueError without a text encoder."""
     base = as_checkpoint(base)
     if parts_from is not None:
-        parts = as_checkpoint(parts_from)
-        base = dataclasses.replace(base, text=base.text or parts.text, vae=base.vae or parts.vae)
+        base = add_parts(base, as_checkpoint(parts_from))
     if not base.text:
         raise ValueError(
             "the base model has no text encoder: name a full checkpoint to take it from (parts_from, --parts-from)"
@@ -139,7 +143,7 @@ def build_image_cache(
         by_bucket.setdefault(choose_bucket(picture.size, sizes), []).append(picture)
 
     prompts = ["", *sorted({picture.caption for picture in pictures})]
-    text = store_all_text(writer, [base, *teachers], prompts, torch.device(device), progress)
+    text = store_all_text(writer, [base, *teachers], prompts, torch.device(device), progress, base)
     rows = {prompt: row for row, prompt in enumerate(prompts)}
     vae = functools.cache(lambda: load_vae(base.vae).to(device).eval())  # not even built when every shard is there
     buckets, done = [], 0
@@ -178,14 +182,15 @@ def store_all_text(
     prompts: Sequence[str],
     device: torch.device,
     progress: Progress | None,
+    base: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """The text section of a manifest: every different text encoder of ``models``, and those that a finished cache of the same
-    prompts has already."""
+    prompts has already. base: see ``as_checkpoint``."""
     text = dict(writer.before.get("text", {})) if writer.before.get("prompts") == list(prompts) else {}
     dropped = writer.before.get("text", {}).keys() - text.keys()
     mine = set()
     for model in models:
-        weights = as_checkpoint(model).text  # one file in memory at a time
+        weights = as_checkpoint(model, base).text  # one file in memory at a time
         key = weights_hash(weights)
         if weights and key not in mine:  # most fine-tunes share the base's
             text[key] = store_text(writer, weights, prompts, device, progress)

@@ -40,7 +40,7 @@ def add_parsers(commands) -> None:
     images.add_argument("--images", required=True, help="folder of pictures with captions, see docs/data.md")
     _add_models(images)
     images.add_argument(
-        "--teacher", action="append", default=[], help="file whose own text encoder is wanted too; repeatable"
+        "--teacher", action="append", default=[], help="file whose own text encoder is wanted too, or FILE+LORA:0.8; repeatable"
     )
     images.add_argument(
         "--resolution", type=int, help="pixels a side of the square bucket (default: the model family's)"

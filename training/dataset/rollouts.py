@@ -13,17 +13,16 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint
-from ...dmm_core.files import file_sha256
 from ...dmm_core.unet import UNetConfig, unet_config_from_state_dict
 from ..config import check_names
 from ..hashing import text_hash, weights_hash
+from ..lora_files import recorded, split_loras
 from ..teacher import Teacher, check_architectures, check_schedules, plain_unet
 from .buckets import default_resolution, size_multiple
 from .cache import Model, as_checkpoint, base_with_parts, store_all_text
@@ -82,7 +81,7 @@ def build_rollouts(
     writer = ShardWriter(folder, "rollouts", fixed)
 
     owners = _owners(teachers, base_model, config)
-    text = store_all_text(writer, [base_model, *teachers.values()], prompts, torch.device(device), progress)
+    text = store_all_text(writer, [base_model, *teachers.values()], prompts, torch.device(device), progress, base_model)
     store = TextStore(folder, {"text": text})
 
     work = [(owner, teachers[owner.name], settings.paths) for owner in owners]
@@ -112,7 +111,7 @@ def _owners(teachers: Mapping[str, Model], base: Checkpoint, config: UNetConfig)
     """Raises ValueError for teachers of another architecture or schedule than the base, and for the same one twice."""
     owners, sizes, seen = [], [], {}
     for name, model in teachers.items():
-        checkpoint = as_checkpoint(model)  # one file in memory at a time
+        checkpoint = as_checkpoint(model, base)  # one file in memory at a time
         owners.append(_owner("teacher", name, model, checkpoint, base))
         sizes.append((name, unet_config_from_state_dict(checkpoint.unet)))
     check_architectures(config, sizes)
@@ -131,7 +130,7 @@ def _owners(teachers: Mapping[str, Model], base: Checkpoint, config: UNetConfig)
 def _owner(role: str, name: str, model: Model, checkpoint: Checkpoint, base: Checkpoint) -> Owner:
     if checkpoint.num_styles:
         raise ValueError(f"'{name}' is itself a DMM model with {checkpoint.num_styles} styles: use a plain checkpoint")
-    file, digest = ("", "") if isinstance(model, Checkpoint) else (Path(model).name, file_sha256(model))
+    file, digest = ("", "") if isinstance(model, Checkpoint) else recorded(*split_loras(model))
     unet, text = weights_hash(checkpoint.unet), weights_hash(checkpoint.text or base.text)
     return Owner(role, name, unet, text, checkpoint.prediction, checkpoint.zero_snr, file, digest)
 

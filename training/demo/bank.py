@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from ...dmm_core.checkpoint import Checkpoint
-from ...dmm_core.vae import SCALE_SD, AutoencoderKL, load_vae
+from ...dmm_core.unet import unet_config_from_state_dict
+from ...dmm_core.vae import SCALE_SD, AutoencoderKL, latent_scale, load_vae
 from ..data import CaptionedLatents
 from .autoencoder import to_tensor
 from .looks import BASE_LOOK, TEACHER_LOOKS, render_layers
@@ -27,10 +28,12 @@ def demo_images(looks: Sequence[str], count: int, seed: int) -> tuple[np.ndarray
 
 
 @torch.no_grad()
-def captioned_latents(vae: AutoencoderKL, looks: Sequence[str], count: int, seed: int) -> CaptionedLatents:
-    """``demo_images`` as latents (count, 4, 16, 16), scaled by 0.18215."""
+def captioned_latents(
+    vae: AutoencoderKL, looks: Sequence[str], count: int, seed: int, scale: float = SCALE_SD
+) -> CaptionedLatents:
+    """``demo_images`` as latents (count, 4, 16, 16), multiplied by ``scale``."""
     images, captions = demo_images(looks, count, seed)
-    parts = [SCALE_SD * vae.encode(to_tensor(images[i : i + 32])) for i in range(0, count, 32)]
+    parts = [scale * vae.encode(to_tensor(images[i : i + 32])) for i in range(0, count, 32)]
     return CaptionedLatents(torch.cat(parts), captions)
 
 
@@ -38,4 +41,5 @@ def demo_latents(checkpoint: Checkpoint, count: int, seed: int) -> CaptionedLate
     """Captioned latents of scenes in the looks of base and teachers, encoded by the checkpoint's VAE."""
     if not checkpoint.vae:
         raise ValueError("no VAE to encode the demo scenes with: name a full checkpoint as parts_from")
-    return captioned_latents(load_vae(checkpoint.vae), (BASE_LOOK, *TEACHER_LOOKS), count, seed)
+    scale = latent_scale(unet_config_from_state_dict(checkpoint.unet))
+    return captioned_latents(load_vae(checkpoint.vae), (BASE_LOOK, *TEACHER_LOOKS), count, seed, scale)

@@ -39,12 +39,21 @@ class Classifier(nn.Module):
         self.body = nn.Sequential(*body)
         self.heads = nn.ModuleDict({question: nn.Linear(2 * width, len(a)) for question, a in self.classes.items()})
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(B, 3, 128, 128) in [-1, 1] -> question: (B, answers) logits."""
+    @property
+    def width(self) -> int:
+        """Of the pooled features."""
+        return next(iter(self.heads.values())).in_features
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """(B, 3, 128, 128) in [-1, 1] -> (B, 2C): what the heads see, and the feature network of the demo family's FID."""
         if tuple(x.shape[1:]) != (3, SIZE, SIZE):
             raise ValueError(f"expected pictures (B, 3, {SIZE}, {SIZE}), got {tuple(x.shape)}: resize them first")
         h = self.body(x)  # (B, C, 8, 8)
-        h = torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1)  # (B, C, 8, 8) -> (B, 2C)
+        return torch.cat([h.mean((2, 3)), h.amax((2, 3))], 1)  # (B, C, 8, 8) -> (B, 2C)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(B, 3, 128, 128) in [-1, 1] -> question: (B, answers) logits."""
+        h = self.pooled(x)
         return {question: head(h) for question, head in self.heads.items()}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import torch
 
@@ -33,16 +35,28 @@ def budget_bytes(memory: float | str, device: torch.device) -> int | None:
 
 
 def fitted(
-    config: TrainConfig, unet: UNetConfig, latents_hw: tuple[int, int], teachers: int, device: torch.device
+    config: TrainConfig,
+    unet: UNetConfig,
+    latents_hw: tuple[int, int],
+    teachers: int,
+    device: torch.device,
+    processes: int = 1,
+    begun: int | None = None,
 ) -> tuple[TrainConfig, Plan | None]:
     """The settings that fit into ``config.memory``, with the same samples per step, and the plan they are from, if one was made.
 
-    unet: of the teachers; latents_hw: of the largest pictures. Raises ValueError when nothing fits.
+    unet: of the teachers; latents_hw: of the largest pictures. processes: of the run, each with such a device; begun: the batch_size
+    with which the run has begun, which it keeps (see ``begun_with``). Raises ValueError when nothing fits.
     """
     budget = budget_bytes(config.memory, device)
     if budget is None:
         return config, None
     fixed = {name: getattr(config, name) for name, free in OPEN.items() if getattr(config, name) != free}
+    if begun and config.batch_size * config.accumulate % begun == 0:
+        fixed["micro_batch"] = begun
+    shared_out = processes > 1 and config.parallel == "fsdp"
+    if shared_out:  # the others do not work on shares of a weight
+        fixed["optimizer"] = "adamw"
     want = Want(
         batch_size=config.batch_size * config.accumulate,
         features=config.lambda_feat > 0,
@@ -53,6 +67,19 @@ def fitted(
         lora_rank=config.lora_rank,
         device=device.type,
         fixed=fixed,
+        processes=processes,
+        shared_out=shared_out,
     )
     found = plan(unet, latents_hw, teachers, budget, want)
     return dataclasses.replace(config, **found.settings(), teacher_slots=found.slots), found
+
+
+def begun_with(run_dir: Path) -> int | None:
+    """The batch_size that a run which has states in its folder was begun with: other processes would plan another one, and a run that
+    draws other batches is another run."""
+    if not any(run_dir.glob("state-*.safetensors")):
+        return None
+    try:
+        return int(json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["train"]["batch_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -19,7 +19,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...dmm_core.unet import UNetConfig
+import torch
+
+from ...dmm_core.unet import UNet, UNetConfig
 from .footprint import Sizes, Step, sizes, step_peak
 
 GB = 2**30
@@ -47,7 +49,8 @@ class Want:
 
     batch_size: samples of one optimiser step. features / adversarial: whether lambda_feat / lambda_adv are above 0. ema: whether
     the weights are averaged. teacher_dtype: "auto" is the precision on CUDA, fp32 elsewhere. device: "cuda" or "cpu".
-    fixed: settings that the user has chosen already, by their names in ``Choice``.
+    fixed: settings that the user has chosen already, by their names in ``Choice``. processes: that share the samples, each with a
+    device of this size; shared_out: they share the student too.
     """
 
     batch_size: int = 8
@@ -59,11 +62,14 @@ class Want:
     lora_rank: int = 32
     device: str = "cuda"
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    processes: int = 1
+    shared_out: bool = False
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a planner may choose. The batch is micro_batch * accumulate; slots: places for teachers that wait in RAM."""
+    """What a planner may choose. The batch is micro_batch * accumulate, and processes share out the micro_batch; slots: places for
+    teachers that wait in RAM."""
 
     trainable: str
     optimizer: str
@@ -86,6 +92,7 @@ class Plan(Choice):
     ram: int
     budget: int
     usable: int
+    processes: int = 1
 
     @property
     def peak(self) -> int:
@@ -110,10 +117,11 @@ class Plan(Choice):
         places = "1 place" if self.slots == 1 else f"{self.slots} places"
         where = "all on the device" if self.residency == "device" else f"in RAM, {places} on the device"
         blocks = "blocks recomputed" if self.gradient_checkpointing else "activations kept"
+        shared = f", shared by {self.processes} processes with this much memory each" if self.processes > 1 else ""
         width = max(len("together"), *map(len, self.parts))
         lines = [
             f"learning: {learns[self.trainable]}, {self.optimizer}, {self.precision}",
-            f"batch:    {self.micro_batch} samples x {self.accumulate} forwards, {blocks}",
+            f"batch:    {self.micro_batch} samples x {self.accumulate} forwards, {blocks}{shared}",
             f"teachers: {where} ({self.ram / GB:.1f} GB of RAM)",
             *(f"  {name:<{width}} {size / GB:6.2f} GB" for name, size in self.parts.items() if size),
             f"  {'together':<{width}} {self.peak / GB:6.2f} GB of {self.usable / GB:.1f} GB usable of {self.budget / GB:.1f} GB",
@@ -148,17 +156,19 @@ def plan(
             smallest[1].append(choice)
         if stays > usable:  # no need to look at activations
             continue
-        parts["activations"] = activation_bytes(step, choice, want, measured_peak)
+        parts["activations"] = activation_bytes(step, choice, want, measured_peak) + blocks_in_use(config, want)
         if sum(parts.values()) <= usable:
             ram = _ram(sizes(step), teachers, choice, want)
             return Plan(
-                **vars(choice), precision=want.precision, parts=parts, ram=ram, budget=budget_bytes, usable=usable
-            )
+                **vars(choice), precision=want.precision, parts=parts, ram=ram, budget=budget_bytes, usable=usable,
+                processes=want.processes,
+            )  # fmt: skip
     stays, tight = smallest
     if not tight:
         raise ValueError(f"no setting is left to choose from: {dict(want.fixed)} contradict each other")
     steps = [_step(config, latents_hw, teachers, choice, want) for choice in tight]
     least = stays + min(activation_bytes(step, choice, want, measured_peak) for step, choice in zip(steps, tight))
+    least += blocks_in_use(config, want)
     need = (least + _overhead(want.device)) / (1 - MARGIN)
     easier = ["smaller pictures"]
     easier += ["no discriminator (lambda_adv: 0)"] if want.adversarial else []
@@ -174,14 +184,33 @@ def resident_parts(each: Sizes, teachers: int, choice: Choice, want: Want) -> di
     places = teachers + 1  # and the base
     if choice.residency == "offload":  # the discriminator looks through the base, which then stays
         places = min(places, choice.slots + (1 if want.adversarial else 0))
-    return {
+    parts = {
         "student": each.student,
         "gradients": each.trained,
         "optimiser": each.optimizer[choice.optimizer],
         "average": each.trained if want.ema and choice.ema_device == "device" else 0,
-        "teachers": places * each.teacher,
-        "discriminator": each.head,
     }
+    if want.shared_out:
+        parts = {name: -(-size // want.processes) for name, size in parts.items()}
+    return {**parts, "teachers": places * each.teacher, "discriminator": each.head}
+
+
+def rows_at_once(micro_batch: int, want: Want) -> int:
+    """Samples of one forward in one process."""
+    return -(-micro_batch // want.processes)
+
+
+def blocks_in_use(config: UNetConfig, want: Want) -> int:
+    """Bytes of the blocks that are whole at a time where processes share the student out: the one that computes, the next one, and one
+    block's gradients."""
+    if not want.shared_out:
+        return 0
+    with torch.device("meta"):
+        student = UNet(config)
+    blocks = [*student.input_blocks, student.middle_block, *student.output_blocks]
+    rest = sum(p.numel() for name, p in student.named_parameters() if "_block" not in name)
+    largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    return (3 * largest + rest) * (2 if want.precision in ("bf16", "fp16") else 4)
 
 
 def activation_bytes(step: Step, choice: Choice, want: Want, factor: float = 1.0) -> int:
@@ -190,12 +219,14 @@ def activation_bytes(step: Step, choice: Choice, want: Want, factor: float = 1.0
     The peak is convex in the number of samples (the worst of many moments, each linear in it), so the straight line between one
     sample and many is never too low; two sizes are tried instead of all.
     """
-    if not step.accumulating or choice.micro_batch == 1:
-        peak = step_peak(step, choice.micro_batch)
+    rows = rows_at_once(choice.micro_batch, want)
+    many = max((n for n in range(1, want.batch_size) if want.batch_size % n == 0), default=1)
+    many = rows_at_once(many, want)
+    if not step.accumulating or rows == 1 or many == 1:
+        peak = step_peak(step, rows)
     else:
-        many = max(n for n in range(1, want.batch_size) if want.batch_size % n == 0)
         low, high = step_peak(step, 1), step_peak(step, many)
-        peak = low + (high - low) * (choice.micro_batch - 1) // (many - 1)
+        peak = low + (high - low) * (rows - 1) // (many - 1)
     return max(int(factor * peak), OPTIMIZER_TENSORS * sizes(step).largest)
 
 
@@ -249,14 +280,14 @@ def choices(want: Want) -> Iterator[Choice]:
         "ema_device": ("device", "cpu") if cuda and want.ema else ("device",),
         "gradient_checkpointing": (False, True),
         "residency": ("device", "offload") if cuda else ("device",),
-        "micro_batch": [n for n in range(want.batch_size, 0, -1) if want.batch_size % n == 0],
+        "micro_batch": [n for n in range(want.batch_size, want.processes - 1, -1) if want.batch_size % n == 0],
     }
     if unknown := sorted(set(fixed) - set(open_)):
         raise ValueError(f"the planner does not choose {', '.join(unknown)}; it chooses {', '.join(sorted(open_))}")
     open_ |= {name: (value,) for name, value in fixed.items()}
     for values in itertools.product(*open_.values()):
         one = dict(zip(open_, values))
-        comfortable = one["micro_batch"] >= min(COMFORTABLE, want.batch_size)
+        comfortable = rows_at_once(one["micro_batch"], want) >= min(COMFORTABLE, rows_at_once(want.batch_size, want))
         if one.pop("comfortable") != comfortable or (one["residency"] == "device" and one["slots"] == 1):
             continue
         yield Choice(**one, accumulate=max(1, want.batch_size // one["micro_batch"]))

@@ -67,7 +67,8 @@ class Rack:
 
     The rack takes the UNets over: they are converted to ``dtype`` IN PLACE, because a second copy of N teachers does not fit into
     many machines' RAM. So read whatever needs their original values (hashes, the student's start) before. At the most one UNet
-    exists twice, while it is packed. After ``close`` they are on the CPU, in ``dtype``.
+    exists twice, while it is packed. After ``close`` they are on the CPU, in ``dtype``. late: all this is done to a UNet when it is first
+    asked for, and never to one that is not: for a process that meets few of them.
 
     A UNet that ``get`` or ``visit`` gave out holds until the next one is asked for. Gradients may not flow through the weights of
     one that is not resident: they are gone by the time of the backward pass.
@@ -83,6 +84,7 @@ class Rack:
         dtype: torch.dtype | None = None,
         resident: Collection[int] = (),
         slots: int = 2,
+        late: bool = False,
     ):
         self.unets, self.device = list(unets), torch.device(device)
         self.copies = 0  # to the device so far
@@ -97,8 +99,9 @@ class Rack:
         self._turn = 0  # counts what was given out
         self._closed = False
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._settled: set[int] = set()  # indices of UNets that are where they belong
         try:
-            self._place(dtype)
+            self._place(dtype, late)
         except BaseException:
             self.close()
             raise
@@ -126,6 +129,7 @@ class Rack:
     def prefetch(self, index: int) -> None:
         """Start to copy a UNet to the device, if there is a slot that the caller does not work with. A hint: never needed, never wrong."""
         self._check_index(index)
+        self._settle(index)
         if index in self.resident or self._slot_of(index) is not None:
             return
         slot = self._room(keep_unused=False)
@@ -137,6 +141,7 @@ class Rack:
         self._check_index(index)
         self._give_back()
         self._turn += 1
+        self._settle(index)
         if index in self.resident:
             return self.unets[index]
         slot = self._slot_of(index)
@@ -193,19 +198,28 @@ class Rack:
         need = sum(p.numel() * (dtype or p.dtype).itemsize for p in weights)
         return "device" if need <= available_bytes(self.device) // 2 else "offload"
 
-    def _place(self, dtype: torch.dtype | None) -> None:
+    def _place(self, dtype: torch.dtype | None, late: bool) -> None:
         for unet in self.unets:
             unet.requires_grad_(False).eval()
             unet.gradient_checkpointing = False
         # One for all, since they take turns in a slot.
-        waiting_dtype = dtype or (self.unets[self._waiting[0]].dtype if self._waiting else None)
-        for index, unet in enumerate(self.unets):
-            if index in self.resident:
-                unet.to(self.device, dtype)
-            elif all(unet is not self.unets[i] for i in self._flat):
-                self._flat[index] = self._pack(unet, waiting_dtype)
-            else:  # one UNet under two indices
-                self._flat[index] = next(flat for i, flat in self._flat.items() if self.unets[i] is unet)
+        waiting = dtype or (self.unets[self._waiting[0]].dtype if self._waiting else None)
+        self._dtype, self._waiting_dtype = dtype, waiting
+        for index in range(0 if late else len(self.unets)):
+            self._settle(index)
+
+    def _settle(self, index: int) -> None:
+        """Put a UNet where it belongs, if it is not there yet."""
+        if index in self._settled:
+            return
+        unet = self.unets[index]
+        if index in self.resident:
+            unet.to(self.device, self._dtype)
+        elif all(unet is not self.unets[i] for i in self._flat):
+            self._flat[index] = self._pack(unet, self._waiting_dtype)
+        else:  # one UNet under two indices
+            self._flat[index] = next(flat for i, flat in self._flat.items() if self.unets[i] is unet)
+        self._settled.add(index)
 
     def _pack(self, unet: UNet, dtype: torch.dtype) -> Tensor:
         """Move a UNet's weights into one flat tensor, of which they become views."""

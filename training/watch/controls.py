@@ -7,6 +7,8 @@ import queue
 import signal
 from collections.abc import Callable, Iterator
 
+from ..distributed import Ranks
+
 ACTIONS = ("sample", "save", "stop", "pause", "resume")
 WAIT = 0.2
 """Seconds between two looks at the host's interrupt while a run is paused."""
@@ -20,11 +22,13 @@ class Controls:
     """The requests to one run.
 
     ``paused`` and ``stopping`` say what was asked for, at once; the run follows when its step is done. on_pause: called when it does.
+    What is asked of one process of a run is asked of all: they look together after each step.
     """
 
     def __init__(self, on_pause: Callable[[], object] = lambda: None) -> None:
         self.on_pause = on_pause
         self.paused = self.stopping = False
+        self._waiting = self._over = False  # the same, as of the last look: what the run follows
         # Unlike a lock's, its methods may be called by a signal handler that came in the middle of one of them.
         self._asked: queue.SimpleQueue[str] = queue.SimpleQueue()
 
@@ -43,26 +47,43 @@ class Controls:
         save: Callable[[], object],
         sample: Callable[[], object],
         check_interrupt: Callable[[], object] = lambda: None,
+        ranks: Ranks | None = None,
     ) -> None:
         """Do what was asked for since the last step, each once; while paused, wait here for more.
 
         Everything stays where it is during a pause, on the device too. ``check_interrupt`` may raise the host's interrupt.
         Raises StopAndSave after a stop, even out of a pause.
         """
+        ranks = ranks or Ranks()
         check_interrupt()
-        self._answer(self._drain(), save, sample)
-        if self.paused:
+        self._answer(self._look(ranks), save, sample)
+        if self._waiting:
             self.on_pause()
-        while self.paused:
+        while self._waiting:
             check_interrupt()
-            with contextlib.suppress(queue.Empty):
-                self._answer({self._asked.get(timeout=WAIT)} | self._drain(), save, sample)
+            self._answer(self._look(ranks, WAIT), save, sample)
 
-    def _drain(self) -> set[str]:
-        asked = set()
+    def _look(self, ranks: Ranks, wait: float = 0.0) -> set[str]:
+        """What was asked since the last look, of any process; up to ``wait`` seconds for a first request."""
+        asked = self._drain(wait)
+        turns = [action for action in asked if action in ("pause", "resume")]
+        asked = set(asked) - set(turns[:-1])  # the last one counts
+        flags = ranks.any([action in asked for action in ACTIONS])
+        asked = {action for action, flag in zip(ACTIONS, flags) if flag}
+        if asked & {"pause", "resume"}:
+            self._waiting = "resume" not in asked
+        self._over = self._over or "stop" in asked
+        if ranks.world > 1:
+            self.paused, self.stopping = self._waiting, self._over
+        return asked
+
+    def _drain(self, wait: float) -> list[str]:
+        asked = []
         with contextlib.suppress(queue.Empty):
+            if wait:
+                asked.append(self._asked.get(timeout=wait))
             while True:
-                asked.add(self._asked.get_nowait())
+                asked.append(self._asked.get_nowait())
         return asked
 
     def _answer(self, asked: set[str], save: Callable[[], object], sample: Callable[[], object]) -> None:
@@ -70,7 +91,7 @@ class Controls:
             sample()
         if "save" in asked:
             save()
-        if self.stopping:
+        if self._over:
             raise StopAndSave
 
 
@@ -82,9 +103,13 @@ def signals(controls: Controls) -> Iterator[None]:
     has saved itself. SIGTSTP (Ctrl-Z) is left to the shell, and Windows has no SIGUSR1 and SIGUSR2. Main thread only.
     """
 
+    heard = False
+
     def stop(number, frame) -> None:
-        if controls.stopping:
+        nonlocal heard
+        if heard:  # not controls.stopping, which another process of the run may have brought about
             raise KeyboardInterrupt
+        heard = True
         controls.ask("stop")
 
     handlers = {signal.SIGINT: stop, signal.SIGTERM: stop}

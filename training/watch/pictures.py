@@ -82,18 +82,20 @@ class Pictures:
         return None
 
     @torch.no_grad()
-    def _sheet(self) -> Image.Image:
+    def _sheet(self) -> Image.Image | None:
         run = self.run
         styles = range(min(run.num_styles, STYLES))
         devices = [run.device] if run.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # nothing here draws from the global generators, but a decoder might
+            with run.averaged():  # first, as of several processes some do only this
+                latents = [self._latents(run.student, run.base, style_row(run.num_styles, i)) for i in styles]
+            if not run.ranks.is_main:
+                return None
             for i in styles:
                 if i not in self._of_teachers:
                     teacher = run.teachers[i]
-                    latents = self._latents(run.rack.get(i), teacher, teacher.style_row)
-                    self._of_teachers[i] = list(self.decode(latents))
-            with run.averaged():
-                latents = [self._latents(run.student, run.base, style_row(run.num_styles, i)) for i in styles]
+                    of_teacher = self._latents(run.rack.get(i), teacher, teacher.style_row)
+                    self._of_teachers[i] = list(self.decode(of_teacher))
             of_student = [list(self.decode(latent)) for latent in latents]
         sheet = [
             [small(picture) for pair in zip(self._of_teachers[i], of_student[i]) for picture in pair] for i in styles

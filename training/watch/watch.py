@@ -40,13 +40,17 @@ class Watch:
 
 
 class Watching:
-    """A Watch at work on one run: its journal and pictures, in ``folder`` if there is one."""
+    """A Watch at work on one run: its journal and pictures, in ``folder`` if there is one.
+
+    Of several processes the first one has them; the others help to paint where the student is shared out.
+    """
 
     def __init__(self, watch: Watch, run: Distillation, folder: Path | None):
         self.watch, self.run = watch, run
+        folder = folder if run.ranks.is_main else None
         self.journal = Journal(folder) if folder else None
         self.pictures = None
-        if watch.decode:
+        if watch.decode and (run.ranks.is_main or run.sharded):
             place = folder / "pictures" if folder else None
             self.pictures = Pictures(run, watch.decode, place, self.journal, check_interrupt=watch.check_interrupt)
 
@@ -67,7 +71,8 @@ class Watching:
         every = self.watch.picture_every
         if every and (metrics.step % every == 0 or metrics.step == metrics.steps):
             self.show()
-        self.watch.controls.after_step(lambda: self.save(save), self.show, self.watch.check_interrupt)
+        controls, check = self.watch.controls, self.watch.check_interrupt
+        controls.after_step(lambda: self.save(save), self.show, check, self.run.ranks)
 
     def save(self, save: Callable[[], None]) -> None:
         save()

@@ -1,12 +1,12 @@
-// Buttons on a Distill Teachers node that is training: sample now, save now, pause, stop and save.
+// Buttons on a node that trains, while it does: sample now, save now, pause, stop and save.
 //
 // The server's list of what trains is the truth: it is read when a node of this kind reports progress and when the page opens.
 // The buttons are no part of the workflow: neither queued nor saved with it.
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { trains } from "./training_nodes.js";
 
-const NODE = "DMMDistillTeachers";
 const CONTROLS = "dmm_controls";
 const HEIGHT = 24;
 const BUTTONS = {
@@ -23,7 +23,7 @@ function trainers(graph, prefix = "") {
   return graph.nodes.flatMap((node) => {
     const id = `${prefix}${node.id}`;
     if (node.subgraph) return trainers(node.subgraph, `${id}:`);
-    return node.comfyClass === NODE ? [[id, node]] : [];
+    return trains(node) ? [[id, node]] : [];
   });
 }
 

@@ -1,9 +1,9 @@
-// The preset of a Distill Teachers node fills in its settings; changing one of them by hand makes it "custom".
+// The preset of a node that trains fills in its settings; changing one of them by hand makes it "custom".
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { trains } from "./training_nodes.js";
 
-const NODE = "DMMDistillTeachers";
 const CUSTOM = "custom";
 
 let presets = {}; // preset -> {name of an input: its value}
@@ -40,7 +40,7 @@ app.registerExtension({
   },
 
   nodeCreated(node) {
-    if (node.comfyClass !== NODE) return;
+    if (!trains(node)) return;
     const preset = widget(node, "preset");
     if (!preset) return;
     whenChanged(preset, (name) => fill(node, name));

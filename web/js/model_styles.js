@@ -106,8 +106,29 @@ export function onlyStyles() {
   return lists.length === 1 ? lists[0] : null;
 }
 
+// A list of names after a node that changes it. Edit Style finds the style as the server does: case and outer spaces aside.
+function withBlend(node, names) {
+  const name = setting(node, "name")?.trim();
+  return name ? [...names, name] : names;
+}
+
+function withEdit(node, names) {
+  const [style, name] = ["style", "name"].map((field) => setting(node, field)?.trim());
+  if (!style || !name) return names;
+  const folded = (text) => text.trim().toLowerCase();
+  const old = names.includes(style) ? style : names.find((other) => folded(other) === folded(style));
+  return names.map((other) => (other === old ? name : other));
+}
+
+function withTeachers(node, names) {
+  const own = teacherNames(node);
+  return own && [...names, ...own];
+}
+
+const CHANGES = { DMMNameBlend: withBlend, DMMEditStyle: withEdit, DMMAddTeacher: withTeachers };
+
 function stylesFrom(at) {
-  const blends = [];
+  const changes = []; // of the list, from the model's file on
   for (let hops = 0; at?.node && hops < 1000; hops++) {
     const { node, slot } = at;
     if (node.subgraph) {
@@ -116,8 +137,9 @@ function stylesFrom(at) {
     }
     if (node.mode !== BYPASSED) {
       const names = { DMMLoadModel: stylesOfLoader, DMMDistillTeachers: teacherNames }[node.comfyClass];
-      if (names) return names(node) && [...names(node), ...blends];
-      if (node.comfyClass === "DMMNameBlend") blends.unshift(...[setting(node, "name")?.trim()].filter(Boolean));
+      if (names) return changes.reduce((list, change) => list && change(list), names(node));
+      const change = CHANGES[node.comfyClass];
+      if (change) changes.unshift((list) => change(node, list));
     }
     // Any other node changes a model and passes its styles on: LoRAs, patches, reroutes, another Style Selector.
     const inputs = node.inputs ?? [];

@@ -1,4 +1,4 @@
-// The style input of Style Selector as a list of the styles that the connected model has.
+// The style input of Style Selector and Edit Style as a list of the styles that the connected model has.
 //
 // The nodes stay plain: the input is a STRING for the server, in saved workflows and for links, and a text field without this
 // file. Style names come from strangers' model files. They are given to the host as menu entries, which it shows as text, and
@@ -8,6 +8,7 @@ import { app } from "../../../scripts/app.js";
 import { NO_STYLE, stylesFor } from "./model_styles.js";
 
 const WIDGET = "DMM_STYLE_NAME"; // not the type of the wires, or their sockets would become lists
+const NODES = ["DMMStyleSelector", "DMMEditStyle"];
 const TYPE_A_NAME = "type a name \u2026";
 
 function stylePicker(node, inputName, [, spec]) {
@@ -25,12 +26,13 @@ function stylePicker(node, inputName, [, spec]) {
     node.setDirtyCanvas(true);
   }
 
-  const widget = node.addWidget("combo", inputName, spec.default, picked, { values: [NO_STYLE] });
+  const none = spec.default === NO_STYLE ? [NO_STYLE] : []; // nothing to edit about it
+  const widget = node.addWidget("combo", inputName, spec.default, picked, { values: [spec.default] });
 
   function choices() {
     if (widget.value !== TYPE_A_NAME) before = widget.value;
     const names = stylesFor(node);
-    return [...new Set(names ? [...names, NO_STYLE] : [widget.value, NO_STYLE, TYPE_A_NAME])];
+    return [...new Set(names ? [...names, ...none] : [widget.value, ...none, TYPE_A_NAME])];
   }
 
   // Evaluated whenever the list is drawn or opened, so it follows every change of file and of connections. The canvas reads
@@ -48,6 +50,6 @@ app.registerExtension({
   getCustomWidgets: () => ({ [WIDGET]: stylePicker }),
 
   beforeRegisterNodeDef(nodeType, nodeData) {
-    if (nodeData.name === "DMMStyleSelector") nodeData.input.required.style[1].widgetType = WIDGET;
+    if (NODES.includes(nodeData.name)) nodeData.input.required.style[1].widgetType = WIDGET;
   },
 });

@@ -1,0 +1,145 @@
+"""Add Teacher to DMM and Forget Style: a DMM model goes on learning, or loses a style, without the teachers it was made from."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..dmm_core.style_value import NO_STYLE, Mix, parse_style
+from ..training.config import AttackConfig, check_names
+from . import training_inputs
+from .distill_settings import growing_inputs, guard_input, train_config, warm_start_input
+from .teacher import TeacherType
+from .training_run import comparison, file_stem, learn
+
+LOSSES = io.Custom("LOSS_MAP")
+
+
+def model_inputs(goes_on: str) -> list:
+    return [
+        io.Model.Input("model", tooltip=f"From Load DMM Model; {goes_on}"),
+        io.Clip.Input("clip", tooltip="The model's text encoder, from the same loader."),
+        io.Vae.Input("vae", tooltip="Saved with the result, and shows the previews."),
+    ]
+
+
+def data_inputs(name: str) -> list:
+    return [
+        io.Latent.Input("latents", tooltip="The training pictures: from VAE Encode, one by one or as batches."),
+        io.String.Input("captions", force_input=True, tooltip="One text for each picture."),
+        io.String.Input("name", default=name, tooltip="The file in output/dmm begins with this."),
+    ]
+
+
+class AddTeacher(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        teachers = io.Autogrow.TemplatePrefix(TeacherType.Input("teacher"), prefix="teacher", min=1, max=100)
+        return io.Schema(
+            node_id="DMMAddTeacher",
+            display_name="Add Teacher to DMM",
+            category="DMM/training",
+            description=(
+                "Teaches a DMM model the looks of more models. The model as it was guards the styles that it has, so their teachers "
+                "are not needed. Saves a new file to output/dmm; cancel keeps what was learnt."
+            ),
+            search_aliases=["add style", "incremental", "extend dmm", "distillation"],
+            is_input_list=True,
+            inputs=[
+                *model_inputs("its styles stay."),
+                io.Autogrow.Input("teachers", template=teachers),
+                *data_inputs("my-dmm-grown"),
+                guard_input(),
+                warm_start_input(),
+                *growing_inputs(),
+            ],
+            outputs=[io.Model.Output(), LOSSES.Output(display_name="loss")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, teachers, latents, captions, **lists) -> io.NodeOutput:
+        one = {key: value[0] for key, value in lists.items()}  # is_input_list: every other input is a list of one
+        file_stem(one["name"])
+        config = train_config(one)
+        teachers = [teacher for group in teachers.values() for teacher in group]
+        check_names([teacher.name for teacher in teachers])
+        parts = training_inputs.dmm_parts(one["model"], one["clip"], one["vae"])
+
+        def gather(say):
+            return training_inputs.gather_grown(one["model"], one["clip"], teachers, latents, captions, config, say)
+
+        return learn(gather, parts, one, cls.hidden.unique_id, comparison)
+
+
+class ForgetStyle(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMMForgetStyle",
+            display_name="Forget Style",
+            category="DMM/training",
+            description=(
+                "Takes styles out of a DMM model: not only their names and vectors, but also, as far as an attack can tell, what the "
+                "network knows of them. Their teachers are not needed. Saves a new file to output/dmm."
+            ),
+            search_aliases=["remove style", "unlearn", "delete style", "remove teacher"],
+            is_input_list=True,
+            inputs=[
+                *model_inputs("all but the forgotten styles stay."),
+                io.String.Input("styles", default="", tooltip="What to forget: a name, or several with commas between them."),
+                *data_inputs("my-dmm-less"),
+                guard_input(),
+                io.Int.Input(
+                    "attack_codes",
+                    default=3,
+                    min=0,
+                    max=64,
+                    tooltip="Vectors that search for the style while it is forgotten, so that it cannot be found again. 0: none.",
+                ),
+                io.Int.Input("attack_every", default=25, min=1, max=100_000, tooltip="Steps between searches.", advanced=True),
+                io.Int.Input("attack_steps", default=10, min=1, max=10_000, tooltip="Steps of a search.", advanced=True),
+                io.Int.Input(
+                    "check_steps",
+                    default=100,
+                    min=0,
+                    max=100_000,
+                    tooltip="At the end the style is searched for in the model before and after, for so many steps; 0: it is not.",
+                ),
+                *growing_inputs(),
+            ],
+            outputs=[io.Model.Output(), LOSSES.Output(display_name="loss")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, latents, captions, **lists) -> io.NodeOutput:
+        one = {key: value[0] for key, value in lists.items()}
+        file_stem(one["name"])
+        config = train_config(one)
+        attack = AttackConfig(one["attack_every"], one["attack_steps"], one["attack_codes"], one["check_steps"])
+        attack.validate()
+        forget = style_names(one["styles"])
+        parts = training_inputs.dmm_parts(one["model"], one["clip"], one["vae"])
+
+        def gather(say):
+            model, clip = one["model"], one["clip"]
+            return training_inputs.gather_forgetting(model, clip, forget, latents, captions, config, attack, say)
+
+        def report(run, say) -> str:
+            return f"{comparison(run, say)}\n\n{run.last_word(training_inputs.interruptible(say))}".rstrip()
+
+        return learn(gather, parts, one, cls.hidden.unique_id, report)
+
+
+def style_names(text: str) -> list[str]:
+    """Names as style fields take them, with commas between. Raises ValueError for anything but a list of names."""
+    style = parse_style(text) if text.strip() else None
+    names = [name for name, _ in style.shares] if isinstance(style, Mix) else []
+    if not names or NO_STYLE in names:
+        raise ValueError(f"styles is '{text}': name one style, or several with commas between them")
+    return names
+
+
+NODES = [AddTeacher, ForgetStyle]

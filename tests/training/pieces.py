@@ -1,0 +1,162 @@
+"""What the processes of a farm are asked to do: pieces of training, each of which also works alone."""
+
+from pathlib import Path
+
+import torch
+from comfyui_dmm.training.distill import train
+from comfyui_dmm.training.synthesis import painted_by_teachers
+from comfyui_dmm.training.validation import validation_error
+from comfyui_dmm.training.watch.controls import StopAndSave
+from comfyui_dmm.training.watch.watch import Watch
+
+from .families import small_run
+
+
+def train_all(ranks, **settings) -> dict:
+    """Every step's metrics, and the weights at the end, raw and averaged."""
+    run = small_run(ranks=ranks, **settings)
+    metrics = list(run.run())
+    return {"metrics": metrics, "raw": run.student_weights(False), "average": run.student_weights(True)}
+
+
+def first_gradients(ranks, **settings) -> dict[str, torch.Tensor]:
+    """Of the student and the discriminator's head, as the optimisers get them in the first step."""
+    run = small_run(ranks=ranks, grad_clip=0.0, **settings)
+    seen = {}
+
+    def look(optimizer, *_):
+        named = {**run.trained, **dict(run.adversary.head.named_parameters())}
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, p in named.items():
+            if id(p) in mine:
+                grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+                seen[name] = grad.detach().clone()
+
+    for optimizer in (run.optimizer, run.adversary.optimizer):
+        optimizer.register_step_pre_hook(look)
+    run.train_step()
+    return seen
+
+
+def train_until(ranks, folder: str, stop_at: int | None = None, asked_of: int = 0, **settings) -> dict:
+    """``train`` in a run folder; the process ``asked_of`` is asked to stop at a step."""
+    run = small_run(ranks=ranks, **settings)
+    steps, losses = [], []
+
+    def on_step(run, metrics):
+        steps.append(metrics.step)
+        losses.append(metrics.loss)
+        if metrics.step == stop_at and ranks.rank == asked_of:
+            watch.controls.ask("stop")
+
+    watch, stopped = Watch(on_step), False
+    try:
+        train(run, Path(folder), watch)
+    except StopAndSave:
+        stopped = True
+    weights = {"raw": run.student_weights(False), "average": run.student_weights(True)}
+    return {"steps": steps, "losses": losses, "stopped": stopped, **weights}
+
+
+def paint_all(ranks, folder: str, **settings) -> dict:
+    """The final stage's pictures, and how many this process painted itself."""
+    run = small_run(ranks=ranks, **settings)
+    own = []
+    data = painted_by_teachers(run, Path(folder), lambda done, total, what: own.append(what))
+    return {"latents": data.buckets[0], "captions": data.captions, "owner": data.owner, "own": own}
+
+
+def check(ranks, **settings) -> float:
+    run = small_run(ranks=ranks, **settings)
+    run.train_step()
+    return validation_error(run)
+
+
+def make(ranks, **settings) -> None:
+    small_run(ranks=ranks, **settings)
+
+
+def meet_nan(ranks, teacher: int, **settings) -> str:
+    """What each process says when one teacher predicts NaN."""
+    run = small_run(ranks=ranks, **settings)
+    with torch.no_grad():
+        run.teachers[teacher].unet.out[2].bias.fill_(float("nan"))
+    try:
+        run.train_step()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def fail_in_one(ranks, who: int) -> str:
+    """A block that one process leaves with an error."""
+    try:
+        with ranks.together():
+            if ranks.rank == who:
+                raise ValueError(f"the file of process {who} is damaged")
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def talk(ranks) -> dict:
+    return {
+        "sum": ranks.sum(torch.tensor([1.0, float(ranks.rank)])).tolist(),
+        "any": ranks.any([ranks.rank == 1, False]),
+        "gather": ranks.gather({"rank": ranks.rank, "text": "x" * (10 + ranks.rank)}),
+        "from_main": ranks.from_main(f"of {ranks.rank}"),
+    }
+
+
+def ask(ranks, requests: dict[int, list[str]]) -> dict:
+    """One look at the controls after these requests, by rank: what was done, and whether the run stops or waits."""
+    from comfyui_dmm.training.watch.controls import Controls
+
+    controls, done = Controls(), []
+    for action in requests.get(ranks.rank, []):
+        controls.ask(action)
+    stopped = False
+    try:
+        controls.after_step(lambda: done.append("save"), lambda: done.append("sample"), ranks=ranks)
+    except StopAndSave:
+        stopped = True
+    return {"done": done, "stopped": stopped}
+
+
+def load_and_train(ranks, config: str) -> dict:
+    """A run from its files: 3 steps, which teachers were read, and the run's identity."""
+    from comfyui_dmm.training.config import load_config
+    from comfyui_dmm.training.load import load_run
+    from comfyui_dmm.training.state import identity
+
+    with ranks.together():
+        loaded = load_run(load_config(config), torch.device("cpu"), ranks=ranks)
+    run = loaded.start()
+    losses = [run.train_step().loss for _ in range(3)]
+    return {"settled": sorted(run.rack._settled), "losses": losses, "identity": identity(run)}
+
+
+def grow(ranks, forget: bool, **settings) -> dict:
+    """Three steps of a DMM model that learns a style, from a code that was looked for, or that forgets one."""
+    import dataclasses
+
+    from comfyui_dmm.dmm_core.metadata import StyleInfo
+    from comfyui_dmm.training.config import AttackConfig, TrainConfig
+    from comfyui_dmm.training.forget import Forgetting
+    from comfyui_dmm.training.loop import Distillation
+
+    from .families import small_teacher
+    from .test_grow import DATA, old_model
+
+    defaults = {"steps": 3, "batch_size": 8, "lr": 5e-5, "seed": 3, "lambda_adv": 0.0, "validation": 0}
+    config, old = TrainConfig(**{**defaults, **settings}), old_model()
+    styles = [old.as_style(i, StyleInfo(f"old {i}")) for i in range(3)]
+    cpu = torch.device("cpu")
+    if forget:
+        run = Forgetting(old, styles, ["old 1"], DATA, config, cpu, AttackConfig(2, 3, 2), ranks)
+    else:
+        config = dataclasses.replace(config, warm_start=3)
+        run = Distillation(old, [*styles, small_teacher("new", 10, DATA)], DATA, config, cpu, ranks=ranks)
+    losses = []
+    train(run, None, Watch(lambda run, metrics: losses.append(metrics.loss)))
+    return {"losses": losses, "raw": run.student_weights(False)}

@@ -1,0 +1,5 @@
+// The nodes that train: they share settings, presets and buttons.
+
+const TRAINING_NODES = ["DMMDistillTeachers", "DMMAddTeacher", "DMMForgetStyle"];
+
+export const trains = (node) => TRAINING_NODES.includes(node.comfyClass);
