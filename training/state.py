@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..dmm_core.files import atomic_write
+from ..dmm_core.weights_file import read_keys, read_weights
 from .distributed import AgreedError
 from .hashing import tensor_sha256
 from .loop import Distillation
@@ -145,10 +146,7 @@ def resume(run: Distillation, folder: Path, parts: dict[str, str]) -> bool:
     if path is None:
         return False
     with run.ranks.together():
-        try:
-            tensors, metadata = read_state(path)
-        except SafetensorError as error:
-            raise ValueError(f"'{path}' cannot be read as a run state: {error}") from error
+        tensors, metadata = read_state(path)
         _check(path, metadata, parts)
     _load(run, tensors, metadata)
     return True
@@ -158,17 +156,19 @@ def newest(folder: Path) -> Path | None:
     """The newest state of a run folder that can be read."""
     for path in reversed(states(folder)):
         try:
-            read_state(path)
+            read_keys(path)  # of a file that is cut off, the header alone says so
             return path
-        except (SafetensorError, OSError) as error:
+        except (ValueError, OSError) as error:
             logger.warning("%s cannot be read (%s): trying the state before it", path.name, error)
     return None
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a state. Raises SafetensorError or OSError for a file that cannot be read."""
-    with safe_open(str(path), framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    """Tensors and metadata of a state. Raises ValueError for a file that is none, OSError for one that cannot be read."""
+    tensors, metadata = read_weights(path)
+    if not metadata.get("step", "").isdecimal() or "dmm.state" not in metadata:
+        raise ValueError(f"'{path}' is not a run state: expected one of the state-*.safetensors of a run folder")
+    return tensors, metadata
 
 
 def fork(run: Distillation, source: Path) -> int:
@@ -181,12 +181,7 @@ def fork(run: Distillation, source: Path) -> int:
         raise ValueError(
             f"there is no run to start from in '{source}': expected a run folder or one of its state files"
         )
-    try:
-        tensors, metadata = read_state(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"'{path}' cannot be read as a run state: {error}") from error
-    if "dmm.state" not in metadata:
-        raise ValueError(f"'{path}' is not a run state: expected one of the state-*.safetensors of a run folder")
+    tensors, metadata = read_state(path)
     prefix = "ema." if any(key.startswith("ema.") for key in tensors) else "student."
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     shapes = {k: tuple(p.shape) for k, p in run.trained.items()}

@@ -125,7 +125,18 @@ function withTeachers(node, names) {
   return own && [...names, ...own];
 }
 
-const CHANGES = { DMMNameBlend: withBlend, DMMEditStyle: withEdit, DMMAddTeacher: withTeachers };
+// Names with commas between them, as Forget Style takes them; names that need quotes stay in the list.
+function withoutForgotten(node, names) {
+  const gone = (setting(node, "styles") ?? "").split(",").map((name) => name.trim());
+  return names.filter((name) => !gone.includes(name));
+}
+
+const CHANGES = {
+  DMMNameBlend: withBlend,
+  DMMEditStyle: withEdit,
+  DMMAddTeacher: withTeachers,
+  DMMForgetStyle: withoutForgotten,
+};
 
 function stylesFrom(at) {
   const changes = []; // of the list, from the model's file on
