@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..training.config import check_names
 from . import training_inputs
-from .distill_settings import setting_inputs, train_config
-from .teacher import TeacherType
-from .training_run import comparison, file_stem, learn
+from .distill_settings import setting_inputs
+from .training_run import comparison, connected, data_inputs, given, learn, outputs, teachers_input
 
 
 class DistillTeachers(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        teachers = io.Autogrow.TemplatePrefix(TeacherType.Input("teacher"), prefix="teacher", min=1, max=100)
         return io.Schema(
             node_id="DMMDistillTeachers",
             display_name="Distill Teachers",
@@ -30,24 +27,19 @@ class DistillTeachers(io.ComfyNode):
                 io.Model.Input("base", tooltip="Where the student starts, and what it paints without a style."),
                 io.Clip.Input("clip", tooltip="The text encoder of the base; it becomes the student's."),
                 io.Vae.Input("vae", tooltip="Saved with the student, and shows the previews."),
-                io.Autogrow.Input("teachers", template=teachers),
-                io.Latent.Input("latents", tooltip="The training pictures: from VAE Encode, one by one or as batches."),
-                io.String.Input("captions", force_input=True, tooltip="One text for each picture."),
-                io.String.Input("name", default="my-dmm", tooltip="The file in output/dmm begins with this."),
+                teachers_input(),
+                *data_inputs("my-dmm"),
                 *setting_inputs(),
             ],
-            outputs=[io.Model.Output(), io.Custom("LOSS_MAP").Output(display_name="loss")],
+            outputs=outputs(),
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, teachers, latents, captions, **lists) -> io.NodeOutput:
-        one = {key: value[0] for key, value in lists.items()}  # is_input_list: every other input is a list of one
-        file_stem(one["name"])
-        config = train_config(one)
-        teachers = [teacher for group in teachers.values() for teacher in group]
-        check_names([teacher.name for teacher in teachers])
+        one, config = given(lists)
+        teachers = connected(teachers)
         parts = training_inputs.clip_and_vae_parts(one["base"], one["clip"], one["vae"])
 
         def gather(say):

@@ -5,13 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..dmm_core.style_value import NO_STYLE, Mix, parse_style
-from ..training.config import AttackConfig, check_names
+from ..training.config import AttackConfig
 from . import training_inputs
-from .distill_settings import growing_inputs, guard_input, train_config, warm_start_input
-from .teacher import TeacherType
-from .training_run import comparison, file_stem, learn
-
-LOSSES = io.Custom("LOSS_MAP")
+from .distill_settings import growing_inputs, guard_input, warm_start_input
+from .training_run import comparison, connected, data_inputs, given, learn, outputs, teachers_input
 
 
 def model_inputs(goes_on: str) -> list:
@@ -22,18 +19,9 @@ def model_inputs(goes_on: str) -> list:
     ]
 
 
-def data_inputs(name: str) -> list:
-    return [
-        io.Latent.Input("latents", tooltip="The training pictures: from VAE Encode, one by one or as batches."),
-        io.String.Input("captions", force_input=True, tooltip="One text for each picture."),
-        io.String.Input("name", default=name, tooltip="The file in output/dmm begins with this."),
-    ]
-
-
 class AddTeacher(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        teachers = io.Autogrow.TemplatePrefix(TeacherType.Input("teacher"), prefix="teacher", min=1, max=100)
         return io.Schema(
             node_id="DMMAddTeacher",
             display_name="Add Teacher to DMM",
@@ -46,24 +34,21 @@ class AddTeacher(io.ComfyNode):
             is_input_list=True,
             inputs=[
                 *model_inputs("its styles stay."),
-                io.Autogrow.Input("teachers", template=teachers),
+                teachers_input(),
                 *data_inputs("my-dmm-grown"),
                 guard_input(),
                 warm_start_input(),
                 *growing_inputs(),
             ],
-            outputs=[io.Model.Output(), LOSSES.Output(display_name="loss")],
+            outputs=outputs(),
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, teachers, latents, captions, **lists) -> io.NodeOutput:
-        one = {key: value[0] for key, value in lists.items()}  # is_input_list: every other input is a list of one
-        file_stem(one["name"])
-        config = train_config(one)
-        teachers = [teacher for group in teachers.values() for teacher in group]
-        check_names([teacher.name for teacher in teachers])
+        one, config = given(lists)
+        teachers = connected(teachers)
         parts = training_inputs.dmm_parts(one["model"], one["clip"], one["vae"])
 
         def gather(say):
@@ -108,16 +93,14 @@ class ForgetStyle(io.ComfyNode):
                 ),
                 *growing_inputs(),
             ],
-            outputs=[io.Model.Output(), LOSSES.Output(display_name="loss")],
+            outputs=outputs(),
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, latents, captions, **lists) -> io.NodeOutput:
-        one = {key: value[0] for key, value in lists.items()}
-        file_stem(one["name"])
-        config = train_config(one)
+        one, config = given(lists)
         attack = AttackConfig(one["attack_every"], one["attack_steps"], one["attack_codes"], one["check_steps"])
         attack.validate()
         forget = style_names(one["styles"])

@@ -18,6 +18,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..dmm_core.checkpoint import Checkpoint, save_checkpoint
+from ..training.config import TrainConfig, check_names
 from ..training.distill import student_checkpoint, train
 from ..training.loop import Distillation
 from ..training.report import eps_errors, format_table
@@ -26,12 +27,45 @@ from ..training.watch.controls import Controls, StopAndSave
 from ..training.watch.progress import Progress
 from ..training.watch.watch import Watch
 from . import host_model, paths, training_inputs, training_routes
+from .distill_settings import train_config
 from .preview import Screen, host_decoder, send_text
+from .teacher import TeacherInput, TeacherType
 
 logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 """Shows a text on the node."""
+
+
+def teachers_input():
+    template = io.Autogrow.TemplatePrefix(TeacherType.Input("teacher"), prefix="teacher", min=1, max=100)
+    return io.Autogrow.Input("teachers", template=template)
+
+
+def data_inputs(name: str) -> list:
+    return [
+        io.Latent.Input("latents", tooltip="The training pictures: from VAE Encode, one by one or as batches."),
+        io.String.Input("captions", force_input=True, tooltip="One text for each picture."),
+        io.String.Input("name", default=name, tooltip="The file in output/dmm begins with this."),
+    ]
+
+
+def outputs() -> list:
+    return [io.Model.Output(), io.Custom("LOSS_MAP").Output(display_name="loss")]
+
+
+def given(lists: Mapping[str, list]) -> tuple[dict[str, Any], TrainConfig]:
+    """A node's inputs, which come as lists of one, and the settings among them. Raises ValueError for one that makes no sense."""
+    one = {key: value[0] for key, value in lists.items()}
+    file_stem(one["name"])
+    return one, train_config(one)
+
+
+def connected(teachers: Mapping[str, list[TeacherInput]]) -> list[TeacherInput]:
+    """The teachers on a node's sockets. Raises ValueError for names that are missing or the same."""
+    found = [teacher for group in teachers.values() for teacher in group]
+    check_names([teacher.name for teacher in found])
+    return found
 
 
 def file_stem(name: str) -> str:

@@ -97,7 +97,7 @@ def test_without_steps_nothing_of_the_old_model_is_lost():
 
 def test_the_guard_holds_the_old_styles_while_the_new_one_is_learnt():
     def after(guard: float) -> list[float]:
-        run = growing(1, guard=guard, steps=60, batch_size=12, base_share=0.0, lr=3e-4)
+        run = growing(1, guard=guard, steps=30, batch_size=8, base_share=0.0, lr=5e-4)
         list(run.run())
         return [row.student for row in eps_errors(run.teachers, run.base, None, load_unet(run.student_weights()), DATA, 12)]
 
@@ -236,7 +236,7 @@ def test_mistakes_are_named_before_anything_is_written(files, capsys, command, c
 
 
 def test_forgetting_from_files(files, capsys):
-    config = write(files, teachers=None, forget=["墨"], attack={"every": 2, "steps": 2, "codes": 2}, output="less.safetensors")
+    config = write(files, teachers=None, forget=["墨"], attack={"every": 2, "steps": 2, "codes": 2, "check": 3}, output="less.safetensors")
     assert main(["forget", "--config", config]) == 0, capsys.readouterr().err
     less = load_checkpoint(files / "less.safetensors")
     assert [s.name for s in less.styles] == ["ink", "oil"] and less.recipe["forgotten"] == ["墨"]
