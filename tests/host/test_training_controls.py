@@ -284,8 +284,8 @@ def test_a_vae_out_of_memory_costs_the_pictures_only(node, caplog):
 
 
 def test_a_failed_comparison_costs_the_table_only(node, monkeypatch):
-    from comfyui_dmm.nodes import distill
+    from comfyui_dmm.nodes import training_run
 
-    monkeypatch.setattr(distill, "eps_errors", lambda *arguments, **named: fail())
+    monkeypatch.setattr(training_run, "eps_errors", lambda *arguments, **named: fail())
     output, error, _ = node("no-table")
     assert error is None and "not compared with its teachers: out of luck" in str(output.ui.as_dict())
