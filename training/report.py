@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -91,13 +92,20 @@ def eps_errors(
 
 
 def format_table(table: Sequence[EpsErrors]) -> str:
-    """Plain text, one line per teacher and one for the mean; smaller is closer to the teacher."""
-    columns = ("base", "soup", "student", "wrong", "wrong_best")
-    titles = ("base", "soup", "DMM, its style", "other styles", "nearest other")
+    """Plain text, one line per teacher and one for the mean; smaller is closer to the teacher. Columns that nothing is known for are left
+    out: the soup of a model that grew, the other styles where there is one."""
+    titles = {
+        "base": "base",
+        "soup": "soup",
+        "student": "DMM, its style",
+        "wrong": "other styles",
+        "wrong_best": "nearest other",
+    }
+    titles = {name: title for name, title in titles.items() if not all(math.isnan(getattr(row, name)) for row in table)}
     width = max(len(row.teacher) for row in table + [EpsErrors("teacher", 0, 0, 0, 0, 0)])
-    lines = ["teacher".ljust(width) + "".join(title.rjust(16) for title in titles)]
+    lines = ["teacher".ljust(width) + "".join(title.rjust(16) for title in titles.values())]
     for row in table:
-        lines.append(row.teacher.ljust(width) + "".join(f"{getattr(row, c):16.5f}" for c in columns))
-    means = (sum(getattr(row, c) for row in table) / len(table) for c in columns)
+        lines.append(row.teacher.ljust(width) + "".join(f"{getattr(row, c):16.5f}" for c in titles))
+    means = (sum(getattr(row, c) for row in table) / len(table) for c in titles)
     lines.append("mean".ljust(width) + "".join(f"{m:16.5f}" for m in means))
     return "\n".join(lines)

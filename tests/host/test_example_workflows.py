@@ -16,6 +16,7 @@ FOLDER = PACK / "workflows"
 NAMES = [
     *("quickstart", "distill_quickstart", "style_sheet", "blend_and_schedule"),
     *("regions", "controlnet", "lora", "controlnet_lora_regions"),
+    *("add_teacher", "forget_style"),
 ]
 STYLES = ["ink", "pen", "candy", "pop", "pixel", "sticker", "echo"]
 NEAR = {"ink": "pen", "pen": "ink"}
@@ -328,3 +329,82 @@ def test_the_distillation_in_full(server):
     for a in shown:
         for b in shown:
             assert a == b or np.abs(shown[a] - shown[b]).mean() > 5
+
+
+SHORT = {"steps": 3, "batch_size": 4, "preview_every": 2, "save_every": 2}
+
+
+def shortened(example: str, trainer: str, **settings) -> dict:
+    """An example that trains, with 3 steps on 8 pictures, and its sheets as single pictures."""
+    graph = unlabelled(twin_of(example))
+    graph[only(graph, trainer)]["inputs"] |= {**SHORT, **settings}
+    graph[only(graph, "DMMDemoScenes")]["inputs"]["count"] = 8
+    return graph
+
+
+def written(server, pattern: str):
+    (file,) = (server.base / "output" / "dmm").glob(pattern)
+    return load_checkpoint(file)
+
+
+def test_a_teacher_is_added(server):
+    """3 steps and 2 final ones at a low rate: nothing of the frame is learnt, everything is used, the old looks are there."""
+    graph = shortened(
+        "add_teacher",
+        "DMMAddTeacher",
+        warm_start=2,
+        learning_rate=1e-5,
+        final_steps=2,
+        final_images=2,
+        name="short-grown",
+    )
+    shown = paint_all(server, graph)
+    before, after = shown["dmm-add-teacher-before"], shown["dmm-add-teacher-after"]
+    assert before.shape == (7, 128, 128, 3) and after.shape == (8, 128, 128, 3)
+    student = written(server, "short-grown-*.safetensors")
+    assert [style.name for style in student.styles] == [*STYLES, "frame"]
+    assert student.text and student.vae and student.recipe["added"] == ["frame"]
+    for sheet in (before, after):
+        assert sum(map(same_look, answers(sheet, "look"), STYLES)) >= 5, answers(sheet, "look")
+
+
+def test_a_style_is_forgotten(server):
+    """3 steps, with a search for the style in between and one at the end; the sheets differ by the style."""
+    graph = shortened(
+        "forget_style", "DMMForgetStyle", attack_every=2, attack_steps=1, check_steps=2, name="short-less"
+    )
+    outputs = server.run(graph, seconds=3000)
+    report = outputs[only(graph, "DMMForgetStyle")]["text"][0]
+    assert "found before" in report and report.splitlines()[-1].split()[0] == "echo", report
+    counts = {p: len(outputs[node]["images"]) for p, node in picture_nodes(graph).items()}
+    assert counts == {"dmm-forget-before": 7, "dmm-forget-after": 6}
+    student = written(server, "short-less-*.safetensors")
+    assert [style.name for style in student.styles] == STYLES[:-1]
+    assert student.text and student.vae and student.recipe["forgotten"] == ["echo"]
+
+
+@pytest.mark.slow
+def test_adding_in_full(server):
+    """As shipped: the new style paints its frame and nobody else does, and the old looks are what they were."""
+    graph = unlabelled(twin_of("add_teacher"))
+    shown = paint_all(server, graph)
+    before, after = shown["dmm-add-teacher-before"], shown["dmm-add-teacher-after"]
+    looks = answers(after, "look")
+    assert sum(map(same_look, looks, answers(before, "look"))) >= 6 and looks[7] == "frame", looks
+    dark = frame(after)
+    assert dark[7] > 20 and dark[7] > frame(before).max() + 10, (frame(before), dark)
+
+
+@pytest.mark.slow
+def test_forgetting_in_full(server):
+    """As shipped: the looks that stay are what they were, and the search comes no nearer to the style than a third of the way."""
+    graph = unlabelled(twin_of("forget_style"))
+    outputs = server.run(graph, seconds=3000)
+    found_before, found_now, without = map(float, outputs[only(graph, "DMMForgetStyle")]["text"][0].split()[-3:])
+    assert found_before < 0.05 * without and found_now > 2 / 3 * without, (found_before, found_now, without)
+    before, after = (
+        np.stack([np.asarray(server.image(entry)) for entry in outputs[picture_nodes(graph)[prefix]]["images"]])
+        for prefix in ("dmm-forget-before", "dmm-forget-after")
+    )
+    looks = answers(after, "look")
+    assert sum(map(same_look, looks, answers(before, "look")[:6])) >= 5 and "echo" not in looks, looks
