@@ -16,7 +16,7 @@ from comfyui_dmm.training.config import TrainConfig
 from comfyui_dmm.training.data import Draw
 from comfyui_dmm.training.distill import train
 from comfyui_dmm.training.loop import Distillation
-from comfyui_dmm.training.report import eps_errors
+from comfyui_dmm.training.report import eps_errors, format_table
 from comfyui_dmm.training.state import identity
 from comfyui_dmm.training.teacher import Teacher, plain_unet, styled_unet
 from comfyui_dmm.training.text import init_text
@@ -93,6 +93,8 @@ def test_without_steps_nothing_of_the_old_model_is_lost():
     table = eps_errors(run.teachers, run.base, None, load_unet(run.student_weights()), DATA, 12)
     assert all(row.student < 1e-10 for row in table[:3]) and table[3].student > 1e-4
     assert all(row.wrong > 1e-3 for row in table[:3])
+    text = format_table(table)
+    assert "soup" not in text and "nan" not in text and "nearest other" in text
 
 
 def test_the_guard_holds_the_old_styles_while_the_new_one_is_learnt():
