@@ -8,7 +8,9 @@ from . import (
     demo_scenes,
     distill,
     edit_style,
+    evaluate,
     grow,
+    identify,
     legacy,
     loader,
     named_blend,
@@ -26,7 +28,7 @@ from . import (
 
 MODULES = (
     *(loader, style, style_values, style_apply, style_sheet, named_blend, edit_style, regions, save),
-    *(teacher, distill, grow, demo_scenes),
+    *(teacher, distill, grow, demo_scenes, evaluate, identify),
 )
 
 

@@ -33,7 +33,7 @@ def gather(base, clip, teachers: Sequence[TeacherInput], latents, captions, conf
     Raises ValueError naming the input that does not fit.
     """
     data = captioned_latents(base, latents, captions)
-    foundation = frozen_base(base, clip, plain_unet(unet_weights(base), "the base model"), data.prompts)
+    foundation = frozen_base(base, clip, plain_unet(unet_weights(base, styles=True), "the base model"), data.prompts)
     frozen = frozen_teachers(teachers, foundation, clip, data.prompts)
     config, device = ready(config, foundation, len(frozen), data, say)
     return Distillation(foundation, frozen, data, config, device)
@@ -80,7 +80,7 @@ def frozen_teachers(teachers: Sequence[TeacherInput], base: Teacher, clip, promp
     """The connected teachers; one without a CLIP of its own reads the captions with the base's."""
     frozen = []
     for teacher in teachers:
-        unet = plain_unet(unet_weights(teacher.model), f"teacher '{teacher.name}'")
+        unet = plain_unet(unet_weights(teacher.model, styles=True), f"teacher '{teacher.name}'")
         check_architectures(base.unet.config, [(teacher.name, unet.config)])
         own = (base.contexts, base.pooled)
         if teacher.clip not in (None, clip):

@@ -17,6 +17,7 @@ from . import convert_command
 from .dataset import cache_commands
 from .dataset.cache_commands import ProgressBar as PartsBar
 from .distributed import AgreedError, LostProcess, Ranks, joined, launched, own_device
+from .evaluation import command as evaluation_command
 from .watch.controls import StopAndSave, signals
 from .watch.progress import Progress
 
@@ -114,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
     info.set_defaults(run=run_info)
 
     convert_command.add_parser(commands)
+    evaluation_command.add_parser(commands)
 
     demo = commands.add_parser("demo", help="the demo family")
     actions = demo.add_subparsers(required=True, metavar="action")

@@ -38,6 +38,15 @@ SMALLEST = 1e-4
 """A loss below is nothing: the student begins as the base, and a batch may be all the base's."""
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the processes of the farm have: what is compared bit for bit adds up in the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def farm():
     made = Farm()

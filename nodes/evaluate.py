@@ -1,0 +1,220 @@
+"""Evaluate DMM: a model against the teachers it was made from, as heatmaps and a report."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import comfy.model_management as mm
+import comfy.utils
+import folder_paths
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+
+from ..dmm_core.unet import UNetConfig
+from ..dmm_core.vae import latent_scale
+from ..training.config import check_names
+from ..training.dataset.image_folder import clean_caption
+from ..training.evaluation.evaluate import Cast, evaluate
+from ..training.evaluation.features import DEMO_FILE, FeatureNet, load_features
+from ..training.evaluation.report import markdown, sheet, write
+from ..training.evaluation.settings import METRICS, OF_FEATURES, EvaluationSettings
+from ..training.evaluation.studio import Member, Pictures
+from ..training.hashing import text_hash, weights_hash
+from ..training.teacher import Teacher, plain_unet
+from . import host_model
+from .preview import send_text
+from .teacher import TeacherInput, TeacherType
+from .training_inputs import frozen_styles, frozen_teachers, prediction, zero_snr
+from .training_run import memory_given_back
+from .weights import unet_weights
+
+FEATURES = "dmm_features"
+"""The folder models/dmm_features: weights of Inception v3."""
+AUTO, NONE = "auto", "none"
+DISTANCES = {"none": (), "KID": ("kid",), "FID and KID": ("fid", "kid")}
+PROMPTS = "a red star\na big blue house, hills\na green fish by the sea\na yellow moon in the city\nan orange cat\na pink flower, hills"
+
+
+class EvaluateDMM(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        teachers = io.Autogrow.TemplatePrefix(TeacherType.Input("teacher"), prefix="teacher", min=1, max=100)
+        return io.Schema(
+            node_id="DMMEvaluate",
+            display_name="Evaluate DMM",
+            category="DMM/evaluation",
+            description=(
+                "How near a DMM model is to its teachers, style by style: both paint the same prompts from the same noise. Cancel keeps "
+                "what is painted; queueing the same graph again goes on from there."
+            ),
+            search_aliases=["fid", "kid", "benchmark", "compare with teachers", "quality"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Load DMM Model."),
+                io.Clip.Input("clip", tooltip="The model's text encoder, from the same loader."),
+                io.Vae.Input("vae", tooltip="Makes the pictures that KID and FID look at."),
+                io.Autogrow.Input("teachers", template=teachers),
+                io.Model.Input("base", optional=True, tooltip="What the model was trained from, as a baseline."),
+                io.String.Input(
+                    "prompts", default=PROMPTS, multiline=True, tooltip="One a line; they are painted in turn."
+                ),
+                io.Int.Input(
+                    "count", default=32, min=2, max=100_000, tooltip="Pictures a style. FID needs more than features."
+                ),
+                io.Int.Input(
+                    "width", default=128, min=16, max=8192, step=8, tooltip="128 for the demo models, 512 for SD 1.5."
+                ),
+                io.Int.Input("height", default=128, min=16, max=8192, step=8),
+                io.Int.Input("steps", default=12, min=1, max=1000),
+                io.Float.Input("cfg", default=4.0, min=0.0, max=100.0, step=0.1, round=0.01),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    tooltip="Of the first picture's noise; the next has the next.",
+                ),
+                io.Combo.Input(
+                    "distances",
+                    options=list(DISTANCES),
+                    default="KID",
+                    tooltip="Between sets of pictures, by features.",
+                ),
+                io.Combo.Input(
+                    "features",
+                    options=[AUTO, NONE, *feature_files()],
+                    default=AUTO,
+                    tooltip="auto: the demo models' own network, for other models none. Inception v3 goes into models/dmm_features.",
+                ),
+                io.Int.Input(
+                    "project",
+                    default=0,
+                    min=0,
+                    max=2048,
+                    advanced=True,
+                    tooltip="Compare only so many directions of the features, so that FID needs fewer pictures; 0 for all.",
+                ),
+                io.Int.Input(
+                    "resamples",
+                    default=-1,
+                    min=-1,
+                    max=10_000,
+                    advanced=True,
+                    tooltip="For the ±; -1: what is affordable.",
+                ),
+                io.Int.Input(
+                    "bins", default=10, min=1, max=1000, advanced=True, tooltip="Of the timesteps, for the eps errors."
+                ),
+                io.Int.Input(
+                    "own_pictures", default=8, min=1, max=10_000, advanced=True, tooltip="By each teacher, to sort."
+                ),
+                io.Int.Input(
+                    "own_draws", default=32, min=2, max=1000, advanced=True, tooltip="By which it judges each of them."
+                ),
+                io.Combo.Input("precision", options=["auto", "fp32", "bf16", "fp16"], default="auto", advanced=True),
+            ],
+            outputs=[io.Image.Output(display_name="heatmaps"), io.String.Output(display_name="report")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, clip, vae, teachers, prompts, distances, features, base=None, **numbers) -> io.NodeOutput:
+        inputs = [teacher for teacher in teachers.values() if teacher is not None]
+        check_names([teacher.name for teacher in inputs])
+        for teacher in inputs:
+            check_plain(teacher)
+        lines = ["", *(clean_caption(line) for line in prompts.splitlines() if line.strip())]
+        node_id = cls.hidden.unique_id
+        with torch.inference_mode(False), torch.no_grad(), memory_given_back():
+            send_text("reading the models", node_id)
+            student, own = frozen_styles(model, clip, lines)
+            network, note = feature_network(features, student.unet.config)
+            wanted = [m for m in METRICS if m not in OF_FEATURES or (network and m in DISTANCES[distances])]
+            settings = EvaluationSettings(**numbers, metrics=tuple(wanted))
+            cast = Cast(
+                Member.of(student, len(lines)),
+                [style.name for style in own],
+                [member(teacher, student, clip, lines) for teacher in inputs],
+                lines,
+                member(TeacherInput("base", base), student, clip, lines) if base is not None else None,
+                host_pictures(vae, student.unet.config) if network else None,
+                network,
+            )
+            result, folder = run(cast, settings, node_id)
+            report = "\n\n".join(filter(None, (markdown(result), note)))
+            picture = np.asarray(sheet(result).convert("RGB"), np.float32) / 255
+        said = f"saved dmm_evaluations/{folder.name}\n\n{report}"
+        return io.NodeOutput(torch.from_numpy(picture)[None], report, ui=ui.PreviewText(said))
+
+
+def check_plain(teacher: TeacherInput) -> None:
+    """Raises ValueError for a DMM model: its weights alone would paint without a style, whatever style was chosen for it."""
+    info = teacher.model.get_attachment(host_model.ATTACHMENT)
+    if info is not None and info.styles:
+        raise ValueError(
+            f"teacher '{teacher.name}' is itself a DMM model with {len(info.styles)} styles: connect a plain checkpoint"
+        )
+
+
+def feature_files() -> list[str]:
+    """Names in models/dmm_features, a folder that this pack adds to the host's."""
+    folder_paths.add_model_folder_path(FEATURES, os.path.join(folder_paths.models_dir, FEATURES))
+    return [name for name in folder_paths.get_filename_list(FEATURES) if name.endswith((".safetensors", ".pth", ".pt"))]
+
+
+def feature_network(choice: str, config: UNetConfig) -> tuple[FeatureNet | None, str]:
+    """The network for KID and FID, and what there is to say about it."""
+    if choice == AUTO and config.model_channels < host_model.SD_WIDTH:
+        return load_features(DEMO_FILE), ""
+    if choice in (AUTO, NONE):
+        return None, "KID and FID are left out: they need a feature network (features)."
+    return load_features(folder_paths.get_full_path_or_raise(FEATURES, choice)), ""
+
+
+def member(teacher: TeacherInput, student: Teacher, clip, prompts: list[str]) -> Member:
+    """A connected model, whose weights are copied when its turn comes: the host keeps them anyway."""
+    who = f"teacher '{teacher.name}'"
+    (once,) = frozen_teachers([teacher], student, clip, prompts)
+    key, config, states = Member.of(once, len(prompts)).key, once.unet.config, (once.contexts, once.pooled)
+    kind, zsnr = prediction(teacher.model, who), zero_snr(teacher.model)
+
+    def open_it() -> Teacher:
+        return Teacher(teacher.name, plain_unet(unet_weights(teacher.model), who), *states, kind, zsnr)
+
+    return Member(teacher.name, key, open_it, config, zsnr)
+
+
+def host_pictures(vae, config: UNetConfig) -> Pictures:
+    """The host's VAE as the evaluation takes it."""
+    scale = latent_scale(config)
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        pixels = vae.decode(latents.float().cpu() / scale)  # (B, H, W, 3), 0..1
+        return pixels.float().movedim(-1, 1) * 2 - 1
+
+    return Pictures(decode, weights_hash(vae.get_sd()))
+
+
+def run(cast: Cast, settings: EvaluationSettings, node_id) -> tuple:
+    """(Evaluation, the folder that its report was written to). What is painted lies in a folder for all evaluations: another model's
+    evaluation finds the teachers' pictures there."""
+    mm.unload_all_models()  # the host's copies are not needed while this runs
+    root = Path(folder_paths.get_output_directory()) / "dmm_evaluations"
+    bar = comfy.utils.ProgressBar(1, node_id=node_id)
+
+    def progress(done: int, total: int, what: str) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+        send_text(f"{what}: {100 * done // total}%", node_id)
+
+    result = evaluate(cast, settings, root / "parts", mm.get_torch_device(), progress)
+    result.about = {"title": "A DMM model against its teachers", "torch": torch.__version__}
+    folder = root / text_hash(sorted(result.members.items()), settings, cast.prompts)[:8]
+    folder.mkdir(parents=True, exist_ok=True)
+    write(result, folder)
+    return result, folder
+
+
+NODES = [EvaluateDMM]

@@ -1,0 +1,164 @@
+"""How near a student is to its teachers without any feature network: PAIR, and agreement in eps over timesteps and styles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...dmm_core.schedule import NoiseSchedule
+from ..data import hash_seed
+from ..hashing import tensor_sha256
+from ..losses import score_loss
+from ..teacher import Teacher
+from .matrix import Figure
+from .settings import TIMESTEPS, EvaluationSettings
+from .studio import Member, Studio, in_style
+
+# --- PAIR -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pairing:
+    """table[i][j]: student in style i beside teacher j, from the same noise. own: the diagonal. other_seed: two pictures of the same
+    teacher and prompt from other noise, which is what chance gives (towards 2). base[j]: of the base."""
+
+    names: list[str]
+    table: list[list[float]]
+    own: list[Figure]
+    mean: Figure
+    other_seed: list[float]
+    base: list[float] | None
+
+    @property
+    def worst(self) -> int:
+        return max(range(len(self.names)), key=lambda i: self.own[i].value)
+
+
+def pair(latents: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    """PAIR (R,): mean (z - z_teacher)^2 of latents (n, C, h, w) that began as the same noise, over the teacher's own variance.
+
+    The variance is that of every number of the latents over the pictures, averaged. Weights (R, n) as in ``distances``.
+    """
+    z, reference = latents.flatten(1).double(), teacher.flatten(1).double()
+    total = weights.sum(1, keepdim=True)  # (R, 1)
+    error = (weights @ (z - reference).square().mean(1, keepdim=True) / total)[:, 0]
+    mean = weights @ reference / total  # (R, D)
+    variance = (weights @ reference.square() / total - mean.square()).mean(1) * total[:, 0] / (total[:, 0] - 1)
+    return error / variance
+
+
+def pairing(
+    names: Sequence[str],
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    second: Sequence[Tensor],
+    base: Tensor | None,
+    weights: Tensor,
+) -> Pairing:
+    """From latents by style. weights: resamples (R, n); none leave the spread out."""
+    n = len(names)
+    once = torch.ones(1, len(teacher[0]), dtype=torch.float64)
+    table = [[pair(student[i], teacher[j], once).item() for j in range(n)] for i in range(n)]
+    many = torch.stack([pair(student[i], teacher[i], weights) for i in range(n)], 1) if len(weights) > 1 else None
+    own = [Figure(table[i][i], None if many is None else many[:, i].std().item()) for i in range(n)]
+    mean = Figure(sum(f.value for f in own) / n, None if many is None else many.mean(1).std().item())
+    other = [pair(second[j], teacher[j], once).item() for j in range(n)]
+    return Pairing(
+        list(names), table, own, mean, other, None if base is None else [pair(base, t, once).item() for t in teacher]
+    )
+
+
+# --- eps --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class EpsAgreement:
+    """Mean (eps - eps_teacher)^2 of the student in each style, errors[bin][style], and of the base. starts: first timestep of each bin.
+
+    share: error of the student over error of the base, 0 for a student that is its teacher; None without a base.
+    """
+
+    names: list[str]
+    starts: list[int]
+    errors: list[list[float]]
+    base: list[list[float]] | None
+    mean: list[float]
+    share: list[float] | None
+
+
+@dataclass
+class Noised:
+    """What models are asked about in one style: pictures by its teacher, noised. x_t (S, C, h, w), t (S,), rows (S,) of the prompts."""
+
+    x_t: Tensor
+    t: Tensor
+    rows: Tensor
+
+    @property
+    def key(self) -> tuple:
+        return tensor_sha256(self.x_t), tuple(self.t.tolist())
+
+
+def noised(studio: Studio, latents: Tensor, zero_snr: bool) -> Noised:
+    """``bin_samples`` samples a bin, spread evenly over its timesteps; which pictures and what noise follow from the seed."""
+    s = studio.settings
+    count = s.bins * s.bin_samples
+    g = torch.Generator().manual_seed(hash_seed(s.seed, "eps agreement"))
+    t = ((torch.arange(count) + 0.5) * TIMESTEPS / count).long()
+    places = torch.cat([torch.randperm(len(latents), generator=g) for _ in range(-(-count // len(latents)))])[:count]
+    x0 = latents[places].float()
+    eps = torch.randn(x0.shape, generator=g)
+    return Noised(NoiseSchedule(zero_snr).add_noise(x0, eps, t), t, studio.rows(places.tolist()))
+
+
+@torch.no_grad()
+def eps_of(teacher: Teacher, x_t: Tensor, t: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    """What a model takes for the noise in x_t (B, C, h, w) -> (B, C, h, w) float32 on its device."""
+    x_t, t, kind = x_t.to(device), t.to(device), teacher.unet.dtype
+    context, y = teacher.conditioning(rows, x_t.shape[2:], device)
+    row = teacher.style_row
+    style = None if row is None else row.expand(len(t), -1).to(device)
+    out = teacher.unet(x_t.to(kind), t, context.to(kind), y=None if y is None else y.to(kind), style=style).float()
+    return NoiseSchedule(teacher.zero_snr).to_eps(out, x_t, t, teacher.prediction)
+
+
+def predictions(
+    studio: Studio, member: Member, load: Callable[[], Teacher], asked: Noised, style: int | None = None
+) -> Tensor:
+    """A model's eps for all samples of a style (S, C, h, w) float32."""
+
+    def build() -> dict[str, Tensor]:
+        teacher = in_style(load(), style)
+        out = studio.split(
+            lambda part: eps_of(teacher, asked.x_t[part], asked.t[part], asked.rows[part], studio.device).cpu(),
+            len(asked.t),
+        )
+        return {"eps": out}
+
+    prompts = [studio.prompts[row] for row in asked.rows.tolist()]
+    out = studio.part(("eps", member.key, style, str(studio.dtype), prompts, *asked.key), len(asked.t), build)["eps"]
+    studio.meter(len(asked.t), f"asking '{member.name}'")
+    return out
+
+
+def eps_agreement(
+    names: Sequence[str],
+    settings: EvaluationSettings,
+    teacher: Sequence[Tensor],
+    student: Sequence[Tensor],
+    base: Sequence[Tensor] | None,
+) -> EpsAgreement:
+    """From predictions by style, as ``predictions`` gives them."""
+
+    def table(guesses: Sequence[Tensor]) -> list[list[float]]:
+        errors = torch.stack([score_loss(a, b) for a, b in zip(guesses, teacher)])  # (N, S)
+        return errors.unflatten(1, (settings.bins, settings.bin_samples)).mean(2).T.tolist()
+
+    errors, of_base = table(student), None if base is None else table(base)
+    mean = torch.tensor(errors).mean(0)
+    share = None if of_base is None else (mean / torch.tensor(of_base).mean(0)).tolist()
+    starts = [i * TIMESTEPS // settings.bins for i in range(settings.bins)]
+    return EpsAgreement(list(names), starts, errors, of_base, mean.tolist(), share)

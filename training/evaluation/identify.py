@@ -1,0 +1,162 @@
+"""The student as its own classifier: in which style would it have painted this picture?
+
+A picture is noised, and the model is asked for the noise in each of its styles: the style under which it errs least is the one that
+explains the picture best (arXiv:2303.16203, there for captions). Timesteps and noise are shared by all styles, so that what is
+compared are differences, which vary much less than the errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...dmm_core.schedule import NoiseSchedule
+from ...dmm_core.style import no_style_row, style_row
+from ...dmm_core.style_value import NO_STYLE
+from ...dmm_core.unet import UNetConfig
+from ..data import hash_seed
+from ..dataset.buckets import bucket_sizes, choose_bucket, default_resolution, size_multiple
+from ..losses import score_loss
+from ..teacher import Teacher
+from .settings import TIMESTEPS
+
+LOWEST, HIGHEST = 50, 950
+"""Timesteps between which pictures are judged: below nothing is hidden, above nothing is left of the picture."""
+SURE, LIKELY = 4.0, 2.0
+"""z of the best style against the second from which the answer is called so."""
+
+
+@dataclass
+class Verdict:
+    """names: the candidates, styles and "none"; errors (K, candidates): mean squared error in eps of each draw."""
+
+    names: list[str]
+    errors: Tensor
+
+    @property
+    def means(self) -> Tensor:
+        return self.errors.mean(0)
+
+    @property
+    def order(self) -> list[int]:
+        """Candidates from the best to the worst."""
+        return self.means.argsort().tolist()
+
+    @property
+    def name(self) -> str:
+        return self.names[self.order[0]]
+
+    def z(self, other: int) -> float:
+        """How many standard errors the best candidate is better than another, from the differences draw by draw."""
+        difference = self.errors[:, other] - self.errors[:, self.order[0]]
+        spread = difference.std() / len(difference) ** 0.5
+        return (difference.mean() / spread).item() if spread > 0 else 0.0
+
+    @property
+    def confidence(self) -> str:
+        if len(self.names) == 1:
+            return "the only candidate"
+        z = self.z(self.order[1])
+        return "sure" if z >= SURE else "likely" if z >= LIKELY else "unsure"
+
+    def text(self) -> str:
+        """The verdict and every candidate's score, best first."""
+        best, *rest = self.order
+        width = max(len(name) for name in self.names)
+        second = f", before {self.names[rest[0]]}" if rest else ""
+        lines = [f"{self.name} ({self.confidence}{second})"]
+        lines.append(f"{self.names[best]:<{width}}  error {self.means[best]:.5f}")
+        for i in rest:
+            lines.append(
+                f"{self.names[i]:<{width}}  error {self.means[i]:.5f}  worse by {self.z(i):.1f} standard errors"
+            )
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def identify(
+    student: Teacher,
+    styles: Sequence[str],
+    latents: Tensor,
+    rows: Tensor,
+    draws: int = 32,
+    seed: int = 0,
+    with_none: bool = True,
+    batch: int = 32,
+    tick: Callable[[int], None] | None = None,
+) -> list[Verdict]:
+    """Judge latents (B, C, h, w), as the UNet sees them, by a DMM model on its device. rows: their captions in its text states.
+
+    batch: rows of one forward. tick: called with their number after each; what it raises passes through.
+    """
+    unet, device = student.unet, next(student.unet.parameters()).device
+    count = unet.config.num_styles
+    if len(styles) != count:
+        raise ValueError(f"{len(styles)} names for a model with {count} styles")
+    names = [*styles, NO_STYLE] if with_none else list(styles)
+    candidates = torch.cat([style_row(count, i) for i in range(count)] + [no_style_row(count)])[: len(names)]
+    schedule = NoiseSchedule(student.zero_snr)
+    g = torch.Generator().manual_seed(hash_seed(seed, "identify"))
+    t = (LOWEST + (torch.arange(draws) + torch.rand(draws, generator=g)) * (HIGHEST - LOWEST) / draws).long()
+    t = t.clamp(max=TIMESTEPS - 1)
+    eps = torch.randn(draws, *latents.shape[1:], generator=g)
+    asked = [(k, i) for k in range(draws) for i in range(len(names))]  # all that one picture is asked
+    errors = torch.empty(len(latents), draws, len(names))
+    for picture, (x0, row) in enumerate(zip(latents.float(), rows)):
+        context, y = student.conditioning(row[None], latents.shape[2:], device)
+        for start in range(0, len(asked), batch):
+            k, i = torch.tensor(asked[start : start + batch]).T
+            error = _errors(student, schedule, x0.expand(len(k), -1, -1, -1), t[k], eps[k], context, y, candidates[i])
+            errors[picture, k, i] = error.cpu()
+            if tick:
+                tick(len(k))
+    return [Verdict(list(names), one) for one in errors]
+
+
+def _errors(
+    student: Teacher,
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    context: Tensor,
+    y: Tensor | None,
+    style: Tensor,
+) -> Tensor:
+    """Mean squared error in eps (B,), on the device; context and y are of one picture."""
+    unet, count = student.unet, len(t)
+    device, kind = context.device, unet.dtype
+    x_t, t, eps = (v.to(device) for v in (schedule.add_noise(x0, eps, t), t, eps))
+    y = None if y is None else y.to(kind).expand(count, -1)
+    out = unet(x_t.to(kind), t, context.to(kind).expand(count, -1, -1), y=y, style=style.to(device))
+    return score_loss(schedule.to_eps(out.float(), x_t, t, student.prediction), eps)
+
+
+def judged_size(config: UNetConfig, prediction: str, size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) in pixels to which a picture of any size is brought: what this kind of model was trained at, in nearly its shape."""
+    return choose_bucket(size, bucket_sizes(default_resolution(config, prediction), size_multiple(config)))
+
+
+@dataclass
+class Confusion:
+    """What the student takes the teachers' pictures for. counts[i][j]: pictures by teacher i taken for candidate j (styles, "none").
+
+    own: share of each teacher's that were recognised.
+    """
+
+    names: list[str]
+    candidates: list[str]
+    counts: list[list[int]]
+    own: list[float]
+    mean: float
+
+
+def confusion(names: Sequence[str], verdicts: Sequence[Sequence[Verdict]]) -> Confusion:
+    """From the verdicts on each teacher's pictures. names: the teachers', which are styles of the student."""
+    candidates = verdicts[0][0].names
+    counts = [[sum(v.name == candidate for v in group) for candidate in candidates] for group in verdicts]
+    own = [row[candidates.index(name)] / sum(row) for name, row in zip(names, counts)]
+    return Confusion(list(names), list(candidates), counts, own, sum(own) / len(own))

@@ -1,0 +1,165 @@
+"""The paper's evaluation (arXiv:2504.12364, Sec. 4.1) from features: every style against every teacher, above the teachers' floor."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .distances import DISTANCES, Tick, resample
+
+NORMAL_95 = 1.96
+MANY_FEATURES = 512
+"""Above, resamples are fewer and of the diagonals only: FID costs the third power of the feature size."""
+CHUNK = 10
+"""Resamples at a time."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number and the spread (standard deviation) that it would have with other pictures; None where it was not resampled."""
+
+    value: float
+    spread: float | None = None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95%: 1.96 spreads around the value.
+
+        Not the quantiles of the resamples: a resample has fewer different pictures, so that its FID is larger on average, and its
+        quantiles would lie beside the value.
+        """
+        if self.spread is None:
+            return None
+        return self.value - NORMAL_95 * self.spread, self.value + NORMAL_95 * self.spread
+
+    def text(self, digits: int = 2) -> str:
+        return f"{self.value:.{digits}f}" + ("" if self.spread is None else f" ± {NORMAL_95 * self.spread:.{digits}f}")
+
+
+@dataclass
+class Distances:
+    """What one distance says. m[i][j]: student in style i to teacher j; floor[i][j]: teacher i to teacher j, other seeds; base[j].
+
+    count: pictures a set; size: of the features. total and floor_total are the traces, excess their difference, leak the mean of
+    |m - floor| off the diagonal (None with one style); own, own_floor and own_excess: per style.
+    """
+
+    metric: str
+    names: list[str]
+    count: int
+    size: int
+    resamples: int
+    m: list[list[float]]
+    floor: list[list[float]]
+    base: list[float] | None
+    total: Figure
+    floor_total: Figure
+    excess: Figure
+    leak: Figure | None
+    own: list[Figure]
+    own_floor: list[Figure]
+    own_excess: list[Figure]
+    base_excess: float | None = None
+
+    @property
+    def worst(self) -> int:
+        """The style with the largest excess."""
+        return max(range(len(self.names)), key=lambda i: self.own_excess[i].value)
+
+
+@dataclass
+class Sets:
+    """Features (n, d) by style, all from the same prompts: the student's and the teachers' first batch from the same noise, the
+    teachers' second batch from other noise, and the base's first batch."""
+
+    names: Sequence[str]
+    student: Sequence[Tensor]
+    teacher: Sequence[Tensor]
+    second: Sequence[Tensor]
+    base: Tensor | None = None
+    tick: Tick = field(default=lambda: None, repr=False)
+    """Called after each distance."""
+
+
+def compare(metric: str, sets: Sets, resamples: int, seed: int) -> Distances:
+    """The matrix M, its floor M_ref and what follows from both.
+
+    Both are against the teachers' second batch, so a student that equals its teachers scores the floor exactly. Resamples draw
+    prompts: a prompt brings all its pictures, of the student, the teachers and both batches.
+    """
+    function, n = DISTANCES[metric], len(sets.names)
+    count, size = sets.student[0].shape
+    for name, group in zip(("student", "teacher", "second"), (sets.student, sets.teacher, sets.second)):
+        bad = [i for i, x in enumerate(group) if tuple(x.shape) != (count, size) or not torch.isfinite(x).all()]
+        if len(group) != n or bad:
+            raise ValueError(f"features of {name}: expected {n} sets of {(count, size)} finite numbers, wrong: {bad}")
+    everything = list(itertools.product(range(n), range(n)))
+    once = torch.ones(1, count, dtype=torch.float64)
+    m, floor = (
+        function(rows, sets.second, once, everything, sets.tick)[0].reshape(n, n)
+        for rows in (sets.student, sets.teacher)
+    )
+    base = None
+    if sets.base is not None:
+        base = function([sets.base], sets.second, once, [(0, j) for j in range(n)], sets.tick)[0].tolist()
+
+    whole = size <= MANY_FEATURES
+    pairs = everything if whole else [(i, i) for i in range(n)]
+    drawn = []
+    for weights in resample(count, resamples, seed).split(CHUNK) if resamples else ():
+        drawn.append([function(rows, sets.second, weights, pairs, sets.tick) for rows in (sets.student, sets.teacher)])
+
+    def resampled(which: int) -> Tensor | None:
+        """(R, N, N), zeros where nothing was resampled."""
+        if resamples < 2:
+            return None
+        values = torch.cat([one[which] for one in drawn])  # (R, pairs)
+        if whole:
+            return values.reshape(-1, n, n)
+        return torch.diag_embed(values)
+
+    spread = spreads(resampled(0), resampled(1))
+    point = figures(m, floor)
+    single = {name: Figure(point[name].item(), spread(name)) for name in ("total", "floor_total", "excess")}
+    each = {name: [Figure(v, spread(name, i)) for i, v in enumerate(point[name].tolist())] for name in PER_STYLE}
+    leak = Figure(point["leak"].item(), spread("leak") if whole else None) if n > 1 else None
+    base_excess = None if base is None else sum(base) - point["floor_total"].item()
+    return Distances(
+        metric, list(sets.names), count, size, resamples, m.tolist(), floor.tolist(), base, **single, leak=leak, **each,
+        base_excess=base_excess,
+    )  # fmt: skip
+
+
+PER_STYLE = ("own", "own_floor", "own_excess")
+
+
+def figures(m: Tensor, floor: Tensor) -> dict[str, Tensor]:
+    """Matrices (..., N, N) -> every figure that is made of them, (...) or (..., N)."""
+    own, own_floor = (x.diagonal(dim1=-2, dim2=-1) for x in (m, floor))
+    n = m.shape[-1]
+    off = (m - floor).abs() * (1 - torch.eye(n, dtype=m.dtype))
+    return {
+        "own": own,
+        "own_floor": own_floor,
+        "own_excess": own - own_floor,
+        "total": own.sum(-1),
+        "floor_total": own_floor.sum(-1),
+        "excess": (own - own_floor).sum(-1),
+        "leak": off.sum((-2, -1)) / max(n * (n - 1), 1),
+    }
+
+
+def spreads(m: Tensor | None, floor: Tensor | None) -> Callable[..., float | None]:
+    """Standard deviation of a figure, by name (and style), over resampled matrices (R, N, N); None without any."""
+    table = None if m is None else {name: values.std(0) for name, values in figures(m, floor).items()}
+
+    def of(name: str, index: int | None = None) -> float | None:
+        if table is None:
+            return None
+        return (table[name] if index is None else table[name][index]).item()
+
+    return of

@@ -1,0 +1,224 @@
+"""An evaluation as files: all figures as JSON, tables as Markdown, heatmaps as PNG."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from ...dmm_core.files import atomic_write
+from .evaluate import Evaluation
+from .heatmap import heatmap, side_by_side
+from .matrix import Distances, Figure
+
+FORMAT = 1
+
+
+def write(evaluation: Evaluation, folder: Path) -> list[Path]:
+    """evaluation.json, evaluation.md and a PNG for each table, in a folder that exists; returns the files."""
+    pictures = heatmaps(evaluation)
+    contents = {
+        "evaluation.json": json.dumps(as_json(evaluation), indent=1, ensure_ascii=False) + "\n",
+        "evaluation.md": markdown(evaluation, list(pictures)) + "\n",
+    }
+    written = []
+    for name, text in contents.items():
+        with atomic_write(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        written.append(folder / name)
+    for name, picture in pictures.items():
+        with atomic_write(folder / name) as temporary:
+            picture.save(temporary, "PNG")
+        written.append(folder / name)
+    return written
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def as_json(evaluation: Evaluation) -> dict:
+    """Every figure with its 95% interval; numbers that are none are null."""
+    return {"format": FORMAT, **_plain(evaluation)}
+
+
+def _plain(value):
+    if isinstance(value, Figure):
+        return {"value": _plain(value.value), "spread": _plain(value.spread), "interval": _plain(value.interval)}
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {**fields, "worst": value.names[value.worst]} if hasattr(value, "worst") else fields
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# --- Markdown ---------------------------------------------------------------------------------------------------------
+
+
+def cell(text: object) -> str:
+    """A name may hold what a table is made of."""
+    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+
+
+def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
+
+
+def markdown(evaluation: Evaluation, pictures: Sequence[str] = ()) -> str:
+    """The whole report. pictures: names of the heatmaps' files, shown at the end."""
+    e, s = evaluation, evaluation.settings
+    parts = [f"# {e.about.get('title', 'Evaluation')}", conditions(e), summary(e), per_style(e)]
+    for distances in filter(None, (e.fid, e.kid)):
+        parts.append(matrices(distances))
+    if e.pair:
+        rows = [[name, *(f"{v:.3f}" for v in row)] for name, row in zip(e.names, e.pair.table)]
+        parts.append(f"## PAIR: student's style (row) beside each teacher\n\n{table(['', *e.names], rows)}")
+    if e.eps:
+        heads = ["t", *e.names]
+        rows = [[f"{t}..", *(f"{v:.5f}" for v in row)] for t, row in zip(e.eps.starts, e.eps.errors)]
+        parts.append(
+            f"## eps error of the student over timesteps ({s.bin_samples} samples a cell)\n\n{table(heads, rows)}"
+        )
+    if e.own:
+        heads = ["by", *e.own.candidates]
+        rows = [[name, *row] for name, row in zip(e.names, e.own.counts)]
+        parts.append(f"## What the student takes each teacher's pictures for\n\n{table(heads, rows)}")
+    parts += [f"![{Path(name).stem}]({name})" for name in pictures]
+    return "\n\n".join(parts)
+
+
+def conditions(e: Evaluation) -> str:
+    s = e.settings
+    text = (
+        f"{s.count} pictures a style and batch of {e.prompts} prompts, {s.width}x{s.height}, {s.steps} steps, cfg {s.cfg:g}, "
+        f"{s.sampler} / {s.scheduler}, seeds from {s.seed}."
+    )
+    if e.features:
+        project = f", projected to {e.features['project']}" if e.features["project"] else ""
+        text += f" Features: {e.features['network']} ({e.features['size']}{project})."
+    for distances in filter(None, (e.fid, e.kid)):
+        text += f" ± is 95%, from {distances.resamples} resamples." if distances.resamples else ""
+        break
+    return text
+
+
+def summary(e: Evaluation) -> str:
+    rows = []
+    for d in filter(None, (e.fid, e.kid)):
+        digits = digits_of(d)
+        worst = f"{e.names[d.worst]}, {d.own_excess[d.worst].text(digits)}"
+        leak = d.leak.text(digits) if d.leak else ""
+        base = [] if d.base_excess is None else [f"{d.base_excess:.{digits}f}"]
+        figures = (f.text(digits) for f in (d.total, d.floor_total, d.excess))
+        rows.append([f"{d.metric} (n = {d.count})", *figures, leak, worst, *base])
+    heads = ["", "sum over styles", "floor", "EXCESS", "LEAK", "worst style, its excess"]
+    if rows and len(rows[0]) > len(heads):
+        heads.append("excess of the base")
+    lines = [table(heads, rows)] if rows else []
+    if e.pair:
+        worst = e.pair.worst
+        base = "" if e.pair.base is None else f", of the base {sum(e.pair.base) / len(e.pair.base):.3f}"
+        lines.append(
+            f"PAIR {e.pair.mean.text(3)} (0 is the teacher; another seed of the teacher "
+            f"{sum(e.pair.other_seed) / len(e.pair.other_seed):.3f}{base}); worst {cell(e.names[worst])}, "
+            f"{e.pair.own[worst].text(3)}"
+        )
+    if e.eps:
+        share = "" if e.eps.share is None else f", {100 * sum(e.eps.share) / len(e.eps.share):.1f}% of the base's"
+        lines.append(f"eps error {sum(e.eps.mean) / len(e.eps.mean):.5f}{share}")
+    if e.own:
+        lines.append(f"the student recognises its teachers' pictures: {100 * e.own.mean:.0f}%")
+    return "\n\n".join(lines)
+
+
+def per_style(e: Evaluation) -> str:
+    heads, columns = ["style"], []
+    for d in filter(None, (e.fid, e.kid)):
+        digits = digits_of(d)
+        heads += [d.metric, "floor", "excess"]
+        columns += [[f.text(digits) for f in group] for group in (d.own, d.own_floor, d.own_excess)]
+    if e.pair:
+        heads.append("PAIR")
+        columns.append([f.text(3) for f in e.pair.own])
+    if e.eps:
+        heads.append("eps error")
+        columns.append([f"{v:.5f}" for v in e.eps.mean])
+        if e.eps.share:
+            heads.append("of the base's")
+            columns.append([f"{100 * v:.1f}%" for v in e.eps.share])
+    if e.own:
+        heads.append("recognised")
+        columns.append([f"{100 * v:.0f}%" for v in e.own.own])
+    return f"## Per style\n\n{table(heads, list(zip(e.names, *columns)))}"
+
+
+def matrices(d: Distances) -> str:
+    digits = digits_of(d)
+
+    def rows(values):
+        return [[name, *(f"{v:.{digits}f}" for v in row)] for name, row in values]
+
+    student = list(zip(d.names, d.m))
+    if d.base:
+        student.append(("(base)", d.base))
+    return (
+        f"## {d.metric}: student's style (row) to each teacher\n\n{table(['', *d.names], rows(student))}\n\n"
+        f"## {d.metric}: the floor, teacher (row) to teacher, other seeds\n\n{table(['', *d.names], rows(zip(d.names, d.floor)))}"
+    )
+
+
+def digits_of(d: Distances) -> int:
+    """Digits after the point that leave three figures of the smallest floor."""
+    smallest = min((abs(f.value) for f in d.own_floor if f.value), default=1.0)
+    largest = max((abs(f.value) for f in d.own), default=1.0)
+    return min(max(2 - math.floor(math.log10(max(smallest, largest / 100))), 2), 6)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def heatmaps(e: Evaluation) -> dict[str, Image.Image]:
+    """File name -> picture."""
+    out = {}
+    for d in filter(None, (e.fid, e.kid)):
+        digits, values, rows = digits_of(d), list(d.m), list(e.names)
+        if d.base:
+            values, rows = [*values, d.base], [*rows, "(base)"]
+        name = d.metric.lower()
+        out[f"{name}.png"] = heatmap(
+            values, rows, e.names, f"{d.metric}: student's style (row) to teacher", f"n = {d.count}. EXCESS {d.excess.text(digits)}"
+            + (f", LEAK {d.leak.text(digits)}" if d.leak else ""), log=d.metric == "FID", digits=digits,
+        )  # fmt: skip
+        out[f"{name}-floor.png"] = heatmap(
+            d.floor, e.names, e.names, f"{d.metric}: the floor, teacher to teacher", f"n = {d.count}, other seeds",
+            log=d.metric == "FID", digits=digits,
+        )  # fmt: skip
+    if e.pair:
+        values, rows = list(e.pair.table), list(e.names)
+        if e.pair.base:
+            values, rows = [*values, e.pair.base], [*rows, "(base)"]
+        note = "0: the teacher itself; the same noise for all"
+        out["pair.png"] = heatmap(values, rows, e.names, "PAIR: student's style (row) beside teacher", note)
+    if e.eps:
+        rows = [f"t {t}.." for t in e.eps.starts]
+        out["eps.png"] = heatmap(e.eps.errors, rows, e.names, "eps error of the student", log=True, digits=4)
+    if e.own:
+        note = "row: who painted; column: what the student takes it for"
+        out["own.png"] = heatmap(
+            e.own.counts, e.names, e.own.candidates, "The student as its own classifier", note, digits=0
+        )
+    return out
+
+
+def sheet(e: Evaluation) -> Image.Image:
+    """All heatmaps as one picture."""
+    return side_by_side(list(heatmaps(e).values()))

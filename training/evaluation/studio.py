@@ -1,0 +1,266 @@
+"""Painting for an evaluation, part by part: what is finished stays in a folder, and an interrupted evaluation goes on from there.
+
+A part's file is named by the hash of everything that its content depends on: another model, prompt or setting makes other files, and
+nothing is ever mixed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...dmm_core.files import atomic_write
+from ...dmm_core.sampling import cfg_denoiser, host_noise, sample, sigmas_for
+from ...dmm_core.schedule import NoiseSchedule
+from ...dmm_core.unet import UNetConfig, load_unet
+from ..hashing import tensor_sha256, text_hash
+from ..teacher import Teacher, check_text
+from .features import FeatureNet
+from .settings import SECOND_BATCH, EvaluationSettings
+
+logger = logging.getLogger(__name__)
+
+PART = 16
+"""Pictures of a part."""
+FORMAT = 1
+SMALL_PICTURE = 256 * 256
+"""Pixels up to which a CPU paints a whole part at a time; of larger ones it paints one."""
+
+Tick = Callable[[int, int, str], None]
+"""(done, total, what): called after every part; what it raises ends the evaluation."""
+
+
+@dataclass
+class Member:
+    """Who takes part: a model that is loaded when it is needed. key: a hash that differs for models that paint differently.
+
+    open: its UNet and its text states of the evaluation's prompts, row 0 of the empty one. config, zero_snr: what they say before that.
+    """
+
+    name: str
+    key: str
+    open: Callable[[], Teacher]
+    config: UNetConfig
+    zero_snr: bool = False
+
+    @classmethod
+    def of(cls, teacher: Teacher, prompts: int) -> Member:
+        """A model that is in memory already. prompts: how many it has text states of."""
+        rows = torch.arange(prompts)
+        texts = [tensor_sha256(teacher.contexts[rows])]
+        if teacher.pooled is not None:
+            texts.append(tensor_sha256(teacher.pooled[rows]))
+        key = text_hash(teacher.weights_sha256, teacher.style, teacher.prediction, *texts)
+        return cls(teacher.name, key, lambda: teacher, teacher.unet.config, teacher.zero_snr)
+
+
+@dataclass
+class Pictures:
+    """How latents become pictures: decode takes (B, C, h, w) as the UNet sees them and gives (B, 3, H, W) in about [-1, 1].
+
+    key: a hash of the decoder.
+    """
+
+    decode: Callable[[Tensor], Tensor]
+    key: str
+
+
+def in_style(teacher: Teacher, style: int | None) -> Teacher:
+    """A DMM model in one of its styles; None leaves it as it is."""
+    return teacher if style is None else dataclasses.replace(teacher, style=style)
+
+
+def placed(teacher: Teacher, device: torch.device, dtype: torch.dtype) -> Teacher:
+    """The model on a device in a dtype; a copy, unless it is there already."""
+    if {(p.dtype, p.device) for p in teacher.unet.parameters()} == {(dtype, device)}:
+        return teacher
+    return dataclasses.replace(teacher, unet=load_unet(teacher.unet.state_dict(), dtype).to(device))
+
+
+class Meter:
+    """Counts work in forwards of a UNet, whether they are computed or read."""
+
+    def __init__(self, total: int, progress: Tick | None):
+        self.total, self.done, self.progress = max(total, 1), 0, progress
+
+    def __call__(self, forwards: int, what: str) -> None:
+        self.done += forwards
+        if self.progress:
+            self.progress(min(self.done, self.total), self.total, what)
+
+
+class Studio:
+    """Where an evaluation's models work. folder: for finished parts, None for nowhere. prompts: ``prompts[0]`` is the empty one."""
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        settings: EvaluationSettings,
+        folder: Path | None,
+        device: torch.device,
+        meter: Meter,
+    ):
+        self.prompts, self.settings, self.meter = list(prompts), settings, meter
+        self.folder, self.device = folder, device
+        self.dtype = settings.dtype(device)
+        one = device.type == "cpu" and settings.width * settings.height > SMALL_PICTURE
+        self.batch = settings.batch_size or (1 if one else PART)  # halved where it does not fit
+
+    # --- models -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def visit(self, member: Member) -> Iterator[Callable[[], Teacher]]:
+        """Inside, a function that gives the model on the device; it is loaded at its first call, and gone afterwards."""
+
+        @functools.cache
+        def load() -> Teacher:
+            teacher = member.open()
+            check_text([teacher])
+            return placed(teacher, self.device, self.dtype)
+
+        try:
+            yield load
+        finally:
+            load.cache_clear()
+
+    # --- parts --------------------------------------------------------------------------------------------------------
+
+    def part(self, identity: tuple, count: int, build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """A part's tensors, of ``count`` rows each: from the folder, or built now and put there."""
+        if self.folder is None:
+            return build()
+        path = self.folder / f"{text_hash(FORMAT, *identity)[:32]}.safetensors"
+        found = _finished(path, count)
+        if found is not None:
+            return found
+        tensors = {name: value.contiguous() for name, value in build().items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary)
+        return tensors
+
+    def rows(self, places: Sequence[int]) -> Tensor:
+        """Which prompts these pictures show: rows of the text states."""
+        return torch.tensor([1 + k % (len(self.prompts) - 1) for k in places])
+
+    def seeds(self, places: Sequence[int], second: bool) -> list[int]:
+        return [self.settings.seed + k + (SECOND_BATCH if second else 0) for k in places]
+
+    def batches(self, count: int) -> list[list[int]]:
+        return [list(range(start, min(start + PART, count))) for start in range(0, count, PART)]
+
+    # --- painting -----------------------------------------------------------------------------------------------------
+
+    def paint(
+        self,
+        member: Member,
+        load: Callable[[], Teacher],
+        style: int | None = None,
+        second: bool = False,
+        name: str = "",
+    ) -> Tensor:
+        """``settings.count`` latents (n, C, h, w) float16 by a model, in one of its styles."""
+        s = self.settings
+        parts = []
+        for places in self.batches(s.count):
+            rows, seeds = self.rows(places), self.seeds(places, second)
+            texts = [self.prompts[row] for row in rows.tolist()]
+            identity = ("paint", member.key, style, second, places, texts, s.painting, str(self.dtype))
+
+            def build(rows=rows, seeds=seeds) -> dict[str, Tensor]:
+                teacher = in_style(load(), style)
+                painted = self.split(lambda part: self._paint(teacher, rows[part], seeds[part]), len(rows))
+                latents = painted.half()
+                if not torch.isfinite(latents).all():
+                    raise ValueError(
+                        f"'{name or member.name}' paints NaN or infinite numbers: use precision fp32, or look at what it paints in "
+                        "ComfyUI"
+                    )
+                return {"latents": latents}
+
+            parts.append(self.part(identity, len(places), build)["latents"])
+            self.meter(painting_cost(s) * len(places), f"'{name or member.name}' paints")
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def _paint(self, teacher: Teacher, rows: Tensor, seeds: Sequence[int]) -> Tensor:
+        s, device = self.settings, self.device
+        size = (s.height // 8, s.width // 8)
+        schedule = NoiseSchedule(teacher.zero_snr)
+        # One lookup, so that captions and the empty prompt come in one length: (2B, L, d)
+        context, y = teacher.conditioning(torch.cat([rows, torch.zeros_like(rows)]), size, device)
+        (context, empty), (y, empty_y) = context.chunk(2), (None, None) if y is None else y.chunk(2)
+        row = teacher.style_row
+        style = None if row is None else row.to(device)
+        denoiser = cfg_denoiser(
+            teacher.unet, schedule, context, empty, s.cfg, style, y=y, uncond_y=empty_y, prediction=teacher.prediction
+        )
+        channels = teacher.unet.config.in_channels
+        noise = torch.cat([host_noise((1, channels, *size), seed) for seed in seeds]).to(device)
+        sigmas = sigmas_for(schedule, s.steps, s.scheduler).to(device)
+        return sample(denoiser, schedule, noise, sigmas, s.sampler).float().cpu()
+
+    def split(self, work: Callable[[slice], Tensor], count: int) -> Tensor:
+        """``work`` on slices of 0..count that fit the device: halved when its memory runs out."""
+        out, start = [], 0
+        while start < count:
+            try:
+                out.append(work(slice(start, min(start + self.batch, count))))
+            except torch.OutOfMemoryError:
+                if self.batch == 1:
+                    raise
+                torch.cuda.empty_cache()
+                self.batch //= 2
+                logger.info("out of memory: going on with %d pictures at a time", self.batch)
+                continue
+            start += self.batch
+        return torch.cat(out)
+
+    # --- features -----------------------------------------------------------------------------------------------------
+
+    def features(self, latents: Tensor, network: FeatureNet, pictures: Pictures, name: str) -> Tensor:
+        """Latents (n, C, h, w) -> feature vectors (n, size) float32."""
+        parts = []
+        for places in self.batches(len(latents)):
+            mine = latents[places[0] : places[-1] + 1]
+            identity = ("features", tensor_sha256(mine), pictures.key, network.key, network.name)
+
+            def build(mine=mine) -> dict[str, Tensor]:
+                return {"features": self.split(lambda part: network(self.decoded(mine[part], pictures)), len(mine))}
+
+            parts.append(self.part(identity, len(places), build)["features"])
+            self.meter(FEATURE_COST * len(places), f"looking at '{name}'")
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def decoded(self, latents: Tensor, pictures: Pictures) -> Tensor:
+        return pictures.decode(latents.float().to(self.device))
+
+
+FEATURE_COST = 4
+"""Of decoding a picture and looking at it, in forwards of the UNet; only the progress bar depends on it."""
+
+
+def painting_cost(settings: EvaluationSettings) -> int:
+    return settings.steps * (1 if settings.cfg == 1 else 2)
+
+
+def _finished(path: Path, count: int) -> dict[str, Tensor] | None:
+    if not path.exists():
+        return None
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        logger.warning("%s cannot be read (%s): made anew", path.name, error)
+        return None
+    return tensors if tensors and all(len(value) == count for value in tensors.values()) else None
