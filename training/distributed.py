@@ -21,7 +21,7 @@ from torch import Tensor
 TIMEOUT = datetime.timedelta(hours=4)
 """For one process that waits for the others. A dead one is noticed at once, as its connections close; this is for slow disks and
 long paintings, which are no reason to end a run."""
-GRACE = 5.0
+GRACE = 10.0
 """Seconds in which those that are left tell each other so."""
 
 
@@ -132,7 +132,8 @@ class Ranks:
                 if here[0] < self.rank:
                     return [], False
                 if len(here) == self.world - 1 or time.monotonic() > end:
-                    return sorted(set(range(self.world)) - set(here)), True
+                    first = store.add(f"{key} spoken", 1) == 1  # one that came late has been spoken for
+                    return sorted(set(range(self.world)) - set(here)), first
                 time.sleep(0.05)
         except Exception:  # noqa: BLE001, it was in the process that is gone: then all of them speak
             return [], True
