@@ -200,7 +200,9 @@ def distill(
 def explain(error: LostProcess, run: Distillation, run_dir: Path) -> None:
     """Say what is left of the run, in the process that is the first one left (in place)."""
     gone, error.speak = run.ranks.left()
-    who = f"process {', '.join(map(str, gone))}" if gone else "another process"
+    who = f"process {gone[0]}" if len(gone) == 1 else "another process"
+    if len(gone) > 1:  # one that waits inside of a sum for this one may not have noticed
+        who = f"processes {', '.join(map(str, gone))} gave no answer: at least one"
     newest = next((path.name for path in reversed(states(run_dir))), None)
     kept = f"{newest} is in {run_dir}: the same command goes on from there" if newest else "there is no state yet"
     error.args = (

@@ -7,6 +7,7 @@ differ by a share of the learning rate: weights agree to 1e-5 at a rate of 5e-5.
 
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -386,9 +387,9 @@ def test_a_killed_process_ends_the_run_which_goes_on_with_another_number(folder,
     assert launch.process.wait(60) != 0
     said = [line for line in launch.text().splitlines() if "of this run ended" in line]
     speaker = "dmm: " if killed else "dmm, process 1: "
-    assert len(said) == 1 and said[0].startswith(
-        f"{speaker}process {killed} of the 3 of this run ended: stopped after step "
-    )
+    # The third process may wait for the first inside of a sum, and then not notice in time that one is gone.
+    named = f"{speaker}(process {killed}|processes {min(killed, 2)}, 2 gave no answer: at least one)"
+    assert len(said) == 1 and re.match(f"{named} of the 3 of this run ended: stopped after step ", said[0]), said
     left = states(launch.run_dir)[-1]
     assert f"{left.name} is in" in said[0] and "any number of processes" in said[0]
     step = int(read_state(left)[1]["step"])
