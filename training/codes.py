@@ -6,6 +6,7 @@ another model predicts, so no picture is needed that this model painted.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ from ..dmm_core.unet import UNet, UNetConfig
 from .data import Batch, Draw, hash_seed
 from .loop import Distillation
 from .losses import score_loss
+from .tick import Tick
 
+REMEMBERED = 8
+"""Batches with their targets."""
 LR = 0.03
 """Of Adam; codes are drawn from N(0, 1), so this is a share of their size."""
-Tick = Callable[[int, int, str], None]
 
 
 @dataclass
@@ -35,6 +38,10 @@ class Search:
     rows: Sequence[int]
     sample: Callable[[int], tuple[Batch, Tensor, Tensor]]
     """number -> (batch, which, target)"""
+
+    def __post_init__(self) -> None:
+        # Several codes are tried on the same few batches, and a target costs another model's forward.
+        self.sample = functools.lru_cache(maxsize=REMEMBERED)(self.sample)
 
     def errors(self, codes: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """(eq. 9 loss (B,), which (B,)) of batch ``number`` with these codes (K, D) in the place of ``rows``."""

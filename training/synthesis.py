@@ -5,26 +5,18 @@ Finished parts stay in the run folder, so that an interrupted painting goes on w
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..dmm_core.files import atomic_write
-from ..dmm_core.sampling import Callback, cfg_denoiser, host_noise, sample, sigmas_for
-from ..dmm_core.unet import UNet
+from ..dmm_core.sampling import host_noise
 from .data import CaptionedLatents, hash_seed
 from .loop import Distillation
-from .teacher import Teacher
-
-logger = logging.getLogger(__name__)
-
-Tick = Callable[[int, int, str], None]
-"""(done, total, what): called after every part; what it raises ends the painting."""
+from .paint_rows import paint_rows
+from .parts import read_part, write_part
+from .tick import Tick
 
 
 @torch.no_grad()
@@ -61,9 +53,9 @@ def painted_by_teachers(
 def _part(run: Distillation, teacher: int, start: int, rows: Tensor, folder: Path | None) -> Tensor:
     """Latents of some captions by one teacher: out of the folder, or painted now and put there."""
     path = folder / f"{teacher:03d}-{start:06d}.safetensors" if folder else None
-    part = _finished(path, len(rows))
-    if part is not None:
-        return part
+    done = read_part(path, len(rows)) if path else None
+    if done and "latents" in done:
+        return done["latents"]
     part = paint(run, teacher, rows, hash_seed(run.config.seed, "paint", teacher, start))
     if not torch.isfinite(part).all():
         raise ValueError(
@@ -71,9 +63,7 @@ def _part(run: Distillation, teacher: int, start: int, rows: Tensor, folder: Pat
             "at what it paints in ComfyUI"
         )
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            save_file({"latents": part.half().contiguous()}, temporary)
+        write_part(path, {"latents": part.half()})
     return part
 
 
@@ -89,43 +79,13 @@ def caption_rows(run: Distillation, teacher: int, start: int) -> Tensor:
 def paint(run: Distillation, teacher: int, rows: Tensor, seed: int) -> Tensor:
     """Captions (B,) -> latents (B, C, h, w) float32 on the CPU, painted with the run's final_cfg and final_sampling_steps."""
     c, text = run.config, run.teachers[teacher]
-    latents = paint_captions(
-        run, run.rack.get(teacher), text, rows, seed, c.final_sampling_steps, c.final_cfg, text.style_row
+    noise = noise_for(run, len(rows), seed)
+    latents = paint_rows(
+        run.rack.get(teacher), text, rows, noise, c.final_sampling_steps, c.final_cfg, text.style_row
     )
     return latents.float().cpu()
 
 
-def paint_captions(
-    run: Distillation,
-    unet: UNet,
-    text: Teacher,
-    rows: Tensor,
-    seed: int,
-    steps: int,
-    cfg: float,
-    style: Tensor | None = None,
-    callback: Callback | None = None,
-) -> Tensor:
-    """Captions (B,) -> latents (B, C, h, w) at the size of most of the run's data, by a UNet on the run's device whose text states and
-    parameterisation are those of ``text``. style: (1, N+1) or None."""
-    size = run.data.shape
-    context, y = text.conditioning(rows, size[1:], run.device)
-    empty, empty_y = text.conditioning(torch.zeros(1, dtype=torch.long), size[1:], run.device)
-    style = None if style is None else style.to(run.device)
-    denoiser = cfg_denoiser(
-        unet, run.schedule, context, empty, cfg, style, y=y, uncond_y=empty_y, prediction=text.prediction
-    )
-    noise = host_noise((len(rows), *size), seed).to(run.device)
-    sigmas = sigmas_for(run.schedule, steps, "karras").to(run.device)
-    return sample(denoiser, run.schedule, noise, sigmas, "dpmpp_2m", callback)
-
-
-def _finished(path: Path | None, count: int) -> Tensor | None:
-    if path is None or not path.exists():
-        return None
-    try:
-        part = load_file(path)["latents"]
-    except (SafetensorError, OSError, KeyError) as error:
-        logger.warning("%s cannot be read (%s): painted anew", path.name, error)
-        return None
-    return part if len(part) == count else None
+def noise_for(run: Distillation, count: int, seed: int) -> Tensor:
+    """Noise (count, C, h, w) on the run's device, at the size of most of its data."""
+    return host_noise((count, *run.data.shape), seed).to(run.device)

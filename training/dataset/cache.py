@@ -28,9 +28,10 @@ from ..data import CaptionedLatents
 from ..hashing import text_hash, weights_hash
 from ..lora_files import patched, split_loras
 from ..model_files import add_parts, load_any
+from ..tick import Tick
 from .buckets import MAX_ASPECT, bucket_sizes, choose_bucket, default_resolution, enlargement, fit, size_multiple
 from .cached_text import TextStore, store_text
-from .image_folder import Picture, Problem, Progress, ahead, read_picture, survey
+from .image_folder import Picture, Problem, ahead, read_picture, survey
 from .shards import ShardReader, ShardWriter, check_shards, first_few, read_manifest, shard_entries
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def build_image_cache(
     device: torch.device | str = "cpu",
     batch_size: int = 4,
     workers: int = 4,
-    progress: Progress | None = None,
+    progress: Tick | None = None,
 ) -> CacheReport:
     """Encode the pictures of ``images`` into the cache ``folder``, or go on with it; pictures added since are added.
 
@@ -171,7 +172,7 @@ def build_image_cache(
     return CacheReport(len(pictures), counts, len(prompts) - 1, len(text), problems, sorted(enlarged))
 
 
-def _tick(progress: Progress | None, before: int, total: int, done: int) -> None:
+def _tick(progress: Tick | None, before: int, total: int, done: int) -> None:
     if progress:
         progress(before + done, total, "encoding pictures")
 
@@ -181,7 +182,7 @@ def store_all_text(
     models: Sequence[Model],
     prompts: Sequence[str],
     device: torch.device,
-    progress: Progress | None,
+    progress: Tick | None,
     base: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """The text section of a manifest: every different text encoder of ``models``, and those that a finished cache of the same
@@ -208,7 +209,7 @@ def add_text(
     folder: str | os.PathLike,
     models: Sequence[Model],
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    progress: Tick | None = None,
 ) -> int:
     """Add the models' text encoders to a finished cache of any kind, leaving the rest as it is. Returns how many were new.
 

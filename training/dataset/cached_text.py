@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..hashing import text_hash, weights_hash
 from ..text import WINDOW, ClipText, windows
-from .image_folder import Progress
+from ..tick import Tick
 from .shards import ShardReader, ShardWriter
 
 SHARD_PROMPTS = 256
@@ -107,7 +107,7 @@ def store_text(
     weights: Mapping[str, Tensor],
     prompts: Sequence[str],
     device: torch.device,
-    progress: Progress | None = None,
+    progress: Tick | None = None,
 ) -> dict[str, Any]:
     """Encode prompts into shards -> the manifest's entry. Finished shards are kept; the encoder is built only when one is needed."""
     key, encoder = weights_hash(weights), None

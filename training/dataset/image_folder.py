@@ -21,14 +21,13 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..tick import Tick
+
 METADATA = "metadata.jsonl"
 FORMATS = {
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF",
 }  # fmt: skip
 """File names that are taken for pictures. Pillow tries these formats only: some others run programs."""
-
-Progress = Callable[[int, int, str], None]
-"""(done, total, what): called as work goes on; what it raises ends the work."""
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -211,7 +210,7 @@ def read_picture(picture: Picture) -> Image.Image:
 
 
 def survey(
-    folder: str | os.PathLike, workers: int = 4, progress: Progress | None = None
+    folder: str | os.PathLike, workers: int = 4, progress: Tick | None = None
 ) -> tuple[list[Picture], list[Problem]]:
     """Read every picture and caption of a folder once -> those that can be used, in order of name, and what is wrong with the rest."""
     paths = find_pictures(folder)

@@ -24,10 +24,11 @@ from ..config import check_names
 from ..hashing import text_hash, weights_hash
 from ..lora_files import recorded, split_loras
 from ..teacher import Teacher, check_architectures, check_schedules, plain_unet
+from ..tick import Tick
 from .buckets import default_resolution, size_multiple
 from .cache import Model, as_checkpoint, base_with_parts, store_all_text
 from .cached_text import TextStore
-from .image_folder import Progress, clean_caption
+from .image_folder import clean_caption
 from .rollout_paths import BASE_NAME, PRECISIONS, Owner, RolloutSettings, paint_states, path_generator
 from .shards import ShardWriter
 
@@ -57,7 +58,7 @@ def build_rollouts(
     settings: RolloutSettings | None = None,
     parts_from: Model | None = None,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    progress: Tick | None = None,
 ) -> dict[str, int]:
     """Paint with every teacher and the base and keep states, or go on with it. Returns the number of states by name.
 

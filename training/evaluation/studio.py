@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...dmm_core.files import atomic_write
-from ...dmm_core.sampling import cfg_denoiser, host_noise, sample, sigmas_for
-from ...dmm_core.schedule import NoiseSchedule
+from ...dmm_core.sampling import host_noise
 from ...dmm_core.unet import UNetConfig, load_unet
 from ..hashing import tensor_sha256, text_hash
+from ..paint_rows import paint_rows
+from ..parts import read_part, write_part
 from ..teacher import Teacher, check_text
+from ..tick import Tick
 from .features import FeatureNet
 from .settings import SECOND_BATCH, EvaluationSettings
 
@@ -35,9 +34,6 @@ PART = 16
 FORMAT = 1
 SMALL_PICTURE = 256 * 256
 """Pixels up to which a CPU paints a whole part at a time; of larger ones it paints one."""
-
-Tick = Callable[[int, int, str], None]
-"""(done, total, what): called after every part; what it raises ends the evaluation."""
 
 
 @dataclass
@@ -140,14 +136,10 @@ class Studio:
         if self.folder is None:
             return build()
         path = self.folder / f"{text_hash(FORMAT, *identity)[:32]}.safetensors"
-        found = _finished(path, count)
-        if found is not None:
-            return found
-        tensors = {name: value.contiguous() for name, value in build().items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            save_file(tensors, temporary)
-        return tensors
+        found = read_part(path, count)
+        if found is None:
+            write_part(path, found := build())
+        return found
 
     def rows(self, places: Sequence[int]) -> Tensor:
         """Which prompts these pictures show: rows of the text states."""
@@ -194,21 +186,13 @@ class Studio:
 
     @torch.no_grad()
     def _paint(self, teacher: Teacher, rows: Tensor, seeds: Sequence[int]) -> Tensor:
-        s, device = self.settings, self.device
-        size = (s.height // 8, s.width // 8)
-        schedule = NoiseSchedule(teacher.zero_snr)
-        # One lookup, so that captions and the empty prompt come in one length: (2B, L, d)
-        context, y = teacher.conditioning(torch.cat([rows, torch.zeros_like(rows)]), size, device)
-        (context, empty), (y, empty_y) = context.chunk(2), (None, None) if y is None else y.chunk(2)
-        row = teacher.style_row
-        style = None if row is None else row.to(device)
-        denoiser = cfg_denoiser(
-            teacher.unet, schedule, context, empty, s.cfg, style, y=y, uncond_y=empty_y, prediction=teacher.prediction
+        s = self.settings
+        size = (teacher.unet.config.in_channels, s.height // 8, s.width // 8)
+        noise = torch.cat([host_noise((1, *size), seed) for seed in seeds]).to(self.device)
+        latents = paint_rows(
+            teacher.unet, teacher, rows, noise, s.steps, s.cfg, teacher.style_row, s.sampler, s.scheduler
         )
-        channels = teacher.unet.config.in_channels
-        noise = torch.cat([host_noise((1, channels, *size), seed) for seed in seeds]).to(device)
-        sigmas = sigmas_for(schedule, s.steps, s.scheduler).to(device)
-        return sample(denoiser, schedule, noise, sigmas, s.sampler).float().cpu()
+        return latents.float().cpu()
 
     def split(self, work: Callable[[slice], Tensor], count: int) -> Tensor:
         """``work`` on slices of 0..count that fit the device: halved when its memory runs out."""
@@ -253,14 +237,3 @@ FEATURE_COST = 4
 
 def painting_cost(settings: EvaluationSettings) -> int:
     return settings.steps * (1 if settings.cfg == 1 else 2)
-
-
-def _finished(path: Path, count: int) -> dict[str, Tensor] | None:
-    if not path.exists():
-        return None
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        logger.warning("%s cannot be read (%s): made anew", path.name, error)
-        return None
-    return tensors if tensors and all(len(value) == count for value in tensors.values()) else None

@@ -16,7 +16,8 @@ from ...dmm_core.style import style_row
 from ...dmm_core.unet import UNet
 from ..images import grid
 from ..loop import Distillation
-from ..synthesis import paint_captions
+from ..paint_rows import paint_rows
+from ..synthesis import noise_for
 from ..teacher import Teacher
 from .journal import Journal
 
@@ -106,9 +107,10 @@ class Pictures:
 
     def _latents(self, unet: UNet, text: Teacher, style: Tensor | None = None) -> Tensor:
         """(P, C, h, w) for P captions, by a UNet whose text states and parameterisation are those of ``text``."""
+        noise = noise_for(self.run, len(self.rows), SEED)
         with self.run.autocast():
-            return paint_captions(
-                self.run, unet, text, self.rows, SEED, STEPS, CFG, style, lambda *_: self.check_interrupt()
+            return paint_rows(
+                unet, text, self.rows, noise, STEPS, CFG, style, callback=lambda *_: self.check_interrupt()
             )
 
     def _write(self, image: Image.Image) -> None:
