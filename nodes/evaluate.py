@@ -25,9 +25,9 @@ from ..training.hashing import text_hash, weights_hash
 from ..training.teacher import Teacher, plain_unet
 from . import host_model
 from .preview import send_text
-from .teacher import TeacherInput, TeacherType
+from .teacher import TeacherInput
 from .training_inputs import frozen_styles, frozen_teachers, prediction, zero_snr
-from .training_run import memory_given_back
+from .training_run import memory_given_back, teachers_input
 from .weights import unet_weights
 
 FEATURES = "dmm_features"
@@ -40,7 +40,6 @@ PROMPTS = "a red star\na big blue house, hills\na green fish by the sea\na yello
 class EvaluateDMM(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        teachers = io.Autogrow.TemplatePrefix(TeacherType.Input("teacher"), prefix="teacher", min=1, max=100)
         return io.Schema(
             node_id="DMMEvaluate",
             display_name="Evaluate DMM",
@@ -54,7 +53,7 @@ class EvaluateDMM(io.ComfyNode):
                 io.Model.Input("model", tooltip="From Load DMM Model."),
                 io.Clip.Input("clip", tooltip="The model's text encoder, from the same loader."),
                 io.Vae.Input("vae", tooltip="Makes the pictures that KID and FID look at."),
-                io.Autogrow.Input("teachers", template=teachers),
+                teachers_input(),
                 io.Model.Input("base", optional=True, tooltip="What the model was trained from, as a baseline."),
                 io.String.Input(
                     "prompts", default=PROMPTS, multiline=True, tooltip="One a line; they are painted in turn."
@@ -123,8 +122,6 @@ class EvaluateDMM(io.ComfyNode):
     def execute(cls, model, clip, vae, teachers, prompts, distances, features, base=None, **numbers) -> io.NodeOutput:
         inputs = [teacher for teacher in teachers.values() if teacher is not None]
         check_names([teacher.name for teacher in inputs])
-        for teacher in inputs:
-            check_plain(teacher)
         lines = ["", *(clean_caption(line) for line in prompts.splitlines() if line.strip())]
         node_id = cls.hidden.unique_id
         with torch.inference_mode(False), torch.no_grad(), memory_given_back():
@@ -147,15 +144,6 @@ class EvaluateDMM(io.ComfyNode):
             picture = np.asarray(sheet(result).convert("RGB"), np.float32) / 255
         said = f"saved dmm_evaluations/{folder.name}\n\n{report}"
         return io.NodeOutput(torch.from_numpy(picture)[None], report, ui=ui.PreviewText(said))
-
-
-def check_plain(teacher: TeacherInput) -> None:
-    """Raises ValueError for a DMM model: its weights alone would paint without a style, whatever style was chosen for it."""
-    info = teacher.model.get_attachment(host_model.ATTACHMENT)
-    if info is not None and info.styles:
-        raise ValueError(
-            f"teacher '{teacher.name}' is itself a DMM model with {len(info.styles)} styles: connect a plain checkpoint"
-        )
 
 
 def feature_files() -> list[str]:

@@ -53,6 +53,11 @@ class ModelInfo:
     blends: tuple[tuple[StyleInfo, tuple[float, ...]], ...] = ()
 
     @property
+    def all_styles(self) -> list[StyleInfo]:
+        """Learned ones first, then the named blends."""
+        return [*self.styles, *(style for style, _ in self.blends)]
+
+    @property
     def known(self) -> dict[str, tuple[float, ...]]:
         """All styles by name, learned ones first."""
         learned = vocabulary([style.name for style in self.styles])
@@ -353,7 +358,7 @@ def to_checkpoint(model, clip=None, vae=None) -> Checkpoint:
 
 def with_blend_codes(unet: dict[str, Tensor], info: ModelInfo) -> tuple[dict[str, Tensor], list[StyleInfo]]:
     """A UNet's weights whose codebook has the named blends as codes of their own, and what is known of all its styles."""
-    styles = [*info.styles, *(style for style, _ in info.blends)]
+    styles = info.all_styles
     if not info.blends:
         return unet, styles
     codes = unet[f"{CODEBOOK}.weight"]  # a blend is a code like the others: the MLP comes after the mixing

@@ -131,7 +131,7 @@ def dmm_parts(model, clip, vae) -> Checkpoint:
     """As ``clip_and_vae_parts``, with what the DMM model says of its styles and its making."""
     info = host_model.model_info(model)
     parts = clip_and_vae_parts(model, clip, vae)
-    parts.styles, parts.recipe = [*info.styles, *(style for style, _ in info.blends)], info.recipe
+    parts.styles, parts.recipe = info.all_styles, info.recipe
     return parts
 
 
