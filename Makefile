@@ -8,7 +8,7 @@ COMFYUI := $(firstword $(wildcard $(COMFYUI_PATH) $(if $(filter custom_nodes,$(n
 # this test environment, not a requirement of the pack.
 HOST_TORCH ?= torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0
 
-.PHONY: test test-slow demo clean
+.PHONY: test test-slow demo bench-merge clean
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
@@ -18,6 +18,10 @@ test-slow: $(VENV)/.test
 
 demo: $(VENV)/.demo
 	$(BIN)/dmm demo run
+
+# Plain DMM against the options on the demo family; more arms, steps and devices: BENCH="--arms all --steps 3000 --device cuda"
+bench-merge: $(VENV)/.demo
+	$(BIN)/python -m comfyui_dmm.tests.benches.merge $(BENCH)
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)

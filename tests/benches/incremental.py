@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ...dmm_core.files import atomic_write
 from ...dmm_core.metadata import StyleInfo
-from ...dmm_core.unet import UNet, load_unet
+from ...dmm_core.unet import load_unet
 from ...dmm_core.vae import load_vae
 from ...training.codes import recover
 from ...training.config import AttackConfig, load_config
@@ -42,6 +42,8 @@ from ...training.text import ClipText
 ROOT = Path(__file__).parents[2]
 FIRST, LATER = ("ink", "candy", "pop", "pixel"), ("sticker", "pen", "echo")
 CPU = torch.device("cpu")
+WARM = (0.0, 0.2, 0.5)
+"""Shares of an addition's steps that look for the new code."""
 ADDING = {"lr": 1e-3, "base_share": 0.05}
 
 
@@ -57,7 +59,7 @@ class Bench:
         self.contexts = text.encode(self.held_out.prompts)
 
     def settings(self, steps: int, **changes):
-        return dataclasses.replace(self.config, steps=steps, validation=0, **changes)
+        return dataclasses.replace(self.config, **{"steps": steps, "validation": 0, **changes})
 
     def model(self, name: str, make) -> dict[str, Tensor]:
         """The weights of a finished arm, trained if they are not in the folder; its seconds are in its own file."""
@@ -121,6 +123,23 @@ class Bench:
             table[f"+ {LATER[0]}, {label}"] = self.errors(weights, first)
         return table
 
+    def warm(self, four: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+        """A style is added to ``four`` at equal samples, a share of which looks for its code first while all else is frozen."""
+        table, new = {}, LATER[0]
+        for share in WARM:
+            warm = round(share * self.added)
+            changes = {**ADDING, "warm_start": warm, "steps": self.added - warm}
+
+            def make(changes=changes) -> Distillation:
+                old, styles = self.as_base(four, FIRST)
+                config = self.settings(self.added, init="base", **changes)
+                return Distillation(old, [*styles, self.teachers[new]], self.data, config)
+
+            errors = self.errors(self.model(f"warm-{share}", make), (*FIRST, new))
+            old = statistics.mean(errors[name] for name in FIRST)
+            table[f"{warm} of {self.added} steps for the code"] = {new: errors[new], "the old four": old}
+        return table
+
     def forgetting(self, gone: str, attack_steps: int) -> dict[str, dict[str, float]]:
         everyone = (*FIRST, *LATER)
         seven = self.joint(everyone)
@@ -177,7 +196,7 @@ def print_table(title: str, tables: list[dict[str, dict[str, float]]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("add", "forget"), help="one of the two tables")
+    parser.add_argument("--only", choices=("add", "forget", "warm"), help="one of the three tables")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", type=int, default=700, help="of a joint merge, 32 samples each")
     parser.add_argument("--added", type=int, default=300, help="steps for each style that is added, or for forgetting one")
@@ -187,11 +206,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     benches = [Bench(Path(args.folder), int(seed), args.steps, args.added) for seed in args.seeds.split(",")]
-    if args.only != "forget":
+    if args.only in (None, "warm"):
+        four = benches[0].joint(FIRST)  # of one seed: what varies is how a style is added
+        tables = [bench.warm(four) for bench in benches]
+        print(json.dumps(tables))
+        print_table(f"eps error after '{LATER[0]}' was added, with a warm start and without", tables)
+    if args.only in (None, "add"):
         tables = [bench.adding() for bench in benches]
         print(json.dumps(tables))
         print_table("eps error against the true teachers, styles added one at a time", tables)
-    if args.only != "add":
+    if args.only in (None, "forget"):
         for gone in args.forget.split(","):
             tables = [bench.forgetting(gone, args.attack_steps) for bench in benches]
             print(json.dumps(tables))

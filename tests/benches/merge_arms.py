@@ -1,0 +1,213 @@
+"""The recipes that ``benches.merge`` compares, and how one of them is trained and looked at on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...dmm_core.vae import load_vae
+from ...training.config import DataSpec, DistillConfig, load_config
+from ...training.data import Draw, hash_seed
+from ...training.dataset.rollout_paths import RolloutSettings
+from ...training.dataset.rollouts import build_rollouts
+from ...training.demo.bank import captioned_latents, demo_images
+from ...training.demo.looks import BASE_LOOK, TEACHER_LOOKS
+from ...training.demo.tour import HELD_OUT_SEED
+from ...training.evaluation.agreement import eps_of
+from ...training.load import load_run
+from ...training.loop import Distillation
+from ...training.losses import score_loss
+from ...training.teacher import Teacher
+from ...training.text import ClipText
+
+ROOT = Path(__file__).parents[2]
+TWINS = ("ink", "pen")
+OUTLIER = "echo"
+LOOKS = 20
+"""How often an arm is looked at until it has seen its samples."""
+
+PLAIN = {
+    "init": "base", "ema_gamma": None, "style_lr_scale": 1.0, "warmup": 0, "betas": (0.9, 0.999), "lr_schedule": "constant",
+    "lambda_feat": 0.001, "lambda_adv": 0.01, "validation": 0, "save_every": 10**9,
+}  # fmt: skip
+"""Plain DMM: the paper's three losses, uniform t, equal teacher share, constant rate, no average, start from the base."""
+ARMS = {
+    "plain": {},
+    "release": {"lambda_adv": 0.0, "lambda_feat": 0.002},
+    "no adversary": {"lambda_adv": 0.0},
+    "C average": {"ema_gamma": 6.94},
+    "C cosine": {"lr_schedule": "cosine"},
+    "D soup": {"init": "soup"},
+    "D low-rank": {"init": "soup", "trainable": "lora", "lora_rank": 8},
+    "style rate x3": {"style_lr_scale": 3.0},
+    "A rollouts": {"data": "rollouts", "lambda_feat": 0.0, "lambda_adv": 0.0},
+    "standard": {
+        "init": "soup",
+        "ema_gamma": 6.94,
+        "style_lr_scale": 3.0,
+        "lambda_adv": 0.0,
+        "betas": (0.9, 0.99),
+        "warmup": 30,
+    },
+}
+"""What is changed of ``PLAIN``. release: the authors' trainer, without a discriminator, and with empty captions drawn separately for
+student and teacher. data "rollouts": a cache of 160 paintings by each teacher, five states of each, whose making counts as time."""
+RATES = {"plain": 1e-3}
+"""Learning rates as tuned (``--tune``); an arm without one has plain's. The discriminator's is the student's, as in the paper."""
+
+
+class Release(Distillation):
+    """The authors' released trainer drops captions separately for student and teacher: they may see different ones."""
+
+    def targets(self, batch, x_t, t, want_features):
+        draw = Draw(self.config.seed, len(batch), self.num_styles, self.config.base_share, 0.0, self.schedule)
+        number = self.step * self.config.accumulate
+        whole = self.data.batch(number, draw)  # the same batch, no caption dropped
+        if not torch.equal(whole.x_t, batch.x_t):
+            raise RuntimeError("the batch without dropout is another one")
+        g = torch.Generator().manual_seed(hash_seed(self.config.seed, "the teachers' own dropout", number))
+        drop = torch.rand(len(batch), generator=g) < self.config.caption_dropout
+        return super().targets(dataclasses.replace(batch, rows=torch.where(drop, 0, whole.rows)), x_t, t, want_features)
+
+
+def settings(arm: str, steps: int, seed: int, rate: float | None) -> DistillConfig:
+    """The demo family's config with an arm's settings."""
+    config = load_config(ROOT / "training" / "configs" / "demo.yaml")
+    rate = rate or RATES.get(arm, RATES["plain"])
+    changes = {**PLAIN, **{k: v for k, v in ARMS[arm].items() if k != "data"}, "lr": rate, "adv_lr": rate}
+    config.train = dataclasses.replace(config.train, steps=steps, seed=seed, **changes)
+    return config
+
+
+@dataclass
+class HeldOut:
+    """Scenes that no arm has seen, noised to timesteps that are spread evenly, and what every teacher says to them."""
+
+    x_t: Tensor
+    t: Tensor
+    rows: Tensor
+    contexts: Tensor
+    said: list[Tensor]
+
+    @classmethod
+    def of(cls, run: Distillation, vae, text: ClipText, count: int) -> HeldOut:
+        data = captioned_latents(vae, (BASE_LOOK, *TEACHER_LOOKS), count, HELD_OUT_SEED)
+        g = torch.Generator().manual_seed(hash_seed(1, "bench merge"))
+        t = ((torch.arange(count) + 0.5) * 1000 / count).long()[torch.randperm(count, generator=g)]
+        x0 = data.buckets[0][torch.arange(count)]
+        x_t = run.schedule.add_noise(x0, torch.randn(x0.shape, generator=g), t)
+        held = cls(x_t, t, data.rows, text.encode(data.prompts), [])
+        held.said = [held.ask(teacher, run.device) for teacher in run.teachers]
+        return held
+
+    @torch.no_grad()
+    def ask(self, teacher: Teacher, device: torch.device) -> Tensor:
+        """(S, C, h, w)"""
+        teacher = dataclasses.replace(teacher, contexts=self.contexts)
+        return eps_of(teacher, self.x_t, self.t, self.rows, device).cpu()
+
+    def answers(self, run: Distillation) -> list[Tensor]:
+        """The averaged student's, by style."""
+        with run.averaged() as student:
+            asked = Teacher("student", student, self.contexts)
+            out = [self.ask(dataclasses.replace(asked, style=i), run.device) for i in range(run.num_styles)]
+            for p in run.trained.values():  # a Teacher freezes what it holds
+                p.requires_grad_(True)
+        return out
+
+    def errors(self, answers: list[Tensor]) -> Tensor:
+        """(N, N) mean eps error of the student in style i to teacher j."""
+        return torch.stack([torch.stack([score_loss(a, s).mean() for s in self.said]) for a in answers])
+
+    def contrast(self, answers: list[Tensor], first: int, second: int) -> float:
+        """How far two styles are apart, in the direction and the size in which their teachers are: 1 as they are, 0 the same style."""
+        own, true = answers[first] - answers[second], self.said[first] - self.said[second]
+        return ((own * true).sum() / true.square().sum()).item()
+
+
+def train_arm(
+    arm: str, steps: int, seed: int, device: torch.device, rate: float | None = None, at_least: float = 0.0
+) -> tuple[dict, dict[int, dict[str, Tensor]]]:
+    """(figures, weights of the averaged student after a fifth of ``steps`` and after all, by step).
+
+    at_least: seconds to train, beyond ``steps`` where they were fewer. Seconds are of this process (it computes on one thread) or, on a
+    GPU, of the clock, and of the training alone.
+    """
+    config = settings(
+        arm, 2 * steps, seed, rate
+    )  # the rate is constant: what comes after ``steps`` changes nothing before
+    if config.train.lr_schedule != "constant":
+        config.train, at_least = dataclasses.replace(config.train, steps=steps), 0.0
+    clock = Clock(device)
+    if ARMS[arm].get("data") == "rollouts":
+        clock.start()
+        config.data = DataSpec("cache", str(rollouts(config, seed)))
+        clock.stop()
+    loaded = load_run(config, device)
+    if arm == "release":
+        run = Release(loaded.base, loaded.teachers, loaded.data, loaded.config, device)
+    else:
+        run = loaded.start()
+    vae, text = load_vae(loaded.parts.vae), ClipText(loaded.parts.text)
+    few, many = (HeldOut.of(run, vae, text, count) for count in (32, 128))
+    names = [teacher.name for teacher in run.teachers]
+    every, curve, weights, figures = max(1, steps // LOOKS), [], {}, {}
+    while run.step < config.train.steps and (run.step < steps or clock.seconds < at_least):
+        clock.start()
+        run.train_step()
+        clock.stop()
+        if run.step % every == 0 or run.step == steps:
+            own = few.errors(few.answers(run)).diagonal()
+            curve.append((run.step, clock.seconds, own.mean().item(), own.max().item()))
+        if run.step in (steps, round(steps / 5)):
+            weights[run.step] = run.student_weights()
+            answers = many.answers(run)
+            table = many.errors(answers)
+            figures[run.step] = {
+                "errors": table.tolist(),
+                "contrast": many.contrast(answers, *(names.index(name) for name in TWINS)),
+                "seconds": clock.seconds,
+            }
+    run.rack.close()
+    about = {
+        "arm": arm,
+        "seed": seed,
+        "steps": steps,
+        "lr": config.train.lr,
+        "batch": config.train.batch_size,
+        "names": names,
+    }
+    return {**about, "curve": curve, "at": figures}, weights
+
+
+class Clock:
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self._from = device, 0.0, 0.0
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return time.perf_counter()
+        return time.process_time()  # other processes on the machine do not count
+
+    def start(self) -> None:
+        self._from = self.now()
+
+    def stop(self) -> None:
+        self.seconds += self.now() - self._from
+
+
+def rollouts(config: DistillConfig, seed: int) -> Path:
+    """Made anew for every run, for its time counts."""
+    folder = Path(tempfile.mkdtemp(prefix="dmm-rollouts-")) / "cache"
+    _, captions = demo_images((BASE_LOOK, *TEACHER_LOOKS), config.data.count, config.data.seed)
+    teachers = {spec.name: spec.file for spec in config.teachers}
+    how = RolloutSettings(paths=160, cfg=4.0, batch_size=32, seed=seed)
+    build_rollouts(folder, config.base, teachers, sorted(set(captions)), how, config.parts_from)
+    return folder

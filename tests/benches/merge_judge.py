@@ -1,0 +1,59 @@
+"""The paper's figures (``dmm evaluate``) of a student of the demo family whose weights a bench holds in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...dmm_core.unet import load_unet
+from ...dmm_core.vae import latent_scale, load_vae
+from ...training.config import load_config
+from ...training.evaluation.command import demo_prompts
+from ...training.evaluation.evaluate import Cast, evaluate
+from ...training.evaluation.features import DEMO_FILE, load_features
+from ...training.evaluation.settings import EvaluationSettings
+from ...training.evaluation.studio import Member, Pictures
+from ...training.hashing import weights_hash
+from ...training.load import load_run
+from ...training.teacher import Teacher
+from ...training.text import ClipText
+
+ROOT = Path(__file__).parents[2]
+SEED = 5_000_000
+"""Of the pictures' noise; no training uses it."""
+
+
+def judged(weights: Mapping[str, Tensor], parts: Path, count: int, project: int, device: torch.device) -> dict:
+    """EXCESS, LEAK and PAIR with ``count`` pictures a style; the teachers' pictures are kept in ``parts``."""
+    config = load_config(ROOT / "training" / "configs" / "demo.yaml")
+    loaded = load_run(config, torch.device("cpu"))
+    prompts = ["", *demo_prompts(min(count, 64))]
+    contexts = ClipText(loaded.parts.text).encode(prompts)
+    members = [Member.of(dataclasses.replace(teacher, contexts=contexts), len(prompts)) for teacher in loaded.teachers]
+    student = Member.of(Teacher("student", load_unet(dict(weights)), contexts), len(prompts))
+    vae = load_vae(loaded.parts.vae).to(device)
+    scale = latent_scale(loaded.base.unet.config)
+    cast = Cast(
+        student,
+        [teacher.name for teacher in loaded.teachers],
+        members,
+        prompts,
+        pictures=Pictures(lambda latents: vae.decode(latents / scale), weights_hash(loaded.parts.vae)),
+        features=load_features(DEMO_FILE),
+    )
+    settings = EvaluationSettings(
+        count=count, seed=SEED, width=128, height=128, steps=12, cfg=4.0, metrics=("fid", "pair"), project=project, resamples=0
+    )  # fmt: skip
+    result = evaluate(cast, settings, parts, device)
+    return {
+        "excess": result.fid.excess.value,
+        "leak": result.fid.leak.value,
+        "pair": result.pair.mean.value,
+        "pair worst": result.pair.own[result.pair.worst].value,
+        "m": result.fid.m,
+        "floor": result.fid.floor,
+    }

@@ -1,0 +1,79 @@
+"""The bench that compares recipes: what its figures are made of, and the recipes themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from comfyui_dmm.tests.benches.merge import at_seconds, row, samples_to, table
+from comfyui_dmm.tests.benches.merge_arms import ARMS, HeldOut, Release, settings
+from comfyui_dmm.training.config import TrainConfig
+from comfyui_dmm.training.loop import Distillation
+
+from .families import small_data, small_teacher
+
+CURVE = [[10, 1.0, 0.8, 0.9], [20, 2.0, 0.4, 0.6], [30, 3.0, 0.2, 0.3]]
+"""step, seconds, mean error, worst"""
+
+
+def test_a_curve_is_read_between_its_points():
+    assert at_seconds(CURVE, 2.0) == pytest.approx(0.4)
+    assert at_seconds(CURVE, 2.25) == pytest.approx(0.35)
+    assert at_seconds(CURVE, 0.5) == pytest.approx(0.8) and at_seconds(CURVE, 9.0) == pytest.approx(0.2)
+
+
+def test_samples_to_an_error():
+    assert samples_to(CURVE, 0.3, batch=4) == pytest.approx(4 * 25)
+    assert samples_to(CURVE, 0.9, batch=4) == 4 * 10 and math.isinf(samples_to(CURVE, 0.1, batch=4))
+
+
+def test_a_row_beside_plain():
+    names = ["ink", "echo"]
+    plain = {"steps": 30, "batch": 2, "curve": CURVE, "names": names, "at": {"30": {"seconds": 3.0}}}
+    faster = [[10, 2.0, 0.4, 0.5], [30, 6.0, 0.1, 0.1]]
+    errors = [[0.1, 0.5], [0.7, 0.3]]
+    mine = {**plain, "curve": faster, "at": {"30": {"seconds": 6.0, "errors": errors, "contrast": 0.5}}}
+    judged = {"pair": 1, "pair worst": 2, "excess": 3, "leak": 4, "m": [[0, 5], [7, 0]], "floor": [[0, 8], [1, 0]]}
+    one = row(mine, plain, judged)
+    assert one["eps error"] == pytest.approx(0.2) and one["worst"] == pytest.approx(0.3)
+    assert one["at equal seconds"] == pytest.approx(0.325)  # a quarter of the way from 2 s to 6 s
+    assert one["samples to plain's end"] == pytest.approx((10 + 20 * 2 / 3) / 30)
+    assert one["outlier's leak"] == 3  # ink to echo: |5 - 8|
+    text = table({"plain": [one, one]})
+    assert "0.2000 ± 0.0000" in text and "never" in table({"x": [{"samples to plain's end": math.inf}]})
+
+
+def test_every_arm_is_a_valid_recipe():
+    for arm in ARMS:
+        config = settings(arm, 7, 3, None)
+        config.train.check()
+        assert config.train.steps == 7 and config.train.seed == 3 and config.train.adv_lr == config.train.lr
+    plain = settings("plain", 7, 0, 5e-4).train
+    assert (plain.lr, plain.init, plain.ema_gamma, plain.lambda_adv) == (5e-4, "base", None, 0.01)
+
+
+def test_two_styles_apart():
+    one, zero, shape = torch.ones(3, 1, 2, 2), torch.zeros(3, 1, 2, 2), (3, 1, 2, 2)
+    held = HeldOut(*(torch.zeros(0),) * 4, said=[one, zero])
+    answers = [torch.full(shape, 0.7), torch.full(shape, 0.2)]
+    assert held.contrast(answers, 0, 1) == pytest.approx(0.5) and held.contrast([one, one], 0, 1) == 0
+    want = torch.tensor([[0.3**2, 0.7**2], [0.8**2, 0.2**2]])  # style i to teacher j
+    assert torch.allclose(held.errors(answers), want)
+
+
+def test_the_release_drops_captions_of_teachers_and_student_separately():
+    data = small_data(24)
+    teachers = [small_teacher(f"t{i}", i, data) for i in range(3)]
+    config = TrainConfig(steps=2, batch_size=24, caption_dropout=0.5, lambda_adv=0, base_share=0.0)
+    run = Release(teachers[0], teachers[1:], data, config)
+    batch = run._batch(0)
+    before = batch.rows.clone()
+    theirs, _ = run.targets(batch, batch.x_t, batch.t, want_features=False)
+    shared, _ = Distillation.targets(run, batch, batch.x_t, batch.t, want_features=False)
+    assert torch.equal(batch.rows, before)  # what the student sees
+    differ = (theirs - shared).abs().flatten(1).amax(1) > 1e-6
+    assert 4 <= int(differ.sum()) <= 20  # of 24 rows half are expected to be dropped for one of the two only
+    with pytest.raises(RuntimeError, match="another one"):
+        run.targets(dataclasses.replace(batch, x_t=batch.x_t + 1), batch.x_t, batch.t, want_features=False)
