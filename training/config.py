@@ -19,11 +19,13 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 DATA_KINDS = ("demo_scenes", "latents", "cache")
 LR_SCHEDULES = ("constant", "cosine", "linear")
 TRAINABLE = ("all", "lora", "style")
-OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "muon")
 RESIDENCIES = ("auto", "device", "offload")
 TEACHER_DTYPES = ("auto", *PRECISIONS)
 EMA_DEVICES = ("auto", "cpu")
 PARALLELS = ("ddp", "fsdp")
+SAMPLINGS = ("uniform", "adaptive")
+LOSS_WEIGHTS = ("plain", "eps", "v", "x0", "min_snr")
 
 
 @dataclass
@@ -82,6 +84,11 @@ class TrainConfig:
     adv_start: the step from which the student listens to it. caption_dropout: share of empty prompts. base_share: share of samples
     without a style, distilled to the base model.
 
+    loss_weight: what eq. 9 counts at each timestep, see ``losses.timestep_weights``; loss_clamp: of those weights. sampling: "uniform"
+    draws teachers in turn and timesteps evenly, "adaptive" more of the (teacher, timestep bin) cells whose running loss is high, by
+    loss ** adaptive_power, but a share of adaptive_floor of the rows evenly (``difficulty``). adaptive_correct: importance weights
+    keep the objective what it is with "uniform"; without them the hard cells count for more.
+
     guard: only when a DMM model grows or forgets: the share of the rows with a style that repeat the styles that stay, as the frozen
     old model paints them (Sec. 3.5). warm_start: steps that look for each new style's code, all else frozen, before training begins.
 
@@ -120,6 +127,12 @@ class TrainConfig:
     adv_start: int = 0
     caption_dropout: float = 0.1
     base_share: float = 0.05
+    loss_weight: str = "plain"
+    loss_clamp: float = 5.0
+    sampling: str = "uniform"
+    adaptive_power: float = 1.0
+    adaptive_floor: float = 0.25
+    adaptive_correct: bool = True
     guard: float = 0.5
     warm_start: int = 0
     final_steps: int = 0
@@ -172,7 +185,7 @@ class TrainConfig:
             need(_whole(getattr(self, name)) and getattr(self, name) >= 1, name, "expected a whole number from 1")
         for name in ("warmup", "adv_start", "warm_start", "final_steps", "validation"):
             need(_whole(getattr(self, name)) and getattr(self, name) >= 0, name, "expected a whole number from 0")
-        for name in ("lr", "style_lr_scale", "adv_lr", "final_cfg"):
+        for name in ("lr", "style_lr_scale", "adv_lr", "final_cfg", "loss_clamp", "adaptive_power"):
             need(_finite(getattr(self, name)) and getattr(self, name) > 0, name, "expected a positive number")
         for name in ("weight_decay", "grad_clip", "lambda_feat", "lambda_adv"):
             need(_finite(getattr(self, name)) and getattr(self, name) >= 0, name, "expected 0 or more")
@@ -182,6 +195,12 @@ class TrainConfig:
                 name,
                 "expected a share from 0 to below 1",
             )
+        need(
+            _finite(self.adaptive_floor) and 0 < self.adaptive_floor <= 1,
+            "adaptive_floor",
+            "expected a share from above 0 to 1: with 0, cells that went well once would never be seen again",
+        )
+        need(isinstance(self.adaptive_correct, bool), "adaptive_correct", "expected true or false")
         need(_whole(self.seed), "seed", "expected a whole number")
         choices = {
             "init": INITS,
@@ -193,6 +212,8 @@ class TrainConfig:
             "teacher_dtype": TEACHER_DTYPES,
             "ema_device": EMA_DEVICES,
             "parallel": PARALLELS,
+            "sampling": SAMPLINGS,
+            "loss_weight": LOSS_WEIGHTS,
         }
         for name, known in choices.items():
             need(getattr(self, name) in known, name, f"choose one of {', '.join(known)}")

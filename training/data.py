@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..dmm_core.schedule import NoiseSchedule
 from ..dmm_core.weights_file import read_weights
+from .difficulty import Chances
 
 
 @dataclass
@@ -24,8 +25,9 @@ class Batch:
 
     x_t (B, C, h, w) float32; t (B,) timesteps; teacher (B,), sorted so that each teacher's rows are a slice, N standing for the
     base; rows (B,) of the captions in ``Teacher.contexts``, 0 where the caption is dropped. target (B, C, h, w): what the teachers
-    predict, each in its own parameterisation, where the data hold it (rollouts), else None. whole: the batch of which this is one
-    process's share, its rows from ``start`` on; None where this is all of it.
+    predict, each in its own parameterisation, where the data hold it (rollouts), else None. weight, t_weight (B,): p / q of rows that
+    were not drawn evenly (``Chances.pick``), else None. whole: the batch of which this is one process's share, its rows from
+    ``start`` on; None where this is all of it.
     """
 
     x_t: Tensor
@@ -33,6 +35,8 @@ class Batch:
     teacher: Tensor
     rows: Tensor
     target: Tensor | None = None
+    weight: Tensor | None = None
+    t_weight: Tensor | None = None
     whole: Batch | None = None
     start: int = 0
 
@@ -41,9 +45,8 @@ class Batch:
 
     def part(self, place: slice) -> Batch:
         """Some neighbouring rows, which know what they are a part of."""
-        target = None if self.target is None else self.target[place]
-        own = (x[place] for x in (self.x_t, self.t, self.teacher, self.rows))
-        return Batch(*own, target, whole=self, start=place.start)
+        everything = (self.x_t, self.t, self.teacher, self.rows, self.target, self.weight, self.t_weight)
+        return Batch(*(None if x is None else x[place] for x in everything), whole=self, start=place.start)
 
     @property
     def of_all(self) -> Batch:
@@ -55,7 +58,8 @@ class Draw:
     """How a run draws its batches; a Draw and a batch's number determine the batch.
 
     teachers: how many; base_share: of the rows, without a style; dropout: share of empty captions; shares: how the rows with a style
-    are split between the teachers (they sum to 1), None for equally.
+    are split between the teachers (they sum to 1), None for equally. chances: of teachers and timesteps, None for teachers in turn and
+    even timesteps.
     """
 
     seed: int
@@ -65,17 +69,24 @@ class Draw:
     dropout: float
     schedule: NoiseSchedule
     shares: tuple[float, ...] | None = None
+    chances: Chances | None = None
 
     def turns(self, number: int) -> Tensor:
         """The teacher of every row of batch ``number``, (B,), before any of them goes to the base."""
-        place = number * self.batch_size + torch.arange(self.batch_size)
         if self.shares is None:
-            return place % self.teachers
-        # Multiples of the golden ratio fill [0, 1) evenly wherever one begins: every teacher gets its share at any length.
-        u = ((place.double() + 0.5) * (math.sqrt(5) - 1) / 2) % 1.0
+            return (number * self.batch_size + torch.arange(self.batch_size)) % self.teachers
+        u = self.even(number)
         ends = torch.tensor(self.shares, dtype=torch.float64).cumsum(0)
         last = max(i for i, share in enumerate(self.shares) if share > 0)
         return torch.searchsorted(ends, u, right=True).clamp(max=last)
+
+    def even(self, number: int) -> Tensor:
+        """A number in [0, 1) for every row of batch ``number``, (B,) float64.
+
+        Multiples of the golden ratio fill [0, 1) evenly wherever one begins: every teacher gets its share at any length.
+        """
+        place = number * self.batch_size + torch.arange(self.batch_size)
+        return ((place.double() + 0.5) * (math.sqrt(5) - 1) / 2) % 1.0
 
 
 class Bucket(Protocol):
@@ -169,20 +180,33 @@ class CaptionedLatents:
         return digest.hexdigest()
 
     def batch(self, number: int, draw: Draw) -> Batch:
-        """Teachers take turns, so that each gets its share of the rows; a ``base_share`` of the rows goes to the base instead."""
+        """Teachers take turns, so that each gets its share of the rows; a ``base_share`` of the rows goes to the base instead.
+
+        With ``draw.chances`` those say which teacher a row has, where it has no owner, and which timestep.
+        """
         which, index = epoch_batch(draw.seed, number, [len(b) for b in self.buckets], draw.batch_size)
         start = sum(len(b) for b in self.buckets[:which])
         g = torch.Generator().manual_seed(hash_seed(draw.seed, "batch", number))
-        teacher = draw.turns(number) if self.owner is None else self.owner[start + index]
-        teacher = torch.where(torch.rand(draw.batch_size, generator=g) < draw.base_share, draw.teachers, teacher)
+        owner = None if self.owner is None else self.owner[start + index]
+        to_base = torch.rand(draw.batch_size, generator=g) < draw.base_share
+        weights = ()
+        if draw.chances:
+            # Moved by a number of the run's own: over all seeds, every row alone has exactly these chances.
+            u = (draw.even(number) + hash_seed(draw.seed, "cells") / 2**63) % 1.0
+            teacher, bins, *weights = draw.chances.pick(u, to_base, owner)
+        else:
+            teacher = torch.where(to_base, draw.teachers, draw.turns(number) if owner is None else owner)
         teacher, order = teacher.sort(stable=True)
         index = index[order]
         x0 = self.buckets[which][index]
-        t = torch.randint(len(draw.schedule), (draw.batch_size,), generator=g)
+        if draw.chances:
+            t = draw.chances.timesteps(bins[order], g)
+        else:
+            t = torch.randint(len(draw.schedule), (draw.batch_size,), generator=g)
         eps = torch.randn(x0.shape, generator=g)
         drop = torch.rand(draw.batch_size, generator=g) < draw.dropout
         rows = torch.where(drop, 0, self.rows[start + index])
-        return Batch(draw.schedule.add_noise(x0, eps, t), t, teacher, rows)
+        return Batch(draw.schedule.add_noise(x0, eps, t), t, teacher, rows, None, *(w[order] for w in weights))
 
 
 def bucket_fingerprint(bucket: Bucket) -> bytes:

@@ -96,10 +96,10 @@ class Forgetting(Distillation):
             self.search()
         return super().train_step()
 
-    def _update(self) -> float:
+    def _update(self, parts) -> float:
         book = self.student.model_embedding.weight
         hostile = book.detach()[self.kept :].clone()
-        norm = super()._update()
+        norm = super()._update(parts)
         with torch.no_grad():
             book[self.kept :] = hostile  # else the codes would step aside instead of the network
         return norm

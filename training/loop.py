@@ -24,10 +24,11 @@ from ..dmm_core.unet import UNet
 from .adversary import Adversary, draw_renoise
 from .config import TrainConfig, check_names
 from .data import Batch, Draw, TrainingData, hash_seed
+from .difficulty import Difficulty
 from .distributed import AgreedError, Ranks
 from .ema import PowerEMA
 from .lora import folded
-from .losses import feature_loss, score_loss
+from .losses import feature_loss, score_loss, timestep_weights
 from .memory.residency import Rack
 from .optimizers import make_optimizer
 from .sharding import add_up, check_parallel, own, replicate, share, to_file, whole, without_sync
@@ -58,7 +59,8 @@ class Metrics:
     """What one step did. ``score`` and ``count`` are per teacher name: mean eq. 9 loss of its rows, number of rows.
 
     loss is the weighted sum that the student follows; feature, adversarial and discriminator are unweighted means, the last two
-    None without a discriminator. seconds: of the step.
+    None without a discriminator. Where rows were not drawn evenly, these and ``score`` estimate what the means over evenly drawn
+    teachers and timesteps are. seconds: of the step.
     """
 
     step: int
@@ -105,7 +107,16 @@ class Distillation:
         check_schedules(self.base.zero_snr, [(t.name, t.zero_snr) for t in self.teachers])
         check_predictions(self.base, self.teachers)
         check_text((self.base, *self.teachers))
+        if c.sampling == "adaptive" and self.data.has_targets:
+            raise ValueError(
+                "sampling is 'adaptive', but rollouts bring their teachers and timesteps with them: use sampling: uniform, or pictures "
+                "as data"
+            )
         self.schedule = NoiseSchedule(self.base.zero_snr)
+        self.loss_weights = timestep_weights(c.loss_weight, self.schedule, self.base.prediction, c.loss_clamp)
+        self.difficulty = None
+        if c.sampling == "adaptive":
+            self.difficulty = Difficulty(self.num_styles, len(self.schedule), c.adaptive_power, c.adaptive_floor)
         self.step = 0
         self.updating = False  # true while weights and step do not belong together: such a state must not be saved
         self.sharded = c.parallel == "fsdp" and self.ranks.world > 1
@@ -135,6 +146,7 @@ class Distillation:
             slots=c.teacher_slots,
             late=self.ranks.world > 1,
         )
+        self._old_rows = self._rows_of_old_styles()
         several = self.ranks.world > 1 and not self.sharded
         forward = replicate(self.student, self.device) if several else self.student
         self._forward_student = torch.compile(forward) if c.compile else forward
@@ -222,12 +234,14 @@ class Distillation:
                 rows, styled = (self.ranks.world * part for part in self._part_of_rows(batch))
                 with without_sync(self._forward_student, last=k + 1 == c.accumulate):
                     losses = self.losses(batch, number)
-                    loss = self._weighted(losses)
+                    loss = self._weighted(losses, batch)
                     self.scaler.scale(rows * loss / c.accumulate).backward()
                 if losses.discriminator is not None and len(losses.discriminator):
-                    self.scaler.scale(styled * losses.discriminator.mean() / c.accumulate).backward()
+                    weight = self._weight(batch, styled=True)
+                    self.scaler.scale(styled * mean(losses.discriminator, weight) / c.accumulate).backward()
                 parts.append((batch, losses, loss.detach()))
-                self._look_ahead(number + 1)  # the device is still busy
+                if not self.difficulty or k + 1 < c.accumulate:
+                    self._look_ahead(number + 1)  # the device is still busy
         parts = self._of_all(parts)
         for part in parts:
             self._check_finite(*part)
@@ -236,7 +250,9 @@ class Distillation:
         lr = self.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        norm = self._update()
+        norm = self._update(parts)
+        if self.difficulty:  # only now it is known how the next rows are drawn
+            self._look_ahead(self.step * c.accumulate)
         metrics = self._metrics(parts, lr, norm)
         metrics.seconds = time.perf_counter() - started
         return metrics
@@ -266,16 +282,35 @@ class Distillation:
             styled = batch.of_all.teacher < self.num_styles
             pair = (table[styled, 2], table[styled, 3]) if losses.discriminator is not None else (None, None)
             losses = Losses(table[:, 0], table[:, 1], *pair)
-            everyone.append((batch.of_all, losses, self._weighted(losses)))
+            everyone.append((batch.of_all, losses, self._weighted(losses, batch.of_all)))
         return everyone
 
-    def _weighted(self, losses: Losses) -> Tensor:
-        c = self.config
-        loss = losses.score.mean() + c.lambda_feat * losses.feature.mean()
+    def _weighted(self, losses: Losses, batch: Batch) -> Tensor:
+        c, weight = self.config, self._weight(batch)
+        loss = mean(self._score(losses, batch), weight) + c.lambda_feat * mean(losses.feature, weight)
         if losses.adversarial is not None and len(losses.adversarial) and self.step >= c.adv_start:
             # A mean over the whole batch, as of the other losses: rows without a style count as zero.
-            loss = loss + c.lambda_adv * losses.adversarial.sum() / len(losses.score)
+            adversarial, weight = losses.adversarial, self._weight(batch, styled=True)
+            if weight is not None:
+                adversarial = adversarial * weight.to(adversarial)
+            loss = loss + c.lambda_adv * adversarial.sum() / len(losses.score)
         return loss
+
+    def _score(self, losses: Losses, batch: Batch) -> Tensor:
+        """eq. 9 per row, as much as it counts at its timestep."""
+        if self.loss_weights is None:
+            return losses.score
+        return losses.score * self.loss_weights[batch.t].to(losses.score.device)
+
+    def _weight(self, batch: Batch, styled: bool = False) -> Tensor | None:
+        """What rows, or those with a style, count in the objective; None for all the same."""
+        return self._even(batch, styled) if self.config.adaptive_correct else None
+
+    def _even(self, batch: Batch, styled: bool = False) -> Tensor | None:
+        """What rows, or those with a style, count in a mean over evenly drawn ones; None for all the same."""
+        if batch.weight is None:
+            return None
+        return batch.weight[batch.teacher < self.num_styles] if styled else batch.weight
 
     def _check_finite(self, batch: Batch, losses: Losses, loss: Tensor) -> None:
         if torch.isfinite(loss):
@@ -287,8 +322,8 @@ class Distillation:
             "lower the learning rate or use precision fp32 or bf16"
         )
 
-    def _update(self) -> float:
-        """Clip, step, average. Raises ValueError, before anything changes, for gradients that are not finite."""
+    def _update(self, parts: list[tuple[Batch, Losses, Tensor]]) -> float:
+        """Clip, step, average, note what was hard. Raises ValueError, before anything changes, for gradients that are not finite."""
         c = self.config
         self.scaler.unscale_(self.optimizer)
         norm = float(whole(torch.nn.utils.clip_grad_norm_(self.trained.values(), c.grad_clip or math.inf)))
@@ -304,32 +339,43 @@ class Distillation:
         self.step += 1
         if self.ema:
             self.ema.update(self.own_weights())
+        if self.difficulty:
+            for batch, losses, _ in parts:
+                self.difficulty.see(batch.teacher, batch.t, self._score(losses, batch).detach().cpu())
         self.updating = False
         return norm
 
     def _metrics(self, parts: list[tuple[Batch, Losses, Tensor]], lr: float, norm: float) -> Metrics:
-        def mean(values: list[Tensor | None]) -> float | None:
-            values = [v for v in values if v is not None and len(v)]
-            return torch.cat(values).mean().item() if values else None
+        def over_all(name: str, styled: bool = False) -> float | None:
+            values, weights = [], []
+            for batch, losses, _ in parts:
+                value = getattr(losses, name)
+                if value is not None and len(value):
+                    values.append(value.detach())
+                    weights.append(self._even(batch, styled))
+            if not values:
+                return None
+            return mean(torch.cat(values), None if weights[0] is None else torch.cat(weights)).item()
 
-        every = [losses for _, losses, _ in parts]
         score, count = self._per_teacher(parts)
         return Metrics(
             step=self.step,
             steps=self.config.all_steps,
             loss=torch.stack([loss for *_, loss in parts]).mean().item(),
-            feature=mean([losses.feature.detach() for losses in every]),
+            feature=over_all("feature"),
             score=score,
             count=count,
             lr=lr,
             grad_norm=norm,
-            adversarial=mean([losses.adversarial for losses in every]),
-            discriminator=mean([losses.discriminator for losses in every]),
+            adversarial=over_all("adversarial", styled=True),
+            discriminator=over_all("discriminator", styled=True),
         )
 
     def _per_teacher(self, parts: list[tuple[Batch, Losses, Tensor]]) -> tuple[dict[str, float], dict[str, int]]:
         teacher = torch.cat([batch.teacher for batch, *_ in parts])
         score = torch.cat([losses.score.detach() for _, losses, _ in parts]).cpu()
+        if parts[0][0].t_weight is not None:
+            score = score * torch.cat([batch.t_weight for batch, *_ in parts])
         means, counts = {}, {}
         for i in teacher.unique().tolist():
             name = self.teachers[i].name if i < self.num_styles else BASE
@@ -347,8 +393,9 @@ class Distillation:
         data, seed, first = self.data, c.seed, 0
         if number >= c.steps * c.accumulate:
             data, seed, first = self.final_data, hash_seed(c.seed, "final stage"), c.steps * c.accumulate
+        chances = self.difficulty.chances(self.shares) if self.difficulty else None
         draw = Draw(
-            seed, c.batch_size, self.num_styles, c.base_share, c.caption_dropout, self.schedule, self.shares
+            seed, c.batch_size, self.num_styles, c.base_share, c.caption_dropout, self.schedule, self.shares, chances
         )
         return self.own_rows(data.batch(number - first, draw))
 
@@ -366,6 +413,11 @@ class Distillation:
         self._drawn = (number, batch)
         if batch.target is None or c.lambda_feat:
             self.rack.prefetch(int(batch.teacher[0]))
+
+    def load_difficulty(self, state: dict[str, Tensor]) -> None:
+        """Go on with the running losses of a saved state."""
+        self.difficulty.load_state_dict(state)
+        self._drawn = None  # by other chances
 
     # --- losses -------------------------------------------------------------------------------------------------------
 
@@ -411,7 +463,7 @@ class Distillation:
                     t[there],
                     context.to(kind),
                     y=None if y is None else y.to(kind),
-                    style=self._old_styles(batch.teacher[mine]) if unet.config.num_styles else None,
+                    style=self._old_style(batch.teacher[mine]) if unet.config.num_styles else None,
                     features=want_features,
                 )
             out, blocks = out if want_features else (out, [])
@@ -436,10 +488,15 @@ class Distillation:
                 groups[mate].append(i)
         return groups
 
-    def _old_styles(self, teacher: Tensor) -> Tensor:
+    def _rows_of_old_styles(self) -> Tensor:
+        """(N+1, n+1): how the base is asked for what a teacher index stands for; zeros where another model answers."""
+        rows = [teacher.style_row for teacher in (*self.teachers, self.base)]
+        empty = torch.zeros(1, self.base.unet.config.num_styles + 1)
+        return torch.cat([empty if row is None else row for row in rows]).to(self.device)
+
+    def _old_style(self, teacher: Tensor) -> Tensor:
         """Teacher indices (B,), all of styles of the base -> its style rows (B, n+1)."""
-        everyone = (*self.teachers, self.base)
-        return torch.cat([everyone[i].style_row for i in teacher.tolist()]).to(self.device)
+        return self._old_rows[teacher.to(self.device)]
 
     def _add_adversarial(
         self, losses: Losses, batch: Batch, number: int, x_t: Tensor, t: Tensor, out: Tensor, target: Tensor
@@ -522,3 +579,8 @@ class Distillation:
     def _put_own(self, weights: dict[str, Tensor]) -> None:
         for name, p in self.own_weights():
             p.copy_(weights[name])
+
+
+def mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Of values (B,), each times its weight (B,); the weights' own mean is 1 on average."""
+    return values.mean() if weight is None else (values * weight.to(values)).mean()

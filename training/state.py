@@ -1,8 +1,8 @@
 """The state of a run on disk: everything that the next step depends on, written atomically, the last few kept.
 
-One safetensors file a state: ``student.*`` and ``ema.*`` (what learns), ``optimizer.*``, and of the discriminator ``head.*`` and
-``head_optimizer.*``; the step, the config and the hashes of teachers and data are in its metadata. Random numbers and the data
-position follow from (seed, step), so they need no room.
+One safetensors file a state: ``student.*`` and ``ema.*`` (what learns), ``optimizer.*``, of the discriminator ``head.*`` and
+``head_optimizer.*``, and with adaptive sampling ``difficulty.*``; the step, the config and the hashes of teachers and data are in its
+metadata. Random numbers and the data position follow from (seed, step), so they need no room.
 """
 
 from __future__ import annotations
@@ -41,9 +41,19 @@ MAY_CHANGE = (
 """Settings that do not change what a step does; every other one is part of a run's identity."""
 
 
+OPTIONS = {
+    "sampling": ("uniform", ("adaptive_power", "adaptive_floor", "adaptive_correct")),
+    "loss_weight": ("plain", ("loss_clamp",)),
+}
+"""Settings that came later, the value with which nothing changes, and the settings that then mean nothing."""
+
+
 def identity(run: Distillation) -> dict[str, str]:
     """What must be the same for a run to go on: config, base, every teacher, data; each as text or hash."""
     settings = {k: v for k, v in dataclasses.asdict(run.config).items() if k not in MAY_CHANGE}
+    for name, (off, details) in OPTIONS.items():  # left out: runs that know nothing of them go on
+        if settings[name] == off:
+            settings = {k: v for k, v in settings.items() if k != name and k not in details}
     if run.config.lr_schedule == "constant" and not run.config.final_steps:
         settings.pop("steps")  # then a longer run begins like a shorter one, which may therefore be made longer
     parts = {f"setting {k}": json.dumps(v) for k, v in settings.items()}
@@ -93,6 +103,8 @@ def save_state(run: Distillation, folder: Path, parts: dict[str, str], error: fl
         named = dict(run.adversary.head.named_parameters())
         tensors.update({f"head.{k}": p.detach() for k, p in named.items()})
         _add_optimizer(tensors, metadata, "head_optimizer", run.adversary.optimizer, named)
+    if run.difficulty:
+        tensors.update({f"difficulty.{k}": v for k, v in run.difficulty.state_dict().items()})
     if run.scaler.is_enabled():
         metadata["scaler"] = json.dumps(run.scaler.state_dict())
     if error is not None:
@@ -234,5 +246,7 @@ def _load(run: Distillation, tensors: dict[str, Tensor], metadata: dict[str, str
         run.adversary.head.load_state_dict(part("head"))
         numbers = json.loads(metadata["head_optimizer"])
         load_optimizer(run.adversary.optimizer, named, part("head_optimizer"), numbers)
+    if run.difficulty:
+        run.load_difficulty(part("difficulty"))
     if "scaler" in metadata:
         run.scaler.load_state_dict(json.loads(metadata["scaler"]))

@@ -12,16 +12,27 @@ from comfyui_dmm.training.watch.watch import Watch
 from .families import small_run
 
 
-def train_all(ranks, **settings) -> dict:
-    """Every step's metrics, and the weights at the end, raw and averaged."""
+def begun(ranks, **settings):
+    """A run; with adaptive sampling as if every cell had been seen, and some were ten times as hard as others."""
     run = small_run(ranks=ranks, **settings)
+    if run.difficulty:
+        cells = run.difficulty.loss
+        hard = 10 ** torch.linspace(-1, 0, cells.numel(), dtype=torch.float64).view_as(cells)
+        run.load_difficulty({"loss": hard, "rows": torch.ones_like(cells, dtype=torch.int64)})
+    return run
+
+
+def train_all(ranks, **settings) -> dict:
+    """Every step's metrics, and at the end the weights, raw and averaged, and what was hard."""
+    run = begun(ranks, **settings)
     metrics = list(run.run())
-    return {"metrics": metrics, "raw": run.student_weights(False), "average": run.student_weights(True)}
+    weights = {"raw": run.student_weights(False), "average": run.student_weights(True)}
+    return {"metrics": metrics, "difficulty": run.difficulty and run.difficulty.loss, **weights}
 
 
 def first_gradients(ranks, **settings) -> dict[str, torch.Tensor]:
     """Of the student and the discriminator's head, as the optimisers get them in the first step."""
-    run = small_run(ranks=ranks, grad_clip=0.0, **settings)
+    run = begun(ranks, grad_clip=0.0, **settings)
     seen = {}
 
     def look(optimizer, *_):
@@ -40,7 +51,7 @@ def first_gradients(ranks, **settings) -> dict[str, torch.Tensor]:
 
 def train_until(ranks, folder: str, stop_at: int | None = None, asked_of: int = 0, **settings) -> dict:
     """``train`` in a run folder; the process ``asked_of`` is asked to stop at a step."""
-    run = small_run(ranks=ranks, **settings)
+    run = begun(ranks, **settings)
     steps, losses = [], []
 
     def on_step(run, metrics):

@@ -106,7 +106,7 @@ def test_rows_without_a_style_take_no_part():
     assert losses.adversarial.shape == losses.discriminator.shape == (styled,)
     want = losses.score.mean() + run.config.lambda_feat * losses.feature.mean()
     want = want + losses.adversarial.sum() / len(batch.teacher)
-    torch.testing.assert_close(run._weighted(losses), want)
+    torch.testing.assert_close(run._weighted(losses, batch), want)
 
 
 def test_the_student_listens_from_adv_start_on():

@@ -90,7 +90,10 @@ def test_what_is_wrong_in_one_ends_all(farm):
 
 # --- the same training ------------------------------------------------------------------------------------------------
 
-FULL = {"teachers": 5, "lambda_adv": 0.1, "adv_lr": 1e-4, "base_share": 0.2, "accumulate": 2, **SLOW}
+FULL = {
+    "teachers": 5, "lambda_adv": 0.1, "adv_lr": 1e-4, "base_share": 0.2, "accumulate": 2, "sampling": "adaptive",
+    "loss_weight": "v", **SLOW,
+}  # fmt: skip
 CASES = {
     "everything": FULL,
     "2 teachers": {"teachers": 2, **SLOW},
@@ -157,6 +160,10 @@ def compare(farm, name: str, world: int, parallel: str) -> None:
         assert [m.loss for m in other["metrics"]] == [m.loss for m in others[0]["metrics"]]
         if parallel == "ddp":  # every process has the very same student
             assert all(torch.equal(other["raw"][k], v) for k, v in others[0]["raw"].items())
+    if alone(name)["difficulty"] is not None:
+        want = alone(name)["difficulty"]
+        assert all(torch.equal(other["difficulty"], others[0]["difficulty"]) for other in others)
+        torch.testing.assert_close(others[0]["difficulty"], want, rtol=LOSS, atol=0)
 
 
 @pytest.mark.parametrize("name, world, parallel", QUICK)

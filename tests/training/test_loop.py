@@ -173,7 +173,8 @@ def test_accumulation_is_one_large_batch(accumulate):
     want = None
     for number in range(accumulate):
         single.student.zero_grad()
-        single._weighted(single.losses(single._batch(number))).backward()
+        batch = single._batch(number)
+        single._weighted(single.losses(batch), batch).backward()
         grads = [p.grad.clone() for p in single.trained.values()]
         want = grads if want is None else [a + b for a, b in zip(want, grads)]
     metrics = run.train_step()
