@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainConfig
+from .muon import MuonAdamW, split
 from .sharding import share_of, to_file
 
 
 def make_optimizer(groups: Sequence[dict], config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     """ "adamw"; "adamw8bit": its moments in 8 bits (arXiv:2110.02861), needs bitsandbytes; "adafactor": one factored second moment
-    and no first one (arXiv:1804.04235), with learning rates of AdamW's kind. Raises ValueError when a package is missing.
+    and no first one (arXiv:1804.04235), with learning rates of AdamW's kind; "muon": see ``muon.MuonAdamW``. Raises ValueError when a
+    package is missing.
     """
     c = config
     if c.optimizer == "adamw8bit":
@@ -33,6 +35,8 @@ def make_optimizer(groups: Sequence[dict], config: TrainConfig, device: torch.de
         return Adafactor(
             groups, lr=c.lr, weight_decay=c.weight_decay, scale_parameter=False, relative_step=False, warmup_init=False
         )
+    if c.optimizer == "muon":
+        return MuonAdamW(split(groups), lr=c.lr, betas=tuple(c.betas), weight_decay=c.weight_decay)
     fused = device.type == "cuda"
     return torch.optim.AdamW(groups, lr=c.lr, betas=tuple(c.betas), weight_decay=c.weight_decay, fused=fused)
 

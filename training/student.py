@@ -71,8 +71,8 @@ def parameter_groups(student: UNet, config: TrainConfig) -> list[dict]:
     style = {id(p) for p in student.style_parameters()}
     named = trained(student).values()
     groups = [
-        {"params": [p for p in named if id(p) not in style], "scale": 1.0},
-        {"params": [p for p in named if id(p) in style], "scale": config.style_lr_scale},
+        {"params": [p for p in named if id(p) not in style], "scale": 1.0, "style": False},
+        {"params": [p for p in named if id(p) in style], "scale": config.style_lr_scale, "style": True},
     ]
     return [group for group in groups if group["params"]]
 

@@ -135,7 +135,7 @@ def test_the_sizes_are_those_of_the_published_models():
         assert found.student == found.trained == 4 * (count + styles)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_optimiser_state_is_what_the_optimiser_keeps(name):
     if name == "adafactor":
         pytest.importorskip("transformers")

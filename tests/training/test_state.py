@@ -129,6 +129,7 @@ EVERYTHING = {"lambda_adv": 0.1, "accumulate": 2, "final_steps": 4, "final_image
         {"trainable": "lora", "lora_rank": 4},
         {"trainable": "style"},
         {"optimizer": "adafactor"},
+        {"optimizer": "muon"},
         {"precision": "bf16"},
     ],
 )

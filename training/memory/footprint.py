@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,9 @@ from torch.utils._pytree import tree_leaves
 
 from ...dmm_core.unet import UNet, UNetConfig, Upsample
 from ..adversary import Adversary, Head
+from ..config import OPTIMIZERS
 from ..losses import feature_loss, score_loss
+from ..muon import is_matrix
 from ..student import choose_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -92,9 +94,17 @@ def optimizer_bytes(shapes: Iterable[torch.Size], name: str) -> int:
             total += 4 * (n if len(shape) < 2 else n // shape[-1] + n // shape[-2])
         elif name == "adamw8bit" and n >= 4096:
             total += 2 * n + 8 * -(-n // 256)
+        elif name == "muon" and is_matrix(shape):
+            total += 4 * n
         else:
             total += 8 * n
     return total
+
+
+def _state_of(student: UNet, trained: Sequence[nn.Parameter], name: str) -> int:
+    style = {id(p) for p in student.style_parameters()}
+    network, side = ([p.shape for p in trained if (id(p) in style) == own] for own in (False, True))
+    return optimizer_bytes(network, name) + optimizer_bytes(side, "adamw" if name == "muon" else name)
 
 
 @functools.lru_cache(maxsize=64)
@@ -111,7 +121,7 @@ def sizes(step: Step) -> Sizes:
         largest=max(tensor_bytes([p]) for p in trained),
         teacher=tensor_bytes(teacher.parameters()),
         head=4 * tensor_bytes(head.parameters()) if step.adversarial else 0,  # weights, gradients, AdamW's two moments
-        optimizer={k: optimizer_bytes([p.shape for p in trained], k) for k in ("adamw", "adamw8bit", "adafactor")},
+        optimizer={name: _state_of(student, trained, name) for name in OPTIMIZERS},
     )
 
 
