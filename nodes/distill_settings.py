@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..training.config import INITS, LR_SCHEDULES, OPTIMIZERS, PRECISIONS, RESIDENCIES, TRAINABLE, TrainConfig
+from ..training.config import INITS, LR_SCHEDULES, OPTIMIZERS, PRECISIONS, RESIDENCIES, SAMPLINGS, TRAINABLE, TrainConfig
 from ..training.presets import PRESETS, preset
 
 DEFAULTS = TrainConfig(
@@ -45,6 +45,7 @@ FIELDS = {
     "teachers_wait": "residency",
     "validation": "validation",
     "compile": "compile",
+    "sampling": "sampling",
 }
 """Input -> field of TrainConfig."""
 GROWING = {"guard": "guard", "warm_start": "warm_start"}
@@ -116,10 +117,11 @@ def setting_inputs() -> list:
         whole("final_images", 1, 1_000_000, "Pictures that each teacher paints for the final steps.", **new),
         choice("trainable", TRAINABLE, "lora: adapters and styles, in little memory; saved as a whole model.", **new),
         whole("lora_rank", 1, 1024, **new),
-        choice("optimizer", OPTIMIZERS, "adafactor and adamw8bit need less memory.", **new),
+        choice("optimizer", OPTIMIZERS, "adafactor, adamw8bit and muon need less memory.", **new),
         choice("teachers_wait", RESIDENCIES, "offload: in RAM, two at a time on the GPU.", **new),
         whole("validation", 0, 100_000, "Samples of the fixed check that finds the best state.", **new),
         io.Boolean.Input("compile", default=False, tooltip="torch.compile: slow to start, then faster.", **new),
+        choice("sampling", SAMPLINGS, "adaptive: more of the styles and noise levels that are still bad.", **new),
     ]
 
 
