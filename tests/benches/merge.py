@@ -1,9 +1,9 @@
 """Plain DMM against the options, on the demo family: equal samples, equal seconds, several seeds, one table.
 
     make bench-merge                                                            (under half an hour on two CPU cores)
-    python -m comfyui_dmm.tests.benches.merge --arms all --steps 350            (every option; about three hours on two CPU cores)
+    python -m comfyui_dmm.tests.benches.merge --arms all                         (every option; about an hour and a half there)
     python -m comfyui_dmm.tests.benches.merge --arms all --steps 3000 --device cuda
-    python -m comfyui_dmm.tests.benches.merge --tune plain,standard --steps 350 (rates; put the best into merge_arms.RATES)
+    python -m comfyui_dmm.tests.benches.merge --tune plain,standard    (rates; put the best into merge_arms.RATES)
 
 Every arm is plain DMM with the changes of ``merge_arms.ARMS``. Plain trains first; the others train on the same samples, and then on
 until they have had its seconds too. All figures are of eps errors on 128 scenes that nothing was trained on, and of pictures painted
@@ -29,7 +29,7 @@ from ...dmm_core.files import atomic_write
 from .merge_arms import ARMS, OUTLIER, ROOT, TWINS, train_arm
 from .merge_judge import judged
 
-SHORT = ("plain", "release", "D soup", "standard")
+SHORT = ("plain", "release", "D soup", "B adaptive", "standard")
 RATES_TRIED = (5e-4, 1e-3, 2e-3, 4e-3)
 TUNING_SEED = 1000
 PROJECT = 40
@@ -160,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", default=",".join(SHORT), help=f"all, or of: {', '.join(ARMS)}")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=140, help="of 32 samples")
+    parser.add_argument("--steps", type=int, default=160, help="of 32 samples")
     parser.add_argument(
         "--count", type=int, default=48, help="pictures a style for EXCESS, LEAK and PAIR; 0 leaves them out"
     )
@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", default=str(ROOT / "out" / "bench-merge"))
     parser.add_argument("--tune", default="", help="arms whose learning rate is to be found")
+    parser.add_argument("--judged", default="all", help="arms whose pictures are judged")
     parser.add_argument("--fifth", default="standard", help="arms that are judged after a fifth of the samples too")
     parser.add_argument("--train", help=argparse.SUPPRESS)  # the jobs: arm:seed[:rate], and what to judge
     parser.add_argument("--judge", help=argparse.SUPPRESS)
@@ -221,15 +222,21 @@ def compare(args, folder: Path, arms: list[str]) -> None:
     fifth = round(args.steps / 5)
     for arm in (arm for arm in args.fifth.split(",") if arm in arms):
         shown |= {(arm, seed, fifth): f"{name_of(arm, args.steps, seed, None)}-at-{fifth}" for seed in seeds}
-    if args.count:
-        stems = [stem for stem in shown.values() if not (folder / f"{stem}-judged-{args.count}.json").exists()]
+    chosen = arms if args.judged == "all" else args.judged.split(",")
+    looked_at = {stem for (arm, *_), stem in shown.items() if args.count and arm in chosen}
+    if looked_at:
+        stems = [
+            stem
+            for stem in shown.values()
+            if stem in looked_at and not (folder / f"{stem}-judged-{args.count}.json").exists()
+        ]
         # The first one alone: it paints the teachers' pictures, which the others find.
         for some in (stems[:1], stems[1:]):
             work(args, [["--judge", stem] for stem in some])
     rows: dict[str, list[dict[str, float]]] = {}
     for (arm, seed, at), stem in shown.items():
         result, plain = (results(folder, name, args.steps, seed) for name in (arm, "plain"))
-        judged = judge(folder, stem, args.count, torch.device(args.device)) if args.count else None
+        judged = judge(folder, stem, args.count, torch.device(args.device)) if stem in looked_at else None
         if at != args.steps:
             result = {**result, "at": {str(args.steps): result["at"][str(at)]}}
         one = row(result, plain, judged)

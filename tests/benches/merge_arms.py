@@ -45,20 +45,20 @@ ARMS = {
     "C cosine": {"lr_schedule": "cosine"},
     "D soup": {"init": "soup"},
     "D low-rank": {"init": "soup", "trainable": "lora", "lora_rank": 8},
-    "style rate x3": {"style_lr_scale": 3.0},
+    "B adaptive": {"sampling": "adaptive"},
+    "B adaptive, not corrected": {"sampling": "adaptive", "adaptive_correct": False},
+    "B x0 weights": {"loss_weight": "x0"},
     "A rollouts": {"data": "rollouts", "lambda_feat": 0.0, "lambda_adv": 0.0},
+    "style rate x3": {"style_lr_scale": 3.0},
+    "Muon": {"optimizer": "muon"},
     "standard": {
-        "init": "soup",
-        "ema_gamma": 6.94,
-        "style_lr_scale": 3.0,
-        "lambda_adv": 0.0,
-        "betas": (0.9, 0.99),
-        "warmup": 30,
+        "init": "soup", "ema_gamma": 6.94, "sampling": "adaptive", "optimizer": "muon", "style_lr_scale": 1.5, "lambda_adv": 0.0,
+        "betas": (0.9, 0.99), "warmup": 30,
     },
-}
+}  # fmt: skip
 """What is changed of ``PLAIN``. release: the authors' trainer, without a discriminator, and with empty captions drawn separately for
 student and teacher. data "rollouts": a cache of 160 paintings by each teacher, five states of each, whose making counts as time."""
-RATES = {"plain": 1e-3}
+RATES = {"plain": 2e-3, "Muon": 4e-3, "standard": 4e-3}
 """Learning rates as tuned (``--tune``); an arm without one has plain's. The discriminator's is the student's, as in the paper."""
 
 
