@@ -18,6 +18,7 @@ from .dataset import cache_commands
 from .dataset.cache_commands import ProgressBar as PartsBar
 from .distributed import AgreedError, LostProcess, Ranks, joined, launched, own_device
 from .evaluation import command as evaluation_command
+from .evaluation import mixing_command
 from .watch.controls import StopAndSave, signals
 from .watch.progress import Progress
 
@@ -116,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
 
     convert_command.add_parser(commands)
     evaluation_command.add_parser(commands)
+    mixing_command.add_parser(commands)
 
     demo = commands.add_parser("demo", help="the demo family")
     actions = demo.add_subparsers(required=True, metavar="action")
