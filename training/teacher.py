@@ -31,8 +31,8 @@ class Teacher:
 
     contexts: (U, L, d), its text encoder's states of every distinct caption, row 0 of the empty prompt; pooled: (U, p), the pooled
     text of SDXL's second encoder. prediction: "eps" or "v"; zero_snr: its noise schedule ends in pure noise. style: of a UNet that is
-    itself a DMM model, which of its styles (or which mix: {index: share}) this teacher is; None for no style. The remaining fields are recorded in the style's
-    metadata; ``known`` is what an older DMM file says of the style, and is recorded as it is.
+    itself a DMM model, which of its styles this teacher is, or which mix of them (index: share); None for no style. The remaining
+    fields are recorded in the style's metadata; ``known`` is what an older DMM file says of the style, and is recorded as it is.
     """
 
     name: str
