@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ..dmm_core.unet import UNetConfig
 from ..dmm_core.vae import latent_scale
 from ..training.config import check_names
 from ..training.dataset.image_folder import clean_caption
+from ..training.evaluation.baselines import BASELINES, RANK, Comparison, make_baselines, obstacles
 from ..training.evaluation.evaluate import Cast, evaluate
 from ..training.evaluation.features import DEMO_FILE, FeatureNet, load_features
 from ..training.evaluation.report import markdown, sheet, write
@@ -26,7 +28,7 @@ from ..training.teacher import Teacher, plain_unet
 from . import host_model
 from .preview import send_text
 from .teacher import TeacherInput
-from .training_inputs import frozen_styles, frozen_teachers, prediction, zero_snr
+from .training_inputs import frozen_styles, frozen_teachers
 from .training_run import memory_given_back, teachers_input
 from .weights import unet_weights
 
@@ -112,6 +114,23 @@ class EvaluateDMM(io.ComfyNode):
                     "own_draws", default=32, min=2, max=1000, advanced=True, tooltip="By which it judges each of them."
                 ),
                 io.Combo.Input("precision", options=["auto", "fp32", "bf16", "fp16"], default="auto", advanced=True),
+                # Optional and at the end: graphs from before these inputs still run.
+                io.Boolean.Input(
+                    "baselines",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Also compare what needs no distilling: merges of the teachers, each teacher alone. Takes about twice as long.",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=RANK,
+                    min=1,
+                    max=4096,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Of the baseline with a low-rank adapter for each style.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="heatmaps"), io.String.Output(display_name="report")],
             hidden=[io.Hidden.unique_id],
@@ -119,7 +138,9 @@ class EvaluateDMM(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, vae, teachers, prompts, distances, features, base=None, **numbers) -> io.NodeOutput:
+    def execute(
+        cls, model, clip, vae, teachers, prompts, distances, features, base=None, baselines=False, rank=RANK, **numbers
+    ) -> io.NodeOutput:
         inputs = [teacher for teacher in teachers.values() if teacher is not None]
         check_names([teacher.name for teacher in inputs])
         lines = ["", *(clean_caption(line) for line in prompts.splitlines() if line.strip())]
@@ -139,8 +160,11 @@ class EvaluateDMM(io.ComfyNode):
                 host_pictures(vae, student.unet.config) if network else None,
                 network,
             )
+            left_out = ""
+            if baselines:
+                cast.others, left_out = possible_baselines(cast, rank)
             result, folder = run(cast, settings, node_id)
-            report = "\n\n".join(filter(None, (markdown(result), note)))
+            report = "\n\n".join(filter(None, (markdown(result), note, left_out)))
             picture = np.asarray(sheet(result).convert("RGB"), np.float32) / 255
         said = f"saved dmm_evaluations/{folder.name}\n\n{report}"
         return io.NodeOutput(torch.from_numpy(picture)[None], report, ui=ui.PreviewText(said))
@@ -161,17 +185,26 @@ def feature_network(choice: str, config: UNetConfig) -> tuple[FeatureNet | None,
     return load_features(folder_paths.get_full_path_or_raise(FEATURES, choice)), ""
 
 
+def possible_baselines(cast: Cast, rank: int) -> tuple[list[Comparison], str]:
+    """All baselines that the connected models allow, and what there is to say about the others."""
+    against = obstacles(cast.teachers, cast.base)
+    names = [name for name in BASELINES if name not in against]
+    said = "".join(f"\n- {name}: {why}" for name, why in against.items())
+    made = make_baselines(names, cast.student, cast.styles, cast.teachers, cast.base, rank)
+    return made, f"Baselines that are left out:\n{said}" if said else ""
+
+
 def member(teacher: TeacherInput, student: Teacher, clip, prompts: list[str]) -> Member:
     """A connected model, whose weights are copied when its turn comes: the host keeps them anyway."""
     who = f"teacher '{teacher.name}'"
     (once,) = frozen_teachers([teacher], student, clip, prompts)
-    key, config, states = Member.of(once, len(prompts)).key, once.unet.config, (once.contexts, once.pooled)
-    kind, zsnr = prediction(teacher.model, who), zero_snr(teacher.model)
+    # Nothing else is kept of ``once``: its UNet is a copy.
+    rest = (once.contexts, once.pooled, once.prediction, once.zero_snr)
 
     def open_it() -> Teacher:
-        return Teacher(teacher.name, plain_unet(unet_weights(teacher.model), who), *states, kind, zsnr)
+        return Teacher(teacher.name, plain_unet(unet_weights(teacher.model), who), *rest)
 
-    return Member(teacher.name, key, open_it, config, zsnr)
+    return dataclasses.replace(Member.of(once, len(prompts)), open=open_it)
 
 
 def host_pictures(vae, config: UNetConfig) -> Pictures:

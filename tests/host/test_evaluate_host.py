@@ -9,6 +9,9 @@ import pytest
 import torch
 from comfyui_dmm.dmm_core.checkpoint import load_checkpoint, save_checkpoint
 from comfyui_dmm.training.cli import main
+from comfyui_dmm.training.evaluation.baselines import make_baselines
+from comfyui_dmm.training.evaluation.studio import Member
+from comfyui_dmm.training.teacher import Teacher
 
 from .families import DEMO, NAMES, SMALL_SDXL, checkpoint_of, random_unet
 from .server import NodeError
@@ -159,10 +162,87 @@ def test_an_sdxl_model_without_a_feature_network(files):
     assert "KID and FID are left out" in text and "PAIR" in text and "of the base's" in text
 
 
+def newest(server) -> dict:
+    return json.loads(max(saved(server), key=lambda p: p.stat().st_mtime_ns).read_text(encoding="utf-8"))
+
+
+def test_baselines_stand_in_the_same_table(files):
+    """All of them with a base, in the headless command's figures; without one those that need none, and a word about the others."""
+    few = {"count": 4, "own_pictures": 1, "distances": "none", "rank": 2}
+    g = graph(**few, baselines=True)
+    folder = files.base / "models" / "dmm"
+    save_checkpoint(folder / "eval-base.safetensors", checkpoint_of(random_unet(PLAIN, 5)))
+    g["load base"] = load("eval-base")
+    g["evaluate"]["inputs"]["base"] = ["load base", 0]
+    text = report_of(files.run(g))
+    found = newest(files)
+    names = [row["name"] for row in found["compared"]]
+    teachers = [f"teacher {name}" for name in NAMES[:2]]
+    assert names == ["base", "untrained", "soup", "chain", "task vectors", "low-rank bank", *teachers]
+    assert "| low-rank bank |" in text and "lambda = " in text and "left out:" not in text
+
+    (files.base / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    given = [f"--teacher={name}={folder / f'eval-{x}.safetensors'}" for name, x in zip(NAMES, ("x", "y"))]
+    settings = (
+        "--count 4 --size 64x64 --steps 2 --cfg 2 --metrics pair eps own --resamples 3 --bins 2 --own-pictures 1 --own-draws 3 --rank 2"
+    ).split()
+    out = files.base / "headless-baselines"
+    more = ["--prompts", str(files.base / "prompts.txt"), "--base", str(folder / "eval-base.safetensors")]
+    command = ["evaluate", str(folder / "eval-dmm.safetensors"), *given, *more, *settings]
+    assert main([*command, "--baselines", "all", "--device", "cpu", "--output", str(out)]) == 0
+    ours = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    for theirs, mine in zip(found["compared"], ours["compared"], strict=True):
+        assert theirs["name"] == mine["name"]
+        for metric in ("pair", "eps", "eps_share"):
+            values = [[figure["value"] for figure in row[metric]["own"]] for row in (theirs, mine)]
+            np.testing.assert_allclose(*values, rtol=0.03, atol=1e-6)
+
+    text = report_of(files.run(graph(**few, baselines=True)))
+    assert "Baselines that are left out" in text and "- task-vectors: needs the base model" in text
+    assert [row["name"] for row in newest(files)["compared"]] == ["soup", "chain", "low-rank bank", *teachers]
+    report_of(files.run(graph(**few)))
+    assert newest(files)["compared"] == []
+
+
+def test_merges_are_the_hosts(host):
+    """ModelMergeSimple in a row; the mean by its ratios 1/2, 2/3; base + lambda * differences by ModelSubtract and ModelAdd: 1e-5."""
+    import comfy_extras.nodes_model_merging as merging
+    from comfyui_dmm.nodes import host_model
+    from comfyui_dmm.nodes.evaluate import member
+    from comfyui_dmm.nodes.teacher import TeacherInput
+    from comfyui_dmm.nodes.weights import unet_weights
+
+    with torch.inference_mode():
+        models = [host_model.build_model(checkpoint_of(random_unet(PLAIN, seed))) for seed in range(4)]
+        simple, add, subtract = merging.ModelMergeSimple(), merging.ModelAdd(), merging.ModelSubtract()
+        base, *teachers = models
+        chain, mean, tasks = teachers[0], teachers[0], base
+        for k, other in enumerate(teachers[1:], start=1):
+            (chain,) = simple.merge(chain, other, ratio=0.5)
+            (mean,) = simple.merge(mean, other, ratio=k / (k + 1))
+        for other in teachers:
+            (vector,) = subtract.merge(other, base, multiplier=0.5)
+            (tasks,) = add.merge(tasks, vector)
+    states = torch.zeros(3, 7, PLAIN.context_dim)
+    with torch.inference_mode(False), torch.no_grad():
+        student = Teacher("student", random_unet(DMM, 9), states)
+        named = [TeacherInput(name, one) for name, one in zip(("base", *NAMES), models)]
+        first, *others = [member(one, student, None, PROMPTS) for one in named]
+        found = make_baselines(("soup", "chain", "task-vectors"), Member.of(student, 3), NAMES, others, first)
+        made = {one.name: one for one in found}
+        made["task vectors"] = made["task vectors"].tuning.merged(0.5)
+        for name, theirs in (("chain", chain), ("soup", mean), ("task vectors", tasks)):
+            got, want = made[name].painters[0][0].open().unet.state_dict(), unet_weights(theirs)
+            assert got.keys() == want.keys()
+            for key, value in want.items():
+                torch.testing.assert_close(got[key], value.float(), atol=1e-5, rtol=0, msg=f"{name}: {key}")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"names": ["oil"], "models": ["eval-x"]}, "no style of the student is called 'oil'"),
+        ({"baselines": True, "rank": 0}, "rank"),
         ({"distances": "FID and KID"}, "at least 225 pictures a style, 6 are asked for"),
         ({"models": ("eval-x", "eval-dmm")}, "itself a DMM model"),
         ({"prompts": " \n"}, "no prompts"),

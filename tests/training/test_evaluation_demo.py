@@ -154,9 +154,34 @@ def test_the_command_writes_a_report_and_goes_on(tmp_path, capsys):
     assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8")) == found
 
 
+def test_the_command_puts_others_beside_the_student(tmp_path, capsys):
+    """The student itself under another name has its figures exactly; the soup is further away."""
+    more = ("--also", f"again={MODELS / 'demo-dmm.safetensors'}", "--baselines", "soup", "--metrics", "pair", "eps")
+    assert main(command(tmp_path, *more)) == 0
+    assert "| again |" in capsys.readouterr().out
+    found = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+    base, again, soup = found["compared"]
+    assert (base["name"], again["name"], soup["name"]) == ("base", "again", "soup")
+    assert again["pair"]["own"] == found["pair"]["own"] and again["eps"] == found["eps"]["own"]
+    assert found["members"]["again"] != found["members"]["soup"]
+    assert soup["eps"]["mean"]["value"] > again["eps"]["mean"]["value"]
+
+
+def test_baselines_that_need_a_base_say_so(tmp_path, capsys):
+    given = command(tmp_path / "out", "--baselines", "all")
+    at = given.index("--base")
+    assert main(given[:at] + given[at + 2 :]) == 1
+    said = capsys.readouterr().err
+    assert "base, untrained, task-vectors: needs the base model" in said and "soup, chain, low-rank, teachers" in said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (("--baselines", "salad"), "unknown baselines 'salad'"),
+        (("--baselines", "low-rank", "--rank", "0"), "rank is 0"),
+        (("--baselines", "soup", "--also", f"soup={MODELS / 'demo-base.safetensors'}"), "have one name"),
         (("--project", "0"), "FID on 224 features needs at least 225 pictures a style, 10 are asked for"),
         (("--teacher", f"oil={MODELS / 'demo-teacher-pop.safetensors'}"), "no style of the student is called 'oil'"),
         (("--teacher", f"pop={MODELS / 'demo-dmm.safetensors'}"), "itself a DMM model with 7 styles"),

@@ -17,6 +17,20 @@ from .matrix import Figure
 from .settings import TIMESTEPS, EvaluationSettings
 from .studio import Member, Studio, in_style
 
+
+@dataclass
+class Standing:
+    """One figure for each style, and their mean."""
+
+    names: list[str]
+    own: list[Figure]
+    mean: Figure
+
+    @property
+    def worst(self) -> int:
+        return max(range(len(self.names)), key=lambda i: self.own[i].value)
+
+
 # --- PAIR -------------------------------------------------------------------------------------------------------------
 
 
@@ -62,13 +76,20 @@ def pairing(
     n = len(names)
     once = torch.ones(1, len(teacher[0]), dtype=torch.float64)
     table = [[pair(student[i], teacher[j], once).item() for j in range(n)] for i in range(n)]
-    many = torch.stack([pair(student[i], teacher[i], weights) for i in range(n)], 1) if len(weights) > 1 else None
-    own = [Figure(table[i][i], None if many is None else many[:, i].std().item()) for i in range(n)]
-    mean = Figure(sum(f.value for f in own) / n, None if many is None else many.mean(1).std().item())
+    own = own_pairs(names, student, teacher, weights)
     other = [pair(second[j], teacher[j], once).item() for j in range(n)]
-    return Pairing(
-        list(names), table, own, mean, other, None if base is None else [pair(base, t, once).item() for t in teacher]
-    )
+    of_base = None if base is None else [pair(base, t, once).item() for t in teacher]
+    return Pairing(list(names), table, own.own, own.mean, other, of_base)
+
+
+def own_pairs(names: Sequence[str], latents: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor) -> Standing:
+    """PAIR of latents by style to the teacher of each style. weights: resamples (R, n); none leave the spread out."""
+    once = torch.ones(1, len(teacher[0]), dtype=torch.float64)
+    values = [pair(z, t, once).item() for z, t in zip(latents, teacher)]
+    many = torch.stack([pair(z, t, weights) for z, t in zip(latents, teacher)], 1) if len(weights) > 1 else None
+    own = [Figure(v, None if many is None else many[:, i].std().item()) for i, v in enumerate(values)]
+    mean = Figure(sum(values) / len(values), None if many is None else many.mean(1).std().item())
+    return Standing(list(names), own, mean)
 
 
 # --- eps --------------------------------------------------------------------------------------------------------------
@@ -78,7 +99,8 @@ def pairing(
 class EpsAgreement:
     """Mean (eps - eps_teacher)^2 of the student in each style, errors[bin][style], and of the base. starts: first timestep of each bin.
 
-    share: error of the student over error of the base, 0 for a student that is its teacher; None without a base.
+    share: error of the student over error of the base, 0 for a student that is its teacher; None without a base. own, own_share: the
+    same with their spreads.
     """
 
     names: list[str]
@@ -87,6 +109,8 @@ class EpsAgreement:
     base: list[list[float]] | None
     mean: list[float]
     share: list[float] | None
+    own: Standing
+    own_share: Standing | None
 
 
 @dataclass
@@ -144,21 +168,55 @@ def predictions(
     return out
 
 
-def eps_agreement(
-    names: Sequence[str],
-    settings: EvaluationSettings,
-    teacher: Sequence[Tensor],
-    student: Sequence[Tensor],
-    base: Sequence[Tensor] | None,
-) -> EpsAgreement:
-    """From predictions by style, as ``predictions`` gives them."""
+def eps_errors(guesses: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Predictions by style, as ``predictions`` gives them -> error of every sample (N, S)."""
+    return torch.stack([score_loss(a, b) for a, b in zip(guesses, teacher)])
 
-    def table(guesses: Sequence[Tensor]) -> list[list[float]]:
-        errors = torch.stack([score_loss(a, b) for a, b in zip(guesses, teacher)])  # (N, S)
+
+def eps_agreement(
+    names: Sequence[str], settings: EvaluationSettings, student: Tensor, base: Tensor | None
+) -> EpsAgreement:
+    """From the errors (N, S) of the student and of the base."""
+
+    def table(errors: Tensor) -> list[list[float]]:
         return errors.unflatten(1, (settings.bins, settings.bin_samples)).mean(2).T.tolist()
 
     errors, of_base = table(student), None if base is None else table(base)
     mean = torch.tensor(errors).mean(0)
     share = None if of_base is None else (mean / torch.tensor(of_base).mean(0)).tolist()
     starts = [i * TIMESTEPS // settings.bins for i in range(settings.bins)]
-    return EpsAgreement(list(names), starts, errors, of_base, mean.tolist(), share)
+    standings = eps_standing(names, settings.bins, student, base)
+    return EpsAgreement(list(names), starts, errors, of_base, mean.tolist(), share, *standings)
+
+
+def eps_standing(
+    names: Sequence[str], bins: int, errors: Tensor, base: Tensor | None
+) -> tuple[Standing, Standing | None]:
+    """Mean error by style, and over the base's error, from errors (N, S) whose samples go up in t.
+
+    The spread is the standard error of a stratified mean: within each bin of timesteps the samples are taken as independent draws. Sample
+    k has one picture place and one noise for every style and model, so means over styles and ratios to the base keep what they share; a
+    ratio's is that of its linearisation, mean(e - R e_base) / mean(e_base).
+    """
+    x = errors.double()
+    own = _standing(names, x.mean(1), x, bins)
+    if base is None:
+        return own, None
+    b = base.double()
+    scale = b.mean(1, keepdim=True)
+    share = x.mean(1, keepdim=True) / scale
+    return own, _standing(names, share[:, 0], (x - share * b) / scale, bins)
+
+
+def _standing(names: Sequence[str], values: Tensor, samples: Tensor, bins: int) -> Standing:
+    spreads = [*stratified_error(samples, bins), *stratified_error(samples.mean(0, keepdim=True), bins)]
+    figures = [Figure(v, s) for v, s in zip([*values.tolist(), values.mean().item()], spreads)]
+    return Standing(list(names), figures[:-1], figures[-1])
+
+
+def stratified_error(samples: Tensor, bins: int) -> list[float | None]:
+    """Standard error of the means of rows (N, bins * k), bin by bin; None with one sample a bin."""
+    x = samples.unflatten(1, (bins, -1))  # (N, bins, k)
+    if x.shape[2] < 2:
+        return [None] * len(x)
+    return ((x.var(2) / x.shape[2]).sum(1).sqrt() / bins).tolist()

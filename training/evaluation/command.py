@@ -13,8 +13,9 @@ from ...dmm_core.unet import UNetConfig, load_unet, unet_config_from_state_dict
 from ...dmm_core.vae import latent_scale, load_vae
 from ..dataset.cache_commands import ProgressBar, named_file, size
 from ..hashing import text_hash, weights_hash
+from .baselines import ALL, BASELINES, RANK, another_student, choose_baselines, make_baselines
 from .settings import METRICS, OF_FEATURES, EvaluationSettings, usual_settings
-from .studio import Member, Pictures
+from .studio import Member, Pictures, PromptStates
 
 DEMO_PROMPTS, DEMO_SEED = 64, 7_000_000
 """Captions of scenes that no training draws."""
@@ -29,6 +30,13 @@ def add_parser(commands) -> None:
         "--teacher", action="append", required=True, type=named_file, metavar="STYLE=FILE", help="repeatable; the style it was learnt as"
     )  # fmt: skip
     p.add_argument("--base", help="what the student was trained from, as a baseline")
+    p.add_argument(
+        "--baselines", metavar="NAMES", help=f"{ALL}, or with commas of {', '.join(BASELINES)} (docs/evaluation.md)"
+    )
+    p.add_argument("--rank", type=int, default=RANK, help=f"of the baseline low-rank (default: {RANK})")
+    p.add_argument(
+        "--also", action="append", default=[], type=named_file, metavar="NAME=FILE", help="repeatable; a further DMM model, or a plain one"
+    )  # fmt: skip
     p.add_argument("--parts-from", help="full checkpoint to take a missing text encoder or VAE from")
     p.add_argument("--prompts", help="text file, one prompt a line (default for the demo family: its captions)")
     p.add_argument(
@@ -82,6 +90,7 @@ def run(args) -> None:
         "model": Path(args.model).name,
         "teachers": {name: Path(file).name for name, file in args.teacher},
         "base": args.base and Path(args.base).name,
+        "also": {name: Path(file).name for name, file in args.also},
         "torch": torch.__version__,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,6 +106,7 @@ def gather(args, device: torch.device):
     from .evaluate import Cast
     from .features import DEMO_FILE, load_features
 
+    chosen = choose_baselines(args.baselines) if args.baselines is not None else ()
     student = base_with_parts(args.model, args.parts_from or args.base)
     config = unet_config_from_state_dict(student.unet)
     small = config.model_channels < 320
@@ -123,16 +133,31 @@ def gather(args, device: torch.device):
     )
     needs_features = bool(set(metrics) & set(OF_FEATURES))
     text = TextStates(prompts)
+    styles = [style.name for style in student.styles]
+    painter = member("student", student, student, text, keep=True)
+    teachers = [member(name, as_checkpoint(file, student), student, text, file) for name, file in args.teacher]
+    base = member("base", as_checkpoint(args.base, student), student, text, args.base) if args.base else None
+    others = [another(name, file, student, text, [teacher.name for teacher in teachers]) for name, file in args.also]
     cast = Cast(
-        member("student", student, student, text, keep=True),
-        [style.name for style in student.styles],
-        [member(name, as_checkpoint(file, student), student, text, file) for name, file in args.teacher],
+        painter,
+        styles,
+        teachers,
         prompts,
-        member("base", as_checkpoint(args.base, student), student, text, args.base) if args.base else None,
+        base,
         decoder(student, config, device) if needs_features else None,
         load_features(features_file) if needs_features and features_file else None,
+        [*others, *make_baselines(chosen, painter, styles, teachers, base, args.rank)],
     )
     return cast, settings
+
+
+def another(name: str, file: str, student: Checkpoint, text: TextStates, teachers: Sequence[str]):
+    """Of ``--also``."""
+    from ..dataset.cache import as_checkpoint
+
+    checkpoint = as_checkpoint(file, student)
+    one = member(name, checkpoint, student, text, file, styled=True)
+    return another_student(name, one, [style.name for style in checkpoint.styles], teachers)
 
 
 def demo_prompts(count: int) -> list[str]:
@@ -163,15 +188,21 @@ class TextStates:
 
 
 def member(
-    name: str, checkpoint: Checkpoint, student: Checkpoint, text: TextStates, file: str = "", keep: bool = False
+    name: str,
+    checkpoint: Checkpoint,
+    student: Checkpoint,
+    text: TextStates,
+    file: str = "",
+    keep: bool = False,
+    styled: bool = False,
 ) -> Member:
     """Of a checkpoint that was read; unless it is to be kept, its file is read again when its turn comes: one teacher is in memory at
-    a time. Without a text encoder of its own it reads the prompts with the student's."""
+    a time. Without a text encoder of its own it reads the prompts with the student's. styled: it may be a DMM model."""
     from ..dataset.cache import as_checkpoint
     from ..teacher import Teacher
 
     config: UNetConfig = unet_config_from_state_dict(checkpoint.unet)
-    if not keep and config.num_styles:
+    if not (keep or styled) and config.num_styles:
         raise ValueError(f"'{name}' is itself a DMM model with {config.num_styles} styles: use a plain checkpoint")
     encoder = checkpoint.text or student.text
     states = text.of(encoder)
@@ -181,9 +212,10 @@ def member(
 
     def open_it() -> Teacher:
         weights = (held or as_checkpoint(file, student)).unet
-        return Teacher(name, load_unet(weights, dtype=None), *states, prediction, zero_snr)
+        return Teacher(name, load_unet(weights, dtype=None, copy=held is not None), *states, prediction, zero_snr)
 
-    return Member(name, key, open_it, config, zero_snr)
+    words = PromptStates(weights_hash(encoder), *states)
+    return Member(name, key, open_it, config, zero_snr, prediction, words)
 
 
 def decoder(checkpoint: Checkpoint, config: UNetConfig, device: torch.device) -> Pictures:

@@ -6,6 +6,7 @@ noise, which gives the floor: as near as anything comes to a teacher at this num
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,20 +18,34 @@ from ...dmm_core.style_value import NO_STYLE
 from ..dataset.buckets import size_multiple
 from ..hashing import tensor_sha256
 from ..teacher import check_architectures, check_schedules
-from .agreement import EpsAgreement, Pairing, eps_agreement, noised, pairing, predictions
+from ..tick import Tick
+from .agreement import (
+    EpsAgreement,
+    Pairing,
+    Standing,
+    eps_agreement,
+    eps_errors,
+    eps_standing,
+    noised,
+    own_pairs,
+    pairing,
+    predictions,
+)
+from .baselines import Comparison
 from .distances import principal_axes, resample
 from .features import FeatureNet
 from .identify import Confusion, Verdict, confusion, identify
-from .matrix import MANY_FEATURES, Distances, Sets, compare
+from .matrix import MANY_FEATURES, Distances, Sets, Yardstick
 from .settings import OF_FEATURES, EvaluationSettings
-from .studio import FEATURE_COST, Member, Meter, Pictures, Studio, Tick, painting_cost
+from .studio import FEATURE_COST, Member, Meter, Pictures, Studio, painting_cost
 
 
 @dataclass
 class Cast:
     """Everyone who takes part. styles: the student's, in the order of its codebook; teachers: each has the name of a style.
 
-    base: what the student was trained from, a baseline. prompts: what all text states are of, ``prompts[0]`` the empty one.
+    base: what the student was trained from, a baseline. prompts: what all text states are of, ``prompts[0]`` the empty one. others: who
+    else is compared with the teachers.
     """
 
     student: Member
@@ -40,6 +55,13 @@ class Cast:
     base: Member | None = None
     pictures: Pictures | None = None
     features: FeatureNet | None = None
+    others: Sequence[Comparison] = ()
+
+    @property
+    def compared(self) -> list[Comparison]:
+        """Everyone but student and teachers, the base first."""
+        base = [Comparison("base", ((self.base, None),), {"method": "base"})] if self.base else []
+        return [*base, *self.others]
 
     def check(self) -> None:
         """Raises ValueError for teachers without a style, twice, or not at all, for models of different kinds, for no prompts, and for
@@ -55,7 +77,10 @@ class Cast:
             raise ValueError(f"a teacher is named twice: {', '.join(names)}")
         if len(self.prompts) < 2 or self.prompts[0]:
             raise ValueError("no prompts to paint were given")
-        everyone = [*self.teachers, *([self.base] if self.base else [])]
+        rows = ["student", *(one.name for one in self.compared)]
+        if len(set(rows)) < len(rows):
+            raise ValueError(f"two models to compare have one name: {', '.join(rows)}")
+        everyone = [*self.teachers, *(member for one in self.compared for member, _ in one.painters)]
         check_architectures(self.student.config, [(member.name, member.config) for member in everyone])
         check_schedules(self.student.zero_snr, [(member.name, member.zero_snr) for member in everyone])
         if self.features is not None and self.pictures is None:
@@ -63,8 +88,24 @@ class Cast:
 
 
 @dataclass
+class Compared:
+    """The figures of someone who is compared with the teachers as the student is; None where a metric was not asked for.
+
+    about: how it was made. eps_share: of the base's error; None without a base.
+    """
+
+    name: str
+    about: dict = field(default_factory=dict)
+    fid: Distances | None = None
+    kid: Distances | None = None
+    pair: Standing | None = None
+    eps: Standing | None = None
+    eps_share: Standing | None = None
+
+
+@dataclass
 class Evaluation:
-    """All figures; None where a metric was not asked for. members: hash of everyone, by name."""
+    """All figures; None where a metric was not asked for. members: hash of everyone, by name. compared: everyone but the student."""
 
     names: list[str]
     settings: EvaluationSettings
@@ -76,6 +117,7 @@ class Evaluation:
     pair: Pairing | None = None
     eps: EpsAgreement | None = None
     own: Confusion | None = None
+    compared: list[Compared] = field(default_factory=list)
     about: dict = field(default_factory=dict)
     """Whatever the caller wants to be recorded: file names, versions."""
 
@@ -88,7 +130,7 @@ def evaluate(
     device: torch.device | None = None,
     progress: Tick | None = None,
 ) -> Evaluation:
-    """Everything that ``settings.metrics`` names. One UNet is on the device at a time.
+    """Everything that ``settings.metrics`` names, of the student and of whoever else is compared. One UNet is on the device at a time.
 
     folder: where finished parts are kept, so that the same call goes on after an interruption; None for nowhere. progress: see
     ``studio.Tick``. Raises ValueError before anything is painted for settings
@@ -97,6 +139,15 @@ def evaluate(
     cast.check()
     settings.check(size_multiple(cast.student.config), cast.features)
     return _Run(cast, settings, folder, device or torch.device("cpu"), progress).all()
+
+
+@dataclass
+class _Met:
+    """What a comparison painted: latents by style, or of one set for all."""
+
+    comparison: Comparison
+    latents: list[Tensor]
+    features: list[Tensor] | None = None
 
 
 class _Run:
@@ -113,61 +164,138 @@ class _Run:
         self.studio = Studio(cast.prompts, settings, folder, device, self.meter)
         if cast.features is not None:
             cast.features.to(device)
+        self.known: dict[tuple[str, int | None], Tensor] = {}  # latents of (key of a model, style)
+        self.yardsticks: dict[str, Yardstick] = {}
+        self.axes: Tensor | None = None
 
     def _work(self) -> int:
         """Forwards, or what takes as long."""
-        s, n, base = self.s, len(self.names), self.cast.base is not None
-        total = (3 * n + base) * s.count * painting_cost(s)
-        if self.wants & set(OF_FEATURES):
-            total += (3 * n + base) * s.count * FEATURE_COST
+        s, n, others = self.s, len(self.names), self.cast.compared
+        batches = 3 * n + sum(len(one.painters) or 1 for one in others)
+        total = batches * s.count * (painting_cost(s) + FEATURE_COST * bool(self.wants & set(OF_FEATURES)))
         if "eps" in self.wants:
-            total += (2 + base) * n * s.bins * s.bin_samples
+            total += (2 + len(others)) * n * s.bins * s.bin_samples
+        total += sum(one.tuning.work(s) for one in others if one.tuning)
         if "own" in self.wants:
             total += n * min(s.own_pictures, s.count) * s.own_draws * (len(self.cast.styles) + 1)
         return total + 1  # the figures, at the end
 
     def all(self) -> Evaluation:
-        cast, studio = self.cast, self.studio
-        first, second, asked, said = [], [], [], []
-        for member in cast.teachers:
-            with studio.visit(member) as load:
-                first.append(studio.paint(member, load))
-                second.append(studio.paint(member, load, second=True))
-                if "eps" in self.wants:
-                    asked.append(noised(studio, first[-1], member.zero_snr))
-                    said.append(predictions(studio, member, load, asked[-1]))
-        with studio.visit(cast.student) as load:
-            painted, answers = [], []
-            for i, name in zip(self.index, self.names):
-                painted.append(studio.paint(cast.student, load, i, name=f"{name}, student"))
-                if "eps" in self.wants:
-                    answers.append(predictions(studio, cast.student, load, asked[len(answers)], i))
-            own = self._own(load, first) if "own" in self.wants else None
-        base, base_answers = None, None
-        if cast.base is not None:
-            with studio.visit(cast.base) as load:
-                base = studio.paint(cast.base, load)
-                if "eps" in self.wants:
-                    base_answers = [predictions(studio, cast.base, load, one) for one in asked]
+        cast = self.cast
+        second = self._ask_teachers()
+        painted, answers, own = self._ask_student()
+        others = cast.compared
+        base, of_base = self._meet(others.pop(0)) if cast.base else (None, None)
 
-        result = Evaluation(self.names, self.s, len(cast.prompts) - 1, self._members(), self._about_features(), own=own)
+        result = Evaluation(self.names, self.s, len(cast.prompts) - 1, {}, self._about_features(), own=own)
+        self.weights = resample(self.s.count, self.resamples, self.s.seed)
         if "pair" in self.wants:
-            weights = resample(self.s.count, self.resamples, self.s.seed)
-            result.pair = pairing(self.names, painted, first, second, base, weights)
+            latents = None if base is None else base.latents[0]
+            result.pair = pairing(self.names, painted, self.first, second, latents, self.weights)
         if "eps" in self.wants:
-            result.eps = eps_agreement(self.names, self.s, said, answers, base_answers)
+            result.eps = eps_agreement(self.names, self.s, eps_errors(answers, self.said), of_base)
         if self.wants & set(OF_FEATURES):
-            sets = self._sets(painted, first, second, base)
+            sets = self._sets(painted, self.first, second)
+            if base is not None:
+                base.features = self._features(base)
+            features = None if base is None else base.features[0]
             for metric in OF_FEATURES:
                 if metric in self.wants:
-                    setattr(result, metric, compare(metric.upper(), sets, self.resamples, self.s.seed))
+                    self.yardsticks[metric] = Yardstick(metric.upper(), sets, self.resamples, self.s.seed)
+                    setattr(result, metric, self.yardsticks[metric].measure(sets.student, features))
+        if base is not None:
+            result.compared.append(self._measured(base, of_base, of_base))
+        members = self._members()
+        for one in others:
+            met, errors = self._meet(one)
+            result.compared.append(self._measured(met, errors, of_base))
+            members[met.comparison.name] = met.comparison.key
+        result.members = members
         self.meter(1, "finished")
         return result
+
+    def _ask_teachers(self) -> list[Tensor]:
+        """Both batches, of which the second is returned, and their eps."""
+        studio, second = self.studio, []
+        self.first, self.asked, self.said = [], [], []
+        for member in self.cast.teachers:
+            with studio.visit(member) as load:
+                self.first.append(studio.paint(member, load))
+                second.append(studio.paint(member, load, second=True))
+                if "eps" in self.wants:
+                    self.asked.append(noised(studio, self.first[-1], member.zero_snr))
+                    self.said.append(predictions(studio, member, load, self.asked[-1]))
+            self.known[member.key, None] = self.first[-1]
+        return second
+
+    def _ask_student(self) -> tuple[list[Tensor], list[Tensor], Confusion | None]:
+        """Its pictures and its eps in every style, and what it takes the teachers' pictures for."""
+        studio, student = self.studio, self.cast.student
+        painted, answers = [], []
+        with studio.visit(student) as load:
+            for place, (i, name) in enumerate(zip(self.index, self.names)):
+                painted.append(studio.paint(student, load, i, name=f"{name}, student"))
+                self.known[student.key, i] = painted[-1]
+                if "eps" in self.wants:
+                    answers.append(predictions(studio, student, load, self.asked[place], i))
+            own = self._own(load, self.first) if "own" in self.wants else None
+        return painted, answers, own
 
     def _members(self) -> dict[str, str]:
         cast = self.cast
         everyone = {"student": cast.student, **{f"teacher {m.name}": m for m in cast.teachers}}
         return {name: m.key for name, m in {**everyone, **({"base": cast.base} if cast.base else {})}.items()}
+
+    # --- whoever else is compared -------------------------------------------------------------------------------------
+
+    def _meet(self, one: Comparison) -> tuple[_Met, Tensor | None]:
+        """Its latents, for each style or one set for all, and its eps errors (N, S)."""
+        studio, finish = self.studio, one.finish
+        try:
+            if one.tuning:
+                one = one.tuning.settle(studio, one.name)
+            latents, answers = [], []
+            for _, group in itertools.groupby(range(len(one.painters)), key=lambda k: id(one.painters[k][0])):
+                places = list(group)
+                member = one.painters[places[0]][0]
+                with studio.visit(member) as load:
+                    for k in places:
+                        latents.append(self._painted(one, k, load))
+                        asked = self.asked if len(one.painters) == 1 else self.asked[k : k + 1]  # none without eps
+                        answers += [predictions(studio, member, load, a, one.painters[k][1]) for a in asked]
+        finally:
+            finish()
+        return _Met(one, latents), eps_errors(answers, self.said) if answers else None
+
+    def _painted(self, one: Comparison, place: int, load) -> Tensor:
+        member, style = one.painters[place]
+        known = self.known.get((member.key, style))
+        if known is None:
+            name = one.name if len(one.painters) == 1 else f"{self.names[place]}, {one.name}"
+            return self.studio.paint(member, load, style, name=name)
+        self.meter(painting_cost(self.s) * self.s.count, f"'{one.name}' has painted")
+        return known
+
+    def _features(self, met: _Met) -> list[Tensor]:
+        names = self.names if len(met.latents) > 1 else [""]
+        looks = [f"{name}, {met.comparison.name}".removeprefix(", ") for name in names]
+        cast = self.cast
+        found = [self.studio.features(z, cast.features, cast.pictures, look) for z, look in zip(met.latents, looks)]
+        return found if self.axes is None else [x.double() @ self.axes for x in found]
+
+    def _measured(self, met: _Met, errors: Tensor | None, of_base: Tensor | None) -> Compared:
+        row = Compared(met.comparison.name, met.comparison.about)
+        if self.yardsticks:
+            features = self._features(met) if met.features is None else met.features
+            for metric, yardstick in self.yardsticks.items():
+                setattr(row, metric, yardstick.measure(features))
+        if "pair" in self.wants:
+            n = len(self.names)
+            latents = met.latents * n if len(met.latents) == 1 else met.latents
+            row.pair = own_pairs(self.names, latents, self.first, self.weights)
+        if errors is not None:
+            row.eps, row.eps_share = eps_standing(self.names, self.s.bins, errors, of_base)
+        return row
 
     def _about_features(self) -> dict | None:
         network = self.cast.features
@@ -199,17 +327,15 @@ class _Run:
             self.meter(len(mine) * s.own_draws * len(candidates), what)
         return confusion(self.names, verdicts)
 
-    def _sets(self, student, teacher, second, base) -> Sets:
+    def _sets(self, student, teacher, second) -> Sets:
         network, pictures, studio = self.cast.features, self.cast.pictures, self.studio
 
         def look(latents: list[Tensor], who: str) -> list[Tensor]:
             return [studio.features(z, network, pictures, f"{name}, {who}") for name, z in zip(self.names, latents)]
 
         groups = [look(student, "student"), look(teacher, "teacher"), look(second, "teacher again")]
-        of_base = None if base is None else studio.features(base, network, pictures, "base")
         if self.s.project:
             # The axes are the teachers', so that every student is compared in the same space.
-            axes = principal_axes(torch.cat([*groups[1], *groups[2]]), self.s.project)
-            groups = [[x.double() @ axes for x in group] for group in groups]
-            of_base = None if of_base is None else of_base.double() @ axes
-        return Sets(self.names, *groups, of_base, lambda: self.meter(0, "comparing"))
+            self.axes = principal_axes(torch.cat([*groups[1], *groups[2]]), self.s.project)
+            groups = [[x.double() @ self.axes for x in group] for group in groups]
+        return Sets(self.names, *groups, tick=lambda: self.meter(0, "comparing"))

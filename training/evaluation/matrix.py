@@ -86,52 +86,69 @@ class Sets:
 
 
 def compare(metric: str, sets: Sets, resamples: int, seed: int) -> Distances:
-    """The matrix M, its floor M_ref and what follows from both.
+    """The matrix M, its floor M_ref and what follows from both, of the student of ``sets``."""
+    count, size = sets.teacher[0].shape
+    check_features("student", sets.student, len(sets.names), count, size)
+    return Yardstick(metric, sets, resamples, seed).measure(sets.student, sets.base)
 
-    Both are against the teachers' second batch, so a student that equals its teachers scores the floor exactly. Resamples draw
-    prompts: a prompt brings all its pictures, of the student, the teachers and both batches.
+
+def check_features(name: str, group: Sequence[Tensor], n: int, count: int, size: int) -> None:
+    """Raises ValueError for features that are not n sets of (count, size) finite numbers."""
+    bad = [i for i, x in enumerate(group) if tuple(x.shape) != (count, size) or not torch.isfinite(x).all()]
+    if len(group) != n or bad:
+        raise ValueError(f"features of {name}: expected {n} sets of {(count, size)} finite numbers, wrong: {bad}")
+
+
+class Yardstick:
+    """One distance to the teachers of ``sets``, with the floor, by which anyone can be measured; the student of ``sets`` is not read.
+
+    Everyone is measured to the teachers' second batch, so a student that equals its teachers scores the floor exactly. Resamples draw
+    prompts: a prompt brings all its pictures, of whoever is measured, the teachers and both batches.
     """
-    function, n = DISTANCES[metric], len(sets.names)
-    count, size = sets.student[0].shape
-    for name, group in zip(("student", "teacher", "second"), (sets.student, sets.teacher, sets.second)):
-        bad = [i for i, x in enumerate(group) if tuple(x.shape) != (count, size) or not torch.isfinite(x).all()]
-        if len(group) != n or bad:
-            raise ValueError(f"features of {name}: expected {n} sets of {(count, size)} finite numbers, wrong: {bad}")
-    everything = list(itertools.product(range(n), range(n)))
-    once = torch.ones(1, count, dtype=torch.float64)
-    m, floor = (
-        function(rows, sets.second, once, everything, sets.tick)[0].reshape(n, n)
-        for rows in (sets.student, sets.teacher)
-    )
-    base = None
-    if sets.base is not None:
-        base = function([sets.base], sets.second, once, [(0, j) for j in range(n)], sets.tick)[0].tolist()
 
-    whole = size <= MANY_FEATURES
-    pairs = everything if whole else [(i, i) for i in range(n)]
-    drawn = []
-    for weights in resample(count, resamples, seed).split(CHUNK) if resamples else ():
-        drawn.append([function(rows, sets.second, weights, pairs, sets.tick) for rows in (sets.student, sets.teacher)])
+    def __init__(self, metric: str, sets: Sets, resamples: int, seed: int):
+        self.metric, self.sets, self.resamples = metric, sets, resamples
+        self.count, self.size = sets.teacher[0].shape
+        for name, group in (("teacher", sets.teacher), ("second", sets.second)):
+            check_features(name, group, len(sets.names), self.count, self.size)
+        self.whole = self.size <= MANY_FEATURES
+        self.once = torch.ones(1, self.count, dtype=torch.float64)
+        self.weights = resample(self.count, resamples, seed) if resamples > 1 else None
+        self.floor, self.floor_drawn = self._matrices(sets.teacher)
 
-    def resampled(which: int) -> Tensor | None:
-        """(R, N, N), zeros where nothing was resampled."""
-        if resamples < 2:
-            return None
-        values = torch.cat([one[which] for one in drawn])  # (R, pairs)
-        if whole:
-            return values.reshape(-1, n, n)
-        return torch.diag_embed(values)
+    def _matrices(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The matrix (N, N) of N sets, or of one set for all styles, and its resamples (R, N, N), whose numbers off the diagonal are 0
+        where features are many."""
+        drawn = None
+        if self.weights is not None:
+            drawn = torch.cat([self._table(rows, weights, self.whole) for weights in self.weights.split(CHUNK)])
+        return self._table(rows, self.once, True)[0], drawn
 
-    spread = spreads(resampled(0), resampled(1))
-    point = figures(m, floor)
-    single = {name: Figure(point[name].item(), spread(name)) for name in ("total", "floor_total", "excess")}
-    each = {name: [Figure(v, spread(name, i)) for i, v in enumerate(point[name].tolist())] for name in PER_STYLE}
-    leak = Figure(point["leak"].item(), spread("leak") if whole else None) if n > 1 else None
-    base_excess = None if base is None else sum(base) - point["floor_total"].item()
-    return Distances(
-        metric, list(sets.names), count, size, resamples, m.tolist(), floor.tolist(), base, **single, leak=leak, **each,
-        base_excess=base_excess,
-    )  # fmt: skip
+    def _table(self, rows: Sequence[Tensor], weights: Tensor, whole: bool) -> Tensor:
+        n, function = len(self.sets.names), DISTANCES[self.metric]
+        if len(rows) == 1:
+            values = function(rows, self.sets.second, weights, [(0, j) for j in range(n)], self.sets.tick)  # (R, N)
+            return values[:, None].expand(-1, n, -1) if whole else torch.diag_embed(values)
+        pairs = list(itertools.product(range(n), range(n))) if whole else [(i, i) for i in range(n)]
+        values = function(rows, self.sets.second, weights, pairs, self.sets.tick)
+        return values.reshape(-1, n, n) if whole else torch.diag_embed(values)
+
+    def measure(self, rows: Sequence[Tensor], base: Tensor | None = None) -> Distances:
+        """Of features (n, d) by style, or of one set that stands for every style."""
+        sets, n = self.sets, len(self.sets.names)
+        check_features("a model", rows, 1 if len(rows) == 1 else n, self.count, self.size)
+        m, drawn = self._matrices(rows)
+        of_base = None if base is None else self._table([base], self.once, True)[0, 0].tolist()
+        spread = spreads(drawn, self.floor_drawn)
+        point = figures(m, self.floor)
+        single = {name: Figure(point[name].item(), spread(name)) for name in ("total", "floor_total", "excess")}
+        each = {name: [Figure(v, spread(name, i)) for i, v in enumerate(point[name].tolist())] for name in PER_STYLE}
+        leak = Figure(point["leak"].item(), spread("leak") if self.whole else None) if n > 1 else None
+        base_excess = None if of_base is None else sum(of_base) - point["floor_total"].item()
+        return Distances(
+            self.metric, list(sets.names), self.count, self.size, self.resamples, m.tolist(), self.floor.tolist(), of_base, **single,
+            leak=leak, **each, base_excess=base_excess,
+        )  # fmt: skip
 
 
 PER_STYLE = ("own", "own_floor", "own_excess")

@@ -11,7 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from ...dmm_core.files import atomic_write
-from .evaluate import Evaluation
+from .agreement import Standing
+from .evaluate import Compared, Evaluation
 from .heatmap import heatmap, side_by_side
 from .matrix import Distances, Figure
 
@@ -77,6 +78,8 @@ def markdown(evaluation: Evaluation, pictures: Sequence[str] = ()) -> str:
     """The whole report. pictures: names of the heatmaps' files, shown at the end."""
     e, s = evaluation, evaluation.settings
     parts = [f"# {e.about.get('title', 'Evaluation')}", conditions(e), summary(e), per_style(e)]
+    if e.compared:
+        parts.append("\n\n".join([f"## Beside other models\n\n{compared(e)}", *notes(e)]))
     for distances in filter(None, (e.fid, e.kid)):
         parts.append(matrices(distances))
     if e.pair:
@@ -161,6 +164,83 @@ def per_style(e: Evaluation) -> str:
     return f"## Per style\n\n{table(heads, list(zip(e.names, *columns)))}"
 
 
+def everyone(e: Evaluation) -> list[Compared]:
+    """Who is compared, the student first."""
+    pair = None if e.pair is None else Standing(e.names, e.pair.own, e.pair.mean)
+    eps, share = (None, None) if e.eps is None else (e.eps.own, e.eps.own_share)
+    return [Compared("student", {}, e.fid, e.kid, pair, eps, share), *e.compared]
+
+
+def compared(e: Evaluation) -> str:
+    """One table, a row for the student and for each of the others: FID_t, EXCESS and so on over all styles."""
+    heads, columns, rows = [""], [], everyone(e)
+
+    def column(head: str, texts: Sequence[str]) -> None:
+        heads.append(head)
+        columns.append(list(texts))
+
+    def worst(d: Distances | Standing, own: Sequence[Figure], digits: int) -> str:
+        return f"{e.names[d.worst]}, {own[d.worst].text(digits)}"
+
+    if e.fid:
+        digits, found = digits_of(e.fid), [row.fid for row in rows]
+        column("FID_t", (d.total.text(digits) for d in found))
+        column("EXCESS", (d.excess.text(digits) for d in found))
+        column("LEAK", (d.leak.text(digits) if d.leak else "" for d in found))
+        column("worst style", (worst(d, d.own_excess, digits) for d in found))
+    if e.kid:
+        digits, found = digits_of(e.kid), [row.kid for row in rows]
+        column("KID EXCESS", (d.excess.text(digits) for d in found))
+    if e.pair:
+        column("PAIR", (row.pair.mean.text(3) for row in rows))
+        column("worst PAIR", (worst(row.pair, row.pair.own, 3) for row in rows))
+    if e.eps:
+        column("eps error", (row.eps.mean.text(4) for row in rows))
+        if e.eps.own_share:
+            column("of the base's", (percent(row.eps_share.mean) for row in rows))
+    return table(heads, list(zip([row.name for row in rows], *columns)))
+
+
+def percent(figure: Figure) -> str:
+    """Nothing where the base's error, which it is a share of, is 0."""
+    if not math.isfinite(figure.value):
+        return ""
+    return Figure(100 * figure.value, None if figure.spread is None else 100 * figure.spread).text(1) + "%"
+
+
+NOTES = {
+    "base": "the untouched base, the same pictures for every style.",
+    "untrained": "the base with random style codes, as a distillation begins.",
+    "soup": "the mean of the teachers' UNets.",
+    "chain": "ModelMergeSimple in a row at ratio 0.5, in the order of the teachers: the last one has half of everything.",
+    "teachers": "each teacher alone, for every style.",
+}
+
+
+def notes(e: Evaluation) -> list[str]:
+    """How the others were made, a line each."""
+    made = {}
+    for row in e.compared:
+        made.setdefault(row.about.get("method"), row)
+    out = [f"- {method}: {NOTES[method]}" for method in made if method in NOTES]
+    if "task-vectors" in made:
+        about = made["task-vectors"].about
+        tried = ", ".join(f"{one['scale']:.3f}: {one['eps_error']:.4f}" for one in about["tried"])
+        out.append(
+            f"- task vectors: base + lambda * sum of (teacher - base) (arXiv:2212.04089), lambda = {about['scale']:.3f}, by the eps error "
+            f"on pictures that the teachers painted for this alone ({tried})."
+        )
+    if "low-rank" in made:
+        about = made["low-rank"].about
+        one, whole = about["adapter_parameters"], about["unet_parameters"]
+        out.append(
+            f"- low-rank bank, zero training: the mean of the teachers and for each style the nearest adapter of rank {about['rank']}. It "
+            f"is a bank of {about['adapters']} adapters, not one model: {about['adapters']} x {one:,} numbers beside the UNet's {whole:,} "
+            f"({100 * about['adapters'] * one / whole:.0f}%)."
+        )
+    return ["\n".join(out)] if out else []
+
+
 def matrices(d: Distances) -> str:
     digits = digits_of(d)
 
@@ -211,11 +291,29 @@ def heatmaps(e: Evaluation) -> dict[str, Image.Image]:
     if e.eps:
         rows = [f"t {t}.." for t in e.eps.starts]
         out["eps.png"] = heatmap(e.eps.errors, rows, e.names, "eps error of the student", log=True, digits=4)
+    out.update(heatmaps_compared(e))
     if e.own:
         note = "row: who painted; column: what the student takes it for"
         out["own.png"] = heatmap(
             e.own.counts, e.names, e.own.candidates, "The student as its own classifier", note, digits=0
         )
+    return out
+
+
+def heatmaps_compared(e: Evaluation) -> dict[str, Image.Image]:
+    """Everyone in every style, where there is more to see than the base."""
+    if all(row.about.get("method") == "base" for row in e.compared):
+        return {}
+    out, rows = {}, everyone(e)
+    names = [row.name for row in rows]
+    if e.pair:
+        values = [[f.value for f in row.pair.own] for row in rows]
+        title, note = "PAIR of everyone in each style", "0: the teacher itself"
+        out["pair-compared.png"] = heatmap(values, names, e.names, title, note)
+    if e.eps:
+        values = [[f.value for f in row.eps.own] for row in rows]
+        title = "eps error of everyone in each style"
+        out["eps-compared.png"] = heatmap(values, names, e.names, title, log=True, digits=4)
     return out
 
 

@@ -22,7 +22,7 @@ from ...dmm_core.unet import UNetConfig, load_unet
 from ..hashing import tensor_sha256, text_hash
 from ..paint_rows import paint_rows
 from ..parts import read_part, write_part
-from ..teacher import Teacher, check_text
+from ..teacher import Rows, Teacher, check_text
 from ..tick import Tick
 from .features import FeatureNet
 from .settings import SECOND_BATCH, EvaluationSettings
@@ -37,10 +37,20 @@ SMALL_PICTURE = 256 * 256
 
 
 @dataclass
+class PromptStates:
+    """Text states of the evaluation's prompts, as a ``Teacher`` has them. key: a hash of the text encoder, or of the states."""
+
+    key: str
+    contexts: Rows
+    pooled: Rows | None = None
+
+
+@dataclass
 class Member:
     """Who takes part: a model that is loaded when it is needed. key: a hash that differs for models that paint differently.
 
-    open: its UNet and its text states of the evaluation's prompts, row 0 of the empty one. config, zero_snr: what they say before that.
+    open: its UNet and its text states of the evaluation's prompts, row 0 of the empty one. config, zero_snr, prediction, text: what they
+    say before that; merges need the last two.
     """
 
     name: str
@@ -48,6 +58,8 @@ class Member:
     open: Callable[[], Teacher]
     config: UNetConfig
     zero_snr: bool = False
+    prediction: str = "eps"
+    text: PromptStates | None = None
 
     @classmethod
     def of(cls, teacher: Teacher, prompts: int) -> Member:
@@ -57,7 +69,8 @@ class Member:
         if teacher.pooled is not None:
             texts.append(tensor_sha256(teacher.pooled[rows]))
         key = text_hash(teacher.weights_sha256, teacher.style, teacher.prediction, *texts)
-        return cls(teacher.name, key, lambda: teacher, teacher.unet.config, teacher.zero_snr)
+        text = PromptStates(text_hash(*texts), teacher.contexts, teacher.pooled)
+        return cls(teacher.name, key, lambda: teacher, teacher.unet.config, teacher.zero_snr, teacher.prediction, text)
 
 
 @dataclass

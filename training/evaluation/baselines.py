@@ -1,0 +1,275 @@
+"""Who else takes part in an evaluation: other students, and what one gets from the same teachers without distilling them.
+
+Weights of merges are made when their turn comes, from one teacher after the other. A merge reads the prompts with the student's text
+encoder, a teacher alone with its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...dmm_core.unet import UNet, UNetConfig, load_unet
+from ..config import TrainConfig
+from ..hashing import text_hash
+from ..losses import score_loss
+from ..student import new_student
+from ..teacher import Teacher, without_styles
+from .agreement import noised, predictions
+from .merges import adapter_size, chain_shares, is_full, low_rank, soup_shares, task_vector_shares, weighted_sum
+from .settings import EvaluationSettings
+from .studio import Member, Studio, painting_cost
+
+ALL = "all"
+BASELINES = ("base", "untrained", "soup", "chain", "task-vectors", "low-rank", "teachers")
+NEED_BASE = ("base", "untrained", "task-vectors")
+MERGES = ("soup", "chain", "task-vectors", "low-rank")
+"""Those that add weights up, which makes sense only where all predict the same."""
+RANK = 8
+"""Of the low-rank bank, unless another one is asked for."""
+TUNING_BATCH = 2**30
+"""The seeds of the pictures by which a scale is chosen begin so much higher: the evaluation's batches have others."""
+TUNING_PICTURES, TUNING_SAMPLES = 8, 4
+"""Of each teacher; of each bin of the timesteps."""
+TIMES_THE_MEAN = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+"""Scales of task vectors that are tried, times 1 / N (with which they are the soup); the scale 1 is tried too."""
+
+Painter = tuple[Member, int | None]
+"""A model, and which of its styles; None for a model without any."""
+
+
+@dataclass
+class Comparison:
+    """Someone to compare with the teachers as the student is. painters: one for all styles, or one for each teacher.
+
+    about: what the report says of it. tuning: chooses the painters when its turn comes. finish: called afterwards.
+    """
+
+    name: str
+    painters: Sequence[Painter]
+    about: dict = field(default_factory=dict)
+    tuning: Tuning | None = None
+    finish: Callable[[], None] = lambda: None
+
+    @property
+    def key(self) -> str:
+        """A hash of all its painters."""
+        keys = [(member.key, style) for member, style in self.painters]
+        return keys[0][0] if len(keys) == 1 else text_hash("comparison", keys)
+
+
+def choose_baselines(text: str) -> tuple[str, ...]:
+    """ "all", or names between commas. Raises ValueError for others."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if names == [ALL]:
+        return BASELINES
+    unknown = [name for name in names if name not in BASELINES]
+    if unknown or not names:
+        raise ValueError(
+            f"unknown baselines {', '.join(map(repr, unknown)) or '(none)'}: choose from {', '.join(BASELINES)}, or {ALL}"
+        )
+    return tuple(name for name in BASELINES if name in names)
+
+
+def obstacles(teachers: Sequence[Member], base: Member | None) -> dict[str, str]:
+    """Baselines that these models do not allow, and why."""
+    found = {}
+    if base is None:
+        found = {name: "needs the base model that the student was trained from" for name in NEED_BASE}
+    for name in MERGES:
+        parents = [*([base] if base is not None and name in NEED_BASE else []), *teachers]
+        kinds = {kind: [m.name for m in parents if m.prediction == kind] for kind in ("eps", "v")}
+        if all(kinds.values()) and name not in found:
+            said = "; ".join(f"{', '.join(map(repr, names))} predict {kind}" for kind, names in kinds.items())
+            found[name] = f"weights that predict different things do not add up ({said})"
+    return found
+
+
+def make_baselines(
+    names: Sequence[str],
+    student: Member,
+    styles: Sequence[str],
+    teachers: Sequence[Member],
+    base: Member | None,
+    rank: int = RANK,
+) -> list[Comparison]:
+    """The named baselines, without the base itself, which an evaluation has as its ``base``. styles: of the student.
+
+    Raises ValueError, saying why, for baselines that these models do not allow, and for a rank below 1.
+    """
+    against = {name: why for name, why in obstacles(teachers, base).items() if name in names}
+    if against:
+        reasons = {why: [name for name in against if against[name] == why] for why in against.values()}
+        said = "; ".join(f"{', '.join(those)}: {why}" for why, those in reasons.items())
+        rest = ", ".join(name for name in BASELINES if name not in obstacles(teachers, base))
+        raise ValueError(f"these baselines cannot be made: {said}. Possible here: {rest}")
+    if rank < 1:
+        raise ValueError(f"rank is {rank}: expected a whole number from 1")
+    out = []
+    for name in names:
+        if name == "untrained":
+            out.append(untrained(student, styles, teachers, base))
+        elif name == "soup":
+            out.append(merge("soup", soup_shares(len(teachers)), teachers, student))
+        elif name == "chain":
+            out.append(merge("chain", chain_shares(len(teachers)), teachers, student))
+        elif name == "task-vectors":
+            out.append(Comparison("task vectors", (), {"method": name}, Tuning(student, teachers, base)))
+        elif name == "low-rank":
+            out.append(low_rank_bank(student, teachers, rank))
+        elif name == "teachers":
+            out += [Comparison(f"teacher {one.name}", ((one, None),), {"method": name}) for one in teachers]
+    return out
+
+
+def another_student(name: str, member: Member, has: Sequence[str], teachers: Sequence[str]) -> Comparison:
+    """A further model: a DMM model in the style of each teacher, found by name; a plain one paints the same for all.
+
+    Raises ValueError for a DMM model that lacks a style.
+    """
+    if not member.config.num_styles:
+        return Comparison(name, ((member, None),), {"method": "also"})
+    missing = [style for style in teachers if style not in has]
+    if missing:
+        raise ValueError(
+            f"'{name}' has no style called {', '.join(map(repr, missing))}: its styles are {', '.join(has)}"
+        )
+    return Comparison(name, [(member, list(has).index(style)) for style in teachers], {"method": "also"})
+
+
+# --- merges -----------------------------------------------------------------------------------------------------------
+
+
+def merge(method: str, shares: Sequence[float], parents: Sequence[Member], student: Member) -> Comparison:
+    """sum_i share_i * parent_i as one model for all styles."""
+    member = derived(
+        method,
+        (method, [float(share) for share in shares]),
+        parents,
+        student,
+        lambda: load_unet(summed(shares, parents), dtype=None, copy=False),
+    )
+    return Comparison(method, ((member, None),), {"method": method})
+
+
+def summed(shares: Sequence[float], parents: Sequence[Member]) -> dict[str, Tensor]:
+    return weighted_sum((share, lambda p=parent: p.open().unet.state_dict()) for share, parent in zip(shares, parents))
+
+
+def derived(name: str, how: tuple, parents: Sequence[Member], student: Member, make: Callable[[], UNet]) -> Member:
+    """A model made of others: its key follows from theirs, from how it is made, and from whose words it reads."""
+    text, first = student.text, parents[0]
+    key = text_hash("derived", *how, [parent.key for parent in parents], text.key)
+
+    def open_it() -> Teacher:
+        return Teacher(name, make(), text.contexts, text.pooled, first.prediction, first.zero_snr)
+
+    return Member(name, key, open_it, without_styles(first.config), first.zero_snr, first.prediction, text)
+
+
+class Tuning:
+    """The scale of task vectors: the one with the least mean eps error on pictures that the teachers paint for this alone."""
+
+    def __init__(self, student: Member, teachers: Sequence[Member], base: Member):
+        self.student, self.teachers, self.base = student, teachers, base
+        n = len(teachers)
+        self.scales = sorted({times / n for times in TIMES_THE_MEAN} | {1.0})
+
+    def merged(self, scale: float) -> Comparison:
+        shares = task_vector_shares(len(self.teachers), scale)
+        return merge("task-vectors", shares, [self.base, *self.teachers], self.student)
+
+    def work(self, settings: EvaluationSettings) -> int:
+        """Forwards."""
+        s, n = self.settings(settings), len(self.teachers)
+        return n * s.count * painting_cost(s) + (1 + len(self.scales)) * n * s.bins * s.bin_samples
+
+    @staticmethod
+    def settings(settings: EvaluationSettings) -> EvaluationSettings:
+        return dataclasses.replace(
+            settings, seed=settings.seed + TUNING_BATCH, count=TUNING_PICTURES, bin_samples=TUNING_SAMPLES
+        )
+
+    def settle(self, studio: Studio, name: str) -> Comparison:
+        """With the scale that was found, and in ``about`` the error of every scale."""
+        apart = Studio(studio.prompts, self.settings(studio.settings), studio.folder, studio.device, studio.meter)
+        asked, said = [], []
+        for member in self.teachers:
+            with apart.visit(member) as load:
+                asked.append(noised(apart, apart.paint(member, load), member.zero_snr))
+                said.append(predictions(apart, member, load, asked[-1]))
+        errors = {}
+        for scale in self.scales:
+            ((member, _),) = self.merged(scale).painters
+            with apart.visit(member) as load:
+                guesses = [predictions(apart, member, load, one) for one in asked]
+            errors[scale] = torch.stack([score_loss(a, b) for a, b in zip(guesses, said)]).mean().item()
+        best = min(errors, key=errors.get)
+        tried = [{"scale": scale, "eps_error": error} for scale, error in errors.items()]
+        found = self.merged(best)
+        return dataclasses.replace(found, name=name, about={**found.about, "scale": best, "tried": tried})
+
+
+# --- a bank of adapters -----------------------------------------------------------------------------------------------
+
+
+def low_rank_bank(student: Member, teachers: Sequence[Member], rank: int) -> Comparison:
+    """For each teacher the soup with the nearest rank-r adapter to what the teacher has beside it: N adapters, not one model."""
+    bank = _Bank(teachers, rank)
+    members = [
+        derived(f"low-rank {one.name}", ("low-rank", rank, i), teachers, student, lambda i=i: bank.unet(i))
+        for i, one in enumerate(teachers)
+    ]
+    shapes = parameter_shapes(teachers[0].config)
+    about = {
+        "method": "low-rank",
+        "rank": rank,
+        "adapters": len(teachers),
+        "adapter_parameters": adapter_size(shapes.values(), rank),
+        "unet_parameters": sum(shape.numel() for shape in shapes.values()),
+    }
+    return Comparison("low-rank bank", [(member, None) for member in members], about, finish=bank.forget)
+
+
+class _Bank:
+    """Keeps the soup while the adapters take turns, so that it is made once."""
+
+    def __init__(self, teachers: Sequence[Member], rank: int):
+        self.teachers, self.rank, self._soup = teachers, rank, None
+
+    def forget(self) -> None:
+        self._soup = None
+
+    def unet(self, index: int) -> UNet:
+        if self._soup is None:
+            self._soup = summed(soup_shares(len(self.teachers)), self.teachers)
+        weights = dict(self.teachers[index].open().unet.state_dict())
+        for key, mean in self._soup.items():
+            own = weights[key].float()
+            # A full adapter is the teacher itself, without a rounding of the sum
+            weights[key] = own if is_full(own.shape, self.rank) else mean + low_rank(own - mean, self.rank)
+        return load_unet(weights, dtype=None, copy=False)
+
+
+def parameter_shapes(config: UNetConfig) -> Mapping[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: p.shape for name, p in UNet(without_styles(config)).named_parameters()}
+
+
+# --- a student before its training ------------------------------------------------------------------------------------
+
+
+def untrained(student: Member, styles: Sequence[str], teachers: Sequence[Member], base: Member) -> Comparison:
+    """The base with a random code for every style and a random style MLP, as a distillation with seed 0 begins."""
+
+    def make() -> UNet:
+        start = base.open()
+        return new_student(start.unet, [start] * len(styles), TrainConfig(init="base", seed=0)).requires_grad_(False)
+
+    member = derived("untrained", ("untrained", len(styles)), [base], student, make)
+    painters = [(member, list(styles).index(one.name)) for one in teachers]
+    return Comparison("untrained", painters, {"method": "untrained"})
