@@ -29,7 +29,7 @@ from ...training.text import ClipText
 ROOT = Path(__file__).parents[2]
 TWINS = ("ink", "pen")
 OUTLIER = "echo"
-LOOKS = 20
+LOOKS = 10
 """How often an arm is looked at until it has seen its samples."""
 
 PLAIN = {
