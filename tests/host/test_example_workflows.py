@@ -16,7 +16,7 @@ FOLDER = PACK / "workflows"
 NAMES = [
     *("quickstart", "distill_quickstart", "style_sheet", "blend_and_schedule"),
     *("regions", "controlnet", "lora", "controlnet_lora_regions"),
-    *("add_teacher", "forget_style"),
+    *("add_teacher", "forget_style", "evaluate"),
 ]
 STYLES = ["ink", "pen", "candy", "pop", "pixel", "sticker", "echo"]
 NEAR = {"ink": "pen", "pen": "ink"}
@@ -173,6 +173,18 @@ def test_the_layout_is_readable(name):
         assert len(inside) == (kinds[node] not in NOTES), f"{kinds[node]} {node}"
     assert all(g["title"].strip() for g in graph["groups"])
     assert [kinds[n] for n in boxes].count("MarkdownNote") == 1
+
+
+def test_evaluate_says_how_near_and_which(server):
+    """With fewer pictures than it ships with: the report names every teacher, and the picture's style is recognised."""
+    graph = twin_of("evaluate")
+    node, which = only(graph, "DMMEvaluate"), only(graph, "DMMIdentifyStyle")
+    graph[node]["inputs"] |= {"count": 4, "steps": 4, "bins": 2, "own_pictures": 1, "own_draws": 4, "resamples": 0}
+    outputs = server.run(graph, seconds=900)
+    report = "".join(outputs[node]["text"])
+    assert all(f"| {name} |" in report for name in ("ink", "candy", "echo", "base")) and "PAIR" in report
+    assert "".join(outputs[which]["text"]).startswith("candy")
+    assert len(outputs[picture_nodes(graph)["dmm-evaluation"]]["images"]) == 1
 
 
 def test_quickstart_paints_the_style(server):
