@@ -10,6 +10,7 @@ Several processes (``ranks``) draw the same batch, and each works on its share o
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,8 @@ from .optimizers import make_optimizer
 from .sharding import add_up, check_parallel, own, replicate, share, to_file, whole, without_sync
 from .student import new_student, parameter_groups, trained
 from .teacher import Teacher, check_architectures, check_predictions, check_schedules, check_text
+
+logger = logging.getLogger(__name__)
 
 BASE = "(no style)"
 """The name under which style-less rows are reported."""
@@ -107,15 +110,13 @@ class Distillation:
         check_schedules(self.base.zero_snr, [(t.name, t.zero_snr) for t in self.teachers])
         check_predictions(self.base, self.teachers)
         check_text((self.base, *self.teachers))
-        if c.sampling == "adaptive" and self.data.has_targets:
-            raise ValueError(
-                "sampling is 'adaptive', but rollouts bring their teachers and timesteps with them: use sampling: uniform, or pictures "
-                "as data"
-            )
         self.schedule = NoiseSchedule(self.base.zero_snr)
         self.loss_weights = timestep_weights(c.loss_weight, self.schedule, self.base.prediction, c.loss_clamp)
         self.difficulty = None
-        if c.sampling == "adaptive":
+        if c.sampling == "adaptive" and self.data.has_targets:
+            # Not refused: presets have it, and are for all data.
+            logger.info("rollouts bring their teachers and timesteps with them: sampling is uniform")
+        elif c.sampling == "adaptive":
             self.difficulty = Difficulty(self.num_styles, len(self.schedule), c.adaptive_power, c.adaptive_floor)
         self.step = 0
         self.updating = False  # true while weights and step do not belong together: such a state must not be saved

@@ -1,6 +1,7 @@
 """Named starting points for ``TrainConfig``: what the node's preset fills in, and what ``preset:`` in a YAML config stands for.
 
-Learning rates are for SD-size models; the demo family's tiny ones want 2e-3. "paper" is arXiv:2504.12364 as published: 32 million
+Learning rates are for SD-size models; the demo family's tiny ones want 2e-3. "draft" and "standard" hold what beat plain DMM there
+(docs/experiments.md), but for Muon, whose cost at SD size nobody has measured. "paper" is arXiv:2504.12364 as published: 32 million
 samples, a month of one A100.
 """
 
@@ -21,6 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lambda_adv": 0.0,
         "init": "soup",
         "ema_gamma": 6.94,
+        "sampling": "adaptive",
         "final_steps": 0,
     },
     "standard": {
@@ -35,6 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lambda_adv": 0.0,
         "init": "soup",
         "ema_gamma": 6.94,
+        "sampling": "adaptive",
         "final_steps": 0,
     },
     "paper": {
@@ -49,6 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lambda_adv": 0.01,
         "init": "base",
         "ema_gamma": None,
+        "sampling": "uniform",
         "final_steps": 10_000,
     },
 }

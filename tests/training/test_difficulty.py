@@ -390,10 +390,15 @@ def test_refusals():
     ]:
         with pytest.raises(ValueError, match=message):
             TrainConfig(**settings).check()
+
+
+def test_rollouts_bring_their_own_timesteps(caplog):
+    """Presets say adaptive and are for all data: it is said, and nothing is chosen."""
     data = small_data()
     data.has_targets = True
-    with pytest.raises(ValueError, match="sampling is 'adaptive', but rollouts bring their teachers and timesteps"):
-        small_run(data=data, sampling="adaptive")
+    with caplog.at_level("INFO"):
+        assert small_run(data=data, sampling="adaptive").difficulty is None
+    assert "rollouts bring their teachers and timesteps" in caplog.text
 
 
 # --- what a loss counts at a timestep ---------------------------------------------------------------------------------
