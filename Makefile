@@ -8,13 +8,16 @@ COMFYUI := $(firstword $(wildcard $(COMFYUI_PATH) $(if $(filter custom_nodes,$(n
 # this test environment, not a requirement of the pack.
 HOST_TORCH ?= torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0
 
+# The models of the tests are so small that a second thread only gets in the way; a second process halves the time.
+JOBS ?= 2
+
 .PHONY: test test-slow demo bench-merge clean
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest --run-slow --run-browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --run-slow --run-browser
 
 demo: $(VENV)/.demo
 	$(BIN)/dmm demo run

@@ -12,9 +12,9 @@ from torch import Tensor
 from ...dmm_core.unet import load_unet
 from ...dmm_core.vae import latent_scale, load_vae
 from ...training.config import load_config
-from ...training.evaluation.command import demo_prompts
 from ...training.evaluation.evaluate import Cast, evaluate
 from ...training.evaluation.features import DEMO_FILE, load_features
+from ...training.evaluation.from_files import demo_prompts
 from ...training.evaluation.settings import EvaluationSettings
 from ...training.evaluation.studio import Member, Pictures
 from ...training.hashing import weights_hash

@@ -13,9 +13,9 @@ from comfyui_dmm.dmm_core.unet import load_unet
 from comfyui_dmm.training.cli import main
 from comfyui_dmm.training.demo.classifier import labelled_renders
 from comfyui_dmm.training.demo.looks import BASE_LOOK, TEACHER_LOOKS
-from comfyui_dmm.training.evaluation.command import demo_prompts
 from comfyui_dmm.training.evaluation.distances import fid, principal_axes
 from comfyui_dmm.training.evaluation.features import DEMO_FILE, load_features
+from comfyui_dmm.training.evaluation.from_files import demo_prompts
 from comfyui_dmm.training.evaluation.identify import identify, judged_size
 from comfyui_dmm.training.paint import Settings, painter
 from comfyui_dmm.training.teacher import Teacher

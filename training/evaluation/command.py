@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ...dmm_core.checkpoint import Checkpoint
-from ...dmm_core.unet import UNetConfig, load_unet, unet_config_from_state_dict
-from ...dmm_core.vae import latent_scale, load_vae
-from ..dataset.cache_commands import ProgressBar, named_file, size
-from ..hashing import text_hash, weights_hash
+from ...dmm_core.unet import unet_config_from_state_dict
+from ..dataset.cache_commands import named_file, size
 from .baselines import ALL, BASELINES, RANK, another_student, choose_baselines, make_baselines
-from .settings import METRICS, OF_FEATURES, EvaluationSettings, usual_settings
-from .studio import Member, Pictures, PromptStates
-
-DEMO_PROMPTS, DEMO_SEED = 64, 7_000_000
-"""Captions of scenes that no training draws."""
+from .from_files import TextStates, decoder, going_on, is_small, member, painting, prompts_of
+from .settings import METRICS, OF_FEATURES, EvaluationSettings
 
 
 def add_parser(commands) -> None:
@@ -77,14 +71,8 @@ def run(args) -> None:
     device = pick_device(args.device)
     cast, settings = gather(args, device)
     folder = Path(args.output)
-    bar = ProgressBar()
-    try:
-        result = evaluate(cast, settings, folder / "parts", device, bar)
-    except KeyboardInterrupt:
-        print(f"what is painted stays in {folder / 'parts'}: the same command goes on from there", file=sys.stderr)
-        raise
-    finally:
-        bar.close()
+    with going_on(folder) as (parts, bar):
+        result = evaluate(cast, settings, parts, device, bar)
     result.about = {
         "title": f"{Path(args.model).name} against its teachers",
         "model": Path(args.model).name,
@@ -102,35 +90,18 @@ def run(args) -> None:
 def gather(args, device: torch.device):
     """(Cast, EvaluationSettings) of a command line. Raises ValueError for files that do not belong together."""
     from ..dataset.cache import as_checkpoint, base_with_parts
-    from ..dataset.image_folder import read_caption_file
     from .evaluate import Cast
     from .features import DEMO_FILE, load_features
 
     chosen = choose_baselines(args.baselines) if args.baselines is not None else ()
     student = base_with_parts(args.model, args.parts_from or args.base)
     config = unet_config_from_state_dict(student.unet)
-    small = config.model_channels < 320
-    if args.prompts:
-        prompts = ["", *read_caption_file(args.prompts)]
-    elif small:
-        prompts = ["", *demo_prompts(DEMO_PROMPTS)]
-    else:
-        raise ValueError("no prompts: name a text file with a prompt a line (--prompts)")
-    features_file = args.features or (DEMO_FILE if small else None)
+    prompts = prompts_of(args.prompts, config)
+    features_file = args.features or (DEMO_FILE if is_small(config) else None)
     metrics = args.metrics or [m for m in METRICS if features_file or m not in OF_FEATURES]
-    given = {name: getattr(args, name) for name in ("steps", "cfg") if getattr(args, name) is not None}
-    if args.size:
-        given["width"], given["height"] = args.size
     names = ("count", "seed", "project", "resamples", "bins", "bin_samples", "own_pictures", "own_draws", "batch_size", "sampler",
              "scheduler", "precision")  # fmt: skip
-    settings = EvaluationSettings(
-        **{
-            **usual_settings(config, student.prediction, device),
-            **given,
-            **{name: getattr(args, name) for name in names},
-        },
-        metrics=tuple(metrics),
-    )
+    settings = EvaluationSettings(**painting(args, names, student, device), metrics=tuple(metrics))
     needs_features = bool(set(metrics) & set(OF_FEATURES))
     text = TextStates(prompts)
     styles = [style.name for style in student.styles]
@@ -158,71 +129,3 @@ def another(name: str, file: str, student: Checkpoint, text: TextStates, teacher
     checkpoint = as_checkpoint(file, student)
     one = member(name, checkpoint, student, text, file, styled=True)
     return another_student(name, one, [style.name for style in checkpoint.styles], teachers)
-
-
-def demo_prompts(count: int) -> list[str]:
-    """Captions of the demo family's scenes, each another one."""
-    import numpy as np
-
-    from ..demo.scenes import sample_scene
-
-    rng, found = np.random.default_rng(DEMO_SEED), {}
-    while len(found) < count:
-        found[sample_scene(rng).caption] = None
-    return list(found)
-
-
-class TextStates:
-    """The prompts under each text encoder, encoded once."""
-
-    def __init__(self, prompts: Sequence[str]):
-        self.prompts, self._made = list(prompts), {}
-
-    def of(self, weights) -> tuple:
-        from ..text import ClipText
-
-        key = weights_hash(weights)
-        if key not in self._made:
-            self._made[key] = ClipText(weights).encode_pooled(self.prompts)
-        return self._made[key]
-
-
-def member(
-    name: str,
-    checkpoint: Checkpoint,
-    student: Checkpoint,
-    text: TextStates,
-    file: str = "",
-    keep: bool = False,
-    styled: bool = False,
-) -> Member:
-    """Of a checkpoint that was read; unless it is to be kept, its file is read again when its turn comes: one teacher is in memory at
-    a time. Without a text encoder of its own it reads the prompts with the student's. styled: it may be a DMM model."""
-    from ..dataset.cache import as_checkpoint
-    from ..teacher import Teacher
-
-    config: UNetConfig = unet_config_from_state_dict(checkpoint.unet)
-    if not (keep or styled) and config.num_styles:
-        raise ValueError(f"'{name}' is itself a DMM model with {config.num_styles} styles: use a plain checkpoint")
-    encoder = checkpoint.text or student.text
-    states = text.of(encoder)
-    key = text_hash(weights_hash(checkpoint.unet), weights_hash(encoder), checkpoint.prediction, checkpoint.zero_snr)
-    prediction, zero_snr = checkpoint.prediction, checkpoint.zero_snr
-    held = checkpoint if keep else None
-
-    def open_it() -> Teacher:
-        weights = (held or as_checkpoint(file, student)).unet
-        return Teacher(name, load_unet(weights, dtype=None, copy=held is not None), *states, prediction, zero_snr)
-
-    words = PromptStates(weights_hash(encoder), *states)
-    return Member(name, key, open_it, config, zero_snr, prediction, words)
-
-
-def decoder(checkpoint: Checkpoint, config: UNetConfig, device: torch.device) -> Pictures:
-    """The checkpoint's own VAE."""
-    if not checkpoint.vae:
-        raise ValueError(
-            "no VAE to look at pictures with: name a full checkpoint (--parts-from), or leave out fid and kid"
-        )
-    vae, scale = load_vae(checkpoint.vae).to(device).eval(), latent_scale(config)
-    return Pictures(lambda latents: vae.decode(latents / scale), weights_hash(checkpoint.vae))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ...dmm_core.unet import unet_config_from_state_dict
-from ..dataset.cache_commands import ProgressBar, named_file, size
-from .command import DEMO_PROMPTS, TextStates, decoder, demo_prompts, member
+from ..dataset.cache_commands import named_file, size
+from .from_files import TextStates, decoder, going_on, is_small, member, painting, prompts_of
 from .mixing import BLEND, MERGE, PATHS, RATIOS, Pair
-from .settings import EvaluationSettings, usual_settings
+from .settings import EvaluationSettings
 
 NUMBERS = {
     "count": (64, "pictures of a pair and ratio"),
@@ -101,14 +100,8 @@ def run(args) -> None:
     device = pick_device(args.device)
     cast, pictures, settings, pairs = gather(args, device)
     folder = Path(args.output)
-    bar = ProgressBar()
-    try:
-        mixing = judge_mixing(cast, settings, pairs, args.ratios, args.paths, folder / "parts", device, bar)
-    except KeyboardInterrupt:
-        print(f"what is painted stays in {folder / 'parts'}: the same command goes on from there", file=sys.stderr)
-        raise
-    finally:
-        bar.close()
+    with going_on(folder) as (parts, bar):
+        mixing = judge_mixing(cast, settings, pairs, args.ratios, args.paths, parts, device, bar)
     mixing.about = {
         "title": f"Style mixing of {Path(args.model).name}",
         "model": Path(args.model).name,
@@ -125,19 +118,12 @@ def gather(args, device: torch.device):
     """(MixingCast, Pictures or None, EvaluationSettings, pairs) of a command line. Raises ValueError for files that do not belong
     together."""
     from ..dataset.cache import as_checkpoint, base_with_parts
-    from ..dataset.image_folder import read_caption_file
     from .mixing import MixingCast
 
     student = base_with_parts(args.model, args.parts_from)
     config = unet_config_from_state_dict(student.unet)
     styles = [style.name for style in student.styles]
-    small = config.model_channels < 320
-    if args.prompts:
-        prompts = ["", *read_caption_file(args.prompts)]
-    elif small:
-        prompts = ["", *demo_prompts(DEMO_PROMPTS)]
-    else:
-        raise ValueError("no prompts: name a text file with a prompt a line (--prompts)")
+    prompts = prompts_of(args.prompts, config)
     merging = MERGE in args.paths
     files = dict(args.teacher)
     unknown = sorted(set(files) - set(styles))
@@ -149,11 +135,8 @@ def gather(args, device: torch.device):
     pairs = named_pairs(args.pairs, styles, [name for name in styles if name in files] if merging else styles)
     used = [name for name in styles if name in files and any(name in pair for pair in pairs)] if merging else []
     read = {name: as_checkpoint(files[name], student) for name in used}
-    given = {name: getattr(args, name) for name in ("steps", "cfg") if getattr(args, name) is not None}
-    if args.size:
-        given["width"], given["height"] = args.size
-    numbers = {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in NUMBERS}
-    settings = EvaluationSettings(**{**usual_settings(config, student.prediction, device), **given, **numbers})
+    names = [name.replace("-", "_") for name in NUMBERS]
+    settings = EvaluationSettings(**painting(args, names, student, device))
     text = TextStates(prompts)
     pictures = decoder(student, config, device) if student.vae else None
     cast = MixingCast(
@@ -162,7 +145,7 @@ def gather(args, device: torch.device):
         [member(name, checkpoint, student, text, files[name]) for name, checkpoint in read.items()],
         prompts,
         pictures,
-        judge(args.features, small, pairs, pictures is not None),
+        judge(args.features, is_small(config), pairs, pictures is not None),
     )
     return cast, pictures, settings, pairs
 
