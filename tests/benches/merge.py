@@ -29,7 +29,7 @@ from ...dmm_core.files import atomic_write
 from .merge_arms import ARMS, OUTLIER, ROOT, TWINS, train_arm
 from .merge_judge import judged
 
-SHORT = ("plain", "release", "D soup", "B adaptive", "standard")
+SHORT = ("plain", "release", "B adaptive", "standard")
 RATES_TRIED = (5e-4, 1e-3, 2e-3, 4e-3)
 TUNING_SEED = 1000
 PROJECT = 40
@@ -160,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", default=",".join(SHORT), help=f"all, or of: {', '.join(ARMS)}")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=160, help="of 32 samples")
+    parser.add_argument("--steps", type=int, default=100, help="of 32 samples")
     parser.add_argument(
         "--count", type=int, default=48, help="pictures a style for EXCESS, LEAK and PAIR; 0 leaves them out"
     )
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", default=str(ROOT / "out" / "bench-merge"))
     parser.add_argument("--tune", default="", help="arms whose learning rate is to be found")
-    parser.add_argument("--judged", default="all", help="arms whose pictures are judged")
+    parser.add_argument("--judged", default="plain,standard", help="arms whose pictures are judged, or all")
     parser.add_argument("--fifth", default="standard", help="arms that are judged after a fifth of the samples too")
     parser.add_argument("--train", help=argparse.SUPPRESS)  # the jobs: arm:seed[:rate], and what to judge
     parser.add_argument("--judge", help=argparse.SUPPRESS)
