@@ -59,7 +59,7 @@ class Bench:
         self.contexts = text.encode(self.held_out.prompts)
 
     def settings(self, steps: int, **changes):
-        return dataclasses.replace(self.config, **{"steps": steps, "validation": 0, **changes})
+        return dataclasses.replace(self.config, steps=steps, validation=0, **changes)
 
     def model(self, name: str, make) -> dict[str, Tensor]:
         """The weights of a finished arm, trained if they are not in the folder; its seconds are in its own file."""
@@ -128,11 +128,10 @@ class Bench:
         table, new = {}, LATER[0]
         for share in WARM:
             warm = round(share * self.added)
-            changes = {**ADDING, "warm_start": warm, "steps": self.added - warm}
 
-            def make(changes=changes) -> Distillation:
+            def make(warm=warm) -> Distillation:
                 old, styles = self.as_base(four, FIRST)
-                config = self.settings(self.added, init="base", **changes)
+                config = self.settings(self.added - warm, init="base", warm_start=warm, **ADDING)
                 return Distillation(old, [*styles, self.teachers[new]], self.data, config)
 
             errors = self.errors(self.model(f"warm-{share}", make), (*FIRST, new))
@@ -149,7 +148,10 @@ class Bench:
         rows = [i for i in range(len(everyone)) if i != place]
         deleted["model_embedding.weight"] = seven["model_embedding.weight"][rows].clone()
         arms = {"untouched": (seven, everyone), "row deleted": (deleted, kept)}
-        for label, attack in (("trained, no attack", AttackConfig(codes=0)), ("trained against attacks", AttackConfig())):
+        for label, attack in (
+            ("trained, no attack", AttackConfig(codes=0)),
+            ("trained against attacks", AttackConfig()),
+        ):
 
             def make(attack=attack) -> Forgetting:
                 old, styles = self.as_base(seven, everyone)
@@ -199,9 +201,13 @@ def main() -> None:
     parser.add_argument("--only", choices=("add", "forget", "warm"), help="one of the three tables")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", type=int, default=700, help="of a joint merge, 32 samples each")
-    parser.add_argument("--added", type=int, default=300, help="steps for each style that is added, or for forgetting one")
+    parser.add_argument(
+        "--added", type=int, default=300, help="steps for each style that is added, or for forgetting one"
+    )
     parser.add_argument("--attack-steps", type=int, default=150)
-    parser.add_argument("--forget", default="candy,ink", help="styles, each forgotten on its own; ink has a near-duplicate")
+    parser.add_argument(
+        "--forget", default="candy,ink", help="styles, each forgotten on its own; ink has a near-duplicate"
+    )
     parser.add_argument("--folder", default=str(ROOT / "out" / "bench-incremental"))
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -133,20 +133,22 @@ def test_pause_and_resume(files):  # noqa: F811
     seen = {}
 
     def act():
+        (asked,) = training(files)
         assert ask(files, "pause").json()["paused"]
-        time.sleep(1)  # the step in hand
+        ask(files, "sample")
+        # Painted between two steps: by then the step in hand has ended, however slow the machine is.
+        until(lambda: list(run_folder(files, "paused").glob("pictures/*.png")), "a picture during the pause")
         (before,) = training(files)
         time.sleep(1)
         (after,) = training(files)
-        seen["steps"] = before["step"], after["step"]
-        ask(files, "sample")
-        until(lambda: list(run_folder(files, "paused").glob("pictures/*.png")), "a picture during the pause")
+        seen["steps"] = asked["step"], before["step"], after["step"]
         assert not ask(files, "resume").json()["paused"]
         until(lambda: training(files)[0]["step"] > after["step"] + 2, "steps after the pause")
         ask(files, "stop")
 
     end, messages = queue(files, graph(steps=FOREVER, name="paused", preview_every=0), AtStep(2, act))
-    assert end == "execution_success" and seen["steps"][0] == seen["steps"][1]
+    asked, before, after = seen["steps"]
+    assert end == "execution_success" and before == after <= asked + 2, seen  # a step may end between the two questions
     assert any(b"paused at step" in data for kind, data in messages if kind == TEXT)
 
 
