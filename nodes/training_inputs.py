@@ -18,6 +18,7 @@ from ..training.forget import Forgetting, named
 from ..training.loop import Distillation
 from ..training.memory.fitting import fitted
 from ..training.teacher import Teacher, check_architectures, plain_unet, soup, styled_unet
+from ..training.tick import Tick
 from . import host_model
 from .teacher import TeacherInput
 from .weights import unet_weights
@@ -135,7 +136,7 @@ def dmm_parts(model, clip, vae) -> Checkpoint:
     return parts
 
 
-def interruptible(say: Say) -> Callable[[int, int, str], None]:
+def interruptible(say: Say) -> Tick:
     """A progress callback that also answers the host's cancel."""
 
     def tick(done: int, total: int, what: str) -> None:

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,6 +35,7 @@ from .optimizers import make_optimizer
 from .sharding import add_up, check_parallel, own, replicate, share, to_file, whole, without_sync
 from .student import new_student, parameter_groups, trained
 from .teacher import Teacher, check_architectures, check_predictions, check_schedules, check_text
+from .tick import Tick
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ class Distillation:
         old = set(self.guarded)
         return {"added": [teacher.name for i, teacher in enumerate(self.teachers) if i not in old]}
 
-    def last_word(self, tick: Callable[[int, int, str], None] | None = None) -> str:
+    def last_word(self, tick: Tick | None = None) -> str:
         """What a kind of run has to say about its finished student, in lines of text."""
         return ""
 

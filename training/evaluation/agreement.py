@@ -35,20 +35,13 @@ class Standing:
 
 
 @dataclass
-class Pairing:
+class Pairing(Standing):
     """table[i][j]: student in style i beside teacher j, from the same noise. own: the diagonal. other_seed: two pictures of the same
     teacher and prompt from other noise, which is what chance gives (towards 2). base[j]: of the base."""
 
-    names: list[str]
     table: list[list[float]]
-    own: list[Figure]
-    mean: Figure
     other_seed: list[float]
     base: list[float] | None
-
-    @property
-    def worst(self) -> int:
-        return max(range(len(self.names)), key=lambda i: self.own[i].value)
 
 
 def pair(latents: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
@@ -79,7 +72,7 @@ def pairing(
     own = own_pairs(names, student, teacher, weights)
     other = [pair(second[j], teacher[j], once).item() for j in range(n)]
     of_base = None if base is None else [pair(base, t, once).item() for t in teacher]
-    return Pairing(list(names), table, own.own, own.mean, other, of_base)
+    return Pairing(own.names, own.own, own.mean, table, other, of_base)
 
 
 def own_pairs(names: Sequence[str], latents: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor) -> Standing:
