@@ -14,9 +14,7 @@ from torch import Tensor
 from ...dmm_core.vae import load_vae
 from ...training.config import DataSpec, DistillConfig, load_config
 from ...training.data import Draw, hash_seed
-from ...training.dataset.rollout_paths import RolloutSettings
-from ...training.dataset.rollouts import build_rollouts
-from ...training.demo.bank import captioned_latents, demo_images
+from ...training.demo.bank import captioned_latents
 from ...training.demo.looks import BASE_LOOK, TEACHER_LOOKS
 from ...training.demo.tour import HELD_OUT_SEED
 from ...training.evaluation.agreement import eps_of
@@ -25,10 +23,13 @@ from ...training.loop import Distillation
 from ...training.losses import score_loss
 from ...training.teacher import Teacher
 from ...training.text import ClipText
+from .demo_rollouts import build_demo_rollouts
 
 ROOT = Path(__file__).parents[2]
 TWINS = ("ink", "pen")
 OUTLIER = "echo"
+PATHS = 160
+"""Paintings by each teacher, for rollouts."""
 LOOKS = 10
 """How often an arm is looked at until it has seen its samples."""
 
@@ -146,9 +147,12 @@ def train_arm(
         config.train, at_least = dataclasses.replace(config.train, steps=steps), 0.0
     clock = Clock(device)
     if ARMS[arm].get("data") == "rollouts":
+        # Made anew for every run, for its time counts; gone when this returns.
+        made = tempfile.TemporaryDirectory(prefix="dmm-rollouts-")
         clock.start()
-        config.data = DataSpec("cache", str(rollouts(config, seed)))
+        build_demo_rollouts(Path(made.name) / "cache", config, PATHS, seed)
         clock.stop()
+        config.data = DataSpec("cache", str(Path(made.name) / "cache"))
     loaded = load_run(config, device)
     if arm == "release":
         run = Release(loaded.base, loaded.teachers, loaded.data, loaded.config, device)
@@ -201,13 +205,3 @@ class Clock:
 
     def stop(self) -> None:
         self.seconds += self.now() - self._from
-
-
-def rollouts(config: DistillConfig, seed: int) -> Path:
-    """Made anew for every run, for its time counts."""
-    folder = Path(tempfile.mkdtemp(prefix="dmm-rollouts-")) / "cache"
-    _, captions = demo_images((BASE_LOOK, *TEACHER_LOOKS), config.data.count, config.data.seed)
-    teachers = {spec.name: spec.file for spec in config.teachers}
-    how = RolloutSettings(paths=160, cfg=4.0, batch_size=32, seed=seed)
-    build_rollouts(folder, config.base, teachers, sorted(set(captions)), how, config.parts_from)
-    return folder

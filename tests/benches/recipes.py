@@ -24,8 +24,6 @@ from ...dmm_core.unet import UNet, load_unet
 from ...dmm_core.vae import load_vae
 from ...training.config import DataSpec, DistillConfig, load_config
 from ...training.dataset.cache import build_image_cache
-from ...training.dataset.rollout_paths import RolloutSettings
-from ...training.dataset.rollouts import build_rollouts
 from ...training.demo.bank import captioned_latents, demo_images
 from ...training.demo.classifier import load_classifier
 from ...training.demo.judge import judge
@@ -37,6 +35,7 @@ from ...training.paint import Painter
 from ...training.report import eps_errors
 from ...training.teacher import Teacher, soup
 from ...training.text import ClipText
+from .demo_rollouts import build_demo_rollouts
 
 ROOT = Path(__file__).parents[2]
 ARMS = {
@@ -101,9 +100,9 @@ def one(arm: str, steps: int, seed: int) -> dict:
 def make_cache(kind: str, config: DistillConfig, paths: int | None) -> Path:
     """The demo's scenes as a folder of pictures, through ``dmm cache``; or their captions, painted by the teachers."""
     folder = ROOT / "out" / f"bench-{kind}{paths or ''}"
-    images, captions = demo_images((BASE_LOOK, *TEACHER_LOOKS), config.data.count, config.data.seed)
     started = time.monotonic()
     if kind == "images":
+        images, captions = demo_images((BASE_LOOK, *TEACHER_LOOKS), config.data.count, config.data.seed)
         pictures = folder.with_name("bench-pictures")
         pictures.mkdir(parents=True, exist_ok=True)
         for i, (image, caption) in enumerate(zip(images, captions)):
@@ -111,9 +110,7 @@ def make_cache(kind: str, config: DistillConfig, paths: int | None) -> Path:
             (pictures / f"{i:04d}.txt").write_text(caption, encoding="utf-8")
         build_image_cache(folder, pictures, config.base, parts_from=config.parts_from)
     else:
-        teachers = {spec.name: spec.file for spec in config.teachers}
-        settings = RolloutSettings(paths=paths, cfg=4.0, batch_size=32)
-        build_rollouts(folder, config.base, teachers, sorted(set(captions)), settings, config.parts_from)
+        build_demo_rollouts(folder, config, paths)
     print(f"{kind}: made in {time.monotonic() - started:.0f} s", flush=True)
     return folder
 

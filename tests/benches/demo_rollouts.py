@@ -1,0 +1,19 @@
+"""A rollout cache of the demo family, for benches: its captions, painted by its teachers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...training.config import DistillConfig
+from ...training.dataset.rollout_paths import RolloutSettings
+from ...training.dataset.rollouts import build_rollouts
+from ...training.demo.bank import demo_images
+from ...training.demo.looks import BASE_LOOK, TEACHER_LOOKS
+
+
+def build_demo_rollouts(folder: Path, config: DistillConfig, paths: int, seed: int = 0) -> None:
+    """``paths`` paintings by each of the config's teachers, of the captions of its scenes, into ``folder``."""
+    _, captions = demo_images((BASE_LOOK, *TEACHER_LOOKS), config.data.count, config.data.seed)
+    teachers = {spec.name: spec.file for spec in config.teachers}
+    settings = RolloutSettings(paths=paths, cfg=4.0, batch_size=32, seed=seed)
+    build_rollouts(folder, config.base, teachers, sorted(set(captions)), settings, config.parts_from)
