@@ -14,7 +14,8 @@ from comfyui_dmm.dmm_core.unet import UNet
 from comfyui_dmm.training.evaluation.evaluate import evaluate
 from comfyui_dmm.training.evaluation.features import FeatureNet
 from comfyui_dmm.training.evaluation.identify import identify
-from comfyui_dmm.training.evaluation.mixing import MixingCast, blended, caption_truth, judge_mixing, merged, wins
+from comfyui_dmm.training.evaluation.mixers import blended, merged
+from comfyui_dmm.training.evaluation.mixing import MixingCast, judge_mixing
 from comfyui_dmm.training.evaluation.mixing_figures import (
     KINDS,
     Seen,
@@ -25,6 +26,7 @@ from comfyui_dmm.training.evaluation.mixing_figures import (
     spearman,
     weights_of,
 )
+from comfyui_dmm.training.evaluation.mixing_judges import caption_truth, wins
 from comfyui_dmm.training.evaluation.mixing_report import COLOURS, figure_text, markdown, plots, write
 from comfyui_dmm.training.evaluation.report import as_json
 from comfyui_dmm.training.evaluation.studio import Member, Meter, Pictures, Studio

@@ -17,7 +17,6 @@ from torch import Tensor
 from ...dmm_core.style_value import NO_STYLE
 from ..dataset.buckets import size_multiple
 from ..hashing import tensor_sha256
-from ..teacher import check_architectures, check_schedules
 from ..tick import Tick
 from .agreement import (
     EpsAgreement,
@@ -37,7 +36,7 @@ from .features import FeatureNet
 from .identify import Confusion, Verdict, confusion, identify
 from .matrix import MANY_FEATURES, Distances, Sets, Yardstick
 from .settings import OF_FEATURES, EvaluationSettings
-from .studio import FEATURE_COST, Member, Meter, Pictures, Studio, painting_cost
+from .studio import FEATURE_COST, Member, Meter, Pictures, Studio, check_together, painting_cost
 
 
 @dataclass
@@ -73,16 +72,10 @@ class Cast:
                 f"no style of the student is called {', '.join(map(repr, unknown)) or '(no teacher was named)'}: its styles are "
                 f"{', '.join(self.styles) or 'none at all (a plain checkpoint)'}"
             )
-        if len(set(names)) < len(names):
-            raise ValueError(f"a teacher is named twice: {', '.join(names)}")
-        if len(self.prompts) < 2 or self.prompts[0]:
-            raise ValueError("no prompts to paint were given")
+        check_together(self.student, self.teachers, [m for one in self.compared for m, _ in one.painters], self.prompts)
         rows = ["student", *(one.name for one in self.compared)]
         if len(set(rows)) < len(rows):
             raise ValueError(f"two models to compare have one name: {', '.join(rows)}")
-        everyone = [*self.teachers, *(member for one in self.compared for member, _ in one.painters)]
-        check_architectures(self.student.config, [(member.name, member.config) for member in everyone])
-        check_schedules(self.student.zero_snr, [(member.name, member.zero_snr) for member in everyone])
         if self.features is not None and self.pictures is None:
             raise ValueError("features need a VAE that turns latents into pictures")
 
@@ -132,9 +125,8 @@ def evaluate(
 ) -> Evaluation:
     """Everything that ``settings.metrics`` names, of the student and of whoever else is compared. One UNet is on the device at a time.
 
-    folder: where finished parts are kept, so that the same call goes on after an interruption; None for nowhere. progress: see
-    ``studio.Tick``. Raises ValueError before anything is painted for settings
-    that make no sense, too few pictures for FID among them, and for models that do not belong together.
+    folder: where finished parts are kept, so that the same call goes on after an interruption; None for nowhere. Raises ValueError before
+    anything is painted for settings that make no sense, too few pictures for FID among them, and for models that do not belong together.
     """
     cast.check()
     settings.check(size_multiple(cast.student.config), cast.features)

@@ -13,24 +13,21 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...dmm_core.sampling import to_one_length
-from ...dmm_core.style import style_row
-from ...dmm_core.unet import UNet, load_unet
 from ..dataset.buckets import size_multiple
 from ..hashing import tensor_sha256, text_hash
-from ..teacher import Teacher, check_architectures, check_schedules, without_styles
+from ..teacher import Teacher
 from ..tick import Tick
 from .features import FeatureNet
 from .identify import identify
 from .matrix import Figure
+from .mixers import blended, both, check_mergeable, merged, with_mixed_predictions
 from .mixing_figures import (
     KINDS,
     Comparison,
@@ -43,8 +40,9 @@ from .mixing_figures import (
     mean_of,
     weights_of,
 )
+from .mixing_judges import answers_of, caption_truth, is_neither, looks_of, wins
 from .settings import EvaluationSettings
-from .studio import FEATURE_COST, Member, Meter, Pictures, Studio, painting_cost
+from .studio import FEATURE_COST, Member, Meter, Pictures, Studio, check_together, painting_cost
 
 BLEND, MERGE, PREDICTIONS = "blend", "merge", "predictions"
 PATHS = {BLEND: "DMM", MERGE: "weight merging", PREDICTIONS: "mixed predictions"}
@@ -95,18 +93,13 @@ class MixingCast:
                     f"{', '.join(self.styles) or 'none at all (a plain checkpoint)'}"
                 )
         names = [teacher.name for teacher in self.teachers]
-        if len(set(names)) < len(names):
-            raise ValueError(f"a teacher is named twice: {', '.join(names)}")
         lacking = sorted({name for pair in pairs for name in pair} - set(names))
         if MERGE in paths and lacking:
             raise ValueError(
                 f"weight merging needs the teachers of {', '.join(lacking)}: name their files, or leave '{MERGE}' out of the paths"
             )
-        if len(self.prompts) < 2 or self.prompts[0]:
-            raise ValueError("no prompts to paint were given")
+        check_together(self.student, self.teachers if MERGE in paths else (), (), self.prompts)
         if MERGE in paths:
-            check_architectures(self.student.config, [(member.name, member.config) for member in self.teachers])
-            check_schedules(self.student.zero_snr, [(member.name, member.zero_snr) for member in self.teachers])
             for pair in pairs:
                 check_mergeable(*(self.teachers[names.index(name)] for name in pair))
         if self.classifier is not None:
@@ -399,116 +392,3 @@ class _Run:
         if network is None:
             return {"name": "the student as its own classifier", "draws": self.s.own_draws}
         return {"name": network.name, "sha256": network.key}
-
-
-# --- mixing -----------------------------------------------------------------------------------------------------------
-
-
-def blended(student: Teacher, shares: Mapping[int, float]) -> Teacher:
-    """A DMM model that paints in a blend of its styles: shares of its codes."""
-    return dataclasses.replace(student, style=shares)
-
-
-def with_mixed_predictions(student: Teacher, shares: Mapping[int, float]) -> Teacher:
-    """A DMM model that predicts in each of these styles and mixes what it predicts."""
-    return dataclasses.replace(student, unet=MixedPredictions(student.unet, shares))
-
-
-class MixedPredictions(nn.Module):
-    """A DMM UNet asked once per style; seen from outside it has no styles. Its parameters are those of the UNet."""
-
-    def __init__(self, unet: UNet, shares: Mapping[int, float]):
-        super().__init__()
-        self.unet, self.shares = unet, dict(shares)
-        self.config = without_styles(unet.config)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
-
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None, style: None = None) -> Tensor:
-        """As of UNet, (B, C, h, w)."""
-        total = torch.zeros_like(x)
-        for index, share in self.shares.items():
-            row = style_row(self.unet.config.num_styles, index).to(x.device)
-            total += share * self.unet(x, t, context, y=y, style=row.expand(len(x), -1))
-        return total
-
-
-def merged(first: Teacher, second: Teacher, ratio: float, prompts: int, dtype: torch.dtype = torch.float32) -> Teacher:
-    """Two plain models as one: (1 - w) of the first's weights and w of the second's, computed in float32, and the same of their text
-    states of ``prompts`` prompts. As ComfyUI's ModelMergeSimple(first, second, 1 - w); its CLIPMergeSimple merges the encoders instead.
-
-    Raises ValueError for models that predict different things.
-    """
-    check_mergeable(first, second)
-    a, b = first.unet.state_dict(), second.unet.state_dict()
-    unet = load_unet(
-        {key: torch.lerp(a[key].float(), b[key].float(), ratio).to(dtype) for key in a}, dtype=None, copy=False
-    )
-    rows = torch.arange(prompts)
-    contexts = torch.lerp(*to_one_length(first.contexts[rows], second.contexts[rows]), ratio)
-    pooled = None if first.pooled is None else torch.lerp(first.pooled[rows], second.pooled[rows], ratio)
-    return dataclasses.replace(
-        first, name=f"{first.name} and {second.name}", unet=unet, contexts=contexts, pooled=pooled
-    )
-
-
-def check_mergeable(first: Member | Teacher, second: Member | Teacher) -> None:
-    if first.prediction != second.prediction:
-        raise ValueError(
-            f"'{first.name}' predicts {first.prediction} and '{second.name}' {second.prediction}: their weights cannot be merged"
-        )
-
-
-@contextmanager
-def both(first: Member, second: Member) -> Iterator[list[Callable[[], Teacher]]]:
-    """Inside, a function for each model that loads it at its first call; both are gone afterwards."""
-    loads = [functools.cache(member.open) for member in (first, second)]
-    try:
-        yield loads
-    finally:
-        for load in loads:
-            load.cache_clear()
-
-
-# --- judges -----------------------------------------------------------------------------------------------------------
-
-
-def looks_of(classifier: FeatureNet) -> list[str]:
-    """The styles that a feature network can name; none unless it is the demo classifier."""
-    return getattr(classifier.network, "classes", {}).get("look", [])
-
-
-def answers_of(classifier: FeatureNet, features: Tensor) -> dict[str, Tensor]:
-    """Its pooled features (n, size) -> question: (n, answers) logits float32 on the CPU."""
-    heads = classifier.network.heads
-    weight = next(heads.parameters())
-    return {question: head(features.to(weight)).float().cpu() for question, head in heads.items()}
-
-
-def caption_truth(caption: str, classifier: FeatureNet) -> list[tuple[str, int]] | None:
-    """(question, right answer) for the shape and the colour that a caption names; None when it names neither, or two of a kind."""
-    words = caption.lower().replace(",", " ").split()
-    found = []
-    for question in ("shape", "colour"):
-        answers = classifier.network.classes.get(question, [])
-        named = [k for k, answer in enumerate(answers) if answer in words]
-        if len(named) > 1:
-            return None
-        found += [(question, k) for k in named]
-    return found or None
-
-
-def wins(errors: Tensor, first: int, second: int) -> Tensor:
-    """(n, draws, candidates) -> (n,): share of the draws (t, eps) in which the second style explains a picture better than the first.
-
-    A sign, not a likelihood: how much an error of eps counts would need a temperature that nothing here says. A tie counts half.
-    """
-    a, b = errors[..., first], errors[..., second]
-    return ((a > b).float() + 0.5 * (a == b).float()).mean(1)
-
-
-def is_neither(answer: Tensor, first: int, second: int) -> Tensor:
-    """(n,) indices -> (n,) 1.0 where it is another."""
-    return ((answer != first) & (answer != second)).float()

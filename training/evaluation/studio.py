@@ -22,7 +22,7 @@ from ...dmm_core.unet import UNetConfig, load_unet
 from ..hashing import tensor_sha256, text_hash
 from ..paint_rows import paint_rows
 from ..parts import read_part, write_part
-from ..teacher import Rows, Teacher, check_text
+from ..teacher import Rows, Teacher, check_architectures, check_schedules, check_text
 from ..tick import Tick
 from .features import FeatureNet
 from .settings import SECOND_BATCH, EvaluationSettings
@@ -71,6 +71,21 @@ class Member:
         key = text_hash(teacher.weights_sha256, teacher.style, teacher.prediction, *texts)
         text = PromptStates(text_hash(*texts), teacher.contexts, teacher.pooled)
         return cls(teacher.name, key, lambda: teacher, teacher.unet.config, teacher.zero_snr, teacher.prediction, text)
+
+
+def check_together(
+    student: Member, teachers: Sequence[Member], others: Sequence[Member], prompts: Sequence[str]
+) -> None:
+    """Raises ValueError for a teacher that comes twice, for no prompts to paint (the first one is the empty one), and for models of
+    another architecture or noise schedule than the student's."""
+    names = [teacher.name for teacher in teachers]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a teacher is named twice: {', '.join(names)}")
+    if len(prompts) < 2 or prompts[0]:
+        raise ValueError("no prompts to paint were given")
+    everyone = [*teachers, *others]
+    check_architectures(student.config, [(member.name, member.config) for member in everyone])
+    check_schedules(student.zero_snr, [(member.name, member.zero_snr) for member in everyone])
 
 
 @dataclass
