@@ -1,6 +1,6 @@
 """Plain DMM against the options, on the demo family: equal samples, equal seconds, several seeds, one table.
 
-    make bench-merge                                                            (meant for half an hour on two CPU cores)
+    make bench-merge                                                              (24 minutes on two busy CPU cores, 2026-11-22)
     python -m comfyui_dmm.tests.benches.merge --arms all --judged all     (every option; several times as long)
     python -m comfyui_dmm.tests.benches.merge --arms all --steps 3000 --device cuda
     python -m comfyui_dmm.tests.benches.merge --tune plain,standard    (rates; put the best into merge_arms.RATES)
