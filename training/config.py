@@ -254,8 +254,8 @@ class DistillConfig:
     """A headless run: ``dmm distill --config FILE``. Paths in the file are relative to the file.
 
     For ``dmm add-teacher`` the base is a DMM model and the teachers are the new ones; for ``dmm forget`` it is one too, there are no
-    teachers, and ``forget`` names the styles that go. parts_from: a full checkpoint of the same family, whose VAE (and text encoder) the result gets where the base has none.
-    picture_every: steps between contact sheets of student and teachers in the run folder, 0 for none.
+    teachers, and ``forget`` names the styles that go. parts_from: a full checkpoint of the same family, whose VAE (and text encoder) the
+    result gets where the base has none. picture_every: steps between contact sheets of student and teachers in the run folder, 0 for none.
     """
 
     base: str

@@ -45,8 +45,8 @@ def eps_errors(
     seed: int = 1,
     rack: Rack | None = None,
 ) -> list[EpsErrors]:
-    """Compare on the same x_t, spread evenly over t, the first ``samples`` pictures of one size of ``data``; all models on one device, or the
-    teachers and the base where their ``rack`` has them.
+    """Compare on the same x_t, spread evenly over t, the first ``samples`` pictures of one size of ``data``; all models on one device,
+    or the teachers and the base where their ``rack`` has them.
 
     Everything is compared in the parameterisation of the model's output; teachers must share the base's.
     """

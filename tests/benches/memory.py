@@ -4,7 +4,8 @@
     python -m comfyui_dmm.tests.benches.memory --preset 24      (only the plans for 24 GB)
 
 With CUDA every plan is carried out, on a device that gives no more memory than the plan may use: four steps of the real trainer on
-random weights of the real sizes, which needs as much RAM as the table says. The column of activations, measured over estimated, is what ``training.memory.planner.plan`` takes as ``measured_peak``.
+random weights of the real sizes, which needs as much RAM as the table says. The column of activations, measured over estimated, is what
+``training.memory.planner.plan`` takes as ``measured_peak``.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The oracle is a twin: the same UNet without its style weights, loaded by the host alone, whose torch modules get the style that a
 rule, written down by hand, gives to each row of the batch: added to the time embedding, or for a style map normalised per style in
-every ResBlock and mixed per pixel. Regions are the host's own areas and masks there, and hints are cut by hand. A feature is a function that paints
-with either side, so it needs no oracle of its own: whatever it does to the twin, it must do to the pack's MODEL, at every call of
+every ResBlock and mixed per pixel. Regions are the host's own areas and masks there, and hints are cut by hand. A feature is a function
+that paints with either side, so it needs no oracle of its own: whatever it does to the twin, it must do to the pack's MODEL, at every call of
 the UNet and in as many forwards.
 
 Tolerance: 2e-4 of the largest output of each call, and of the painting (float32 sums in another order; seen: under 2e-5).

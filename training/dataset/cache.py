@@ -62,7 +62,8 @@ class CacheReport:
         ]
         if self.enlarged:
             lines.append(
-                f"{len(self.enlarged)} of them had to be made more than {ENLARGED:g} times larger: {first_few([repr(name) for name in self.enlarged])}"
+                f"{len(self.enlarged)} of them had to be made more than {ENLARGED:g} times larger: "
+                f"{first_few([repr(name) for name in self.enlarged])}"
             )
         if self.skipped:
             lines.append(f"{len(self.skipped)} problems, left out: {first_few(self.skipped)}")
