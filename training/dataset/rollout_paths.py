@@ -34,8 +34,8 @@ class RolloutSettings:
 
     paths: paintings by each teacher; base_share: share of all paintings that are the base's; states: kept of each painting;
     sizes: (width, height) in pixels, in turn, none for the model family's own; batch_size: paintings at a time, which changes the
-    states a little. steps, cfg, sampler, scheduler: as of the host's KSampler. "sgm_uniform" spaces timesteps evenly, so that they are as frequent
-    as when pictures are noised. precision: "fp32", "bf16" or "fp16", of the UNets.
+    states a little. steps, cfg, sampler, scheduler: as of the host's KSampler. "sgm_uniform" spaces timesteps evenly, so that they are
+    as frequent as when pictures are noised. precision: "fp32", "bf16" or "fp16", of the UNets.
     """
 
     paths: int = 400
