@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...dmm_core.unet import load_unet
 from ...dmm_core.vae import load_vae
 from ...training.config import DataSpec, DistillConfig, load_config
 from ...training.data import Draw, hash_seed
@@ -114,13 +115,10 @@ class HeldOut:
         return eps_of(teacher, self.x_t, self.t, self.rows, device).cpu()
 
     def answers(self, run: Distillation) -> list[Tensor]:
-        """The averaged student's, by style."""
-        with run.averaged() as student:
-            asked = Teacher("student", student, self.contexts)
-            out = [self.ask(dataclasses.replace(asked, style=i), run.device) for i in range(run.num_styles)]
-            for p in run.trained.values():  # a Teacher freezes what it holds
-                p.requires_grad_(True)
-        return out
+        """The averaged student's, by style, in float32 and with adapters folded in, as its file has them."""
+        student = load_unet(run.student_weights(), copy=False).to(run.device)
+        asked = Teacher("student", student, self.contexts)
+        return [self.ask(dataclasses.replace(asked, style=i), run.device) for i in range(run.num_styles)]
 
     def errors(self, answers: list[Tensor]) -> Tensor:
         """(N, N) mean eps error of the student in style i to teacher j."""
