@@ -49,6 +49,7 @@ ARMS = {
     "D low-rank": {"init": "soup", "trainable": "lora", "lora_rank": 8},
     "B adaptive": {"sampling": "adaptive"},
     "B adaptive, not corrected": {"sampling": "adaptive", "adaptive_correct": False},
+    "B v weights": {"loss_weight": "v"},
     "B x0 weights": {"loss_weight": "x0"},
     "A rollouts": {"data": "rollouts", "lambda_feat": 0.0, "lambda_adv": 0.0},
     "style rate x3": {"style_lr_scale": 3.0},
