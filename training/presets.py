@@ -1,8 +1,8 @@
 """Named starting points for ``TrainConfig``: what the node's preset fills in, and what ``preset:`` in a YAML config stands for.
 
 Learning rates are for SD-size models; the demo family's tiny ones want 2e-3. "draft" and "standard" hold what beat plain DMM there
-(docs/experiments.md), but for Muon, whose cost at SD size nobody has measured. "paper" is arXiv:2504.12364 as published: 32 million
-samples, a month of one A100.
+(docs/experiments.md), but for Muon, which at SD size costs as much as 7 more samples a step. "paper" is arXiv:2504.12364 as published:
+32 million samples, a month of one A100.
 """
 
 from __future__ import annotations
