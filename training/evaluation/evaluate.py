@@ -36,7 +36,7 @@ from .features import FeatureNet
 from .identify import Confusion, Verdict, confusion, identify
 from .matrix import MANY_FEATURES, Distances, Sets, Yardstick
 from .settings import OF_FEATURES, EvaluationSettings
-from .studio import FEATURE_COST, Member, Meter, Pictures, Studio, check_together, painting_cost
+from .studio import FEATURE_COST, Member, Meter, Pictures, Studio, check_invited, check_same_kind, painting_cost
 
 
 @dataclass
@@ -72,10 +72,11 @@ class Cast:
                 f"no style of the student is called {', '.join(map(repr, unknown)) or '(no teacher was named)'}: its styles are "
                 f"{', '.join(self.styles) or 'none at all (a plain checkpoint)'}"
             )
-        check_together(self.student, self.teachers, [m for one in self.compared for m, _ in one.painters], self.prompts)
+        check_invited(self.teachers, self.prompts)
         rows = ["student", *(one.name for one in self.compared)]
         if len(set(rows)) < len(rows):
             raise ValueError(f"two models to compare have one name: {', '.join(rows)}")
+        check_same_kind(self.student, [*self.teachers, *(m for one in self.compared for m, _ in one.painters)])
         if self.features is not None and self.pictures is None:
             raise ValueError("features need a VAE that turns latents into pictures")
 

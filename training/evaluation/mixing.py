@@ -42,7 +42,7 @@ from .mixing_figures import (
 )
 from .mixing_judges import answers_of, caption_truth, is_neither, looks_of, wins
 from .settings import EvaluationSettings
-from .studio import FEATURE_COST, Member, Meter, Pictures, Studio, check_together, painting_cost
+from .studio import FEATURE_COST, Member, Meter, Pictures, Studio, check_invited, check_same_kind, painting_cost
 
 BLEND, MERGE, PREDICTIONS = "blend", "merge", "predictions"
 PATHS = {BLEND: "DMM", MERGE: "weight merging", PREDICTIONS: "mixed predictions"}
@@ -92,14 +92,15 @@ class MixingCast:
                     f"'{':'.join(pair)}' is no pair of two styles of the student: they are "
                     f"{', '.join(self.styles) or 'none at all (a plain checkpoint)'}"
                 )
+        check_invited(self.teachers, self.prompts)
         names = [teacher.name for teacher in self.teachers]
         lacking = sorted({name for pair in pairs for name in pair} - set(names))
         if MERGE in paths and lacking:
             raise ValueError(
                 f"weight merging needs the teachers of {', '.join(lacking)}: name their files, or leave '{MERGE}' out of the paths"
             )
-        check_together(self.student, self.teachers if MERGE in paths else (), (), self.prompts)
         if MERGE in paths:
+            check_same_kind(self.student, self.teachers)
             for pair in pairs:
                 check_mergeable(*(self.teachers[names.index(name)] for name in pair))
         if self.classifier is not None:

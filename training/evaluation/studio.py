@@ -73,19 +73,19 @@ class Member:
         return cls(teacher.name, key, lambda: teacher, teacher.unet.config, teacher.zero_snr, teacher.prediction, text)
 
 
-def check_together(
-    student: Member, teachers: Sequence[Member], others: Sequence[Member], prompts: Sequence[str]
-) -> None:
-    """Raises ValueError for a teacher that comes twice, for no prompts to paint (the first one is the empty one), and for models of
-    another architecture or noise schedule than the student's."""
+def check_invited(teachers: Sequence[Member], prompts: Sequence[str]) -> None:
+    """Raises ValueError for a teacher that comes twice, and for no prompts to paint (the first one is the empty one)."""
     names = [teacher.name for teacher in teachers]
     if len(set(names)) < len(names):
         raise ValueError(f"a teacher is named twice: {', '.join(names)}")
     if len(prompts) < 2 or prompts[0]:
         raise ValueError("no prompts to paint were given")
-    everyone = [*teachers, *others]
-    check_architectures(student.config, [(member.name, member.config) for member in everyone])
-    check_schedules(student.zero_snr, [(member.name, member.zero_snr) for member in everyone])
+
+
+def check_same_kind(student: Member, others: Sequence[Member]) -> None:
+    """Raises ValueError for models of another architecture or noise schedule than the student's."""
+    check_architectures(student.config, [(member.name, member.config) for member in others])
+    check_schedules(student.zero_snr, [(member.name, member.zero_snr) for member in others])
 
 
 @dataclass
