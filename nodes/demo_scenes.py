@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..training.demo.bank import demo_images
-from ..training.demo.looks import BASE_LOOK, TEACHER_LOOKS
-from ..training.demo.scenes import SHAPES, control_hint, sample_scene
+from ..training.data.demo.latents import demo_images
+from ..training.data.demo.looks import BASE_LOOK, TEACHER_LOOKS
+from ..training.data.demo.scenes import SHAPES, control_hint, sample_scene
 
 
 class DMMDemoScenes(io.ComfyNode):

@@ -7,7 +7,16 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..training.config import INITS, LR_SCHEDULES, OPTIMIZERS, PRECISIONS, RESIDENCIES, SAMPLINGS, TRAINABLE, TrainConfig
+from ..training.config import (
+    INITS,
+    LR_SCHEDULES,
+    OPTIMIZERS,
+    PRECISIONS,
+    RESIDENCIES,
+    SAMPLINGS,
+    TRAINABLE,
+    TrainConfig,
+)
 from ..training.presets import PRESETS, preset
 
 DEFAULTS = TrainConfig(

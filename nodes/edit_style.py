@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..training.thumbnails import thumbnail_uri
+from ..training.paint.thumbnails import thumbnail_uri
 from .host_model import with_edited_style
 
 

@@ -16,15 +16,15 @@ from comfy_api.latest import io, ui
 from ..dmm_core.unet import UNetConfig
 from ..dmm_core.vae import latent_scale
 from ..training.config import check_names
-from ..training.dataset.image_folder import clean_caption
+from ..training.data.image_folder import clean_caption
 from ..training.evaluation.baselines import BASELINES, RANK, Comparison, make_baselines, obstacles
 from ..training.evaluation.evaluate import Cast, evaluate
 from ..training.evaluation.features import DEMO_FILE, FeatureNet, load_features
 from ..training.evaluation.report import markdown, sheet, write
 from ..training.evaluation.settings import METRICS, OF_FEATURES, EvaluationSettings
 from ..training.evaluation.studio import Member, Pictures
-from ..training.hashing import text_hash, weights_hash
-from ..training.teacher import Teacher, plain_unet
+from ..training.files.hashing import text_hash, weights_hash
+from ..training.teachers.teacher import Teacher, plain_unet
 from . import host_model
 from .preview import send_text
 from .teacher import TeacherInput

@@ -26,7 +26,7 @@ from ..dmm_core.metadata import StyleInfo
 from ..dmm_core.style import CODEBOOK, StyleMLP
 from ..dmm_core.style_value import NO_STYLE, Style, check_new_name, find_style, style_rows, vocabulary
 from ..dmm_core.vae import vae_config_from_state_dict
-from ..training.model_files import load_any
+from ..training.files.model_files import load_any
 from ..training.text import SIZE_FEATURES
 from . import region_patch, style_patch
 

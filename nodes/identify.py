@@ -10,11 +10,11 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..dmm_core.style_value import Mix, PerItem
-from ..training.dataset.buckets import fit
+from ..training.data.buckets import fit
 from ..training.evaluation.identify import identify, judged_size
 from ..training.evaluation.settings import usual_dtype
 from ..training.evaluation.studio import placed
-from ..training.teacher import styled_unet
+from ..training.teachers.teacher import styled_unet
 from . import host_model
 from .style_types import StyleType
 from .training_inputs import frozen_base

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..training.model_files import change_stamp
+from ..training.files.model_files import change_stamp
 from . import host_model, paths
 
 

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 
 import folder_paths
 
-from ..training.model_files import UNET_FILE
+from ..training.files.model_files import UNET_FILE
 
 FOLDER = "dmm"
 DIFFUSERS = "diffusers"

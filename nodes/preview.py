@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from ..dmm_core.vae import latent_scale
-from ..training.loop import Distillation, Metrics
-from ..training.watch.pictures import Decoder
-from ..training.watch.progress import Progress
+from ..training.loop.trainer import Distillation, Metrics
+from ..training.run.watch.pictures import Decoder
+from ..training.run.watch.progress import Progress
 
 LARGEST = 1024
 """Pixels of the longer side of what is sent to the browser."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from ..training.model_files import load_any_info
+from ..training.files.model_files import load_any_info
 from . import paths
 
 

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..dmm_core.style_value import NO_STYLE, Blend, Mix, PerItem, Style, parse_style
-from ..training.images import grid
+from ..training.paint.images import grid
 from .host_model import model_info, styled
 from .style_types import StyleType
 

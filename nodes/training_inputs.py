@@ -13,12 +13,12 @@ from torch import Tensor
 from ..dmm_core.checkpoint import Checkpoint
 from ..dmm_core.unet import UNet, load_unet
 from ..training.config import AttackConfig, TrainConfig, check_names
-from ..training.data import CaptionedLatents
-from ..training.forget import Forgetting, named
-from ..training.loop import Distillation
+from ..training.data.batches import CaptionedLatents
+from ..training.loop.forget import Forgetting, named
+from ..training.loop.trainer import Distillation
 from ..training.memory.fitting import fitted
-from ..training.teacher import Teacher, check_architectures, plain_unet, soup, styled_unet
-from ..training.tick import Tick
+from ..training.progress import Tick
+from ..training.teachers.teacher import Teacher, check_architectures, plain_unet, soup, styled_unet
 from . import host_model
 from .teacher import TeacherInput
 from .weights import unet_weights

@@ -7,8 +7,8 @@ import contextlib
 from collections.abc import Iterator
 
 from ..training.presets import PRESETS
-from ..training.watch.controls import Controls
-from ..training.watch.progress import Progress
+from ..training.run.watch.controls import Controls
+from ..training.run.watch.progress import Progress
 from .distill_settings import preset_inputs
 
 _running: dict[str, tuple[Controls, Progress]] = {}

@@ -19,13 +19,13 @@ from comfy_api.latest import io, ui
 
 from ..dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ..training.config import TrainConfig, check_names
-from ..training.distill import student_checkpoint, train
-from ..training.loop import Distillation
-from ..training.report import eps_errors, format_table
-from ..training.state import identity
-from ..training.watch.controls import Controls, StopAndSave
-from ..training.watch.progress import Progress
-from ..training.watch.watch import Watch
+from ..training.loop.eps_table import eps_errors, format_table
+from ..training.loop.trainer import Distillation
+from ..training.run.distill import student_checkpoint, train
+from ..training.run.state import identity
+from ..training.run.watch.controls import Controls, StopAndSave
+from ..training.run.watch.progress import Progress
+from ..training.run.watch.watch import Watch
 from . import host_model, paths, training_inputs, training_routes
 from .distill_settings import train_config
 from .preview import Screen, host_decoder, send_text

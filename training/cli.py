@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import convert_command
-from .dataset import cache_commands
-from .dataset.cache_commands import ProgressBar as PartsBar
-from .distributed import AgreedError, LostProcess, Ranks, joined, launched, own_device
-from .evaluation import command as evaluation_command
-from .evaluation import mixing_command
-from .watch.controls import StopAndSave, signals
-from .watch.progress import Progress
+from .commands import cache as cache_commands
+from .commands import convert as convert_command
+from .commands import evaluate as evaluation_command
+from .commands import mixing as mixing_command
+from .commands.cache import ProgressBar as PartsBar
+from .parallel.ranks import AgreedError, LostProcess, Ranks, joined, launched, own_device
+from .run.watch.controls import StopAndSave, signals
+from .run.watch.progress import Progress
 
 MODELS = str(Path(__file__).parents[1] / "models")
 
@@ -160,7 +160,7 @@ class Bar:
 def watched(picture_every: int = 0, ranks: Ranks | None = None):
     """A Watch with progress bars, whose run can be asked for things by signals (see ``controls.signals``). Of several processes the
     first one has bars."""
-    from .watch.watch import Watch
+    from .run.watch.watch import Watch
 
     watch = Watch(picture_every=picture_every)
     if not ranks or ranks.is_main:
@@ -172,9 +172,9 @@ def watched(picture_every: int = 0, ranks: Ranks | None = None):
 
 def run_distill(args) -> None:
     from .config import load_config
-    from .distill import distill, pick_device
-    from .load import load_run
-    from .sharding import check_parallel
+    from .parallel.sharding import check_parallel
+    from .run.distill import distill, pick_device
+    from .run.load import load_run
 
     config = load_config(args.config)
     if bool(config.forget) != (args.grown == "forget"):
@@ -213,10 +213,10 @@ def memory(text: str) -> float | str:
 
 def run_sample(args) -> None:
     from ..dmm_core.style_value import Strength
-    from .dataset.buckets import default_resolution
-    from .images import grid
-    from .model_files import load_any
-    from .paint import Settings, painter
+    from .data.buckets import default_resolution
+    from .files.model_files import load_any
+    from .paint.images import grid
+    from .paint.painter import Settings, painter
 
     companion = load_any(args.parts_from) if args.parts_from else None
     brush = painter(load_any(args.checkpoint), companion)
@@ -233,7 +233,7 @@ def run_sample(args) -> None:
 
 
 def run_info(args) -> None:
-    from .info import describe
+    from .files.describe import describe
 
     print(describe(args.checkpoint))
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...training.config import DistillConfig
-from ...training.dataset.rollout_paths import RolloutSettings
-from ...training.dataset.rollouts import build_rollouts
-from ...training.demo.bank import demo_images
-from ...training.demo.looks import BASE_LOOK, TEACHER_LOOKS
+from ...training.data.demo.latents import demo_images
+from ...training.data.demo.looks import BASE_LOOK, TEACHER_LOOKS
+from ...training.data.rollout_paths import RolloutSettings
+from ...training.data.rollouts import build_rollouts
 
 
 def build_demo_rollouts(folder: Path, config: DistillConfig, paths: int, seed: int = 0) -> None:

@@ -26,17 +26,17 @@ from ...dmm_core.files import atomic_write
 from ...dmm_core.metadata import StyleInfo
 from ...dmm_core.unet import load_unet
 from ...dmm_core.vae import load_vae
-from ...training.codes import recover
 from ...training.config import AttackConfig, load_config
-from ...training.demo.bank import captioned_latents
-from ...training.demo.looks import BASE_LOOK, TEACHER_LOOKS
+from ...training.data.demo.latents import captioned_latents
+from ...training.data.demo.looks import BASE_LOOK, TEACHER_LOOKS
 from ...training.demo.tour import HELD_OUT_SEED
-from ...training.distill import train
-from ...training.forget import Forgetting
-from ...training.load import load_run
-from ...training.loop import Distillation
-from ...training.report import eps_errors
-from ...training.teacher import Teacher
+from ...training.loop.codes import recover
+from ...training.loop.eps_table import eps_errors
+from ...training.loop.forget import Forgetting
+from ...training.loop.trainer import Distillation
+from ...training.run.distill import train
+from ...training.run.load import load_run
+from ...training.teachers.teacher import Teacher
 from ...training.text import ClipText
 
 ROOT = Path(__file__).parents[2]

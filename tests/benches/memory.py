@@ -18,11 +18,11 @@ import torch
 
 from ...dmm_core.unet import UNet, UNetConfig
 from ...training.config import TrainConfig
-from ...training.data import CaptionedLatents
-from ...training.loop import Distillation
+from ...training.data.batches import CaptionedLatents
+from ...training.loop.trainer import Distillation
 from ...training.memory.footprint import CAPTION_TOKENS, DTYPES
 from ...training.memory.planner import GB, Plan, Want, plan
-from ...training.teacher import Teacher
+from ...training.teachers.teacher import Teacher
 
 STEPS = 4
 SD15 = UNetConfig()

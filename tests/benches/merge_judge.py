@@ -11,15 +11,15 @@ from torch import Tensor
 
 from ...dmm_core.unet import load_unet
 from ...dmm_core.vae import latent_scale, load_vae
+from ...training.commands.evaluation_inputs import demo_prompts
 from ...training.config import load_config
 from ...training.evaluation.evaluate import Cast, evaluate
 from ...training.evaluation.features import DEMO_FILE, load_features
-from ...training.evaluation.from_files import demo_prompts
 from ...training.evaluation.settings import EvaluationSettings
 from ...training.evaluation.studio import Member, Pictures
-from ...training.hashing import weights_hash
-from ...training.load import load_run
-from ...training.teacher import Teacher
+from ...training.files.hashing import weights_hash
+from ...training.run.load import load_run
+from ...training.teachers.teacher import Teacher
 from ...training.text import ClipText
 
 ROOT = Path(__file__).parents[2]

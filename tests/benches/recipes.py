@@ -23,17 +23,17 @@ from PIL import Image
 from ...dmm_core.unet import UNet, load_unet
 from ...dmm_core.vae import load_vae
 from ...training.config import DataSpec, DistillConfig, load_config
-from ...training.dataset.cache import build_image_cache
-from ...training.demo.bank import captioned_latents, demo_images
+from ...training.data.cache import build_image_cache
+from ...training.data.demo.latents import captioned_latents, demo_images
+from ...training.data.demo.looks import BASE_LOOK, TEACHER_LOOKS
 from ...training.demo.classifier import load_classifier
 from ...training.demo.judge import judge
-from ...training.demo.looks import BASE_LOOK, TEACHER_LOOKS
 from ...training.demo.tour import HELD_OUT_SEED
-from ...training.distill import train
-from ...training.load import load_run
-from ...training.paint import Painter
-from ...training.report import eps_errors
-from ...training.teacher import Teacher, soup
+from ...training.loop.eps_table import eps_errors
+from ...training.paint.painter import Painter
+from ...training.run.distill import train
+from ...training.run.load import load_run
+from ...training.teachers.teacher import Teacher, soup
 from ...training.text import ClipText
 from .demo_rollouts import build_demo_rollouts
 

@@ -25,7 +25,7 @@ from comfyui_dmm.dmm_core.files import atomic_write, file_sha256
 from comfyui_dmm.dmm_core.metadata import LONGEST, StyleInfo
 from comfyui_dmm.dmm_core.unet import UNet, UNetConfig, load_unet
 from comfyui_dmm.dmm_core.vocabulary import IDS, NUM_TOKENS, TABLE, compact_vocabulary, expand_vocabulary
-from comfyui_dmm.training.info import describe
+from comfyui_dmm.training.files.describe import describe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open

@@ -11,9 +11,9 @@ from comfyui_dmm.dmm_core.unet import UNetConfig
 from comfyui_dmm.dmm_core.vae import AutoencoderKL, VAEConfig
 from comfyui_dmm.training.cli import main
 from comfyui_dmm.training.config import TrainConfig
-from comfyui_dmm.training.demo.bank import demo_images
-from comfyui_dmm.training.demo.looks import BASE_LOOK
-from comfyui_dmm.training.paint import Settings, painter
+from comfyui_dmm.training.data.demo.latents import demo_images
+from comfyui_dmm.training.data.demo.looks import BASE_LOOK
+from comfyui_dmm.training.paint.painter import Settings, painter
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor

@@ -28,9 +28,8 @@ def pytest_collection_modifyitems(items):
 def host(tmp_path_factory):
     """The host's ``comfy`` package in this process, on the CPU, with an empty base folder (``host_folder``)."""
     sys.path.insert(0, str(HOST))
-    from comfy.cli_args import args
-
     import utils  # noqa: F401  (as main.py does first: comfy/utils.py may be found under this name later)
+    from comfy.cli_args import args
 
     args.cpu = True
     args.base_directory = str(tmp_path_factory.mktemp("base"))

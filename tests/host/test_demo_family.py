@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from comfyui_dmm.dmm_core.checkpoint import load_checkpoint
+from comfyui_dmm.training.data.demo.looks import LORA_LOOK
+from comfyui_dmm.training.data.demo.scenes import Scene, control_hint
 from comfyui_dmm.training.demo.classifier import classify, load_classifier
-from comfyui_dmm.training.demo.looks import LORA_LOOK
-from comfyui_dmm.training.demo.scenes import Scene, control_hint
-from comfyui_dmm.training.paint import Settings, painter
+from comfyui_dmm.training.paint.painter import Settings, painter
 from PIL import Image
 
 MODELS = Path(__file__).parents[2] / "models"

@@ -11,7 +11,7 @@ import torch
 import websocket
 from comfyui_dmm.dmm_core.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from comfyui_dmm.dmm_core.unet import UNetConfig
-from comfyui_dmm.training.state import states
+from comfyui_dmm.training.run.state import states
 
 from .families import DEMO, checkpoint_of, random_unet
 from .server import NodeError

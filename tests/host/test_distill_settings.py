@@ -6,7 +6,7 @@ import pytest
 import requests
 from comfyui_dmm.dmm_core.checkpoint import load_checkpoint
 from comfyui_dmm.training.presets import PRESETS
-from comfyui_dmm.training.state import BEST
+from comfyui_dmm.training.run.state import BEST
 from PIL import Image
 
 from .test_distill_host import files, graph, queue, saved  # noqa: F401  (a fixture)

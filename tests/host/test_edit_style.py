@@ -9,7 +9,7 @@ import torch
 from comfyui_dmm.dmm_core.checkpoint import load_checkpoint, save_checkpoint
 from comfyui_dmm.dmm_core.metadata import LONGEST, StyleInfo
 from comfyui_dmm.dmm_core.style_value import Blend, Mix, parse_style
-from comfyui_dmm.training.thumbnails import SIDE, thumbnail_uri
+from comfyui_dmm.training.paint.thumbnails import SIDE, thumbnail_uri
 from PIL import Image
 
 from .families import DEMO, NAMES, checkpoint_of, random_unet

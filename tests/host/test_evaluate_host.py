@@ -11,7 +11,7 @@ from comfyui_dmm.dmm_core.checkpoint import load_checkpoint, save_checkpoint
 from comfyui_dmm.training.cli import main
 from comfyui_dmm.training.evaluation.baselines import make_baselines
 from comfyui_dmm.training.evaluation.studio import Member
-from comfyui_dmm.training.teacher import Teacher
+from comfyui_dmm.training.teachers.teacher import Teacher
 
 from .families import DEMO, NAMES, SMALL_SDXL, checkpoint_of, random_unet
 from .server import NodeError

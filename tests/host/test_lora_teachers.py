@@ -11,8 +11,8 @@ import pytest
 import torch
 from comfyui_dmm.dmm_core.checkpoint import save_checkpoint
 from comfyui_dmm.training.config import LoraSpec
-from comfyui_dmm.training.lora_files import apply_loras
-from comfyui_dmm.training.teacher import plain_unet
+from comfyui_dmm.training.teachers.lora_files import apply_loras
+from comfyui_dmm.training.teachers.teacher import plain_unet
 from comfyui_dmm.training.text import ClipText
 from safetensors.torch import load_file
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from comfyui_dmm.dmm_core.checkpoint import load_checkpoint
 from comfyui_dmm.dmm_core.unet import load_unet
-from comfyui_dmm.training.evaluation.mixers import merged
-from comfyui_dmm.training.teacher import Teacher
+from comfyui_dmm.training.evaluation.mixing.mixers import merged
+from comfyui_dmm.training.teachers.teacher import Teacher
 
 MODELS = Path(__file__).parents[2] / "models" / "dmm"
 

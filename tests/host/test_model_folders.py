@@ -9,7 +9,7 @@ import pytest
 import requests
 import torch
 from comfyui_dmm.dmm_core.checkpoint import save_checkpoint
-from comfyui_dmm.training.convert import convert
+from comfyui_dmm.training.files.convert import convert
 
 from .families import DEMO, NAMES, SD15, SD20, SDXL, SMALL_SDXL, checkpoint_of, random_unet
 from .test_files import assert_same, load

@@ -9,8 +9,8 @@ import pytest
 import requests
 import torch
 from comfyui_dmm.dmm_core.checkpoint import load_checkpoint, save_checkpoint
-from comfyui_dmm.training.state import states
-from comfyui_dmm.training.watch.journal import read_log
+from comfyui_dmm.training.run.state import states
+from comfyui_dmm.training.run.watch.journal import read_log
 from PIL import Image
 
 from .families import checkpoint_of, random_unet
@@ -218,7 +218,7 @@ def node(host, models, monkeypatch):
 
 
 def at_step(monkeypatch, step, act):
-    from comfyui_dmm.training.loop import Distillation
+    from comfyui_dmm.training.loop.trainer import Distillation
 
     whole = Distillation.train_step
 

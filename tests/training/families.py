@@ -3,10 +3,10 @@
 import torch
 from comfyui_dmm.dmm_core.unet import UNet, UNetConfig
 from comfyui_dmm.training.config import TrainConfig
-from comfyui_dmm.training.data import CaptionedLatents
-from comfyui_dmm.training.distributed import Ranks
-from comfyui_dmm.training.loop import Distillation
-from comfyui_dmm.training.teacher import Teacher
+from comfyui_dmm.training.data.batches import CaptionedLatents
+from comfyui_dmm.training.loop.trainer import Distillation
+from comfyui_dmm.training.parallel.ranks import Ranks
+from comfyui_dmm.training.teachers.teacher import Teacher
 
 SIZES = 6 * 256
 """Width of SDXL's size conditioning, which follows the pooled text in y."""

@@ -14,7 +14,7 @@ PATIENCE = 120
 
 def worker(rank: int, tasks, answers) -> None:
     import torch
-    from comfyui_dmm.training.distributed import Ranks, joined
+    from comfyui_dmm.training.parallel.ranks import Ranks, joined
 
     torch.set_num_threads(1)
     while (task := tasks.get()) is not None:

@@ -25,13 +25,13 @@ from comfyui_dmm.dmm_core.metadata import StyleInfo
 from comfyui_dmm.dmm_core.unet import UNet, UNetConfig, load_unet
 from comfyui_dmm.dmm_core.vocabulary import NUM_TOKENS, TABLE
 from comfyui_dmm.training.config import LoraSpec
-from comfyui_dmm.training.convert import convert
-from comfyui_dmm.training.data import load_latents
-from comfyui_dmm.training.dataset.shards import read_manifest
-from comfyui_dmm.training.info import describe
-from comfyui_dmm.training.lora_files import apply_loras
-from comfyui_dmm.training.model_files import load_any, load_any_info, model_sha256
-from comfyui_dmm.training.style_file import is_style_file, read_style_file, recombine
+from comfyui_dmm.training.data.batches import load_latents
+from comfyui_dmm.training.data.shards import read_manifest
+from comfyui_dmm.training.files.convert import convert
+from comfyui_dmm.training.files.describe import describe
+from comfyui_dmm.training.files.model_files import load_any, load_any_info, model_sha256
+from comfyui_dmm.training.files.style_file import is_style_file, read_style_file, recombine
+from comfyui_dmm.training.teachers.lora_files import apply_loras
 from safetensors.torch import save_file
 
 SECONDS = 20

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import torch
-from comfyui_dmm.training.distill import train
-from comfyui_dmm.training.synthesis import painted_by_teachers
-from comfyui_dmm.training.validation import validation_error
-from comfyui_dmm.training.watch.controls import StopAndSave
-from comfyui_dmm.training.watch.watch import Watch
+from comfyui_dmm.training.run.distill import train
+from comfyui_dmm.training.run.synthesis import painted_by_teachers
+from comfyui_dmm.training.run.validation import validation_error
+from comfyui_dmm.training.run.watch.controls import StopAndSave
+from comfyui_dmm.training.run.watch.watch import Watch
 
 from .families import small_run
 
@@ -121,7 +121,7 @@ def talk(ranks) -> dict:
 
 def ask(ranks, requests: dict[int, list[str]]) -> dict:
     """One look at the controls after these requests, by rank: what was done, and whether the run stops or waits."""
-    from comfyui_dmm.training.watch.controls import Controls
+    from comfyui_dmm.training.run.watch.controls import Controls
 
     controls, done = Controls(), []
     for action in requests.get(ranks.rank, []):
@@ -137,8 +137,8 @@ def ask(ranks, requests: dict[int, list[str]]) -> dict:
 def load_and_train(ranks, config: str) -> dict:
     """A run from its files: 3 steps, which teachers were read, and the run's identity."""
     from comfyui_dmm.training.config import load_config
-    from comfyui_dmm.training.load import load_run
-    from comfyui_dmm.training.state import identity
+    from comfyui_dmm.training.run.load import load_run
+    from comfyui_dmm.training.run.state import identity
 
     with ranks.together():
         loaded = load_run(load_config(config), torch.device("cpu"), ranks=ranks)
@@ -153,8 +153,8 @@ def grow(ranks, forget: bool, **settings) -> dict:
 
     from comfyui_dmm.dmm_core.metadata import StyleInfo
     from comfyui_dmm.training.config import AttackConfig, TrainConfig
-    from comfyui_dmm.training.forget import Forgetting
-    from comfyui_dmm.training.loop import Distillation
+    from comfyui_dmm.training.loop.forget import Forgetting
+    from comfyui_dmm.training.loop.trainer import Distillation
 
     from .families import small_teacher
     from .test_grow import DATA, old_model

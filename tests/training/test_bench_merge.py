@@ -12,7 +12,7 @@ from comfyui_dmm.dmm_core.unet import load_unet
 from comfyui_dmm.tests.benches.merge import at_seconds, row, samples_to, table
 from comfyui_dmm.tests.benches.merge_arms import ARMS, HeldOut, Release, settings
 from comfyui_dmm.training.config import TrainConfig
-from comfyui_dmm.training.loop import Distillation
+from comfyui_dmm.training.loop.trainer import Distillation
 
 from .families import small_data, small_teacher
 

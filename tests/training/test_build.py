@@ -10,9 +10,9 @@ import pytest
 import torch
 from comfyui_dmm.dmm_core.checkpoint import load_checkpoint
 from comfyui_dmm.dmm_core.unet import load_unet
+from comfyui_dmm.training.data.demo.looks import TEACHER_LOOKS
 from comfyui_dmm.training.demo.build import build_parts
 from comfyui_dmm.training.demo.judge import audit
-from comfyui_dmm.training.demo.looks import TEACHER_LOOKS
 from comfyui_dmm.training.demo.ship import SHIPPED, publish
 from comfyui_dmm.training.demo.stages import STAGES, TINY
 from safetensors.torch import load_file

@@ -20,12 +20,12 @@ from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.dmm_core.unet import UNet
 from comfyui_dmm.dmm_core.vae import SCALE_SD, AutoencoderKL, VAEConfig, load_vae
 from comfyui_dmm.training.cli import MODELS
-from comfyui_dmm.training.data import Draw
-from comfyui_dmm.training.dataset import cache, cached_text, shards
-from comfyui_dmm.training.dataset.buckets import bucket_sizes, choose_bucket, fit, size_multiple
-from comfyui_dmm.training.dataset.cache import ENLARGED, add_text, build_image_cache, open_image_cache
-from comfyui_dmm.training.dataset.cache_commands import ProgressBar, add_parsers
-from comfyui_dmm.training.dataset.image_folder import (
+from comfyui_dmm.training.commands.cache import ProgressBar, add_parsers
+from comfyui_dmm.training.data import cache, cached_text, shards
+from comfyui_dmm.training.data.batches import Draw
+from comfyui_dmm.training.data.buckets import bucket_sizes, choose_bucket, fit, size_multiple
+from comfyui_dmm.training.data.cache import ENLARGED, add_text, build_image_cache, open_image_cache
+from comfyui_dmm.training.data.image_folder import (
     Problem,
     ahead,
     decode,
@@ -34,9 +34,9 @@ from comfyui_dmm.training.dataset.image_folder import (
     read_captions,
     survey,
 )
-from comfyui_dmm.training.dataset.open_cache import open_cache
-from comfyui_dmm.training.dataset.shards import MANIFEST
-from comfyui_dmm.training.hashing import weights_hash
+from comfyui_dmm.training.data.open_cache import open_cache
+from comfyui_dmm.training.data.shards import MANIFEST
+from comfyui_dmm.training.files.hashing import weights_hash
 from comfyui_dmm.training.text import ClipText, init_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -131,8 +131,8 @@ def choose(path):
 
 def test_the_cache_of_demo_scenes_trains(tmp_path):
     """The shipped family end to end: rendered scenes -> cache -> batches, against the demo's own way to the same latents."""
-    from comfyui_dmm.training.demo.bank import captioned_latents, demo_images
-    from comfyui_dmm.training.demo.looks import BASE_LOOK, TEACHER_LOOKS
+    from comfyui_dmm.training.data.demo.latents import captioned_latents, demo_images
+    from comfyui_dmm.training.data.demo.looks import BASE_LOOK, TEACHER_LOOKS
 
     looks = (BASE_LOOK, *TEACHER_LOOKS)
     images, captions = demo_images(looks, 6, 3)

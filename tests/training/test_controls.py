@@ -7,10 +7,10 @@ import time
 
 import pytest
 import torch
-from comfyui_dmm.training.distill import train
-from comfyui_dmm.training.state import states
-from comfyui_dmm.training.watch.controls import ACTIONS, Controls, StopAndSave, signals
-from comfyui_dmm.training.watch.watch import Watch
+from comfyui_dmm.training.run.distill import train
+from comfyui_dmm.training.run.state import states
+from comfyui_dmm.training.run.watch.controls import ACTIONS, Controls, StopAndSave, signals
+from comfyui_dmm.training.run.watch.watch import Watch
 
 from .families import small_run
 

@@ -13,9 +13,9 @@ from comfyui_dmm.dmm_core.checkpoint import Checkpoint, load_checkpoint, save_ch
 from comfyui_dmm.dmm_core.diffusers_layout import unet_to_diffusers
 from comfyui_dmm.dmm_core.metadata import StyleInfo
 from comfyui_dmm.dmm_core.unet import UNet
-from comfyui_dmm.training.convert import convert
-from comfyui_dmm.training.convert_command import add_parser
-from comfyui_dmm.training.model_files import CONFIG, WEIGHTS, load_any
+from comfyui_dmm.training.commands.convert import add_parser
+from comfyui_dmm.training.files.convert import convert
+from comfyui_dmm.training.files.model_files import CONFIG, WEIGHTS, load_any
 from comfyui_dmm.training.text import ClipText
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

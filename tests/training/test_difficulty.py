@@ -8,12 +8,12 @@ import pytest
 import torch
 from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.training.config import TrainConfig
-from comfyui_dmm.training.data import CaptionedLatents, Draw
-from comfyui_dmm.training.difficulty import BINS, MEMORY, Difficulty
-from comfyui_dmm.training.distill import train
-from comfyui_dmm.training.losses import timestep_weights
-from comfyui_dmm.training.state import identity, resume
-from comfyui_dmm.training.watch.watch import Watch
+from comfyui_dmm.training.data.batches import CaptionedLatents, Draw
+from comfyui_dmm.training.data.difficulty import BINS, MEMORY, Difficulty
+from comfyui_dmm.training.loop.losses import timestep_weights
+from comfyui_dmm.training.run.distill import train
+from comfyui_dmm.training.run.state import identity, resume
+from comfyui_dmm.training.run.watch.watch import Watch
 
 from .families import small_data, small_run
 from .test_forget import forgetting

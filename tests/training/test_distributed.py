@@ -21,11 +21,11 @@ import yaml
 from comfyui_dmm.dmm_core.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from comfyui_dmm.training.cli import main
 from comfyui_dmm.training.config import TrainConfig
-from comfyui_dmm.training.data import Batch
-from comfyui_dmm.training.distributed import Ranks, launched, own_device
+from comfyui_dmm.training.data.batches import Batch
 from comfyui_dmm.training.memory.fitting import begun_with, fitted
 from comfyui_dmm.training.memory.planner import GB, Want, plan
-from comfyui_dmm.training.state import read_state, states
+from comfyui_dmm.training.parallel.ranks import Ranks, launched, own_device
+from comfyui_dmm.training.run.state import read_state, states
 from safetensors.torch import save_file
 
 from . import pieces

@@ -19,7 +19,7 @@ from comfyui_dmm.training.evaluation.identify import Verdict, identify
 from comfyui_dmm.training.evaluation.report import as_json, markdown, write
 from comfyui_dmm.training.evaluation.settings import SECOND_BATCH, EvaluationSettings
 from comfyui_dmm.training.evaluation.studio import Member, Meter, Pictures, Studio
-from comfyui_dmm.training.teacher import Teacher
+from comfyui_dmm.training.teachers.teacher import Teacher
 from PIL import Image
 from torch import nn
 

@@ -30,8 +30,8 @@ from comfyui_dmm.training.evaluation.merges import adapter_size, chain_shares, l
 from comfyui_dmm.training.evaluation.report import as_json, markdown, write
 from comfyui_dmm.training.evaluation.settings import SECOND_BATCH
 from comfyui_dmm.training.evaluation.studio import Member, Meter, Studio
-from comfyui_dmm.training.student import new_student
-from comfyui_dmm.training.teacher import Teacher, soup
+from comfyui_dmm.training.loop.student import new_student
+from comfyui_dmm.training.teachers.teacher import Teacher, soup
 
 from .families import SMALL, SMALL_XL
 from .test_evaluation import CPU, NAMES, PICTURES, PROMPTS, dmm, members, plain, small_features

@@ -11,14 +11,14 @@ import torch
 from comfyui_dmm.dmm_core.checkpoint import load_checkpoint
 from comfyui_dmm.dmm_core.unet import load_unet
 from comfyui_dmm.training.cli import main
+from comfyui_dmm.training.commands.evaluation_inputs import demo_prompts
+from comfyui_dmm.training.data.demo.looks import BASE_LOOK, TEACHER_LOOKS
 from comfyui_dmm.training.demo.classifier import labelled_renders
-from comfyui_dmm.training.demo.looks import BASE_LOOK, TEACHER_LOOKS
 from comfyui_dmm.training.evaluation.distances import fid, principal_axes
 from comfyui_dmm.training.evaluation.features import DEMO_FILE, load_features
-from comfyui_dmm.training.evaluation.from_files import demo_prompts
 from comfyui_dmm.training.evaluation.identify import identify, judged_size
-from comfyui_dmm.training.paint import Settings, painter
-from comfyui_dmm.training.teacher import Teacher
+from comfyui_dmm.training.paint.painter import Settings, painter
+from comfyui_dmm.training.teachers.teacher import Teacher
 from safetensors.torch import save_file
 
 MODELS = Path(__file__).parents[2] / "models" / "dmm"

@@ -7,12 +7,12 @@ import torch
 from comfyui_dmm.dmm_core.metadata import StyleInfo
 from comfyui_dmm.dmm_core.style import style_delta
 from comfyui_dmm.dmm_core.unet import load_unet
-from comfyui_dmm.training.codes import Search, best_start, fit_codes, mean_errors, recover, with_more_codes
 from comfyui_dmm.training.config import AttackConfig, TrainConfig
-from comfyui_dmm.training.data import Draw
-from comfyui_dmm.training.distill import train
-from comfyui_dmm.training.forget import Forgetting
-from comfyui_dmm.training.watch.watch import Watch
+from comfyui_dmm.training.data.batches import Draw
+from comfyui_dmm.training.loop.codes import Search, best_start, fit_codes, mean_errors, recover, with_more_codes
+from comfyui_dmm.training.loop.forget import Forgetting
+from comfyui_dmm.training.run.distill import train
+from comfyui_dmm.training.run.watch.watch import Watch
 
 from .families import small_run
 from .test_grow import DATA, growing, old_model

@@ -11,14 +11,14 @@ from comfyui_dmm.dmm_core.metadata import StyleInfo
 from comfyui_dmm.dmm_core.style import style_row
 from comfyui_dmm.dmm_core.unet import UNet, load_unet
 from comfyui_dmm.training.cli import main
-from comfyui_dmm.training.codes import warm_start
 from comfyui_dmm.training.config import TrainConfig
-from comfyui_dmm.training.data import Draw
-from comfyui_dmm.training.distill import train
-from comfyui_dmm.training.loop import Distillation
-from comfyui_dmm.training.report import eps_errors, format_table
-from comfyui_dmm.training.state import identity
-from comfyui_dmm.training.teacher import Teacher, plain_unet, styled_unet
+from comfyui_dmm.training.data.batches import Draw
+from comfyui_dmm.training.loop.codes import warm_start
+from comfyui_dmm.training.loop.eps_table import eps_errors, format_table
+from comfyui_dmm.training.loop.trainer import Distillation
+from comfyui_dmm.training.run.distill import train
+from comfyui_dmm.training.run.state import identity
+from comfyui_dmm.training.teachers.teacher import Teacher, plain_unet, styled_unet
 from comfyui_dmm.training.text import init_text
 
 from .families import SMALL, SMALL_XL, small_data, small_run, small_teacher
@@ -133,7 +133,7 @@ def test_a_growing_run_that_stops_goes_on_exactly(tmp_path, settings):
     whole = growing(2, steps=5, lambda_feat=0.001, **settings)
     train(whole, None)
     first = growing(2, steps=5, lambda_feat=0.001, save_every=2, **settings)
-    from comfyui_dmm.training.watch.watch import Watch
+    from comfyui_dmm.training.run.watch.watch import Watch
 
     def stop(run, metrics):
         if metrics.step == 3:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_dmm.training.clip_layout import to_open_clip
-from comfyui_dmm.training.data import load_latents
-from comfyui_dmm.training.model_files import CONFIG, load_any, load_any_info
-from comfyui_dmm.training.style_file import read_style_file
+from comfyui_dmm.training.data.batches import load_latents
+from comfyui_dmm.training.files.clip_layout import to_open_clip
+from comfyui_dmm.training.files.model_files import CONFIG, load_any, load_any_info
+from comfyui_dmm.training.files.style_file import read_style_file
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's limits of memory")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_dmm.dmm_core.vae import AutoencoderKL, VAEConfig
-from comfyui_dmm.training.images import PAPER, blend_strip, decode_to_pil, grid, wrap
+from comfyui_dmm.training.paint.images import PAPER, blend_strip, decode_to_pil, grid, wrap
 from PIL import Image, ImageFont
 
 LONG = "a style name so long that no picture is wide enough for it, whatever its size may be in the end"

@@ -9,12 +9,12 @@ import types
 
 import numpy as np
 import pytest
-from comfyui_dmm.training.distill import train
-from comfyui_dmm.training.loop import Metrics
-from comfyui_dmm.training.watch import journal as module
-from comfyui_dmm.training.watch.journal import Journal, read_log
-from comfyui_dmm.training.watch.progress import Progress, duration
-from comfyui_dmm.training.watch.watch import Watch
+from comfyui_dmm.training.loop.trainer import Metrics
+from comfyui_dmm.training.run.distill import train
+from comfyui_dmm.training.run.watch import journal as module
+from comfyui_dmm.training.run.watch.journal import Journal, read_log
+from comfyui_dmm.training.run.watch.progress import Progress, duration
+from comfyui_dmm.training.run.watch.watch import Watch
 from PIL import Image
 
 from .families import small_run

@@ -7,12 +7,12 @@ import torch
 from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.dmm_core.unet import UNet, load_unet
 from comfyui_dmm.training.config import TrainConfig
-from comfyui_dmm.training.data import CaptionedLatents, Draw, epoch_batch
-from comfyui_dmm.training.ema import PowerEMA, power_beta
-from comfyui_dmm.training.loop import Distillation
-from comfyui_dmm.training.losses import feature_loss, score_loss
-from comfyui_dmm.training.report import eps_errors, format_table
-from comfyui_dmm.training.teacher import soup
+from comfyui_dmm.training.data.batches import CaptionedLatents, Draw, epoch_batch
+from comfyui_dmm.training.loop.ema import PowerEMA, power_beta
+from comfyui_dmm.training.loop.eps_table import eps_errors, format_table
+from comfyui_dmm.training.loop.losses import feature_loss, score_loss
+from comfyui_dmm.training.loop.trainer import Distillation
+from comfyui_dmm.training.teachers.teacher import soup
 from comfyui_dmm.training.text import sdxl_vector
 
 from .families import SMALL_XL, small_data, small_run, small_teacher

@@ -14,9 +14,7 @@ from comfyui_dmm.dmm_core.unet import UNet
 from comfyui_dmm.training.evaluation.evaluate import evaluate
 from comfyui_dmm.training.evaluation.features import FeatureNet
 from comfyui_dmm.training.evaluation.identify import identify
-from comfyui_dmm.training.evaluation.mixers import blended, merged
-from comfyui_dmm.training.evaluation.mixing import MixingCast, judge_mixing
-from comfyui_dmm.training.evaluation.mixing_figures import (
+from comfyui_dmm.training.evaluation.mixing.figures import (
     KINDS,
     Seen,
     compare,
@@ -26,11 +24,13 @@ from comfyui_dmm.training.evaluation.mixing_figures import (
     spearman,
     weights_of,
 )
-from comfyui_dmm.training.evaluation.mixing_judges import caption_truth, wins
-from comfyui_dmm.training.evaluation.mixing_report import COLOURS, figure_text, markdown, plots, write
+from comfyui_dmm.training.evaluation.mixing.judge_mixing import MixingCast, judge_mixing
+from comfyui_dmm.training.evaluation.mixing.judges import caption_truth, wins
+from comfyui_dmm.training.evaluation.mixing.mixers import blended, merged
+from comfyui_dmm.training.evaluation.mixing.report import COLOURS, figure_text, markdown, plots, write
 from comfyui_dmm.training.evaluation.report import as_json
 from comfyui_dmm.training.evaluation.studio import Member, Meter, Pictures, Studio
-from comfyui_dmm.training.teacher import Teacher
+from comfyui_dmm.training.teachers.teacher import Teacher
 from PIL import Image
 from scipy.stats import spearmanr
 from torch import nn
@@ -538,7 +538,7 @@ def test_a_plot_shows_the_curves():
 
 def test_pictures_of_any_size_fit_a_strip():
     m = judge_mixing(mixing_cast(), settings(count=2), PAIR, [0, 0.5, 1], ["blend"])
-    from comfyui_dmm.training.evaluation.mixing_report import strip
+    from comfyui_dmm.training.evaluation.mixing.report import strip
 
     large = Pictures(lambda z: as_pixels(z).repeat_interleave(8, 2).repeat_interleave(8, 3), "large")
     assert strip(m, m.pairs[0], large).width < 3 * 256 + 200

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from comfyui_dmm.training.cli import main
-from comfyui_dmm.training.evaluation.mixing_command import named_pairs, ratios
+from comfyui_dmm.training.commands.mixing import named_pairs, ratios
 
 MODELS = Path(__file__).parents[2] / "models"
 

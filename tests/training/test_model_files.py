@@ -12,10 +12,9 @@ from comfyui_dmm.dmm_core.checkpoint import Checkpoint, load_checkpoint, save_ch
 from comfyui_dmm.dmm_core.unet import UNet, UNetConfig
 from comfyui_dmm.training.cli import main
 from comfyui_dmm.training.config import DataSpec, DistillConfig, TeacherSpec, TrainConfig, load_config
-from comfyui_dmm.training.convert import convert
-from comfyui_dmm.training.info import describe
-from comfyui_dmm.training.load import load_run
-from comfyui_dmm.training.model_files import (
+from comfyui_dmm.training.files.convert import convert
+from comfyui_dmm.training.files.describe import describe
+from comfyui_dmm.training.files.model_files import (
     CONFIG,
     WEIGHTS,
     add_parts,
@@ -26,7 +25,8 @@ from comfyui_dmm.training.model_files import (
     model_sha256,
     weight_files,
 )
-from comfyui_dmm.training.style_file import read_style_file, style_digest, unet_digest
+from comfyui_dmm.training.files.style_file import read_style_file, style_digest, unet_digest
+from comfyui_dmm.training.run.load import load_run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 

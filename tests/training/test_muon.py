@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from comfyui_dmm.training.config import TrainConfig
-from comfyui_dmm.training.muon import RMS, MuonAdamW, is_matrix, orthogonal, split
+from comfyui_dmm.training.loop.muon import RMS, MuonAdamW, is_matrix, orthogonal, split
 from torch import nn
 
 from .families import small_run

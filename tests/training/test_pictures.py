@@ -7,14 +7,14 @@ import pytest
 import torch
 from comfyui_dmm.dmm_core.sampling import cfg_denoiser, host_noise, sample, sigmas_for
 from comfyui_dmm.dmm_core.style import style_row
-from comfyui_dmm.training.data import CaptionedLatents
-from comfyui_dmm.training.distill import train
-from comfyui_dmm.training.images import GAP, PAPER
+from comfyui_dmm.training.data.batches import CaptionedLatents
+from comfyui_dmm.training.paint.images import GAP, PAPER
+from comfyui_dmm.training.run.distill import train
+from comfyui_dmm.training.run.watch import pictures as module
+from comfyui_dmm.training.run.watch.journal import Journal, read_log
+from comfyui_dmm.training.run.watch.pictures import CFG, SEED, Pictures, spread
+from comfyui_dmm.training.run.watch.watch import Watch
 from comfyui_dmm.training.text import sdxl_vector
-from comfyui_dmm.training.watch import pictures as module
-from comfyui_dmm.training.watch.journal import Journal, read_log
-from comfyui_dmm.training.watch.pictures import CFG, SEED, Pictures, spread
-from comfyui_dmm.training.watch.watch import Watch
 from PIL import Image
 
 from .families import SMALL_XL, small_run

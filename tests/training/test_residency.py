@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 from comfyui_dmm.dmm_core.unet import UNet
-from comfyui_dmm.training.memory import residency
-from comfyui_dmm.training.memory.residency import Rack
+from comfyui_dmm.training.teachers import pool as residency
+from comfyui_dmm.training.teachers.pool import Rack
 
 from .families import SMALL, SMALL_XL
 

@@ -13,11 +13,11 @@ from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.dmm_core.unet import UNet, load_unet
 from comfyui_dmm.training.cli import MODELS
 from comfyui_dmm.training.config import TrainConfig
-from comfyui_dmm.training.data import Draw
-from comfyui_dmm.training.dataset import rollouts
-from comfyui_dmm.training.dataset.cache import add_text
-from comfyui_dmm.training.dataset.rollout_data import open_rollouts, share_out, size_of_batch
-from comfyui_dmm.training.dataset.rollout_paths import (
+from comfyui_dmm.training.data import rollouts
+from comfyui_dmm.training.data.batches import Draw
+from comfyui_dmm.training.data.cache import add_text
+from comfyui_dmm.training.data.rollout_data import open_rollouts, share_out, size_of_batch
+from comfyui_dmm.training.data.rollout_paths import (
     BASE_NAME,
     Owner,
     Recorder,
@@ -26,10 +26,10 @@ from comfyui_dmm.training.dataset.rollout_paths import (
     shifted_grid,
     timestep_grid,
 )
-from comfyui_dmm.training.dataset.rollouts import build_rollouts
-from comfyui_dmm.training.dataset.shards import MANIFEST
-from comfyui_dmm.training.loop import Distillation
-from comfyui_dmm.training.teacher import Teacher
+from comfyui_dmm.training.data.rollouts import build_rollouts
+from comfyui_dmm.training.data.shards import MANIFEST
+from comfyui_dmm.training.loop.trainer import Distillation
+from comfyui_dmm.training.teachers.teacher import Teacher
 from comfyui_dmm.training.text import ClipText, init_text
 from safetensors.torch import load_file
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comfyui_dmm.training.demo import classifier
-from comfyui_dmm.training.demo.looks import BASE_LOOK, LOOKS, LORA_LOOK, TEACHER_LOOKS, render
-from comfyui_dmm.training.demo.scenes import (
+from comfyui_dmm.training.data.demo.looks import BASE_LOOK, LOOKS, LORA_LOOK, TEACHER_LOOKS, render
+from comfyui_dmm.training.data.demo.scenes import (
     BACKGROUNDS,
     COLOURS,
     SHAPES,
@@ -20,6 +19,7 @@ from comfyui_dmm.training.demo.scenes import (
     layers,
     sample_scene,
 )
+from comfyui_dmm.training.demo import classifier
 from safetensors.torch import save_file
 
 

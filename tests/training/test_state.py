@@ -9,11 +9,11 @@ import time
 
 import pytest
 import torch
-from comfyui_dmm.training.distill import train
-from comfyui_dmm.training.loop import Distillation
-from comfyui_dmm.training.state import BEST, best_error, fork, identity, read_state, resume, save_state, states
-from comfyui_dmm.training.validation import validation_error
-from comfyui_dmm.training.watch.watch import Watch
+from comfyui_dmm.training.loop.trainer import Distillation
+from comfyui_dmm.training.run.distill import train
+from comfyui_dmm.training.run.state import BEST, best_error, fork, identity, read_state, resume, save_state, states
+from comfyui_dmm.training.run.validation import validation_error
+from comfyui_dmm.training.run.watch.watch import Watch
 from safetensors.torch import load_file
 
 from .families import small_data, small_run, small_teacher
@@ -223,8 +223,8 @@ KILLED = {
 CHILD = """
 import sys, pathlib, torch
 torch.set_num_threads(1)
-from comfyui_dmm.training.distill import train
-from comfyui_dmm.training.watch.watch import Watch
+from comfyui_dmm.training.run.distill import train
+from comfyui_dmm.training.run.watch.watch import Watch
 from tests.training.families import small_run
 from tests.training.test_state import KILLED
 def told(*what):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfyui_dmm.dmm_core.unet import load_unet
 from comfyui_dmm.training.config import TrainConfig
-from comfyui_dmm.training.lora import folded_state_dict
+from comfyui_dmm.training.loop.adapters import folded_state_dict
 
 from .families import small_run
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from comfyui_dmm.training.data import Draw, hash_seed
-from comfyui_dmm.training.validation import validation_error
+from comfyui_dmm.training.data.batches import Draw, hash_seed
+from comfyui_dmm.training.run.validation import validation_error
 
 from .families import small_run
 

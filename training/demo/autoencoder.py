@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...dmm_core.vae import SCALE_SD, AutoencoderKL, VAEConfig
-from .looks import LOOKS, render_layers
-from .scenes import layers, sample_scene
+from ..data.demo.looks import LOOKS, render_layers
+from ..data.demo.scenes import layers, sample_scene
 
 log = logging.getLogger(__name__)
 

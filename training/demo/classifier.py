@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...dmm_core.files import atomic_write
-from .looks import LOOKS, render_layers
-from .scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, Scene, layers, sample_scene
+from ..data.demo.looks import LOOKS, render_layers
+from ..data.demo.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, Scene, layers, sample_scene
 
 CLASSES = {"shape": list(SHAPES), "colour": list(COLOURS), "background": list(BACKGROUNDS), "look": list(LOOKS)}
 _FORMAT = "1"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...dmm_core.schedule import NoiseSchedule
-from ..ema import PowerEMA
+from ..loop.ema import PowerEMA
 
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(x_t (B, 4, h, w), t (B,), context (B, 77, d), indices (B,) of the samples) -> eps (B, 4, h, w)"""

@@ -12,10 +12,10 @@ from torch import Tensor
 from ...dmm_core.checkpoint import load_checkpoint
 from ...dmm_core.unet import load_unet
 from ...dmm_core.vae import SCALE_SD
-from ..paint import Painter, Settings, painter
+from ..data.demo.looks import BASE_LOOK
+from ..data.demo.scenes import sample_scene
+from ..paint.painter import Painter, Settings, painter
 from .classifier import Classifier, classify, load_classifier
-from .looks import BASE_LOOK
-from .scenes import sample_scene
 
 SETTINGS = Settings(steps=12, cfg=4.0, width=128, height=128)
 

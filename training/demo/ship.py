@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ...dmm_core.files import atomic_write
-from .looks import TEACHER_LOOKS
+from ..data.demo.looks import TEACHER_LOOKS
 
 SHIPPED = {
     "base": "dmm/demo-base",

@@ -20,19 +20,19 @@ from torch import Tensor
 from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ...dmm_core.unet import UNet, UNetConfig, load_unet
 from ...dmm_core.vae import load_vae
-from .. import lora
 from ..config import load_config
-from ..data import CaptionedLatents
-from ..distill import distill
+from ..data.batches import CaptionedLatents
+from ..data.demo.latents import captioned_latents
+from ..data.demo.looks import BASE_LOOK, LORA_LOOK, TEACHER_LOOKS
+from ..data.demo.scenes import control_hint, sample_scene
+from ..loop import adapters as lora
+from ..run.distill import distill
+from ..run.watch.watch import Watch
 from ..text import ClipText
-from ..watch.watch import Watch
 from . import controlnet
 from .autoencoder import PHASES, refine_decoder, train_vae
-from .bank import captioned_latents
 from .classifier import save_classifier, train_classifier
 from .denoiser import fit
-from .looks import BASE_LOOK, LORA_LOOK, TEACHER_LOOKS
-from .scenes import control_hint, sample_scene
 from .ship import about, half, save_tensors, shipped_file
 from .text_encoder import DIM, train_text_encoder
 

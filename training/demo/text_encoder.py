@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ..data.demo.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, VOCABULARY, sample_scene
 from ..text import load_tokenizer, windows
-from .scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, VOCABULARY, sample_scene
 
 CLIP_VOCABULARY = 49408
 START, END = 49406, 49407

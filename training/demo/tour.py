@@ -11,13 +11,13 @@ import torch
 from ...dmm_core.checkpoint import load_checkpoint
 from ...dmm_core.unet import UNet, load_unet
 from ..config import load_config
-from ..distill import distill
-from ..images import blend_strip, grid
-from ..paint import Painter, Settings, painter
-from ..report import eps_errors, format_table
-from ..teacher import soup
-from ..watch.watch import Watch
-from .bank import demo_latents
+from ..data.demo.latents import demo_latents
+from ..loop.eps_table import eps_errors, format_table
+from ..paint.images import blend_strip, grid
+from ..paint.painter import Painter, Settings, painter
+from ..run.distill import distill
+from ..run.watch.watch import Watch
+from ..teachers.teacher import soup
 
 CAPTIONS = (
     "a red star",

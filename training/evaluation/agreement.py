@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ...dmm_core.schedule import NoiseSchedule
-from ..data import hash_seed
-from ..hashing import tensor_sha256
-from ..losses import score_loss
-from ..teacher import Teacher
+from ..data.batches import hash_seed
+from ..files.hashing import tensor_sha256
+from ..loop.losses import score_loss
+from ..teachers.teacher import Teacher
 from .matrix import Figure
 from .settings import TIMESTEPS, EvaluationSettings
 from .studio import Member, Studio, in_style

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ...dmm_core.style_value import NO_STYLE
-from ..dataset.buckets import size_multiple
-from ..hashing import tensor_sha256
-from ..tick import Tick
+from ..data.buckets import size_multiple
+from ..files.hashing import tensor_sha256
+from ..progress import Tick
 from .agreement import (
     EpsAgreement,
     Pairing,

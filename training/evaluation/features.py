@@ -77,8 +77,8 @@ def _is_demo(path: Path) -> bool:
 
 
 def _demo(path: Path) -> FeatureNet:
+    from ..data.demo.scenes import SIZE
     from ..demo.classifier import load_classifier
-    from ..demo.scenes import SIZE
 
     network = load_classifier(path).requires_grad_(False)
     return FeatureNet("demo classifier", network.width, SIZE, file_sha256(path), network, network.pooled)

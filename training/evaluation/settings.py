@@ -9,8 +9,8 @@ import torch
 
 from ...dmm_core.sampling import SAMPLERS, SCHEDULERS, choose
 from ...dmm_core.unet import UNetConfig
-from ..dataset.buckets import default_resolution
-from ..dataset.rollout_paths import PRECISIONS
+from ..data.buckets import default_resolution
+from ..data.rollout_paths import PRECISIONS
 from .distances import check_count
 from .features import FeatureNet
 

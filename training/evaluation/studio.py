@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ...dmm_core.sampling import host_noise
 from ...dmm_core.unet import UNetConfig, load_unet
-from ..hashing import tensor_sha256, text_hash
-from ..paint_rows import paint_rows
-from ..parts import read_part, write_part
-from ..teacher import Rows, Teacher, check_architectures, check_schedules, check_text
-from ..tick import Tick
+from ..files.hashing import tensor_sha256, text_hash
+from ..files.pieces import read_part, write_part
+from ..paint.paint_rows import paint_rows
+from ..progress import Tick
+from ..teachers.teacher import Rows, Teacher, check_architectures, check_schedules, check_text
 from .features import FeatureNet
 from .settings import SECOND_BATCH, EvaluationSettings
 

@@ -28,11 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ...dmm_core.unet import UNet, UNetConfig, Upsample
-from ..adversary import Adversary, Head
 from ..config import OPTIMIZERS
-from ..losses import feature_loss, score_loss
-from ..muon import is_matrix
-from ..student import choose_trained
+from ..loop.adversary import Adversary, Head
+from ..loop.losses import feature_loss, score_loss
+from ..loop.muon import is_matrix
+from ..loop.student import choose_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CAPTION_TOKENS = 77

@@ -1,0 +1,186 @@
+"""``dmm cache``: thin faces on the functions that make and check caches."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from tqdm import tqdm
+
+
+class ProgressBar:
+    """Shows (done, total, what) as a tqdm bar; a new one when the count begins again."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if self.bar is None or total != self.bar.total or done < self.bar.n:
+            self.close()
+            self.bar = tqdm(total=total, dynamic_ncols=True)
+        self.bar.set_description(what, refresh=False)
+        self.bar.update(done - self.bar.n)
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def add_parsers(commands) -> None:
+    """Add ``cache`` and its actions to the subparsers of the ``dmm`` command."""
+    cache = commands.add_parser("cache", help="encode pictures, or record teachers' paintings, once for many runs")
+    actions = cache.add_subparsers(required=True, metavar="action")
+
+    images = actions.add_parser(
+        "images", help="a folder of captioned pictures -> latents and text states; the same command goes on"
+    )
+    images.add_argument("--images", required=True, help="folder of pictures with captions, see docs/data.md")
+    _add_models(images)
+    images.add_argument(
+        "--teacher", action="append", default=[], help="file whose own text encoder is wanted too, or FILE+LORA:0.8; repeatable"
+    )
+    images.add_argument(
+        "--resolution", type=int, help="pixels a side of the square bucket (default: the model family's)"
+    )
+    images.add_argument("--max-aspect", type=float, default=3.0, help="longest bucket, 1 for squares only (default: 3)")
+    images.add_argument("--skip-bad", action="store_true", help="leave out what cannot be used instead of stopping")
+    images.add_argument("--batch-size", type=int, default=4, help="pictures at a time (default: 4)")
+    images.add_argument("--workers", type=int, default=4, help="threads that read pictures (default: 4)")
+    images.set_defaults(run=run_images)
+
+    rollouts = actions.add_parser(
+        "rollouts", help="captions -> states on the teachers' sampling paths with their predictions; no pictures needed"
+    )
+    rollouts.add_argument("--captions", required=True, help="text file, one caption a line")
+    _add_models(rollouts)
+    rollouts.add_argument(
+        "--teacher", action="append", required=True, type=named_file, metavar="NAME=FILE", help="repeatable"
+    )
+    rollouts.add_argument(
+        "--size", action="append", type=size, metavar="WxH", help="in pixels, repeatable (default: the family's)"
+    )
+    for name, default, text in (
+        ("paths", 400, "paintings by each teacher"),
+        ("states", 5, "states kept of each painting"),
+        ("base-share", 0.05, "share of the base's own paintings"),
+        ("steps", 25, "sampling steps"),
+        ("cfg", 7.0, "guidance"),
+        ("sampler", "dpmpp_2m", "dpmpp_2m, ddim or euler"),
+        ("scheduler", "sgm_uniform", "noise levels"),
+        ("precision", "fp32", "fp32, bf16 or fp16"),
+        ("seed", 0, "of all randomness"),
+        ("batch-size", 8, "paintings at a time"),
+    ):
+        rollouts.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default: {default})")
+    rollouts.set_defaults(run=run_rollouts)
+
+    text = actions.add_parser("text", help="add teachers' text encoders to a finished cache of either kind")
+    text.add_argument("--cache", required=True, help="folder of the cache")
+    text.add_argument("--teacher", action="append", required=True, help="file with a text encoder; repeatable")
+    text.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0")
+    text.set_defaults(run=run_text)
+
+    check = actions.add_parser("check", help="read every file of a cache and compare it with the manifest")
+    check.add_argument("--cache", required=True, help="folder of the cache")
+    check.set_defaults(run=run_check)
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base", required=True, help="checkpoint the student starts from; its VAE and text encoder are used"
+    )
+    parser.add_argument("--parts-from", help="full checkpoint to take a missing VAE or text encoder from")
+    parser.add_argument("--output", required=True, help="folder of the cache")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0")
+
+
+def named_file(text: str) -> tuple[str, str]:
+    """ "ink=models/ink.safetensors" -> ("ink", "models/ink.safetensors")"""
+    name, equals, file = text.partition("=")
+    if not (name.strip() and equals and file):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
+    return name.strip(), file
+
+
+def size(text: str) -> tuple[int, int]:
+    """ "512x768" -> (512, 768), width first"""
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT")
+    return int(match[1]), int(match[2])
+
+
+def run_images(args) -> None:
+    from ..data.cache import build_image_cache
+    from ..run.distill import pick_device
+
+    report = build_image_cache(
+        args.output,
+        args.images,
+        args.base,
+        args.teacher,
+        args.parts_from,
+        args.resolution,
+        args.max_aspect,
+        args.skip_bad,
+        pick_device(args.device),
+        args.batch_size,
+        args.workers,
+        ProgressBar(),
+    )
+    print(f"{report}\nwrote {args.output}")
+
+
+def run_rollouts(args) -> None:
+    from ..data.image_folder import read_caption_file
+    from ..data.rollout_paths import RolloutSettings
+    from ..data.rollouts import build_rollouts
+    from ..run.distill import pick_device
+
+    names = [name for name, _ in args.teacher]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two teachers of one name: {', '.join(names)}")
+    settings = RolloutSettings(
+        paths=args.paths,
+        base_share=args.base_share,
+        states=args.states,
+        sizes=tuple(args.size or ()),
+        steps=args.steps,
+        cfg=args.cfg,
+        sampler=args.sampler,
+        scheduler=args.scheduler,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        precision=args.precision,
+    )
+    captions = read_caption_file(args.captions)
+    counts = build_rollouts(
+        args.output,
+        args.base,
+        dict(args.teacher),
+        captions,
+        settings,
+        args.parts_from,
+        pick_device(args.device),
+        ProgressBar(),
+    )
+    print(f"states: {', '.join(f'{name} {count}' for name, count in counts.items())}\nwrote {args.output}")
+
+
+def run_text(args) -> None:
+    from ..data.cache import add_text
+    from ..run.distill import pick_device
+
+    new = add_text(args.cache, args.teacher, pick_device(args.device), ProgressBar())
+    print(f"{new} text encoder(s) added to {args.cache}")
+
+
+def run_check(args) -> None:
+    from ..data.open_cache import open_cache
+
+    data = open_cache(args.cache, verify=True)
+    what = "states" if data.has_targets else "pictures"
+    print(f"{args.cache}: {len(data)} {what}, {len(data.prompts) - 1} captions; every file is as it was written")

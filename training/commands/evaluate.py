@@ -1,0 +1,131 @@
+"""``dmm evaluate``: a thin face on ``evaluate``; reads the files, and says how it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ...dmm_core.checkpoint import Checkpoint
+from ...dmm_core.unet import unet_config_from_state_dict
+from ..evaluation.baselines import ALL, BASELINES, RANK, another_student, choose_baselines, make_baselines
+from ..evaluation.settings import METRICS, OF_FEATURES, EvaluationSettings
+from .cache import named_file, size
+from .evaluation_inputs import TextStates, decoder, going_on, is_small, member, painting, prompts_of
+
+
+def add_parser(commands) -> None:
+    p = commands.add_parser(
+        "evaluate", help="compare a DMM model with its teachers: FID, KID, PAIR, eps; the same command goes on"
+    )
+    p.add_argument("model", help="the DMM model")
+    p.add_argument(
+        "--teacher", action="append", required=True, type=named_file, metavar="STYLE=FILE", help="repeatable; the style it was learnt as"
+    )  # fmt: skip
+    p.add_argument("--base", help="what the student was trained from, as a baseline")
+    p.add_argument(
+        "--baselines", metavar="NAMES", help=f"{ALL}, or with commas of {', '.join(BASELINES)} (docs/evaluation.md)"
+    )
+    p.add_argument("--rank", type=int, default=RANK, help=f"of the baseline low-rank (default: {RANK})")
+    p.add_argument(
+        "--also", action="append", default=[], type=named_file, metavar="NAME=FILE", help="repeatable; a further DMM model, or a plain one"
+    )  # fmt: skip
+    p.add_argument("--parts-from", help="full checkpoint to take a missing text encoder or VAE from")
+    p.add_argument("--prompts", help="text file, one prompt a line (default for the demo family: its captions)")
+    p.add_argument(
+        "--features",
+        help="demo classifier, or Inception v3 of torchvision or timm (default: the demo family's, else none)",
+    )
+    p.add_argument("--metrics", nargs="+", choices=METRICS, help="default: all that there is what they need for")
+    p.add_argument("--size", type=size, metavar="WxH", help="in pixels (default: the model family's)")
+    p.add_argument("--cfg", type=float, help="guidance (default: 7, for the demo family 4)")
+    p.add_argument("--steps", type=int, help="sampling steps (default: 25, without a GPU 15, for the demo family 12)")
+    defaults = EvaluationSettings()
+    for name, text in (
+        ("count", "pictures a style; FID needs more than its features are"),
+        ("seed", "of all noise"),
+        ("project", "compare only so many directions of the features, 0 for all"),
+        ("resamples", "of the bootstrap, -1 for what is affordable"),
+        ("bins", "of the timesteps, for the eps agreement"),
+        ("bin-samples", "samples of each bin and style"),
+        ("own-pictures", "of each teacher that the student sorts"),
+        ("own-draws", "by which it judges each of them"),
+        ("batch-size", "pictures at a time, 0 for what fits"),
+        ("sampler", "dpmpp_2m, ddim or euler"),
+        ("scheduler", "noise levels"),
+        ("precision", "auto, fp32, bf16 or fp16"),
+    ):
+        value = getattr(defaults, name.replace("-", "_"))
+        p.add_argument(f"--{name}", type=type(value), default=value, help=f"{text} (default: {value})")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0")
+    p.add_argument("--output", required=True, help="folder for the report and, in parts/, all that was painted")
+    p.set_defaults(run=run)
+
+
+def run(args) -> None:
+    from ..evaluation.evaluate import evaluate
+    from ..evaluation.report import markdown, write
+    from ..run.distill import pick_device
+
+    device = pick_device(args.device)
+    cast, settings = gather(args, device)
+    folder = Path(args.output)
+    with going_on(folder) as (parts, bar):
+        result = evaluate(cast, settings, parts, device, bar)
+    result.about = {
+        "title": f"{Path(args.model).name} against its teachers",
+        "model": Path(args.model).name,
+        "teachers": {name: Path(file).name for name, file in args.teacher},
+        "base": args.base and Path(args.base).name,
+        "also": {name: Path(file).name for name, file in args.also},
+        "torch": torch.__version__,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    files = write(result, folder)
+    print(markdown(result))
+    print("\n" + "\n".join(f"wrote {file}" for file in files))
+
+
+def gather(args, device: torch.device):
+    """(Cast, EvaluationSettings) of a command line. Raises ValueError for files that do not belong together."""
+    from ..data.cache import as_checkpoint, base_with_parts
+    from ..evaluation.evaluate import Cast
+    from ..evaluation.features import DEMO_FILE, load_features
+
+    chosen = choose_baselines(args.baselines) if args.baselines is not None else ()
+    student = base_with_parts(args.model, args.parts_from or args.base)
+    config = unet_config_from_state_dict(student.unet)
+    prompts = prompts_of(args.prompts, config)
+    features_file = args.features or (DEMO_FILE if is_small(config) else None)
+    metrics = args.metrics or [m for m in METRICS if features_file or m not in OF_FEATURES]
+    names = ("count", "seed", "project", "resamples", "bins", "bin_samples", "own_pictures", "own_draws", "batch_size", "sampler",
+             "scheduler", "precision")  # fmt: skip
+    settings = EvaluationSettings(**painting(args, names, student, device), metrics=tuple(metrics))
+    needs_features = bool(set(metrics) & set(OF_FEATURES))
+    text = TextStates(prompts)
+    styles = [style.name for style in student.styles]
+    painter = member("student", student, student, text, keep=True)
+    teachers = [member(name, as_checkpoint(file, student), student, text, file) for name, file in args.teacher]
+    base = member("base", as_checkpoint(args.base, student), student, text, args.base) if args.base else None
+    others = [another(name, file, student, text, [teacher.name for teacher in teachers]) for name, file in args.also]
+    cast = Cast(
+        painter,
+        styles,
+        teachers,
+        prompts,
+        base,
+        decoder(student, config, device) if needs_features else None,
+        load_features(features_file) if needs_features and features_file else None,
+        [*others, *make_baselines(chosen, painter, styles, teachers, base, args.rank)],
+    )
+    return cast, settings
+
+
+def another(name: str, file: str, student: Checkpoint, text: TextStates, teachers: Sequence[str]):
+    """Of ``--also``."""
+    from ..data.cache import as_checkpoint
+
+    checkpoint = as_checkpoint(file, student)
+    one = member(name, checkpoint, student, text, file, styled=True)
+    return another_student(name, one, [style.name for style in checkpoint.styles], teachers)

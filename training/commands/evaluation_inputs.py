@@ -1,0 +1,128 @@
+"""What the evaluation's commands read and say alike: models, prompts, settings, and that they go on after an interruption."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...dmm_core.checkpoint import Checkpoint
+from ...dmm_core.unet import UNetConfig, load_unet, unet_config_from_state_dict
+from ...dmm_core.vae import latent_scale, load_vae
+from ..evaluation.settings import usual_settings
+from ..evaluation.studio import Member, Pictures, PromptStates
+from ..files.hashing import text_hash, weights_hash
+from .cache import ProgressBar
+
+DEMO_PROMPTS, DEMO_SEED = 64, 7_000_000
+"""Captions of scenes that no training draws."""
+
+
+@contextlib.contextmanager
+def going_on(folder: Path) -> Iterator[tuple[Path, ProgressBar]]:
+    """(where parts are kept, a progress bar); says that the parts stay when the block is interrupted."""
+    parts, bar = folder / "parts", ProgressBar()
+    try:
+        yield parts, bar
+    except KeyboardInterrupt:
+        print(f"what is painted stays in {parts}: the same command goes on from there", file=sys.stderr)
+        raise
+    finally:
+        bar.close()
+
+
+def is_small(config: UNetConfig) -> bool:
+    """Of the demo family's kind: it has prompts and a feature network of its own."""
+    return config.model_channels < 320
+
+
+def prompts_of(file: str | None, config: UNetConfig) -> list[str]:
+    """The empty prompt and those of a text file; the demo family's where none is named. Raises ValueError where there are none."""
+    from ..data.image_folder import read_caption_file
+
+    if file:
+        return ["", *read_caption_file(file)]
+    if is_small(config):
+        return ["", *demo_prompts(DEMO_PROMPTS)]
+    raise ValueError("no prompts: name a text file with a prompt a line (--prompts)")
+
+
+def painting(args, names: Sequence[str], student: Checkpoint, device: torch.device) -> dict[str, Any]:
+    """Fields of EvaluationSettings: what is usual for the model and the machine, then --steps, --cfg and --size, then ``names``."""
+    usual = usual_settings(unet_config_from_state_dict(student.unet), student.prediction, device)
+    given = {name: getattr(args, name) for name in ("steps", "cfg") if getattr(args, name) is not None}
+    if args.size:
+        given["width"], given["height"] = args.size
+    return {**usual, **given, **{name: getattr(args, name) for name in names}}
+
+
+def demo_prompts(count: int) -> list[str]:
+    """Captions of the demo family's scenes, each another one."""
+    import numpy as np
+
+    from ..data.demo.scenes import sample_scene
+
+    rng, found = np.random.default_rng(DEMO_SEED), {}
+    while len(found) < count:
+        found[sample_scene(rng).caption] = None
+    return list(found)
+
+
+class TextStates:
+    """The prompts under each text encoder, encoded once."""
+
+    def __init__(self, prompts: Sequence[str]):
+        self.prompts, self._made = list(prompts), {}
+
+    def of(self, weights) -> tuple:
+        from ..text import ClipText
+
+        key = weights_hash(weights)
+        if key not in self._made:
+            self._made[key] = ClipText(weights).encode_pooled(self.prompts)
+        return self._made[key]
+
+
+def member(
+    name: str,
+    checkpoint: Checkpoint,
+    student: Checkpoint,
+    text: TextStates,
+    file: str = "",
+    keep: bool = False,
+    styled: bool = False,
+) -> Member:
+    """Of a checkpoint that was read; unless it is to be kept, its file is read again when its turn comes: one teacher is in memory at
+    a time. Without a text encoder of its own it reads the prompts with the student's. styled: it may be a DMM model."""
+    from ..data.cache import as_checkpoint
+    from ..teachers.teacher import Teacher
+
+    config: UNetConfig = unet_config_from_state_dict(checkpoint.unet)
+    if not (keep or styled) and config.num_styles:
+        raise ValueError(f"'{name}' is itself a DMM model with {config.num_styles} styles: use a plain checkpoint")
+    encoder = checkpoint.text or student.text
+    states = text.of(encoder)
+    key = text_hash(weights_hash(checkpoint.unet), weights_hash(encoder), checkpoint.prediction, checkpoint.zero_snr)
+    prediction, zero_snr = checkpoint.prediction, checkpoint.zero_snr
+    held = checkpoint if keep else None
+
+    def open_it() -> Teacher:
+        weights = (held or as_checkpoint(file, student)).unet
+        return Teacher(name, load_unet(weights, dtype=None, copy=held is not None), *states, prediction, zero_snr)
+
+    words = PromptStates(weights_hash(encoder), *states)
+    return Member(name, key, open_it, config, zero_snr, prediction, words)
+
+
+def decoder(checkpoint: Checkpoint, config: UNetConfig, device: torch.device) -> Pictures:
+    """The checkpoint's own VAE."""
+    if not checkpoint.vae:
+        raise ValueError(
+            "no VAE to look at pictures with: name a full checkpoint (--parts-from), or leave out fid and kid"
+        )
+    vae, scale = load_vae(checkpoint.vae).to(device).eval(), latent_scale(config)
+    return Pictures(lambda latents: vae.decode(latents / scale), weights_hash(checkpoint.vae))

@@ -1,0 +1,163 @@
+"""``dmm judge-mixing``: a thin face on ``judge_mixing``; reads the files, and says how it goes on."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ...dmm_core.unet import unet_config_from_state_dict
+from ..evaluation.mixing.judge_mixing import BLEND, MERGE, PATHS, RATIOS, Pair
+from ..evaluation.settings import EvaluationSettings
+from .cache import named_file, size
+from .evaluation_inputs import TextStates, decoder, going_on, is_small, member, painting, prompts_of
+
+NUMBERS = {
+    "count": (64, "pictures of a pair and ratio"),
+    "seed": (0, "of all noise"),
+    "resamples": (-1, "of the bootstrap, -1 for what is usual"),
+    "own-draws": (16, "by which the student judges a picture, without a classifier"),
+    "batch-size": (0, "pictures at a time, 0 for what fits"),
+    "sampler": ("dpmpp_2m", "dpmpp_2m, ddim or euler"),
+    "scheduler": ("karras", "noise levels"),
+    "precision": ("auto", "auto, fp32, bf16 or fp16"),
+}
+"""Option -> default and what it is."""
+
+
+def add_parser(commands) -> None:
+    p = commands.add_parser(
+        "judge-mixing",
+        help="how well blends of styles mix, beside merged weights of the teachers; the same command goes on",
+    )
+    p.add_argument("model", help="the DMM model")
+    p.add_argument(
+        "--teacher", action="append", default=[], type=named_file, metavar="STYLE=FILE", help="for weight merging; repeatable"
+    )  # fmt: skip
+    p.add_argument("--pairs", action="append", metavar="A:B,C:D", help="pairs of styles, or all (default: all)")
+    p.add_argument(
+        "--ratios",
+        type=ratios,
+        default=RATIOS,
+        metavar="0,...,1",
+        help="shares of the second style, or how many (default: 9)",
+    )
+    p.add_argument(
+        "--paths", nargs="+", choices=PATHS, default=[BLEND, MERGE], help="what is compared, the first with the others"
+    )
+    p.add_argument("--parts-from", help="full checkpoint to take a missing text encoder or VAE from")
+    p.add_argument("--prompts", help="text file, one prompt a line (default for the demo family: its captions)")
+    p.add_argument(
+        "--features",
+        metavar="CLASSIFIER",
+        help="the demo classifier as judge, or none for the student (default: what fits)",
+    )
+    p.add_argument("--size", type=size, metavar="WxH", help="in pixels (default: the model family's)")
+    p.add_argument("--cfg", type=float, help="guidance (default: 7, for the demo family 4)")
+    p.add_argument("--steps", type=int, help="sampling steps (default: 25, without a GPU 15, for the demo family 12)")
+    for name, (value, text) in NUMBERS.items():
+        p.add_argument(f"--{name}", type=type(value), default=value, help=f"{text} (default: {value})")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0")
+    p.add_argument("--output", required=True, help="folder for the report and, in parts/, all that was painted")
+    p.set_defaults(run=run)
+
+
+def ratios(text: str) -> tuple[float, ...]:
+    """ "0,0.5,1" -> (0, 0.5, 1); "5" -> five, evenly spaced"""
+    try:
+        if text.strip().isdecimal() and int(text) > 2:
+            return tuple(k / (int(text) - 1) for k in range(int(text)))
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a list such as 0,0.5,1 nor a number from 3") from None
+
+
+def named_pairs(texts: Sequence[str] | None, styles: Sequence[str], usual: Sequence[str]) -> list[Pair]:
+    """ "ink:candy,pop:pixel" and the like -> pairs of style names, which may themselves hold a colon; "all" or None -> all pairs of the
+    ``usual`` ones. Raises ValueError for what names no two styles.
+    """
+    pairs: list[Pair] = []
+    for part in (part.strip() for text in texts or ["all"] for part in text.split(",")):
+        if part == "all":
+            pairs += itertools.combinations(usual, 2)
+            continue
+        found = [(a, b) for a, b in itertools.permutations(styles, 2) if part == f"{a}:{b}"]
+        if len(found) != 1:
+            known = ", ".join(styles) or "none at all (a plain checkpoint)"
+            raise ValueError(f"'{part}' is no pair of two styles, written A:B: they are {known}")
+        pairs += found
+    return pairs
+
+
+def run(args) -> None:
+    from ..evaluation.mixing.judge_mixing import judge_mixing
+    from ..evaluation.mixing.report import markdown, write
+    from ..run.distill import pick_device
+
+    device = pick_device(args.device)
+    cast, pictures, settings, pairs = gather(args, device)
+    folder = Path(args.output)
+    with going_on(folder) as (parts, bar):
+        mixing = judge_mixing(cast, settings, pairs, args.ratios, args.paths, parts, device, bar)
+    mixing.about = {
+        "title": f"Style mixing of {Path(args.model).name}",
+        "model": Path(args.model).name,
+        "teachers": {name: Path(file).name for name, file in args.teacher},
+        "torch": torch.__version__,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    files = write(mixing, folder, pictures)
+    print(markdown(mixing))
+    print("\n" + "\n".join(f"wrote {file}" for file in files))
+
+
+def gather(args, device: torch.device):
+    """(MixingCast, Pictures or None, EvaluationSettings, pairs) of a command line. Raises ValueError for files that do not belong
+    together."""
+    from ..data.cache import as_checkpoint, base_with_parts
+    from ..evaluation.mixing.judge_mixing import MixingCast
+
+    student = base_with_parts(args.model, args.parts_from)
+    config = unet_config_from_state_dict(student.unet)
+    styles = [style.name for style in student.styles]
+    prompts = prompts_of(args.prompts, config)
+    merging = MERGE in args.paths
+    files = dict(args.teacher)
+    unknown = sorted(set(files) - set(styles))
+    if unknown or len(files) < len(args.teacher):
+        raise ValueError(
+            f"a teacher is named twice, or no style of the student is called {', '.join(unknown) or 'so'}: its styles are "
+            f"{', '.join(styles) or 'none at all (a plain checkpoint)'}"
+        )
+    pairs = named_pairs(args.pairs, styles, [name for name in styles if name in files] if merging else styles)
+    used = [name for name in styles if name in files and any(name in pair for pair in pairs)] if merging else []
+    read = {name: as_checkpoint(files[name], student) for name in used}
+    names = [name.replace("-", "_") for name in NUMBERS]
+    settings = EvaluationSettings(**painting(args, names, student, device))
+    text = TextStates(prompts)
+    pictures = decoder(student, config, device) if student.vae else None
+    cast = MixingCast(
+        member("student", student, student, text, keep=True),
+        styles,
+        [member(name, checkpoint, student, text, files[name]) for name, checkpoint in read.items()],
+        prompts,
+        pictures,
+        judge(args.features, is_small(config), pairs, pictures is not None),
+    )
+    return cast, pictures, settings, pairs
+
+
+def judge(file: str | None, small: bool, pairs: Sequence[Pair], has_pictures: bool):
+    """The classifier that is named; the demo family's, where it knows every style; else None, for the student."""
+    from ..evaluation.features import DEMO_FILE, load_features
+    from ..evaluation.mixing.judge_mixing import looks_of
+
+    if file == "none" or not file and not (small and has_pictures):
+        return None
+    network = load_features(file or DEMO_FILE)
+    if not file and not {name for pair in pairs for name in pair} <= set(looks_of(network)):
+        return None
+    return network

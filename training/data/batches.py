@@ -1,0 +1,261 @@
+"""Captioned latents, and how a step's batch follows from (seed, number) alone."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...dmm_core.schedule import NoiseSchedule
+from ...dmm_core.weights_file import read_weights
+from .difficulty import Chances
+
+
+@dataclass
+class Batch:
+    """One forward of the student: what it and the teachers see.
+
+    x_t (B, C, h, w) float32; t (B,) timesteps; teacher (B,), sorted so that each teacher's rows are a slice, N standing for the
+    base; rows (B,) of the captions in ``Teacher.contexts``, 0 where the caption is dropped. target (B, C, h, w): what the teachers
+    predict, each in its own parameterisation, where the data hold it (rollouts), else None. weight, t_weight (B,): p / q of rows that
+    were not drawn evenly (``Chances.pick``), else None. whole: the batch of which this is one process's share, its rows from
+    ``start`` on; None where this is all of it.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    teacher: Tensor
+    rows: Tensor
+    target: Tensor | None = None
+    weight: Tensor | None = None
+    t_weight: Tensor | None = None
+    whole: Batch | None = None
+    start: int = 0
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def part(self, place: slice) -> Batch:
+        """Some neighbouring rows, which know what they are a part of."""
+        everything = (self.x_t, self.t, self.teacher, self.rows, self.target, self.weight, self.t_weight)
+        return Batch(*(None if x is None else x[place] for x in everything), whole=self, start=place.start)
+
+    @property
+    def of_all(self) -> Batch:
+        return self if self.whole is None else self.whole
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How a run draws its batches; a Draw and a batch's number determine the batch.
+
+    teachers: how many; base_share: of the rows, without a style; dropout: share of empty captions; shares: how the rows with a style
+    are split between the teachers (they sum to 1), None for equally. chances: of teachers and timesteps, None for teachers in turn and
+    even timesteps.
+    """
+
+    seed: int
+    batch_size: int
+    teachers: int
+    base_share: float
+    dropout: float
+    schedule: NoiseSchedule
+    shares: tuple[float, ...] | None = None
+    chances: Chances | None = None
+
+    def turns(self, number: int) -> Tensor:
+        """The teacher of every row of batch ``number``, (B,), before any of them goes to the base."""
+        if self.shares is None:
+            return (number * self.batch_size + torch.arange(self.batch_size)) % self.teachers
+        u = self.even(number)
+        ends = torch.tensor(self.shares, dtype=torch.float64).cumsum(0)
+        last = max(i for i, share in enumerate(self.shares) if share > 0)
+        return torch.searchsorted(ends, u, right=True).clamp(max=last)
+
+    def even(self, number: int) -> Tensor:
+        """A number in [0, 1) for every row of batch ``number``, (B,) float64.
+
+        Multiples of the golden ratio fill [0, 1) evenly wherever one begins: every teacher gets its share at any length.
+        """
+        place = number * self.batch_size + torch.arange(self.batch_size)
+        return ((place.double() + 0.5) * (math.sqrt(5) - 1) / 2) % 1.0
+
+
+class Bucket(Protocol):
+    """All pictures of one size; a Tensor (M, C, h, w) is one, and so is a view of files that reads what it is asked for."""
+
+    shape: Sequence[int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """(B,) -> (B, C, h, w) float32, scaled as the UNet sees them."""
+
+
+class TrainingData(Protocol):
+    """What a run trains on. ``prompts`` are the distinct captions, the empty one first."""
+
+    prompts: Sequence[str]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of a typical sample, for pictures on the way."""
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether batches bring the teachers' predictions with them."""
+
+    def __len__(self) -> int: ...
+
+    def fingerprint(self) -> str:
+        """Changes when anything of the data changes: a run refuses to go on with other data."""
+
+    def batch(self, number: int, draw: Draw) -> Batch:
+        """Batch ``number`` of a run; it depends on the arguments only, so a resumed run draws what it would have drawn."""
+
+
+class CaptionedLatents:
+    """Pictures with captions, of one size or of several.
+
+    latents: (M, C, h, w) float32, scaled as the UNet sees them, or one Bucket per size; captions: a text for each picture, in the
+    buckets' order; owner: (M,) the teacher that painted the picture, which then is the only one to learn from it, or None.
+    ``rows`` (M,) are the captions' places in ``prompts``. Raises ValueError for data that cannot be trained on.
+    """
+
+    has_targets = False
+
+    def __init__(self, latents: Tensor | Sequence[Bucket], captions: Sequence[str], owner: Tensor | None = None):
+        self.buckets = [latents] if isinstance(latents, Tensor) else list(latents)
+        self.captions, self.owner = list(captions), owner
+        self._check()
+        self.prompts = ["", *sorted(set(self.captions))]
+        row = {prompt: i for i, prompt in enumerate(self.prompts)}
+        self.rows = torch.tensor([row[caption] for caption in self.captions])
+
+    def _check(self) -> None:
+        for bucket in self.buckets:
+            if len(bucket.shape) != 4:
+                raise ValueError(
+                    f"latents of shape {tuple(bucket.shape)}: expected (count, channels, height, width), a caption for each"
+                )
+            if isinstance(bucket, Tensor) and not torch.isfinite(bucket).all():
+                raise ValueError(
+                    "the latents contain NaN or infinite numbers: check the pictures and the VAE that encoded them"
+                )
+        count = len(self)
+        if not count:
+            raise ValueError("no training pictures given")
+        if count != len(self.captions):
+            raise ValueError(
+                f"{len(self.captions)} captions for latents of {count} pictures: expected one caption for each"
+            )
+        empty = [i for i, caption in enumerate(self.captions) if not caption.strip()]
+        if empty:
+            raise ValueError(
+                f"{len(empty)} of {count} captions are empty (the first at position {empty[0]}): caption every picture; "
+                "training without prompts is covered by caption_dropout"
+            )
+
+    def __len__(self) -> int:
+        return sum(len(bucket) for bucket in self.buckets)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return tuple(max(self.buckets, key=len).shape[1:])
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256("\0".join(self.captions).encode())
+        for bucket in self.buckets:
+            digest.update(bucket_fingerprint(bucket))
+        if self.owner is not None:
+            digest.update(self.owner.numpy().tobytes())
+        return digest.hexdigest()
+
+    def batch(self, number: int, draw: Draw) -> Batch:
+        """Teachers take turns, so that each gets its share of the rows; a ``base_share`` of the rows goes to the base instead.
+
+        With ``draw.chances`` those say which teacher a row has, where it has no owner, and which timestep.
+        """
+        which, index = epoch_batch(draw.seed, number, [len(b) for b in self.buckets], draw.batch_size)
+        start = sum(len(b) for b in self.buckets[:which])
+        g = torch.Generator().manual_seed(hash_seed(draw.seed, "batch", number))
+        owner = None if self.owner is None else self.owner[start + index]
+        to_base = torch.rand(draw.batch_size, generator=g) < draw.base_share
+        weights = ()
+        if draw.chances:
+            # Moved by a number of the run's own: over all seeds, every row alone has exactly these chances.
+            u = (draw.even(number) + hash_seed(draw.seed, "cells") / 2**63) % 1.0
+            teacher, bins, *weights = draw.chances.pick(u, to_base, owner)
+        else:
+            teacher = torch.where(to_base, draw.teachers, draw.turns(number) if owner is None else owner)
+        teacher, order = teacher.sort(stable=True)
+        index = index[order]
+        x0 = self.buckets[which][index]
+        if draw.chances:
+            t = draw.chances.timesteps(bins[order], g)
+        else:
+            t = torch.randint(len(draw.schedule), (draw.batch_size,), generator=g)
+        eps = torch.randn(x0.shape, generator=g)
+        drop = torch.rand(draw.batch_size, generator=g) < draw.dropout
+        rows = torch.where(drop, 0, self.rows[start + index])
+        return Batch(draw.schedule.add_noise(x0, eps, t), t, teacher, rows, None, *(w[order] for w in weights))
+
+
+def bucket_fingerprint(bucket: Bucket) -> bytes:
+    """A Bucket that reads files knows its own ``fingerprint()``; that of a Tensor is its numbers."""
+    if isinstance(bucket, Tensor):
+        return bucket.float().contiguous().numpy().tobytes()
+    return bucket.fingerprint().encode()
+
+
+def epoch_batch(seed: int, number: int, sizes: Sequence[int], batch_size: int) -> tuple[int, Tensor]:
+    """(bucket, indices (batch_size,) in it) of batch ``number`` of an endless run over buckets of these sizes.
+
+    All of a batch is of one bucket. Every sample comes once an epoch; a bucket that is no multiple of the batch wraps around.
+    """
+    count = sum(math.ceil(size / batch_size) for size in sizes)
+    epoch, place = divmod(number, count)
+    which, part = _epoch_order(seed, epoch, tuple(sizes), batch_size)[place]
+    order = _permutation(seed, epoch, which, sizes[which])
+    return which, order[(part * batch_size + torch.arange(batch_size)) % sizes[which]]
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, sizes: tuple[int, ...], batch_size: int) -> list[tuple[int, int]]:
+    """The batches (bucket, part of it) of an epoch, shuffled."""
+    parts = [(b, part) for b, size in enumerate(sizes) for part in range(math.ceil(size / batch_size))]
+    g = torch.Generator().manual_seed(hash_seed(seed, "order", epoch))
+    return [parts[i] for i in torch.randperm(len(parts), generator=g).tolist()]
+
+
+@functools.lru_cache(maxsize=16)
+def _permutation(seed: int, epoch: int, bucket: int, size: int) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(hash_seed(seed, "epoch", epoch, bucket)))
+
+
+def hash_seed(seed: int, *purpose: object) -> int:
+    """A 63-bit seed for one purpose of a run, unrelated to that of any other purpose."""
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def load_latents(path: str | Path) -> CaptionedLatents:
+    """Read a safetensors file with ``latents`` (M, 4, h, w) and the metadata ``captions`` (a JSON list of M texts)."""
+    try:
+        tensors, metadata = read_weights(path)
+        captions, latents = json.loads(metadata["captions"]), tensors["latents"].float()
+    except (OSError, KeyError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"'{path}' is not a file of captioned latents (tensor 'latents', metadata 'captions'): {error}"
+        ) from error
+    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+        raise ValueError(f"'{path}': the metadata 'captions' is not a JSON list of texts")
+    return CaptionedLatents(latents, captions)

@@ -1,0 +1,1 @@
+"""The demo family's pictures: procedural scenes and the looks that they are drawn in."""

@@ -1,0 +1,256 @@
+"""A folder of captioned pictures, as users keep them, read with care: every file may be broken.
+
+Pictures are found in the folder and the folders in it, in the order of their relative names. A caption is a line of
+``metadata.jsonl`` in the top folder ({"file_name": "a/b.png", "text": "..."}, as Hugging Face's ImageFolder has it) or else the
+content of the text file beside the picture ("b.txt" beside "b.png").
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..progress import Tick
+
+METADATA = "metadata.jsonl"
+FORMATS = {
+    ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF",
+}  # fmt: skip
+"""File names that are taken for pictures. Pillow tries these formats only: some others run programs."""
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that was read once, whole. name: relative, with slashes; size: (width, height) as it is to be seen."""
+
+    name: str
+    path: Path
+    caption: str
+    size: tuple[int, int]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file that cannot be used, and why."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name!r}: {self.reason}"  # repr: a file's name may hold control characters of the terminal
+
+
+def find_pictures(folder: str | os.PathLike) -> dict[str, Path]:
+    """Relative name (with slashes) -> path of every picture file, sorted by name. Hidden files and folders are left out.
+
+    Links to files are followed, links to folders inside are not: they may lead round in a circle.
+    Raises ValueError when there is no such folder, or no picture in it.
+    """
+    top = Path(folder)
+    if not top.is_dir():
+        raise ValueError(f"there is no folder '{folder}'")
+    found = {}
+    for parent, folders, files in os.walk(top):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            path = Path(parent, name)
+            if path.suffix.lower() in FORMATS and not name.startswith("."):
+                found[path.relative_to(top).as_posix()] = path
+    if not found:
+        raise ValueError(f"no pictures in '{folder}': expected files that end in {', '.join(FORMATS)}")
+    return dict(sorted(found.items()))
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+
+def clean_caption(text: str) -> str:
+    """One line, single spaces. Raises ValueError for an empty caption and for broken Unicode."""
+    text = " ".join(text.split())
+    if not text:
+        raise ValueError("its caption is empty")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("its caption is not valid Unicode") from None
+    return text
+
+
+def read_captions(folder: str | os.PathLike, pictures: dict[str, Path]) -> tuple[dict[str, str], list[Problem]]:
+    """Captions by the pictures' names, and everything that is wrong with them."""
+    listed, problems = read_metadata(Path(folder) / METADATA, pictures.keys())
+    captions = {}
+    for name, path in pictures.items():
+        try:
+            captions[name] = clean_caption(listed[name] if name in listed else read_text_beside(path))
+        except ValueError as error:
+            problems.append(Problem(name, str(error)))
+    return captions, problems
+
+
+def read_text_beside(picture: Path) -> str:
+    """Raises ValueError when there is no text file beside the picture, or it is none."""
+    path = picture.with_suffix(".txt")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"it has no caption: neither a file {path.name!r} nor a line in {METADATA}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"its caption file {path.name!r} is not UTF-8 text") from None
+    except OSError as error:
+        raise ValueError(f"its caption file {path.name!r} cannot be read ({error.strerror})") from None
+
+
+def read_metadata(path: Path, names: Iterable[str]) -> tuple[dict[str, str], list[Problem]]:
+    """file_name -> text of a metadata.jsonl (which may be missing), and its bad lines. A file name is only compared, never opened."""
+    if not path.is_file():
+        return {}, []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (UnicodeDecodeError, OSError) as error:
+        return {}, [Problem(path.name, f"cannot be read as UTF-8 text ({error})")]
+    names, texts, problems = set(names), {}, []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path.name} line {number}"
+        try:
+            entry = json.loads(line)
+            name, text = entry["file_name"], entry["text"]
+            if not isinstance(text, str):
+                raise TypeError
+            name = PurePosixPath(name).as_posix()  # "./a.png" is "a.png"
+        except (ValueError, KeyError, TypeError, RecursionError):
+            problems.append(Problem(where, 'expected {"file_name": "...", "text": "..."}'))
+            continue
+        if name not in names:
+            problems.append(Problem(where, f"there is no picture {name!r} in the folder"))
+        elif name in texts:
+            problems.append(Problem(where, f"a second caption for {name!r}"))
+        else:
+            texts[name] = text
+    return texts, problems
+
+
+def read_caption_file(path: str | os.PathLike) -> list[str]:
+    """A text file with one caption a line -> the distinct captions, in their order; empty lines are left out.
+
+    Raises ValueError when the file cannot be read as UTF-8 text or holds no caption.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"'{path}' is not UTF-8 text: expected one caption a line") from None
+    except OSError as error:
+        raise ValueError(f"cannot read the captions '{path}': {error.strerror}") from None
+    captions = list(dict.fromkeys(clean_caption(line) for line in lines if line.strip()))
+    if not captions:
+        raise ValueError(f"'{path}' holds no caption: expected one a line")
+    return captions
+
+
+# --- pixels -----------------------------------------------------------------------------------------------------------
+
+
+def decode(data: bytes) -> Image.Image:
+    """The content of a picture file -> an RGB picture as it is to be seen: turned upright (EXIF), transparency on white.
+
+    Of an animation, the first frame. Raises ValueError for whatever Pillow cannot read to the end.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=sorted(set(FORMATS.values()))) as image:
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"it is too large ({error})") from error
+    except Image.UnidentifiedImageError as error:
+        raise ValueError("it is not a picture that can be read") from error
+    except (
+        Exception
+    ) as error:  # a broken file makes Pillow's decoders raise nearly anything: SyntaxError, struct.error, ...
+        raise ValueError(f"it is damaged ({error or type(error).__name__})") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode -> RGB. 16 bits a channel are reduced to 8 (Pillow itself would cut them off at 255)."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64) // 256
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pictures have no known white")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def read_picture(picture: Picture) -> Image.Image:
+    """Raises ValueError naming the picture when it is no longer what it was when it was first read."""
+    try:
+        data = picture.path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != picture.sha256:
+            raise ValueError("it has changed since it was checked: run the command again")
+        return decode(data)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{picture.name!r}: {error}") from error
+
+
+def survey(
+    folder: str | os.PathLike, workers: int = 4, progress: Tick | None = None
+) -> tuple[list[Picture], list[Problem]]:
+    """Read every picture and caption of a folder once -> those that can be used, in order of name, and what is wrong with the rest."""
+    paths = find_pictures(folder)
+    captions, problems = read_captions(folder, paths)
+
+    def check(item: tuple[str, Path]) -> Picture | Problem:
+        name, path = item
+        if not path.is_file():
+            return Problem(name, "it is no file, or a link to nothing")
+        try:
+            data = path.read_bytes()
+            size = decode(data).size
+        except ValueError as error:
+            return Problem(name, str(error))
+        except OSError as error:
+            return Problem(name, f"it cannot be read ({error.strerror})")
+        return Picture(name, path, captions.get(name, ""), size, hashlib.sha256(data).hexdigest())
+
+    pictures = []
+    with ThreadPoolExecutor(workers) as pool:
+        for done, checked in enumerate(ahead(pool, check, list(paths.items()), 2 * workers), start=1):
+            if isinstance(checked, Problem):
+                problems.append(checked)
+            elif checked.name in captions:
+                pictures.append(checked)
+            if progress:
+                progress(done, len(paths), "checking pictures")
+    return pictures, problems
+
+
+def ahead(pool: Executor, work: Callable[[Item], Result], items: Sequence[Item], depth: int) -> Iterator[Result]:
+    """``map`` in order on other threads, at most ``depth`` results ahead of who takes them: pictures are large."""
+    waiting = collections.deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) >= depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()

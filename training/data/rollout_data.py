@@ -1,0 +1,213 @@
+"""Finished rollouts as training data."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...dmm_core.checkpoint import Checkpoint
+from ..files.hashing import text_hash, weights_hash
+from .batches import Batch, Draw, hash_seed
+from .cached_text import TextStore
+from .rollout_paths import BASE_NAME, Owner
+from .shards import ShardReader, check_shards, read_manifest, shard_entries
+
+
+@dataclass
+class Part:
+    """One owner's states of one size, in the files. rows (M,): their captions."""
+
+    reader: ShardReader
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class Rollouts:
+    """Finished rollouts as training data that bring their targets with them: training needs no teacher's UNet.
+
+    ``names``: the teachers, in order; ``owners``: what is known of each of them, and of the base under ``BASE_NAME``.
+    Rows of a batch are of the teachers in turn, a share of ``base_share`` of the base's own paths; each owner's states come once
+    before any comes again.
+    """
+
+    has_targets = True
+
+    def __init__(self, folder: str | os.PathLike, manifest: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]):
+        self.folder, self.manifest, self.prompts = folder, manifest, manifest["prompts"]
+        teachers = [entry for entry in entries if entry["role"] == "teacher"]
+        base = [entry for entry in entries if entry["role"] == "base"]
+        self.names, self.has_base = [entry["name"] for entry in teachers], bool(base)
+        self.entries = [*teachers, *base]
+        self.owners = {
+            entry["name"]: Owner(**{k: v for k, v in entry.items() if k != "parts"}) for entry in self.entries
+        }
+        sizes = {tuple(part["size"]) for entry in self.entries for part in entry["parts"]}
+        self.sizes = sorted(sizes)
+        self.parts = [[self._part(entry, size) for entry in self.entries] for size in self.sizes]  # by size, then owner
+        self.text = TextStore(folder, manifest)
+        self.text_of = self.text.text_of
+
+    def _part(self, entry: Mapping[str, Any], size: tuple[int, int]) -> Part:
+        for part in entry["parts"]:
+            if tuple(part["size"]) == size:
+                reader = ShardReader(self.folder, part["shards"])
+                if len(reader) != len(part["rows"]):
+                    raise ValueError(
+                        f"the manifest of '{self.folder}' is damaged: {len(part['rows'])} captions of {len(reader)}"
+                    )
+                return Part(reader, torch.tensor(part["rows"]))
+        width, height = size
+        raise ValueError(
+            f"the rollouts in '{self.folder}' have no paths of '{entry['name']}' at {width}x{height}, but of others: "
+            "make them with the same sizes for all"
+        )
+
+    def for_teachers(self, base: Checkpoint, teachers: Mapping[str, tuple[Checkpoint, str]]) -> Rollouts:
+        """The same rollouts for these teachers, in this order, under these names.
+
+        teachers: (checkpoint, file) by name. Raises ValueError naming those whose weights are not the ones that painted.
+        """
+        found, missing = [], []
+        for role, name, checkpoint in [("teacher", n, c) for n, (c, _) in teachers.items()] + [
+            ("base", BASE_NAME, base)
+        ]:
+            entry = self._painted_by(role, checkpoint)
+            if entry:
+                found.append({**entry, "name": name})
+            elif role == "teacher" or self.has_base:
+                missing.append(f"teacher '{name}'" if role == "teacher" else "the base model")
+        if missing:
+            known = ", ".join(f"'{name}'" for name in self.names)
+            raise ValueError(
+                f"the rollouts in '{self.folder}' were not painted by {', '.join(missing)} (other weights, prediction or noise "
+                f"schedule); they are those of {known}. Run 'dmm cache rollouts' again with these teachers to add them"
+            )
+        rollouts = Rollouts(self.folder, self.manifest, found)
+        for name, checkpoint, file in [("the base model", base, "FILE")] + [
+            (f"teacher '{n}'", *c) for n, c in teachers.items()
+        ]:
+            if checkpoint.text:
+                rollouts.text_of(checkpoint.text, name, file)
+        return rollouts
+
+    def _painted_by(self, role: str, checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+        wanted = weights_hash(checkpoint.unet), checkpoint.prediction, checkpoint.zero_snr
+        for entry in self.entries:
+            if entry["role"] == role and (entry["unet"], entry["prediction"], entry["zero_snr"]) == wanted:
+                return entry
+        return None
+
+    def __len__(self) -> int:
+        return sum(len(part) for parts in self.parts for part in parts)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of most states."""
+        largest = max(self.parts, key=lambda parts: sum(len(part) for part in parts))
+        return largest[0].reader.shape("x_t")[1:]
+
+    def fingerprint(self) -> str:
+        shards = [[part.reader.fingerprint() for part in parts] for parts in self.parts]
+        rows = [entry["parts"][i]["rows"] for entry in self.entries for i in range(len(entry["parts"]))]
+        return text_hash("rollouts", self.prompts, self.sizes, shards, rows)
+
+    def batch(self, number: int, draw: Draw) -> Batch:
+        """As ``TrainingData.batch``. Where a caption is dropped, the target is the prediction for the empty prompt.
+
+        Raises ValueError for another number of teachers than there are, and for a base_share without paths of the base.
+        """
+        if draw.teachers != len(self.names):
+            raise ValueError(
+                f"rollouts of {len(self.names)} teachers for a run of {draw.teachers}: see Rollouts.for_teachers"
+            )
+        if draw.shares is not None:
+            raise ValueError(
+                "rollouts give every teacher the same share; to add or forget styles use pictures (data of kind cache made by "
+                "'dmm cache images')"
+            )
+        if draw.base_share and not self.has_base:
+            raise ValueError(
+                f"the rollouts in '{self.folder}' have no paths of the base: make them with a base share, or set base_share to 0"
+            )
+        counts = tuple(math.ceil(sum(len(part) for part in parts) / draw.batch_size) for parts in self.parts)
+        which, turn = size_of_batch(draw.seed, number, counts)
+        teacher, turns = share_out(turn * draw.batch_size, draw.batch_size, draw.teachers, draw.base_share)
+        teacher, order = teacher.sort(stable=True)
+        turns = turns[order]
+        g = torch.Generator().manual_seed(hash_seed(draw.seed, "rollout batch", number))
+        drop = torch.rand(draw.batch_size, generator=g) < draw.dropout
+        states: dict[str, list[Tensor]] = {name: [] for name in ("x_t", "t", "rows", "target")}
+        for i in teacher.unique().tolist():
+            mine, part = teacher == i, self.parts[which][i]
+            index = torch.tensor([_drawn(draw.seed, which, i, len(part), d) for d in turns[mine].tolist()])
+            dropped = drop[mine]
+            states["x_t"].append(part.reader.rows("x_t", index).float())
+            states["t"].append(part.reader.rows("t", index))
+            states["rows"].append(torch.where(dropped, 0, part.rows[index]))
+            target = [part.reader.rows("null" if d else "cond", i[None]) for i, d in zip(index, dropped.tolist())]
+            states["target"].append(torch.cat(target).float())
+        return Batch(teacher=teacher, **{name: torch.cat(value) for name, value in states.items()})
+
+
+def size_of_batch(seed: int, number: int, counts: tuple[int, ...]) -> tuple[int, int]:
+    """Which size batch ``number`` is of, and its number among those of that size; counts: batches of each size an epoch."""
+    epoch, place = divmod(number, sum(counts))
+    which, turn = _epoch_of_sizes(seed, epoch, counts)[place]
+    return which, epoch * counts[which] + turn
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_of_sizes(seed: int, epoch: int, counts: tuple[int, ...]) -> list[tuple[int, int]]:
+    sizes = torch.tensor([which for which, count in enumerate(counts) for _ in range(count)])
+    g = torch.Generator().manual_seed(hash_seed(seed, "rollout sizes", epoch))
+    order = sizes[torch.randperm(len(sizes), generator=g)].tolist()
+    met = [0] * len(counts)
+    turns = []
+    for which in order:
+        turns.append((which, met[which]))
+        met[which] += 1
+    return turns
+
+
+def share_out(position: int, count: int, teachers: int, base_share: float) -> tuple[Tensor, Tensor]:
+    """Rows position to position + count - 1 of an endless run: whose each is (``teachers`` is the base) and its number among the
+    owner's. The base's rows are spread evenly, and the teachers take turns in the others."""
+    place = torch.arange(position, position + count + 1)
+    base = (place.double() * base_share).floor().long()  # the base's rows before each place
+    is_base, place, base = base.diff() > 0, place[:-1], base[:-1]
+    others = place - base
+    return torch.where(is_base, teachers, others % teachers), torch.where(is_base, base, others // teachers)
+
+
+def _drawn(seed: int, size: int, owner: int, count: int, draw: int) -> int:
+    """The state that an owner's draw number ``draw`` is: a new order every epoch."""
+    epoch, place = divmod(draw, count)
+    return int(_order(seed, size, owner, count, epoch)[place])
+
+
+@functools.lru_cache(maxsize=256)
+def _order(seed: int, size: int, owner: int, count: int, epoch: int) -> Tensor:
+    g = torch.Generator().manual_seed(hash_seed(seed, "rollout epoch", size, owner, epoch))
+    return torch.randperm(count, generator=g)
+
+
+def open_rollouts(folder: str | os.PathLike, verify: bool = False) -> Rollouts:
+    """Open rollouts that ``build_rollouts`` finished, reading the manifest only: all teachers, in the manifest's order.
+
+    Raises ValueError for those that are unfinished, damaged or of a newer version; ``verify`` reads and hashes every shard.
+    """
+    manifest = read_manifest(folder, "rollouts")
+    try:
+        check_shards(folder, shard_entries(manifest), verify)
+        return Rollouts(folder, manifest, manifest["owners"])
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"the manifest of the rollouts '{folder}' is damaged ({error!r}): make them again") from error

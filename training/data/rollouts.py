@@ -1,0 +1,179 @@
+"""Rollouts: states on the teachers' own sampling paths, with what each teacher says to them. No pictures are needed.
+
+A teacher paints captions from noise under classifier-free guidance; of each path a few random states are kept, with both
+predictions that guidance asks for: of the caption and of the empty prompt (data-free distillation, cf. BOOT, arXiv:2306.05544).
+
+    rollouts-<owner>-512x512-00000.safetensors   x_t, cond, null (S, 4, h, w) float16; t (S,)
+    text-<hash>-00000.safetensors, manifest.json as in an image cache
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...dmm_core.checkpoint import Checkpoint
+from ...dmm_core.unet import UNetConfig, unet_config_from_state_dict
+from ..config import check_names
+from ..files.hashing import text_hash, weights_hash
+from ..progress import Tick
+from ..teachers.lora_files import recorded, split_loras
+from ..teachers.teacher import Teacher, check_architectures, check_schedules, plain_unet
+from .buckets import default_resolution, size_multiple
+from .cache import Model, as_checkpoint, base_with_parts, store_all_text
+from .cached_text import TextStore
+from .image_folder import clean_caption
+from .rollout_paths import BASE_NAME, PRECISIONS, Owner, RolloutSettings, paint_states, path_generator
+from .shards import ShardWriter
+
+SHARD_PATHS = 32
+
+
+def plan_paths(
+    owner: Owner, count: int, prompts: int, settings: RolloutSettings
+) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """(path, row of its caption) by size: sizes in turn, captions shuffled, each equally often. Row 0, the empty prompt, is not one."""
+    plan: dict[tuple[int, int], list[tuple[int, int]]] = {size: [] for size in settings.sizes}
+    for path in range(count):
+        epoch, place = divmod(path, prompts - 1)
+        if place == 0:
+            order = 1 + torch.randperm(
+                prompts - 1, generator=path_generator(settings.seed, "captions", owner.key, epoch)
+            )
+        plan[settings.sizes[path % len(settings.sizes)]].append((path, int(order[place])))
+    return {size: paths for size, paths in plan.items() if paths}
+
+
+def build_rollouts(
+    folder: str | os.PathLike,
+    base: Model,
+    teachers: Mapping[str, Model],
+    captions: Sequence[str],
+    settings: RolloutSettings | None = None,
+    parts_from: Model | None = None,
+    device: torch.device | str = "cpu",
+    progress: Tick | None = None,
+) -> dict[str, int]:
+    """Paint with every teacher and the base and keep states, or go on with it. Returns the number of states by name.
+
+    teachers: name -> checkpoint or its file; others that a finished cache has already stay in it.
+    parts_from: a full checkpoint, for a base without a text encoder. One UNet is in memory at a time when files are given.
+    Raises ValueError for models that do not fit together, before anything is painted.
+    """
+    check_names(list(teachers))
+    base_model = base_with_parts(base, parts_from)
+    config = unet_config_from_state_dict(base_model.unet)
+    settings = settings or RolloutSettings()
+    if not settings.sizes:
+        side = default_resolution(config, base_model.prediction)
+        settings = dataclasses.replace(settings, sizes=((side, side),))
+    settings.check(size_multiple(config))
+    prompts = ["", *sorted({clean_caption(caption) for caption in captions})]
+    if len(prompts) == 1:
+        raise ValueError("no captions given: the teachers need something to paint")
+    fixed = {k: v for k, v in vars(settings).items() if k not in ("paths", "base_share")}
+    fixed["captions"] = text_hash(prompts)
+    writer = ShardWriter(folder, "rollouts", fixed)
+
+    owners = _owners(teachers, base_model, config)
+    text = store_all_text(writer, [base_model, *teachers.values()], prompts, torch.device(device), progress, base_model)
+    store = TextStore(folder, {"text": text})
+
+    work = [(owner, teachers[owner.name], settings.paths) for owner in owners]
+    if settings.base_share:
+        share = settings.base_share / (1 - settings.base_share)
+        count = max(round(share * len(teachers) * settings.paths), len(settings.sizes))
+        work.append((_owner("base", BASE_NAME, base, base_model, base_model), base_model, count))
+    total, done, entries = sum(count for *_, count in work), 0, []
+    for owner, model, count in work:
+
+        def tick(painted: int, before: int = done, name: str = owner.name) -> None:
+            if progress:
+                progress(before + painted, total, f"'{name}' paints")
+
+        load = functools.cache(functools.partial(_load_teacher, owner, model, store, settings, device))
+        plan = plan_paths(owner, count, len(prompts), settings)
+        entries.append({**vars(owner), "parts": _store_paths(writer, owner, plan, prompts, settings, load, tick)})
+        done += count
+    names, weights = {entry["name"] for entry in entries}, {(entry["role"], entry["unet"]) for entry in entries}
+    before = [entry for entry in writer.before.get("owners", []) if entry["name"] not in names]
+    kept = [entry for entry in before if (entry["role"], entry["unet"]) not in weights]
+    writer.finish({"prompts": prompts, "owners": [*kept, *entries], "text": text})
+    return {entry["name"]: sum(len(part["rows"]) for part in entry["parts"]) for entry in entries}
+
+
+def _owners(teachers: Mapping[str, Model], base: Checkpoint, config: UNetConfig) -> list[Owner]:
+    """Raises ValueError for teachers of another architecture or schedule than the base, and for the same one twice."""
+    owners, sizes, seen = [], [], {}
+    for name, model in teachers.items():
+        checkpoint = as_checkpoint(model, base)  # one file in memory at a time
+        owners.append(_owner("teacher", name, model, checkpoint, base))
+        sizes.append((name, unet_config_from_state_dict(checkpoint.unet)))
+    check_architectures(config, sizes)
+    check_schedules(base.zero_snr, [(owner.name, owner.zero_snr) for owner in owners])
+    for owner in owners:
+        if owner.name.strip() == BASE_NAME:
+            raise ValueError(f"a teacher cannot be called '{BASE_NAME}': the base's own paths have that name")
+        if owner.unet in seen:
+            raise ValueError(
+                f"teachers '{seen[owner.unet]}' and '{owner.name}' have the same weights: name one of them"
+            )
+        seen[owner.unet] = owner.name
+    return owners
+
+
+def _owner(role: str, name: str, model: Model, checkpoint: Checkpoint, base: Checkpoint) -> Owner:
+    if checkpoint.num_styles:
+        raise ValueError(f"'{name}' is itself a DMM model with {checkpoint.num_styles} styles: use a plain checkpoint")
+    file, digest = ("", "") if isinstance(model, Checkpoint) else recorded(*split_loras(model))
+    unet, text = weights_hash(checkpoint.unet), weights_hash(checkpoint.text or base.text)
+    return Owner(role, name, unet, text, checkpoint.prediction, checkpoint.zero_snr, file, digest)
+
+
+def _load_teacher(
+    owner: Owner, model: Model, store: TextStore, settings: RolloutSettings, device: torch.device | str
+) -> Teacher:
+    unet = plain_unet(as_checkpoint(model).unet, f"'{owner.name}'").to(device, PRECISIONS[settings.precision])
+    return Teacher(owner.name, unet, *store.stored[owner.text], owner.prediction, owner.zero_snr)
+
+
+def _store_paths(
+    writer: ShardWriter,
+    owner: Owner,
+    plan: Mapping[tuple[int, int], list[tuple[int, int]]],
+    prompts: Sequence[str],
+    settings: RolloutSettings,
+    load: Callable[[], Teacher],
+    tick: Callable[[int], None],
+) -> list[dict[str, Any]]:
+    """One owner's shards -> its ``parts`` in the manifest, one per size. The UNet is loaded only when a shard is missing."""
+    parts, done = [], 0
+    for size, paths in plan.items():
+        shards = []
+        for number, start in enumerate(range(0, len(paths), SHARD_PATHS)):
+            part = paths[start : start + SHARD_PATHS]
+
+            def build(part=part, size=size, before=done) -> dict[str, Tensor]:
+                states = []
+                for first in range(0, len(part), settings.batch_size):
+                    batch = part[first : first + settings.batch_size]
+                    numbers, rows = zip(*batch)
+                    states += paint_states(load(), owner, rows, numbers, size, settings)
+                    tick(before + first + len(batch))
+                return {name: torch.stack([state[name] for state in states]) for name in ("x_t", "cond", "null", "t")}
+
+            texts = [(path, prompts[row]) for path, row in part]
+            identity = text_hash("rollouts", owner.key, size, sorted(writer.settings.items()), texts)
+            name = f"rollouts-{owner.key}-{size[0]}x{size[1]}-{number:05d}.safetensors"
+            shards.append(writer.shard(name, identity, len(part) * settings.states, build))
+            done += len(part)
+            tick(done)
+        rows = [row for _, row in paths for _ in range(settings.states)]
+        parts.append({"size": list(size), "rows": rows, "shards": shards})
+    return parts

@@ -1,0 +1,384 @@
+"""Style mixing, judged: the way from one style to another by a blend of codes (arXiv:2504.12364, Sec. 3.2) beside merged weights.
+
+Every path shows the same prompts from the same noise at every ratio w, the share of the second style:
+
+    blend        e = (1 - w) e_i + w e_j                  the student, one forward
+    merge        theta = (1 - w) theta_i + w theta_j      the two teachers, as ComfyUI's ModelMergeSimple
+    predictions  eps = (1 - w) eps(e_i) + w eps(e_j)      the student, two forwards
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...data.buckets import size_multiple
+from ...files.hashing import tensor_sha256, text_hash
+from ...progress import Tick
+from ...teachers.teacher import Teacher
+from ..features import FeatureNet
+from ..identify import identify
+from ..matrix import Figure
+from ..settings import EvaluationSettings
+from ..studio import FEATURE_COST, Member, Meter, Pictures, Studio, check_invited, check_same_kind, painting_cost
+from .figures import KINDS, Comparison, Seen, as_figure, compare, curves, figures, layout_distances, mean_of, weights_of
+from .judges import answers_of, caption_truth, is_neither, looks_of, wins
+from .mixers import blended, both, check_mergeable, merged, with_mixed_predictions
+
+BLEND, MERGE, PREDICTIONS = "blend", "merge", "predictions"
+PATHS = {BLEND: "DMM", MERGE: "weight merging", PREDICTIONS: "mixed predictions"}
+RATIOS = tuple(k / 8 for k in range(9))
+SHOWN = 2
+"""Pictures of a pair that strips show."""
+RESAMPLES = 200
+
+Pair = tuple[str, str]
+
+
+@dataclass
+class MixingCast:
+    """Everyone who takes part. styles: the student's, in the order of its codebook; teachers: named like styles, for merging.
+
+    prompts: what all text states are of, ``prompts[0]`` the empty one. classifier: the demo classifier, which knows looks, shapes and
+    colours; without one the student judges (``identify``), and content by the latents alone.
+    """
+
+    student: Member
+    styles: Sequence[str]
+    teachers: Sequence[Member]
+    prompts: Sequence[str]
+    pictures: Pictures | None = None
+    classifier: FeatureNet | None = None
+
+    def check(self, pairs: Sequence[Pair], ratios: Sequence[float], paths: Sequence[str]) -> None:
+        """Raises ValueError for styles, ratios and paths that make no sense, and for models that do not belong together."""
+        unknown = [name for name in paths if name not in PATHS]
+        if unknown or not paths or len(set(paths)) < len(paths):
+            raise ValueError(
+                f"unknown or repeated paths {', '.join(paths) or '(none)'}: choose from {', '.join(PATHS)}"
+            )
+        w = list(ratios)
+        if len(w) < 3 or any(not a < b for a, b in itertools.pairwise(w)) or (w[0], w[-1]) != (0, 1):
+            raise ValueError(
+                f"the ratios are {', '.join(f'{r:g}' for r in w) or '(none)'}: expected 3 or more that rise from 0 to 1, both included"
+            )
+        if not pairs or len({frozenset(pair) for pair in pairs}) < len(pairs):
+            raise ValueError(
+                f"no pairs of styles, or one twice: {', '.join(':'.join(pair) for pair in pairs) or '(none)'}"
+            )
+        for pair in pairs:
+            missing = [name for name in pair if name not in self.styles]
+            if missing or pair[0] == pair[1]:
+                raise ValueError(
+                    f"'{':'.join(pair)}' is no pair of two styles of the student: they are "
+                    f"{', '.join(self.styles) or 'none at all (a plain checkpoint)'}"
+                )
+        check_invited(self.teachers, self.prompts)
+        names = [teacher.name for teacher in self.teachers]
+        lacking = sorted({name for pair in pairs for name in pair} - set(names))
+        if MERGE in paths and lacking:
+            raise ValueError(
+                f"weight merging needs the teachers of {', '.join(lacking)}: name their files, or leave '{MERGE}' out of the paths"
+            )
+        if MERGE in paths:
+            check_same_kind(self.student, self.teachers)
+            for pair in pairs:
+                check_mergeable(*(self.teachers[names.index(name)] for name in pair))
+        if self.classifier is not None:
+            if self.pictures is None:
+                raise ValueError("the classifier needs a VAE that turns latents into pictures")
+            looks = looks_of(self.classifier)
+            strange = sorted({name for pair in pairs for name in pair} - set(looks))
+            if strange:
+                raise ValueError(
+                    f"the classifier does not know {', '.join(strange)}: it knows {', '.join(looks) or 'no looks at all'}; without it "
+                    "the student judges"
+                )
+
+
+@dataclass
+class PathResult:
+    """curves: name -> one figure a ratio; figures: as ``mixing_figures.KINDS``."""
+
+    curves: dict[str, list[Figure]]
+    figures: dict[str, Figure]
+
+
+@dataclass
+class PairResult:
+    """paths: by name; against: every path but the first -> figure -> the first path compared with it."""
+
+    first: str
+    second: str
+    paths: dict[str, PathResult]
+    against: dict[str, dict[str, Comparison]]
+
+
+@dataclass
+class Mixing:
+    """All figures. mean, against: the mean over the pairs of every figure by path (of how far off, for figures that aim at a number),
+    and the first path compared with the others. shown: latents (k, R, C, h, w) of the first pictures, by pair and path."""
+
+    settings: EvaluationSettings
+    ratios: list[float]
+    paths: list[str]
+    prompts: int
+    captioned: int
+    members: dict[str, str]
+    judge: dict
+    pairs: list[PairResult]
+    mean: dict[str, dict[str, Figure]]
+    against: dict[str, dict[str, Comparison]]
+    about: dict = field(default_factory=dict)
+    shown: dict[Pair, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+
+
+@torch.no_grad()
+def judge_mixing(
+    cast: MixingCast,
+    settings: EvaluationSettings,
+    pairs: Sequence[Pair],
+    ratios: Sequence[float] = RATIOS,
+    paths: Sequence[str] = (BLEND, MERGE),
+    folder: Path | None = None,
+    device: torch.device | None = None,
+    progress: Tick | None = None,
+) -> Mixing:
+    """Paint every pair's paths and judge them; of the settings what concerns painting, ``own_draws`` and ``resamples`` count.
+
+    folder: where finished parts are kept, so that the same call goes on after an interruption; None for nowhere. Raises ValueError
+    before anything is painted for what makes no sense. Up to two teachers and their merger are in memory at a time.
+    """
+    cast.check(pairs, ratios, paths)
+    settings = dataclasses.replace(settings, metrics=("own",))
+    settings.check(size_multiple(cast.student.config), None)
+    return _Run(cast, settings, pairs, ratios, paths, folder, device or torch.device("cpu"), progress).all()
+
+
+class _Run:
+    def __init__(self, cast, settings, pairs, ratios, paths, folder, device, progress):
+        self.cast, self.s, self.paths = cast, settings, list(paths)
+        self.pairs, self.ratios = [tuple(pair) for pair in pairs], [float(w) for w in ratios]
+        self.teachers = {member.name: member for member in cast.teachers}
+        self.meter = Meter(self._work(), progress)
+        self.studio = Studio(cast.prompts, settings, folder, device, self.meter)
+        self.rows = self.studio.rows(range(settings.count))
+        self.truth = None
+        if cast.classifier is not None:
+            cast.classifier.to(device)
+            self.truth = [caption_truth(cast.prompts[row], cast.classifier) for row in self.rows.tolist()]
+
+    def _sets(self) -> dict[str, int]:
+        """How many batches of pictures differ, by path: the ends are painted once for all pairs."""
+        inner = len(self.pairs) * (len(self.ratios) - 2)
+        ends = len({name for pair in self.pairs for name in pair})
+        student = [path for path in self.paths if path != MERGE]
+        return {path: inner + (ends if path == MERGE or path == student[0] else 0) for path in self.paths}
+
+    def _work(self) -> int:
+        """Forwards, or what takes as long."""
+        s, sets = self.s, self._sets()
+        look = FEATURE_COST if self.cast.classifier is not None else s.own_draws * (len(self.cast.styles) + 1)
+        # Every pair's ends are looked at, though mostly in the folder's or the memory's copy.
+        looks = len(self.pairs) * len(self.ratios) * len(self.paths)
+        painted = sum(n * (2 if path == PREDICTIONS else 1) for path, n in sets.items())
+        return s.count * (painted * painting_cost(s) + looks * look) + 1
+
+    def all(self) -> Mixing:
+        painted = {path: [] for path in self.paths}
+        with self.studio.visit(self.cast.student) as load:
+            ends = functools.cache(lambda name: self._style(load, name))
+            for path in self.paths:
+                if path != MERGE:
+                    painted[path] = [
+                        self._between(pair, ends, self._student_at(path, pair, load)) for pair in self.pairs
+                    ]
+        if MERGE in self.paths:
+            ends = functools.cache(self._teacher)
+            for pair in self.pairs:
+                with both(*(self.teachers[name] for name in pair)) as loads:
+                    painted[MERGE].append(self._between(pair, ends, self._merged_at(pair, loads)))
+        if self.cast.classifier is not None:
+            seen = self._by_classifier(painted)
+        else:
+            with self.studio.visit(self.cast.student) as load:
+                seen = self._by_student(painted, load)
+        result = self._result(seen)
+        result.shown = {
+            pair: {path: painted[path][k][:SHOWN] for path in self.paths} for k, pair in enumerate(self.pairs)
+        }
+        self.meter(1, "finished")
+        return result
+
+    # --- painting -----------------------------------------------------------------------------------------------------
+
+    def _between(self, pair: Pair, end: Callable, at: Callable) -> Tensor:
+        """Latents (n, R, C, h, w) of one path. end: name -> latents of a pure style; at: ratio -> latents of a mix."""
+        inner = [at(w) for w in self.ratios[1:-1]]
+        return torch.stack([end(pair[0]), *inner, end(pair[1])], 1)
+
+    def _style(self, load: Callable[[], Teacher], name: str) -> Tensor:
+        index = list(self.cast.styles).index(name)
+        return self.studio.paint(self.cast.student, load, index, name=f"{name}, student")
+
+    def _teacher(self, name: str) -> Tensor:
+        with self.studio.visit(self.teachers[name]) as load:
+            return self.studio.paint(self.teachers[name], load)
+
+    def _student_at(self, path: str, pair: Pair, load: Callable[[], Teacher]) -> Callable[[float], Tensor]:
+        student = self.cast.student
+
+        def at(w: float) -> Tensor:
+            shares = self._shares(pair, w)
+            key = text_hash(path, student.key, sorted(shares.items()))
+            name = f"{':'.join(pair)} {w:g}, {PATHS[path]}"
+            make = blended if path == BLEND else with_mixed_predictions
+            one = dataclasses.replace(student, name=name, key=key)
+            latents = self.studio.paint(one, lambda: make(load(), shares))
+            if path == PREDICTIONS:
+                self.meter(self.s.count * painting_cost(self.s), f"'{name}' paints")
+            return latents
+
+        return at
+
+    def _shares(self, pair: Pair, w: float) -> dict[int, float]:
+        """Style -> its share, for a ratio between 0 and 1."""
+        first, second = (list(self.cast.styles).index(name) for name in pair)
+        return {first: 1 - w, second: w}
+
+    def _merged_at(self, pair: Pair, loads: Sequence[Callable[[], Teacher]]) -> Callable[[float], Tensor]:
+        first, second = (self.teachers[name] for name in pair)
+
+        def at(w: float) -> Tensor:
+            def open_it() -> Teacher:
+                return merged(*(load() for load in loads), w, len(self.cast.prompts), self.studio.dtype)
+
+            key = text_hash(MERGE, sorted([(first.key, 1 - w), (second.key, w)]))
+            one = Member(f"{':'.join(pair)} {w:g}, {PATHS[MERGE]}", key, open_it, first.config, first.zero_snr)
+            with self.studio.visit(one) as load:
+                return self.studio.paint(one, load)
+
+        return at
+
+    # --- judging ------------------------------------------------------------------------------------------------------
+
+    def _by_classifier(self, painted: dict[str, list[Tensor]]) -> dict[str, list[Seen]]:
+        judge, looks = self.cast.classifier, looks_of(self.cast.classifier)
+
+        def see(pair: Pair, path: str, latents: Tensor) -> Seen:
+            first, second = (looks.index(name) for name in pair)
+            score, away, neither, content = ([] for _ in range(4))
+            for w, one in zip(self.ratios, latents.unbind(1)):
+                name = f"{':'.join(pair)} {w:g}, {PATHS[path]}"
+                answers = answers_of(judge, self.studio.features(one, judge, self.cast.pictures, name))
+                look = answers["look"].softmax(1)
+                score.append(look[:, second])
+                away.append(1 - look[:, first])
+                neither.append(is_neither(look.argmax(1), first, second))
+                content.append(self._content(answers))
+            known = any(truth is not None for truth in self.truth)
+            distances = layout_distances(latents.float())
+            columns = [torch.stack(values, 1) for values in (score, neither)]
+            return Seen(*columns, *distances, torch.stack(away, 1), torch.stack(content, 1) if known else None)
+
+        return self._each(painted, see)
+
+    def _content(self, answers: Mapping[str, Tensor]) -> Tensor:
+        """(n,) 1 where every word of the caption is seen, NaN for captions without any."""
+        right = []
+        for k, truth in enumerate(self.truth):
+            said = truth is not None and all(answers[question][k].argmax() == answer for question, answer in truth)
+            right.append(math.nan if truth is None else float(said))
+        return torch.tensor(right)
+
+    def _by_student(self, painted: dict[str, list[Tensor]], load: Callable[[], Teacher]) -> dict[str, list[Seen]]:
+        def see(pair: Pair, path: str, latents: Tensor) -> Seen:
+            first, second = (list(self.cast.styles).index(name) for name in pair)
+            score, neither = [], []
+            for w, one in zip(self.ratios, latents.unbind(1)):
+                errors = self._errors(one, load, f"whose are '{':'.join(pair)} {w:g}, {PATHS[path]}'?")
+                score.append(wins(errors, first, second))
+                neither.append(is_neither(errors.mean(1).argmin(1), first, second))
+            return Seen(torch.stack(score, 1), torch.stack(neither, 1), *layout_distances(latents.float()))
+
+        return self._each(painted, see)
+
+    def _errors(self, latents: Tensor, load: Callable[[], Teacher], what: str) -> Tensor:
+        """(n, draws, styles and "none"), see ``identify``."""
+        s, student, parts = self.s, self.cast.student, []
+        for places in self.studio.batches(len(latents)):
+            mine, rows = latents[places], self.rows[places]
+            prompts = [self.cast.prompts[row] for row in rows.tolist()]
+            identity = ("own", student.key, tensor_sha256(mine), prompts, s.own_draws, s.seed, str(self.studio.dtype))
+
+            def build(mine=mine, rows=rows) -> dict[str, Tensor]:
+                found = identify(
+                    load(), self.cast.styles, mine, rows, s.own_draws, s.seed, tick=lambda _: self.meter(0, what)
+                )
+                return {"errors": torch.stack([verdict.errors for verdict in found])}
+
+            parts.append(self.studio.part(identity, len(places), build)["errors"])
+            self.meter(len(places) * s.own_draws * (len(self.cast.styles) + 1), what)
+        return torch.cat(parts)
+
+    def _each(self, painted: dict[str, list[Tensor]], see: Callable) -> dict[str, list[Seen]]:
+        return {
+            path: [see(pair, path, latents) for pair, latents in zip(self.pairs, every)]
+            for path, every in painted.items()
+        }
+
+    # --- figures ------------------------------------------------------------------------------------------------------
+
+    def _result(self, seen: dict[str, list[Seen]]) -> Mixing:
+        s, cast = self.s, self.cast
+        weights = weights_of(self.rows.tolist(), RESAMPLES if s.resamples < 0 else s.resamples, s.seed)
+        found = {path: [figures(one, self.ratios, weights) for one in every] for path, every in seen.items()}
+        names = list(found[self.paths[0]][0])
+        results = []
+        for k, pair in enumerate(self.pairs):
+            of_paths = {
+                path: PathResult(
+                    {name: list(map(as_figure, curve.T)) for name, curve in curves(seen[path][k], weights).items()},
+                    {name: as_figure(found[path][k][name]) for name in names},
+                )
+                for path in self.paths
+            }
+            results.append(PairResult(*pair, of_paths, self._against(found, names, [k])))
+        everything = range(len(self.pairs))
+        mean = {
+            path: {name: as_figure(mean_of([KINDS[name].measure(one[name]) for one in found[path]])) for name in names}
+            for path in self.paths
+        }
+        members = {"student": cast.student.key, **{f"teacher {m.name}": m.key for m in cast.teachers}}
+        return Mixing(
+            s, self.ratios, self.paths, len(cast.prompts) - 1, self._captioned(), members, self._judge(), results, mean,
+            self._against(found, names, everything),
+        )  # fmt: skip
+
+    def _against(self, found, names: Sequence[str], places: Sequence[int]) -> dict[str, dict[str, Comparison]]:
+        head, *others = self.paths
+        return {
+            path: {
+                name: compare(KINDS[name], (head, path), *([found[p][k][name] for k in places] for p in (head, path)))
+                for name in names
+            }
+            for path in others
+        }
+
+    def _captioned(self) -> int:
+        """Pictures whose caption names a shape or a colour that the classifier knows."""
+        return sum(truth is not None for truth in self.truth or ())
+
+    def _judge(self) -> dict:
+        network = self.cast.classifier
+        if network is None:
+            return {"name": "the student as its own classifier", "draws": self.s.own_draws}
+        return {"name": network.name, "sha256": network.key}

@@ -1,0 +1,46 @@
+"""Who says which style and which caption a picture shows: the demo classifier, or the student itself."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..features import FeatureNet
+
+
+def looks_of(classifier: FeatureNet) -> list[str]:
+    """The styles that a feature network can name; none unless it is the demo classifier."""
+    return getattr(classifier.network, "classes", {}).get("look", [])
+
+
+def answers_of(classifier: FeatureNet, features: Tensor) -> dict[str, Tensor]:
+    """Its pooled features (n, size) -> question: (n, answers) logits float32 on the CPU."""
+    heads = classifier.network.heads
+    weight = next(heads.parameters())
+    return {question: head(features.to(weight)).float().cpu() for question, head in heads.items()}
+
+
+def caption_truth(caption: str, classifier: FeatureNet) -> list[tuple[str, int]] | None:
+    """(question, right answer) for the shape and the colour that a caption names; None when it names neither, or two of a kind."""
+    words = caption.lower().replace(",", " ").split()
+    found = []
+    for question in ("shape", "colour"):
+        answers = classifier.network.classes.get(question, [])
+        named = [k for k, answer in enumerate(answers) if answer in words]
+        if len(named) > 1:
+            return None
+        found += [(question, k) for k in named]
+    return found or None
+
+
+def wins(errors: Tensor, first: int, second: int) -> Tensor:
+    """(n, draws, candidates) -> (n,): share of the draws (t, eps) in which the second style explains a picture better than the first.
+
+    A sign, not a likelihood: how much an error of eps counts would need a temperature that nothing here says. A tie counts half.
+    """
+    a, b = errors[..., first], errors[..., second]
+    return ((a > b).float() + 0.5 * (a == b).float()).mean(1)
+
+
+def is_neither(answer: Tensor, first: int, second: int) -> Tensor:
+    """(n,) indices -> (n,) 1.0 where it is another."""
+    return ((answer != first) & (answer != second)).float()

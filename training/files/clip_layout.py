@@ -1,0 +1,61 @@
+"""CLIP text encoders as transformers saves them -> the keys of an SD1.x, SD2.x or SDXL single file; the inverse of ``text``'s reading."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..text import OPEN_CLIP_LAYER, OPEN_CLIP_WHOLE
+
+
+def to_single_file(weights: Mapping[str, Tensor], second: bool, alone: bool, open_clip: bool) -> dict[str, Tensor]:
+    """The tensors of one encoder of a pipeline: SD1.x's, SD2.x's, or the first or second of SDXL.
+
+    second: it is ``text_encoder_2``; alone: the pipeline has no other (SDXL's refiner has only the second); open_clip: it has
+    OpenCLIP's activation, not OpenAI's, which tells SD2.x's encoder from SD1.x's.
+    Raises ValueError for what is no CLIP text encoder.
+    """
+    if second:
+        return _prefixed(f"conditioner.embedders.{int(not alone)}.model.", to_open_clip(weights))
+    if alone and open_clip:
+        return _prefixed("cond_stage_model.model.", to_open_clip(weights))
+    prefix = "cond_stage_model.transformer." if alone else "conditioner.embedders.0.transformer."
+    if not any(k.removeprefix("text_model.") == "embeddings.token_embedding.weight" for k in weights):
+        raise ValueError("not a CLIP text encoder: 'embeddings.token_embedding.weight' is missing")
+    bare = ("text_model.", "text_projection.")
+    return _prefixed(prefix, {k if k.startswith(bare) else f"text_model.{k}": v for k, v in weights.items()})
+
+
+def to_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' key names -> OpenCLIP's, the inverse of ``text.from_open_clip``; query, key and value as one.
+
+    Raises ValueError for keys that a CLIP text encoder does not have.
+    """
+    weights = {k.removeprefix("text_model."): v for k, v in weights.items() if not k.endswith("position_ids")}
+    names, whole = ({ours: theirs for theirs, ours in table.items()} for table in (OPEN_CLIP_LAYER, OPEN_CLIP_WHOLE))
+    missing, out = sorted(whole.keys() - weights.keys()), {}
+    if missing:
+        raise ValueError(f"not a CLIP text encoder: {missing} are missing")
+    for key, weight in weights.items():
+        match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", key)
+        if key in whole:
+            out[whole[key]] = weight
+        elif key == "text_projection.weight" and weight.ndim == 2:
+            out["text_projection"] = weight.T.contiguous()
+        elif match and match[2] in names:
+            out[f"transformer.resblocks.{match[1]}.{names[match[2]]}.{match[3]}"] = weight
+        elif match and match[2] == "self_attn.q_proj":
+            parts = [weights.get(key.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+            if any(p is None or p.shape != weight.shape or p.dtype != weight.dtype for p in parts) or not weight.ndim:
+                raise ValueError(f"not a CLIP text encoder: '{key}' and its k_proj and v_proj do not fit together")
+            out[f"transformer.resblocks.{match[1]}.attn.in_proj_{match[3]}"] = torch.cat(parts)
+        elif not match or match[2] not in ("self_attn.k_proj", "self_attn.v_proj"):
+            raise ValueError(f"not a CLIP text encoder: key '{key}'")
+    return out
+
+
+def _prefixed(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: weight for key, weight in weights.items()}

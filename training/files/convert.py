@@ -1,0 +1,115 @@
+"""Model files from one layout into another, every weight bit for bit: the functions behind ``dmm convert``.
+
+``model_files`` reads every layout, ``style_file`` the styles alone; all of them become a ``Checkpoint`` on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
+from ...dmm_core.diffusers_layout import unet_config_to_diffusers, unet_to_diffusers
+from ...dmm_core.files import atomic_write
+from ...dmm_core.metadata import architecture
+from ...dmm_core.unet import unet_config_from_state_dict
+from ...dmm_core.weights_file import check_writable, refusal_explained, storable
+from .model_files import CONFIG, WEIGHTS, add_parts, load_any
+from .style_file import file_metadata, is_style_file, recombine, save_style
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    to: str,
+    parts_from: str | os.PathLike | None = None,
+    onto: str | os.PathLike | None = None,
+    half: bool = False,
+) -> list[str]:
+    """Write ``source`` as ``to``: "single" or "style" (a file), or "diffusers" (a UNet folder).
+
+    parts_from: full model to take a missing text encoder or VAE from; onto: the model whose UNet gets the styles of
+    ``source``, a style file; half: float32 weights as float16. Returns what the user should know, in sentences.
+    Raises ValueError naming the file; what was at ``target`` before is then untouched.
+    """
+    if onto is None:
+        if is_style_file(source):
+            raise ValueError(f"{source} holds styles without a UNet: name the model that they belong to with --onto")
+        checkpoint, notes = load_any(source), []
+    else:
+        checkpoint, notes = recombine(source, onto)
+    if parts_from is not None:
+        checkpoint = add_parts(checkpoint, load_any(parts_from))
+    if half:
+        checkpoint = halved(checkpoint)
+    if to == "single":
+        save_checkpoint(target, checkpoint)
+    elif to == "style":
+        save_style(target, checkpoint)
+    elif to == "diffusers":
+        save_diffusers(target, checkpoint)
+        notes += _left_out(checkpoint)
+    else:
+        raise ValueError(f"cannot convert to {to!r}: expected single, style or diffusers")
+    return notes
+
+
+def halved(checkpoint: Checkpoint) -> Checkpoint:
+    """float32 and float64 weights as float16; all that is half or less already, and integers, as they are."""
+
+    def half(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v.half() if v.dtype in (torch.float32, torch.float64) else v for k, v in part.items()}
+
+    parts = {name: half(getattr(checkpoint, name)) for name in ("unet", "text", "vae")}
+    return replace(checkpoint, **parts)
+
+
+def save_diffusers(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
+    """A UNet folder: the weights, their metadata inside, and config.json. The folder is made where it is missing.
+
+    Raises ValueError for a UNet that diffusers cannot describe; files that were there before are then untouched.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: the diffusers layout needs a folder")
+    if not folder.parent.is_dir():
+        raise ValueError(f"the folder of {folder} does not exist: create it first")
+    try:
+        unet = unet_to_diffusers(checkpoint.unet)
+        config = unet_config_from_state_dict(checkpoint.unet)
+        resolution = architecture(config, checkpoint.prediction)[1]
+        described = unet_config_to_diffusers(config, resolution and int(resolution.split("x")[0]) // 8)
+    except ValueError as error:
+        raise ValueError(f"{folder} was not saved: {error}") from error
+    metadata = file_metadata(folder, checkpoint)
+    check_writable(folder, unet, metadata)
+    made = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    try:
+        # Both are complete before either takes its place.
+        with (
+            refusal_explained(folder),
+            atomic_write(folder / WEIGHTS) as weights,
+            atomic_write(folder / CONFIG) as text,
+        ):
+            save_file(storable(unet), weights, metadata=metadata)
+            text.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    except BaseException:
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+
+
+def _left_out(checkpoint: Checkpoint) -> list[str]:
+    names = {"text encoder": checkpoint.text, "VAE": checkpoint.vae, "other tensors": checkpoint.other}
+    left = [name for name, part in names.items() if part]
+    if not left:
+        return []
+    return [f"left out of the UNet folder: {', '.join(left)}; on the way back, --parts-from takes them from the source"]

@@ -1,0 +1,32 @@
+"""Parts of long work in a folder: what is finished stays there, and an interrupted run goes on from it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...dmm_core.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+
+def read_part(path: Path, count: int) -> dict[str, Tensor] | None:
+    """The tensors of a finished part, ``count`` rows each; None where there is none, or none of use."""
+    if not path.exists():
+        return None
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        logger.warning("%s cannot be read (%s): made anew", path.name, error)
+        return None
+    return tensors if tensors and all(len(value) == count for value in tensors.values()) else None
+
+
+def write_part(path: Path, tensors: dict[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)

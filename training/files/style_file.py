@@ -1,0 +1,130 @@
+"""The style side of a DMM model alone in a file: codebook, MLP and metadata, to send styles without their UNet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...dmm_core.checkpoint import MAX_STYLES, STYLE_KEYS, Checkpoint, count_styles
+from ...dmm_core.metadata import StyleInfo, check_styles, default_styles, read_metadata, write_metadata
+from ...dmm_core.style import CODEBOOK
+from ...dmm_core.unet import unet_config_from_state_dict
+from ...dmm_core.weights_file import read_keys, read_weights, write_weights
+from .hashing import weights_sha256
+from .model_files import ZERO_SNR, load_any
+
+UNET_DIGEST = "dmm.unet_sha256"
+"""Metadata: for which UNet the styles were made."""
+
+
+@dataclass
+class StyleFile:
+    """weights: keys as in a UNet without prefix; unet_sha256: ``unet_digest`` of the UNet that learned the styles, "" if not said."""
+
+    weights: dict[str, Tensor]
+    styles: list[StyleInfo]
+    recipe: dict[str, Any]
+    metadata: dict[str, str]
+    prediction: str | None
+    zero_snr: bool
+    unet_sha256: str
+
+
+def is_style_file(path: str | os.PathLike) -> bool:
+    """Whether a file holds a codebook and no UNet. Raises ValueError for what is no safetensors file; folders: False."""
+    if Path(path).is_dir():
+        return False
+    keys = read_keys(path)
+    return bool(keys) and all(key.startswith(STYLE_KEYS) for key in keys)
+
+
+def read_style_file(path: str | os.PathLike, header_only: bool = False) -> StyleFile:
+    """header_only: the weights stay on disk, on the meta device. Raises ValueError naming the file."""
+    weights, metadata = read_weights(path, *([lambda key, shape: False] if header_only else []))
+    digest, zero_snr = metadata.pop(UNET_DIGEST, ""), metadata.pop(ZERO_SNR, None) == "true"
+    try:
+        codebook = weights.get(f"{CODEBOOK}.weight")
+        if codebook is None or codebook.ndim != 2 or not 0 < codebook.shape[0] <= MAX_STYLES:
+            raise ValueError(f"no codebook '{CODEBOOK}.weight' [styles, width] of 1 to {MAX_STYLES} styles in it")
+        odd = next((key for key, tensor in weights.items() if not tensor.is_floating_point()), None)
+        if odd is not None:
+            raise ValueError(f"weight '{odd}' is {weights[odd].dtype}, not of floating point")
+        styles, recipe, prediction, rest = read_metadata(metadata, codebook.shape[0])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return StyleFile(weights, styles, recipe, rest, prediction, zero_snr, digest)
+
+
+def save_style(path: str | os.PathLike, checkpoint: Checkpoint) -> None:
+    """Codebook, MLP and metadata of a DMM checkpoint. Raises ValueError for a checkpoint without styles."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: a style file's name must end in .safetensors")
+    if not checkpoint.num_styles:
+        raise ValueError(f"{path} was not saved: the model has no styles")
+    metadata = file_metadata(path, checkpoint) | {UNET_DIGEST: unet_digest(checkpoint.unet)}
+    write_weights(path, split(checkpoint.unet)[0], metadata)
+
+
+def recombine(style_path: str | os.PathLike, onto: str | os.PathLike) -> tuple[Checkpoint, list[str]]:
+    """The model ``onto`` with the styles, names, recipe and metadata of a style file, and remarks for the user.
+
+    Raises ValueError when the files' widths do not fit.
+    """
+    if not is_style_file(style_path):
+        raise ValueError(f"{style_path} is not a file of styles alone (dmm convert --to style makes them)")
+    base, file = load_any(onto), read_style_file(style_path)
+    _, plain = split(base.unet)
+    pooled = bool(unet_config_from_state_dict(base.unet).adm_channels)
+    try:
+        unet = plain | file.weights
+        count_styles(unet)
+        if pooled != (unet_config_from_state_dict(unet).style_mlp != "add_embedding"):
+            raise ValueError("one of the two is an SDXL model and the other is not")
+    except ValueError as error:
+        raise ValueError(f"{style_path} does not fit onto {onto}: {error}") from error
+    combined = replace(
+        base,
+        unet=unet,
+        styles=file.styles,
+        recipe=file.recipe,
+        metadata=file.metadata,
+        prediction=file.prediction or base.prediction,
+        zero_snr=file.zero_snr or base.zero_snr,
+    )
+    other = file.unet_sha256 and file.unet_sha256 != unet_digest(plain)
+    remark = f"{onto} is not the UNet that {style_path} was made with, or not in the same precision"
+    return combined, [remark] if other else []
+
+
+def unet_digest(unet: Mapping[str, Tensor]) -> str:
+    """Of a UNet's tensors without its style side, in the dtypes they have; the same in every layout."""
+    return weights_sha256(split(unet)[1])
+
+
+def style_digest(unet: Mapping[str, Tensor]) -> str:
+    """Of the style side alone, likewise."""
+    return weights_sha256(split(unet)[0])
+
+
+def split(unet: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(style side, all else) of a UNet."""
+    style = {k: v for k, v in unet.items() if k.startswith(STYLE_KEYS)}
+    return style, {k: v for k, v in unet.items() if k not in style}
+
+
+def file_metadata(path: Path, checkpoint: Checkpoint) -> dict[str, str]:
+    """As ``save_checkpoint`` writes it, for files that cannot hold its marks. Raises ValueError for what cannot be stored."""
+    try:
+        styles = checkpoint.styles or default_styles(checkpoint.num_styles)
+        check_styles(styles, checkpoint.num_styles)
+        config = unet_config_from_state_dict(checkpoint.unet)
+        rest = {**checkpoint.metadata, **({ZERO_SNR: "true"} if checkpoint.zero_snr else {})}
+        return write_metadata(styles, checkpoint.recipe, checkpoint.prediction, rest, config, path.stem)
+    except ValueError as error:
+        raise ValueError(f"{path} was not saved: {error}") from error

@@ -1,0 +1,79 @@
+"""The student's optimisers, and their state as named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TrainConfig
+from ..parallel.sharding import share_of, to_file
+from .muon import MuonAdamW, split
+
+
+def make_optimizer(groups: Sequence[dict], config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """ "adamw"; "adamw8bit": its moments in 8 bits (arXiv:2110.02861), needs bitsandbytes; "adafactor": one factored second moment
+    and no first one (arXiv:1804.04235), with learning rates of AdamW's kind; "muon": see ``muon.MuonAdamW``. Raises ValueError when a
+    package is missing.
+    """
+    c = config
+    if c.optimizer == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ValueError(
+                "optimizer is 'adamw8bit', which needs the package bitsandbytes (pip install bitsandbytes): install it, or "
+                "choose adafactor, which saves as much memory without it"
+            ) from error
+        return AdamW8bit(groups, lr=c.lr, betas=tuple(c.betas), weight_decay=c.weight_decay)
+    if c.optimizer == "adafactor":
+        try:
+            from transformers.optimization import Adafactor
+        except ImportError as error:
+            raise ValueError("optimizer is 'adafactor', which needs the package transformers: install it") from error
+        return Adafactor(
+            groups, lr=c.lr, weight_decay=c.weight_decay, scale_parameter=False, relative_step=False, warmup_init=False
+        )
+    if c.optimizer == "muon":
+        return MuonAdamW(split(groups), lr=c.lr, betas=tuple(c.betas), weight_decay=c.weight_decay)
+    fused = device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=c.lr, betas=tuple(c.betas), weight_decay=c.weight_decay, fused=fused)
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], is_main: bool = True
+) -> tuple[dict[str, Tensor], dict[str, dict]]:
+    """({"<parameter>|<key>": tensor}, {parameter: {key: number}}): all that the optimiser remembers of its parameters. Of shared-out
+    ones (for all processes together) it is whole where it ``is_main``."""
+    tensors, numbers, seen = {}, {}, set()
+    for name, p in named.items():
+        for key, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, Tensor):
+                value = to_file(value, is_main)
+                # bitsandbytes gives all parameters one table of its 256 levels; safetensors refuses tensors that share memory.
+                shared = value.data_ptr() in seen
+                seen.add(value.data_ptr())
+                tensors[f"{name}|{key}"] = value.detach().clone() if shared else value.detach()
+            else:
+                numbers.setdefault(name, {})[key] = value
+    return tensors, numbers
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Mapping],
+) -> None:
+    """Give a fresh optimiser the state that ``optimizer_tensors`` took from another."""
+    states: dict[str, dict] = {name: dict(numbers.get(name, {})) for name in named}
+    for place, tensor in tensors.items():
+        name, key = place.rsplit("|", 1)
+        states[name][key] = share_of(tensor, named[name]) if tensor.shape == named[name].shape else tensor
+    order = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    index = {name: order.index(id(p)) for name, p in named.items()}
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict(
+        {"state": {index[name]: state for name, state in states.items() if state}, "param_groups": groups}
+    )

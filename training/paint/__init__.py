@@ -1,0 +1,1 @@
+"""Latents to pictures without ComfyUI, contact sheets of them, thumbnails."""

@@ -1,0 +1,36 @@
+"""Painting from rows of text states, as teachers, students on the way and evaluations do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...dmm_core.sampling import Callback, cfg_denoiser, sample, sigmas_for
+from ...dmm_core.schedule import NoiseSchedule
+from ...dmm_core.unet import UNet
+from ..teachers.teacher import Teacher
+
+
+def paint_rows(
+    unet: UNet,
+    text: Teacher,
+    rows: Tensor,
+    noise: Tensor,
+    steps: int,
+    cfg: float,
+    style: Tensor | None = None,
+    sampler: str = "dpmpp_2m",
+    scheduler: str = "karras",
+    callback: Callback | None = None,
+) -> Tensor:
+    """Noise (B, C, h, w), on the UNet's device, -> latents (B, C, h, w) there, of the captions ``rows`` (B,) of ``text``'s text states.
+
+    text: whose text states and parameterisation the UNet has. style: (1, N+1) or None; sampler, scheduler: as of the host's KSampler.
+    """
+    schedule, device = NoiseSchedule(text.zero_snr), noise.device
+    # One lookup, so that captions and the empty prompt come in one length: (2B, L, d)
+    context, y = text.conditioning(torch.cat([rows, torch.zeros_like(rows)]), noise.shape[2:], device)
+    (context, empty), (y, empty_y) = context.chunk(2), (None, None) if y is None else y.chunk(2)
+    style = None if style is None else style.to(device)
+    denoiser = cfg_denoiser(unet, schedule, context, empty, cfg, style, y=y, uncond_y=empty_y, prediction=text.prediction)
+    return sample(denoiser, schedule, noise, sigmas_for(schedule, steps, scheduler).to(device), sampler, callback)

@@ -1,0 +1,1 @@
+"""Several processes, one run: who there is, who has which rows, and what of the student lies where."""

@@ -1,0 +1,181 @@
+"""From the files that a config names to the objects of a run, checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...dmm_core.checkpoint import Checkpoint
+from ...dmm_core.unet import UNet
+from ..config import AttackConfig, DistillConfig, TeacherSpec, TrainConfig
+from ..data.batches import TrainingData, load_latents
+from ..data.cache import ImageCache, base_with_parts
+from ..data.open_cache import open_cache
+from ..data.rollout_data import Rollouts
+from ..files.hashing import weights_hash, weights_sha256
+from ..files.model_files import load_any, load_any_info
+from ..loop.forget import Forgetting
+from ..loop.trainer import Distillation
+from ..memory.fitting import begun_with, fitted
+from ..memory.planner import Plan
+from ..parallel.ranks import Ranks
+from ..teachers.lora_files import patched, recorded, with_loras
+from ..teachers.teacher import Rows, Teacher, check_architectures, check_text, plain_unet, styled_unet
+from ..text import ClipText
+
+Named = Mapping[str, tuple[Checkpoint, str]]
+"""(checkpoint, file) by teacher name."""
+
+
+@dataclass
+class Run:
+    """All of a run, not yet on its device. ``parts``: what the student inherits; ``plan``: how it fits the memory, if it was planned."""
+
+    base: Teacher
+    teachers: list[Teacher]
+    data: TrainingData
+    config: TrainConfig
+    device: torch.device
+    parts: Checkpoint
+    plan: Plan | None
+    forget: Sequence[str] = ()
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def start(self) -> Distillation:
+        share_hashes(self.teachers, self.ranks)
+        if self.forget:
+            return Forgetting(
+                self.base, self.teachers, self.forget, self.data, self.config, self.device, self.attack, self.ranks
+            )
+        return Distillation(self.base, self.teachers, self.data, self.config, self.device, ranks=self.ranks)
+
+
+def load_run(config: DistillConfig, device: torch.device, grown: bool = False, ranks: Ranks | None = None) -> Run:
+    """grown: the base is a DMM model, whose styles stay (or are forgotten) and come first. ranks: the processes of the run.
+
+    Raises ValueError for files that are not what the config says or do not belong together.
+    """
+    base = base_with_parts(config.base, config.parts_from or None)
+    files: Named = {spec.name: load_teacher(spec, base, config) for spec in config.teachers}
+    base_unet = styled_unet(base.unet, "the base model") if grown else plain_unet(base.unet, "the base model")
+    ranks = ranks or Ranks()
+    unets = teacher_unets(config, files, ranks)
+    check_architectures(base_unet.config, [(name, unet.config) for name, unet in unets.items()])
+    data = load_data(config, base, files)
+    text = Texts(base, data)
+    frozen = {
+        name: Teacher(
+            name,
+            unets.get(name, base_unet),
+            *text.of(checkpoint, name, file),
+            checkpoint.prediction,
+            checkpoint.zero_snr,
+        )
+        for name, (checkpoint, file) in {**files, "": (base, config.base)}.items()
+    }
+    for spec in config.teachers:
+        teacher = frozen[spec.name]
+        teacher.description, teacher.licence = spec.description, spec.licence
+        teacher.file, teacher.sha256 = recorded(spec.file or config.base, spec.loras)
+        teacher.sha256 = teacher.sha256 or teacher.weights_sha256  # with LoRAs there is no file of its weights
+    foundation = frozen.pop("")
+    foundation.name = "base"
+    foundation.file, foundation.sha256 = recorded(config.base, [])
+    begun = begun_with(Path(config.run_dir))
+    check_text((foundation, *frozen.values()))
+    train, plan = fitted(config.train, base_unet.config, data.shape[1:], len(files), device, ranks.world, begun)
+    base.unet = {}  # the copy in ``foundation`` is enough
+    old = [foundation.as_style(i, style) for i, style in enumerate(base.styles)] if grown else []
+    return Run(
+        foundation, [*old, *frozen.values()], data, train, device, base, plan, config.forget, config.attack,
+        ranks,
+    )  # fmt: skip
+
+
+def teacher_unets(config: DistillConfig, files: Named, ranks: Ranks) -> dict[str, UNet]:
+    """Checked, by name. Of several processes each reads a share of the teachers to check them; their weights stay in the files, and
+    the rack reads those that a process meets. (LoRAs have been folded in already: such weights are in no file.)"""
+    unets = {}
+    for i, spec in enumerate(config.teachers):
+        copy = ranks.world == 1 or bool(spec.loras)
+        look = copy or i % ranks.world == ranks.rank
+        unets[spec.name] = plain_unet(files[spec.name][0].unet, f"teacher '{spec.name}'", copy, look)
+    return unets
+
+
+def share_hashes(teachers: Sequence[Teacher], ranks: Ranks) -> None:
+    """Give each teacher its ``weights_sha256``: several processes share out the work. It is of the values in float32, as one process
+    has them."""
+    if ranks.world == 1:
+        return
+    unets = list({id(teacher.unet): teacher.unet for teacher in teachers}.values())
+    mine = range(ranks.rank, len(unets), ranks.world)
+    parts = ranks.gather({i: weights_sha256(Float32(unets[i].state_dict())) for i in mine})
+    hashes = {id(unets[i]): sha for part in parts for i, sha in part.items()}
+    for teacher in teachers:
+        teacher.weights_sha256 = hashes[id(teacher.unet)]
+
+
+class Float32(Mapping):
+    """A state dict in float32, converted tensor by tensor."""
+
+    def __init__(self, weights: Mapping[str, Tensor]):
+        self.weights = weights
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.weights[key].float()
+
+    def __iter__(self):
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def load_teacher(spec: TeacherSpec, base: Checkpoint, config: DistillConfig) -> tuple[Checkpoint, str]:
+    """A teacher with its LoRAs folded in, and how ``dmm cache text`` names its text encoder."""
+    if base.num_styles and not spec.file:
+        raise ValueError(
+            f"teacher '{spec.name}' has LoRAs and no file, and the base is a DMM model: name the checkpoint that they are for"
+        )
+    checkpoint = patched(load_any(spec.file) if spec.file else base, spec.loras, base)
+    file = spec.file or config.base
+    if spec.loras:  # they change the first text encoder there is
+        places = (place for place in (spec.file, config.base, config.parts_from) if place)
+        file = next(place for place in places if load_any_info(place).text)
+    return checkpoint, with_loras(file, spec.loras)
+
+
+def load_data(config: DistillConfig, base: Checkpoint, teachers: Named) -> TrainingData:
+    """What ``config.data`` names; a cache is compared with the models it is to be used with."""
+    kind, file = config.data.kind, config.data.file
+    if kind == "latents":
+        return load_latents(file)
+    if kind == "cache":
+        return open_cache(file).for_teachers(base, teachers)
+    from ..data.demo.latents import demo_latents
+
+    return demo_latents(base, config.data.count, config.data.seed)
+
+
+class Texts:
+    """The captions' states under each model's text encoder: out of the data's cache, or encoded once per encoder."""
+
+    def __init__(self, base: Checkpoint, data: TrainingData):
+        self.base, self.data = base, data
+        self._made: dict[str, tuple[Tensor, Tensor | None]] = {}
+
+    def of(self, checkpoint: Checkpoint, name: str, file: str) -> tuple[Rows, Rows | None]:
+        """Contexts and, for SDXL, pooled texts; a model without a text encoder uses the base's."""
+        weights = checkpoint.text or self.base.text
+        if isinstance(self.data, (ImageCache, Rollouts)):
+            return self.data.text_of(weights, f"teacher '{name}'" if name else "the base model", file)
+        key = weights_hash(weights)  # most fine-tunes share the base's
+        if key not in self._made:
+            self._made[key] = ClipText(weights).encode_pooled(self.data.prompts)
+        return self._made[key]

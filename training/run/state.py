@@ -1,0 +1,252 @@
+"""The state of a run on disk: everything that the next step depends on, written atomically, the last few kept.
+
+One safetensors file a state: ``student.*`` and ``ema.*`` (what learns), ``optimizer.*``, of the discriminator ``head.*`` and
+``head_optimizer.*``, and with adaptive sampling ``difficulty.*``; the step, the config and the hashes of teachers and data are in its
+metadata. Random numbers and the data position follow from (seed, step), so they need no room.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...dmm_core.files import atomic_write
+from ...dmm_core.weights_file import read_keys, read_weights
+from ..files.hashing import tensor_sha256
+from ..loop.optimizers import load_optimizer, optimizer_tensors
+from ..loop.student import put
+from ..loop.trainer import Distillation
+from ..parallel.ranks import AgreedError
+from ..parallel.sharding import cut_as, own, share_of, to_file
+from ..teachers.teacher import Rows
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "2"
+BEST = "best.safetensors"
+MAY_CHANGE = (
+    "device", "save_every", "keep", "residency", "teacher_slots", "memory", "validation", "parallel", "gradient_checkpointing",
+)  # fmt: skip
+"""Settings that do not change what a step does; every other one is part of a run's identity."""
+
+
+OPTIONS = {
+    "sampling": ("uniform", ("adaptive_power", "adaptive_floor", "adaptive_correct")),
+    "loss_weight": ("plain", ("loss_clamp",)),
+}
+"""Settings that came later, the value with which nothing changes, and the settings that then mean nothing."""
+
+
+def identity(run: Distillation) -> dict[str, str]:
+    """What must be the same for a run to go on: config, base, every teacher, data; each as text or hash."""
+    settings = {k: v for k, v in dataclasses.asdict(run.config).items() if k not in MAY_CHANGE}
+    for name, (off, details) in OPTIONS.items():  # left out: runs that know nothing of them go on
+        if settings[name] == off:
+            settings = {k: v for k, v in settings.items() if k != name and k not in details}
+    if run.config.lr_schedule == "constant" and not run.config.final_steps:
+        settings.pop("steps")  # then a longer run begins like a shorter one, which may therefore be made longer
+    parts = {f"setting {k}": json.dumps(v) for k, v in settings.items()}
+    parts["base model"] = run.base.weights_sha256
+    parts["base text"] = rows_fingerprint(run.base.contexts)
+    parts["teacher names"] = json.dumps([t.name for t in run.teachers])
+    for teacher in run.teachers:
+        style = "" if teacher.style is None else f", style {teacher.style}"
+        parts[f"teacher '{teacher.name}'"] = teacher.weights_sha256 + style
+        parts[f"text of teacher '{teacher.name}'"] = rows_fingerprint(teacher.contexts)
+    parts["data"] = run.data.fingerprint()
+    return parts | run.own_identity()
+
+
+def same_everywhere(run: Distillation, parts: dict[str, str]) -> None:
+    """Raises ValueError when the processes of a run have different identities: they read other files."""
+    first, *others = run.ranks.gather(parts)
+    for rank, theirs in enumerate(others, start=1):
+        if other := sorted(k for k in first.keys() | theirs.keys() if first.get(k) != theirs.get(k)):
+            raise AgreedError(f"process {rank} of this run reads other files than the first: {', '.join(other)}")
+
+
+def rows_fingerprint(rows: Rows) -> str:
+    return tensor_sha256(rows) if isinstance(rows, Tensor) else rows.fingerprint()
+
+
+def save_state(run: Distillation, folder: Path, parts: dict[str, str], error: float | None = None) -> Path:
+    """Write ``state-<step>.safetensors`` and remove all but the last ``keep``; parts: ``identity(run)``, computed once.
+
+    error: of the fixed check; the state with the lowest is also there as ``best.safetensors``. Of several processes the first one
+    writes; where the student is shared out, this is for all of them together.
+    """
+    path = folder / f"state-{run.step:08d}.safetensors"
+    main = run.ranks.is_main
+    if not main and not run.sharded:
+        return path
+    tensors = {f"student.{k}": to_file(p.detach(), main) for k, p in run.trained.items()}
+    metadata = {"dmm.state": FORMAT, "step": str(run.step), "identity": json.dumps(parts)}
+    _add_optimizer(tensors, metadata, "optimizer", run.optimizer, run.trained, main)
+    if run.ema:
+        average = run.ema.average.items()
+        tensors.update({f"ema.{k}": to_file(cut_as(v, run.trained[k]), main) for k, v in average})
+    if not main:
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    if run.adversary:
+        named = dict(run.adversary.head.named_parameters())
+        tensors.update({f"head.{k}": p.detach() for k, p in named.items()})
+        _add_optimizer(tensors, metadata, "head_optimizer", run.adversary.optimizer, named)
+    if run.difficulty:
+        tensors.update({f"difficulty.{k}": v for k, v in run.difficulty.state_dict().items()})
+    if run.scaler.is_enabled():
+        metadata["scaler"] = json.dumps(run.scaler.state_dict())
+    if error is not None:
+        metadata["error"] = repr(error)
+    with atomic_write(path) as temporary:
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+    if error is not None and error < best_error(folder):
+        _link(path, folder / BEST)
+    for old in states(folder)[: -run.config.keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def _add_optimizer(tensors: dict, metadata: dict, prefix: str, optimizer, named, is_main: bool = True) -> None:
+    moments, numbers = optimizer_tensors(optimizer, named, is_main)
+    tensors.update({f"{prefix}.{k}": v for k, v in moments.items()})
+    metadata[prefix] = json.dumps(numbers)
+
+
+def best_error(folder: Path) -> float:
+    """The lowest error of the fixed check in this run so far; infinity when there is none."""
+    try:
+        with safe_open(str(folder / BEST), framework="pt") as file:
+            return float((file.metadata() or {})["error"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return math.inf
+
+
+def _link(path: Path, name: Path) -> None:
+    """A second name for a file, replacing what had it; a copy where the file system has no links."""
+    temporary = name.with_suffix(".new")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, name)
+
+
+def states(folder: Path) -> list[Path]:
+    """The complete states of a run folder, oldest first (a file is there only once it is complete)."""
+    return sorted(p for p in folder.glob("state-*.safetensors") if re.fullmatch(r"state-\d{8}\.safetensors", p.name))
+
+
+def resume(run: Distillation, folder: Path, parts: dict[str, str]) -> bool:
+    """Load the newest readable state of ``folder`` into ``run``; False when there is none.
+
+    Raises ValueError naming what changed when the state belongs to another run.
+    """
+    path = run.ranks.from_main(newest(folder) if run.ranks.is_main else None)
+    if path is None:
+        return False
+    with run.ranks.together():
+        tensors, metadata = read_state(path)
+        _check(path, metadata, parts)
+    _load(run, tensors, metadata)
+    return True
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest state of a run folder that can be read."""
+    for path in reversed(states(folder)):
+        try:
+            read_keys(path)  # of a file that is cut off, the header alone says so
+            return path
+        except (ValueError, OSError) as error:
+            logger.warning("%s cannot be read (%s): trying the state before it", path.name, error)
+    return None
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a state. Raises ValueError for a file that is none, OSError for one that cannot be read."""
+    tensors, metadata = read_weights(path)
+    if not metadata.get("step", "").isdecimal() or "dmm.state" not in metadata:
+        raise ValueError(f"'{path}' is not a run state: expected one of the state-*.safetensors of a run folder")
+    return tensors, metadata
+
+
+def fork(run: Distillation, source: Path) -> int:
+    """Give a new run the weights of an old one (a run folder, or one of its states) and nothing else; returns the old step.
+
+    Its averaged weights where it has them. Raises ValueError when there is no such state, or its model has other styles or sizes.
+    """
+    path = source if source.is_file() else next(iter(reversed(states(source))), None)
+    if path is None:
+        raise ValueError(
+            f"there is no run to start from in '{source}': expected a run folder or one of its state files"
+        )
+    tensors, metadata = read_state(path)
+    prefix = "ema." if any(key.startswith("ema.") for key in tensors) else "student."
+    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    shapes = {k: tuple(p.shape) for k, p in run.trained.items()}
+    other = sorted(
+        k for k in shapes.keys() | weights if shapes.get(k) != (tuple(weights[k].shape) if k in weights else None)
+    )
+    if other:
+        raise ValueError(
+            f"the run in '{path.parent}' trained another model (for example '{other[0]}'): a fork keeps the sizes, the number "
+            "of teachers and what is trainable"
+        )
+    put(run.student, weights)
+    if run.ema:
+        run.ema.load_state_dict(_own_parts(run, weights), 0)
+    return int(metadata["step"])
+
+
+def _own_parts(run: Distillation, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of tensors like the parameters that learn, this process's shares."""
+    return {name: own(share_of(weights[name], p)) for name, p in run.trained.items()}
+
+
+def _check(path: Path, metadata: dict[str, str], parts: dict[str, str]) -> None:
+    if metadata.get("dmm.state") != FORMAT:
+        raise ValueError(f"{path} is a run state of format {metadata.get('dmm.state')}, this version reads {FORMAT}")
+    then: dict[str, Any] = json.loads(metadata["identity"])
+    changed = [name for name in sorted(then.keys() | parts.keys()) if then.get(name) != parts.get(name)]
+    if changed:
+        shown = [
+            f"{n} ({then.get(n, 'not set')} -> {parts.get(n, 'not set')})" if n.startswith("setting") else n
+            for n in changed
+        ]
+        raise ValueError(
+            f"the run in '{path.parent}' was started with something else: {'; '.join(shown)}. "
+            "Use a new run folder, or put back what changed"
+        )
+
+
+def _load(run: Distillation, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
+
+    run.step = int(metadata["step"])
+    put(run.student, part("student"))
+    load_optimizer(run.optimizer, run.trained, part("optimizer"), json.loads(metadata["optimizer"]))
+    if run.ema:
+        run.ema.load_state_dict(_own_parts(run, part("ema")), run.step)
+    if run.adversary:
+        named = dict(run.adversary.head.named_parameters())
+        run.adversary.head.load_state_dict(part("head"))
+        numbers = json.loads(metadata["head_optimizer"])
+        load_optimizer(run.adversary.optimizer, named, part("head_optimizer"), numbers)
+    if run.difficulty:
+        run.load_difficulty(part("difficulty"))
+    if "scaler" in metadata:
+        run.scaler.load_state_dict(json.loads(metadata["scaler"]))

@@ -1,0 +1,140 @@
+"""The log of a run: a line of JSON per step in ``log.jsonl``, and TensorBoard's event files where tensorboard is installed."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ...loop.trainer import Distillation, Metrics
+
+logger = logging.getLogger(__name__)
+
+
+class Journal:
+    """``log.jsonl`` and ``tensorboard/`` in ``folder``, made with the first entry.
+
+    A line is the Metrics of a step with ``samples`` (seen so far) and, on CUDA, ``peak_bytes``; or ``step`` and ``note``.
+    every: steps between lines; the last one is always there. A resumed run goes on behind its last saved step: what the log says of
+    later ones, which are done again, is removed. A full disk is reported once and never ends the run.
+    """
+
+    def __init__(self, folder: str | Path, every: int = 1):
+        self.folder, self.every = Path(folder), every
+        self._file: BinaryIO | None = None
+        self._board: Any = None
+        self._reported: set[str] = set()
+
+    def step(self, run: Distillation, metrics: Metrics) -> None:
+        if metrics.step % self.every and metrics.step != metrics.steps:
+            return
+        line = dataclasses.asdict(metrics)
+        line["samples"] = metrics.step * run.config.batch_size * run.config.accumulate
+        if run.device.type == "cuda":
+            line["peak_bytes"] = torch.cuda.max_memory_allocated(run.device)
+        self._write(metrics.step - 1, line)
+        for name, value in scalars(line):
+            self._show(lambda board, name=name, value=value: board.add_scalar(name, value, metrics.step))
+
+    def note(self, step: int, text: str) -> None:
+        """Something that happened when ``step`` steps were done."""
+        self._write(step, {"step": step, "note": text})
+        self._show(lambda board: board.add_text("note", text, step))
+
+    def picture(self, step: int, image: Image.Image) -> None:
+        """For TensorBoard; the log has only words and numbers."""
+        self._harmless("the log cannot be written", lambda: self._open(step))
+        pixels = np.asarray(image.convert("RGB"))  # (H, W, 3)
+        self._show(lambda board: board.add_image("pictures", pixels, step, dataformats="HWC"))
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+        self._show(lambda board: board.close())
+        self._file = self._board = None
+
+    def _write(self, done: int, line: dict) -> None:
+        data = json.dumps(finite(line), ensure_ascii=False).encode() + b"\n"
+
+        def write() -> None:
+            self._open(done)
+            end = self._file.seek(0, 2)
+            written = self._file.write(data)  # unbuffered, and fewer bytes than given where the disk has no more room
+            if written < len(data):
+                self._file.truncate(end)
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        self._harmless("the log cannot be written", write)
+
+    def _open(self, done: int) -> None:
+        """At the first entry: only then is it known how many steps are done, as runs resume after their Journal was made."""
+        if self._file:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "log.jsonl"
+        file = path.open("ab", buffering=0)
+        file.truncate(end_of_steps(path, done))
+        self._file = file
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done + 1)
+
+    def _show(self, work: Callable[[Any], object]) -> None:
+        if self._board:
+            self._harmless("TensorBoard's files cannot be written", lambda: work(self._board))
+
+    def _harmless(self, problem: str, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except OSError as error:
+            if problem not in self._reported:
+                self._reported.add(problem)
+                logger.warning("%s: %s", problem, error)
+
+
+def end_of_steps(path: Path, done: int) -> int:
+    """The place in a log behind its last whole line about the first ``done`` steps."""
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > done:
+                break
+            end += len(line)
+    return end
+
+
+def read_log(path: str | Path) -> Iterator[dict]:
+    """The lines of a log; one that is being written at the moment is left out."""
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+def finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: None; and 6 digits are enough for a log."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def scalars(line: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """("score/ink", 0.1) and the like, for every number of a line but its step."""
+    for name, value in line.items():
+        if isinstance(value, dict):
+            yield from scalars(value, f"{prefix}{name}/")
+        elif name not in ("step", "steps") and value is not None:
+            yield prefix + name, value

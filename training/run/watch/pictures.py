@@ -1,0 +1,133 @@
+"""What the student paints beside its teachers while it learns: one contact sheet, always from the same noise and captions."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ....dmm_core.files import atomic_write
+from ....dmm_core.style import style_row
+from ....dmm_core.unet import UNet
+from ...loop.trainer import Distillation
+from ...paint.images import grid
+from ...paint.paint_rows import paint_rows
+from ...teachers.teacher import Teacher
+from ..synthesis import noise_for
+from .journal import Journal
+
+logger = logging.getLogger(__name__)
+
+Decoder = Callable[[Tensor], Sequence[Image.Image]]
+"""Latents (B, C, h, w), scaled as the UNet sees them, -> B pictures."""
+
+STYLES = 16
+"""A run with more teachers shows the first of them."""
+STEPS, CFG, SEED = 8, 4.0, 0
+LARGEST_CELL = 512
+"""Pixels of the longer side of one picture on the sheet."""
+
+
+class Pictures:
+    """Paints a row per style and, for each of ``prompts`` captions of the data, what the teacher paints and what the student does.
+
+    A sheet is written to ``folder``/step-00000100.png if there is a folder and goes to the journal if there is one. Nothing that
+    fails here ends the run or changes what it learns: each kind of error is reported once, and the next sheet is tried
+    again. Only what is no Exception passes, such as the interrupt that ``check_interrupt`` may raise.
+    """
+
+    def __init__(
+        self,
+        run: Distillation,
+        decode: Decoder,
+        folder: Path | None = None,
+        journal: Journal | None = None,
+        prompts: int = 1,
+        check_interrupt: Callable[[], object] = lambda: None,
+    ):
+        self.run, self.decode, self.folder, self.journal = run, decode, folder, journal
+        self.check_interrupt = check_interrupt
+        self.rows = torch.tensor(spread(len(run.data.prompts), prompts))
+        self._of_teachers: dict[int, list[Image.Image]] = {}  # painted once: they do not learn
+        self._reported: set[str] = set()
+
+    def paint(self) -> Image.Image | None:
+        """The sheet of this moment, or None if it could not be made."""
+        image = self._safely(self._sheet)
+        if image is not None and self.folder is not None:
+            self._safely(lambda: self._write(image))
+        if image is not None and self.journal is not None:
+            self.journal.picture(self.run.step, image)
+        return image
+
+    def _safely(self, work: Callable[[], Image.Image | None]) -> Image.Image | None:
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001, whatever it is: it is reported, and training goes on
+            kind, problem = type(error).__name__, (str(error).strip() or "no message").splitlines()[0]
+        # Only now, without the error and the frames it held, can the failed painting's memory be freed.
+        gc.collect()
+        if self.run.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if kind not in self._reported:
+            self._reported.add(kind)
+            text = f"no pictures at step {self.run.step}, training goes on: {kind}: {problem}"
+            logger.warning(text)
+            if self.journal is not None:
+                self.journal.note(self.run.step, text)
+        return None
+
+    @torch.no_grad()
+    def _sheet(self) -> Image.Image | None:
+        run = self.run
+        styles = range(min(run.num_styles, STYLES))
+        devices = [run.device] if run.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # nothing here draws from the global generators, but a decoder might
+            with run.averaged():  # first, as of several processes some do only this
+                latents = [self._latents(run.student, run.base, style_row(run.num_styles, i)) for i in styles]
+            if not run.ranks.is_main:
+                return None
+            for i in styles:
+                if i not in self._of_teachers:
+                    teacher = run.teachers[i]
+                    of_teacher = self._latents(run.rack.get(i), teacher, teacher.style_row)
+                    self._of_teachers[i] = list(self.decode(of_teacher))
+            of_student = [list(self.decode(latent)) for latent in latents]
+        sheet = [
+            [small(picture) for pair in zip(self._of_teachers[i], of_student[i]) for picture in pair] for i in styles
+        ]
+        captions = [run.data.prompts[row] for row in self.rows.tolist()]
+        columns = [f"{who}: {caption}" for caption in captions for who in ("teacher", "student")]
+        return grid(sheet, [run.teachers[i].name for i in styles], columns, f"step {run.step}")
+
+    def _latents(self, unet: UNet, text: Teacher, style: Tensor | None = None) -> Tensor:
+        """(P, C, h, w) for P captions, by a UNet whose text states and parameterisation are those of ``text``."""
+        noise = noise_for(self.run, len(self.rows), SEED)
+        with self.run.autocast():
+            return paint_rows(
+                unet, text, self.rows, noise, STEPS, CFG, style, callback=lambda *_: self.check_interrupt()
+            )
+
+    def _write(self, image: Image.Image) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.folder / f"step-{self.run.step:08d}.png") as temporary:
+            image.save(temporary, "PNG")
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Up to ``wanted`` of the rows 1..count-1, evenly spread; row 0, the empty prompt, where there is no other."""
+    captions = count - 1
+    wanted = min(wanted, captions)
+    return [1 + i * captions // wanted for i in range(wanted)] if wanted else [0]
+
+
+def small(picture: Image.Image) -> Image.Image:
+    if max(picture.size) > LARGEST_CELL:
+        picture = picture.copy()
+        picture.thumbnail((LARGEST_CELL, LARGEST_CELL))
+    return picture

@@ -1,0 +1,197 @@
+"""LoRA files folded into a checkpoint: the weights that ComfyUI's LoraLoader paints with, without ComfyUI.
+
+Where a command takes a model's file, ``sd15.safetensors+ink.safetensors:0.8`` is the model with a LoRA at a strength (1
+where none is given, ``:0.8:0.5`` is another one for the text encoder); more LoRAs follow with more ``+``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...dmm_core.checkpoint import Checkpoint
+from ...dmm_core.metadata import LONGEST
+from ...dmm_core.weights_file import read_weights
+from ..config import LoraSpec
+from ..files.model_files import model_sha256
+from .lora_kinds import REFUSED, ROLES, Entries, changed_bias, changed_weight, check_kind
+from .lora_names import FIRST_TEXT, SECOND_TEXT, Target, lora_names
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = 4
+TEXT_NAMES = (*FIRST_TEXT, *SECOND_TEXT, "text_encoders.")
+_LORA = re.compile(r"\+(.+?\.safetensors)((?::[^:+]*){0,2})(?=\+|$)")
+_ENDS = sorted({**ROLES, **REFUSED}, key=len, reverse=True)  # ".lora_B.default.weight" before ".lora_B"
+
+
+def apply_loras(checkpoint: Checkpoint, loras: Sequence[LoraSpec], dtype: torch.dtype | None = None) -> Checkpoint:
+    """A checkpoint with LoRAs folded in, in order; only the weights that they change are new tensors.
+
+    Computed in float32; the new weights are of ``dtype``, or with None of the dtype that they had. Raises ValueError,
+    naming file and key, for a file that is no safetensors file, of which nothing fits, that holds NaN or wrong shapes, or
+    whose kind is not known here; before that, a file of which only a part fits is logged as a warning.
+    """
+    names, changed = lora_names(checkpoint), {}
+    for lora in loras:
+        lora.check()
+        for target, entries in read_lora(lora.file, names).items():
+            strength = lora.strength if target.part == "unet" else lora.text_strength
+            try:
+                check_kind(entries)
+                if "diff_b" in entries:
+                    _change(checkpoint, changed, target.bias, entries, strength, changed_bias)
+                if entries.keys() != {"diff_b"}:
+                    _change(checkpoint, changed, target, entries, strength, changed_weight)
+            except ValueError as error:
+                raise ValueError(f"{lora.file}: {error}") from error
+    parts: dict[str, dict[str, Tensor]] = {"unet": {}, "text": {}}
+    for (part, key), tensor in changed.items():
+        tensor = tensor.to(dtype or getattr(checkpoint, part)[key].dtype)
+        if not tensor.float().isfinite().all():
+            files = ", ".join(f"'{lora.file}'" for lora in loras)
+            raise ValueError(f"weight '{key}' becomes NaN or infinite with the LoRA {files}: lower the strength")
+        parts[part][key] = tensor
+    return replace(checkpoint, unet={**checkpoint.unet, **parts["unet"]}, text={**checkpoint.text, **parts["text"]})
+
+
+def _change(checkpoint, changed: dict, target: Target, entries: Entries, strength: float, change) -> None:
+    """Put ``change(entries, weight, strength)`` into ``changed``, which holds float32 copies by (part, key)."""
+    weights, place = getattr(checkpoint, target.part), (target.part, target.key)
+    if target.key not in weights:
+        raise ValueError(f"'{entries['diff_b'][0]}' is for a bias that the model does not have")
+    new = place not in changed
+    tensor = weights[target.key].detach().to("cpu", torch.float32, copy=True) if new else changed[place]
+    view = target.view(tensor)
+    view.copy_(change(entries, view, strength))  # even at strength 0: shapes are checked all the same
+    if strength:
+        changed[place] = tensor
+
+
+def read_lora(path: str | os.PathLike, names: Mapping[str, Target]) -> dict[Target, Entries]:
+    """The entries of a LoRA file by the weight that they change. names: see ``lora_names``.
+
+    Keys that fit nothing are counted in a warning. Raises ValueError for a file of which nothing fits, for kinds that are
+    not known here, and for NaN.
+    """
+    places: dict[str, tuple[Target, str] | None] = {}
+
+    def fits(key: str, shape: tuple[int, ...]) -> bool:
+        places[key] = _place(key, names)
+        return places[key] is not None
+
+    tensors, _ = read_weights(path, fits)
+    strange = [key for key, place in places.items() if place is None]
+    if len(strange) == len(tensors):
+        raise ValueError(f"{path}: none of its {len(tensors)} keys fits the model{_reason(strange, names)}")
+    if strange:
+        count, examples = f"{len(strange)} of {len(tensors)}", _examples(strange)
+        logger.warning("%s: %s keys do not fit the model and are left out: %s", path, count, examples)
+    entries: dict[Target, dict[str, tuple[str, Tensor]]] = {}
+    for key, (target, role) in ((key, place) for key, place in places.items() if place):
+        of_target = entries.setdefault(target, {})
+        if role in of_target:
+            raise ValueError(f"{path}: '{of_target[role][0]}' and '{key}' are the same entry for one weight")
+        of_target[role] = key, _checked(path, key, role, tensors[key])
+    return entries
+
+
+def _place(key: str, names: Mapping[str, Target]) -> tuple[Target, str] | None:
+    """(weight, role) of a key; None when it is for no weight of the model."""
+    for end in _ENDS:
+        name = key.removesuffix(end)
+        if name != key and name in names:
+            if end in REFUSED:
+                raise ValueError(f"'{key}' is of the kind {REFUSED[end]}, which is not read here")
+            return names[name], ROLES[end]
+    name = key
+    while name and name not in names:
+        name = name.rpartition(".")[0]
+    if name:  # for this model, so leaving it out would make another teacher of it
+        raise ValueError(f"'{key}': LoRA files with '{key[len(name) :]}' are not read here")
+    return None
+
+
+def _checked(path: str | os.PathLike, key: str, role: str, tensor: Tensor) -> Tensor:
+    if role == "alpha":
+        if tensor.numel() != 1:
+            raise ValueError(f"{path}: '{key}' has shape {tuple(tensor.shape)}, expected one number")
+    elif not tensor.is_floating_point():
+        raise ValueError(f"{path}: '{key}' holds {tensor.dtype}, expected floating point numbers")
+    tensor = tensor.float()
+    if not tensor.isfinite().all():
+        raise ValueError(f"{path}: '{key}' holds NaN or infinity: the file is damaged, get it again")
+    return tensor
+
+
+def _reason(strange: Sequence[str], names: Mapping[str, Target]) -> str:
+    if not strange:
+        return ""
+    has_text = any(target.part == "text" for target in names.values())
+    if not has_text and all(key.startswith(TEXT_NAMES) for key in strange):
+        return ": they are for a text encoder, and the model has none"
+    return f" (the first: {_examples(strange)}): it is no LoRA, or one for another kind of model"
+
+
+def _examples(keys: Sequence[str]) -> str:
+    return ", ".join(f"'{key}'" for key in sorted(keys)[:EXAMPLES])
+
+
+# --- the text form ----------------------------------------------------------------------------------------------------
+
+
+def with_loras(file: str, loras: Sequence[LoraSpec]) -> str:
+    """The text form of a model with LoRAs, which ``split_loras`` reads."""
+    return "+".join([file, *(lora.file + _strengths(lora) for lora in loras)])
+
+
+def split_loras(text: str | os.PathLike) -> tuple[str, list[LoraSpec]]:
+    """ "a.safetensors+b.safetensors:0.8" -> ("a.safetensors", [b at 0.8]); the model's own name may have a "+" in it.
+
+    Raises ValueError for a strength that is no number.
+    """
+    text = os.fspath(text)
+    for plus in re.finditer(r"\+", text):
+        file, rest = text[: plus.start()], text[plus.start() :]
+        found = list(_LORA.finditer(rest))
+        if Path(file).exists() and not Path(text).exists() and "".join(lora[0] for lora in found) == rest:
+            return file, [_spec(*lora.groups()) for lora in found]
+    return text, []
+
+
+def _spec(file: str, strengths: str) -> LoraSpec:
+    try:
+        return LoraSpec(file, *(float(number) for number in strengths.split(":")[1:]))
+    except ValueError:
+        raise ValueError(f"'{file}{strengths}': expected a strength such as :0.8 behind the LoRA's name") from None
+
+
+def patched(checkpoint: Checkpoint, loras: Sequence[LoraSpec], base: Checkpoint | None = None) -> Checkpoint:
+    """A teacher: a checkpoint with LoRAs, in float32. Where it has no text encoder, they change that of ``base``."""
+    if not loras:
+        return checkpoint
+    text = checkpoint.text or (base.text if base else {})
+    return apply_loras(replace(checkpoint, text=text), loras, torch.float32)
+
+
+def recorded(file: str | os.PathLike, loras: Sequence[LoraSpec]) -> tuple[str, str]:
+    """What a style's metadata say of a teacher: names without folders, and the sha256 of its file, "" for one with LoRAs."""
+    name = Path(file).name
+    if not loras:
+        return name, model_sha256(file)
+    names = " + ".join([name, *(Path(lora.file).name + _strengths(lora) for lora in loras)])
+    longest = LONGEST["teacher"]
+    return (names if len(names) <= longest else f"{name} + {len(loras)} LoRAs"[-longest:]), ""
+
+
+def _strengths(lora: LoraSpec) -> str:
+    if lora.clip_strength not in (None, lora.strength):
+        return f":{lora.strength:g}:{lora.clip_strength:g}"
+    return "" if lora.strength == 1 else f":{lora.strength:g}"

@@ -1,0 +1,179 @@
+"""Teachers: frozen fine-tunes of one architecture, each with the text states that its own text encoder gives the captions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...dmm_core.metadata import StyleInfo
+from ...dmm_core.style import MLP_NAMES, no_style_row, style_row
+from ...dmm_core.unet import UNet, UNetConfig, load_unet
+from ..files.hashing import weights_sha256
+from ..text import SIZE_FEATURES, sdxl_vector
+
+
+class Rows(Protocol):
+    """Something per distinct caption: a Tensor (U, ...), or a view of files that reads the rows it is asked for."""
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """(B,) -> (B, ...)"""
+
+
+@dataclass
+class Teacher:
+    """A frozen UNet with a name.
+
+    contexts: (U, L, d), its text encoder's states of every distinct caption, row 0 of the empty prompt; pooled: (U, p), the pooled
+    text of SDXL's second encoder. prediction: "eps" or "v"; zero_snr: its noise schedule ends in pure noise. style: of a UNet that is
+    itself a DMM model, which of its styles this teacher is, or which mix of them (index: share); None for no style. The remaining
+    fields are recorded in the style's metadata; ``known`` is what an older DMM file says of the style, and is recorded as it is.
+    """
+
+    name: str
+    unet: UNet
+    contexts: Rows
+    pooled: Rows | None = None
+    prediction: str = "eps"
+    zero_snr: bool = False
+    description: str = ""
+    file: str = ""
+    sha256: str = ""
+    licence: str = ""
+    style: int | Mapping[int, float] | None = None
+    known: StyleInfo | None = None
+
+    def __post_init__(self) -> None:
+        self.unet.requires_grad_(False).eval()
+
+    @property
+    def style_row(self) -> Tensor | None:
+        """What its UNet is to be asked for: (1, n+1), n the styles that the UNet has; None for a plain UNet."""
+        styles = self.unet.config.num_styles
+        if not styles:
+            return None
+        return no_style_row(styles) if self.style is None else style_row(styles, self.style)
+
+    def info(self) -> StyleInfo:
+        """Of the student's style."""
+        return self.known or StyleInfo(
+            self.name.strip(), self.description, teacher=self.file, sha256=self.sha256, licence=self.licence
+        )
+
+    def as_style(self, index: int, info: StyleInfo) -> Teacher:
+        """One style of this DMM model as a teacher of its own; they share the UNet and the text states."""
+        one = dataclasses.replace(self, name=info.name, style=index, known=info)
+        one.weights_sha256 = self.weights_sha256  # one UNet, hashed once
+        return one
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of the weights as they were when this was first asked; a run asks before it moves or converts them."""
+        return weights_sha256(self.unet.state_dict())
+
+    def conditioning(self, rows: Tensor, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """context (B, L, d) and, for SDXL, y (B, adm) of captions for latents of this (h, w)."""
+        rows = rows.cpu()
+        context = self.contexts[rows].to(device)
+        if self.pooled is None:
+            return context, None
+        height, width = size
+        return context, sdxl_vector(self.pooled[rows].to(device), 8 * height, 8 * width)
+
+
+def plain_unet(sd: Mapping[str, Tensor], name: str, copy: bool = True, look: bool = True) -> UNet:
+    """A frozen, style-less UNet from a state dict; ValueError (naming the teacher) for styles, NaN or a foreign layout.
+
+    Without ``copy`` its weights are those of ``sd``, and without ``look`` nobody looks for NaN.
+    """
+    unet = sound_unet(sd, name, copy, look)
+    if unet.config.num_styles:
+        raise ValueError(
+            f"{name} is itself a DMM model with {unet.config.num_styles} styles: use a plain checkpoint (new teachers for a DMM "
+            "model: Add Teacher to DMM, dmm add-teacher)"
+        )
+    return unet
+
+
+def styled_unet(sd: Mapping[str, Tensor], name: str) -> UNet:
+    """A frozen DMM UNet from a state dict; ValueError (naming it) for one without styles, NaN or a foreign layout."""
+    unet = sound_unet(sd, name)
+    if not unet.config.num_styles:
+        raise ValueError(f"{name} has no styles: it is a plain checkpoint, not a DMM model (Distill Teachers makes one)")
+    return unet
+
+
+def sound_unet(sd: Mapping[str, Tensor], name: str, copy: bool = True, look: bool = True) -> UNet:
+    """A UNet from a state dict; ValueError, naming it, for NaN or a foreign layout."""
+    try:
+        unet = load_unet(sd, copy=copy)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    for key, tensor in unet.state_dict().items() if look else ():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} has NaN or infinite weights in '{key}': the file is damaged, get it again")
+    return unet
+
+
+def without_styles(config: UNetConfig) -> UNetConfig:
+    """The sizes of the same network without a style side."""
+    return dataclasses.replace(config, num_styles=0, style_mlp=MLP_NAMES[0])
+
+
+def check_architectures(base: UNetConfig, teachers: Sequence[tuple[str, UNetConfig]]) -> None:
+    """Raises ValueError naming every teacher whose sizes differ from the base's, and the sizes that differ; styles aside."""
+    problems = []
+    for name, config in teachers:
+        ours, theirs = (dataclasses.asdict(without_styles(c)) for c in (base, config))
+        different = [f"{k} {theirs[k]} instead of {ours[k]}" for k in ours if ours[k] != theirs[k]]
+        if different:
+            problems.append(f"'{name}' has {', '.join(different)}")
+    if problems:
+        raise ValueError(f"teachers of another architecture than the base model: {'; '.join(problems)}")
+
+
+def check_schedules(zero_snr: bool, teachers: Iterable[tuple[str, bool]]) -> None:
+    """Raises ValueError naming every teacher whose noise schedule ends otherwise than the base's (``zero_snr``): the same timestep
+    would mean another noise level to it."""
+    other = [name for name, theirs in teachers if theirs != zero_snr]
+    if other:
+        raise ValueError(
+            f"teachers with another noise schedule (zero terminal SNR or not) than the base: {', '.join(other)}"
+        )
+
+
+def check_predictions(base: Teacher, teachers: Iterable[Teacher]) -> None:
+    """Raises ValueError naming every teacher that cannot be said in the base's terms: v = (eps - sqrt(1 - abar) x_t) / sqrt(abar), and a
+    schedule with zero terminal SNR ends at 1 / sqrt(abar) = 4519, which is how much an error of eps would count."""
+    if base.zero_snr and base.prediction == "v":
+        eps = [teacher.name for teacher in teachers if teacher.prediction == "eps"]
+        if eps:
+            raise ValueError(
+                f"eps-prediction teachers for a v-prediction base with zero terminal SNR: {', '.join(eps)}. In pure noise eps says "
+                "nothing of a picture: use teachers that predict v"
+            )
+
+
+def check_text(teachers: Iterable[Teacher]) -> None:
+    """Raises ValueError naming the first teacher whose text states have other widths than its UNet takes."""
+    empty = torch.zeros(1, dtype=torch.long)
+    for teacher in teachers:
+        config = teacher.unet.config
+        pooled = 0 if teacher.pooled is None else teacher.pooled[empty].shape[-1]
+        given = (teacher.contexts[empty].shape[-1], pooled + SIZE_FEATURES if pooled else 0)
+        if given != (config.context_dim, config.adm_channels):
+            raise ValueError(
+                f"'{teacher.name}': its text encoder gives contexts of width {given[0]} and a pooled conditioning of {given[1]}, its "
+                f"UNet takes {config.context_dim} and {config.adm_channels}: give it the text encoder of its own file (the refiner of "
+                "SDXL and unCLIP models cannot be distilled)"
+            )
+
+
+def soup(teachers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of the teachers' weights ("model soup", arXiv:2203.05482), a starting point and a baseline."""
+    return {key: torch.stack([t[key].float() for t in teachers]).mean(0) for key in teachers[0]}
