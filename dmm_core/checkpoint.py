@@ -197,7 +197,12 @@ def count_styles(unet: Mapping[str, Tensor]) -> int:
 def _sd2_prediction(unet: Mapping[str, Tensor]) -> str:
     """SD2's two releases differ only in their weights; ComfyUI tells them by the spread of one bias, and so must we."""
     bias, key = unet.get(_SD2_BIAS), _SD2_BIAS.replace("norm1.bias", "attn2.to_k.weight")
-    if bias is None or key not in unet or unet[key].shape[-1:] != (1024,) or unet["input_blocks.0.0.weight"].shape[1] != 4:
+    if (
+        bias is None
+        or key not in unet
+        or unet[key].shape[-1:] != (1024,)
+        or unet["input_blocks.0.0.weight"].shape[1] != 4
+    ):
         return "eps"
     if bias.is_meta or bias.ndim != 1:  # of no size that a UNet has
         return "eps"

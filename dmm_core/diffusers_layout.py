@@ -14,11 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .sdxl import FEATURES_PER_SIZE
 from .style import CODEBOOK, MLP_NAMES
 from .unet import UNetConfig, unet_config_from_state_dict
-
-SIZE_FEATURES = 256
-"""Sinusoidal features of each of the six numbers in SDXL's vector (arXiv:2307.01952, Sec. 2.2)."""
 
 _RESNET = {
     "in_layers.0": "norm1",
@@ -110,7 +108,7 @@ def unet_config_to_diffusers(config: UNetConfig, sample_size: int | None = None)
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
         "addition_embed_type": addition,
-        "addition_time_embed_dim": SIZE_FEATURES if config.adm_channels else None,
+        "addition_time_embed_dim": FEATURES_PER_SIZE if config.adm_channels else None,
         # By an old mistake this is the number of heads.
         "attention_head_dim": _one_or_list([config.heads(c) for c in channels]),
         "block_out_channels": channels,
@@ -140,7 +138,9 @@ def check_diffusers_config(described: Mapping[str, Any], config: UNetConfig) -> 
     """Raise ValueError where a config.json says what the weights do not, or what the single file cannot say."""
     count = described.get("num_models") or 0
     if count != config.num_styles:
-        raise ValueError(f"its config.json says num_models {str(count)[:200]}, but the weights hold {config.num_styles} styles")
+        raise ValueError(
+            f"its config.json says num_models {str(count)[:200]}, but the weights hold {config.num_styles} styles"
+        )
     heads = described.get("num_attention_heads") or described.get("attention_head_dim", 8)
     wanted = [config.heads(mult * config.model_channels) for mult in config.channel_mult]
     if (heads if isinstance(heads, list) else [heads] * len(wanted)) != wanted:

@@ -140,7 +140,9 @@ def growing_inputs() -> list:
 
 
 def guard_input():
-    return number("guard", 0, 0.95, 0.05, "Share of the training that repeats the styles which stay. 0: they are forgotten.")
+    return number(
+        "guard", 0, 0.95, 0.05, "Share of the training that repeats the styles which stay. 0: they are forgotten."
+    )
 
 
 def warm_start_input():

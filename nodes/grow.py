@@ -72,7 +72,9 @@ class ForgetStyle(io.ComfyNode):
             is_input_list=True,
             inputs=[
                 *model_inputs("all but the forgotten styles stay."),
-                io.String.Input("styles", default="", tooltip="What to forget: a name, or several with commas between them."),
+                io.String.Input(
+                    "styles", default="", tooltip="What to forget: a name, or several with commas between them."
+                ),
                 *data_inputs("my-dmm-less"),
                 guard_input(),
                 io.Int.Input(
@@ -82,8 +84,12 @@ class ForgetStyle(io.ComfyNode):
                     max=64,
                     tooltip="Vectors that search for the style while it is forgotten, so that it cannot be found again. 0: none.",
                 ),
-                io.Int.Input("attack_every", default=25, min=1, max=100_000, tooltip="Steps between searches.", advanced=True),
-                io.Int.Input("attack_steps", default=10, min=1, max=10_000, tooltip="Steps of a search.", advanced=True),
+                io.Int.Input(
+                    "attack_every", default=25, min=1, max=100_000, tooltip="Steps between searches.", advanced=True
+                ),
+                io.Int.Input(
+                    "attack_steps", default=10, min=1, max=10_000, tooltip="Steps of a search.", advanced=True
+                ),
                 io.Int.Input(
                     "check_steps",
                     default=100,

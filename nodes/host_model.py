@@ -23,11 +23,11 @@ from torch import Tensor
 
 from ..dmm_core.checkpoint import STYLE_KEYS, TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX, Checkpoint
 from ..dmm_core.metadata import StyleInfo
+from ..dmm_core.sdxl import SIZE_CHANNELS
 from ..dmm_core.style import CODEBOOK, StyleMLP
 from ..dmm_core.style_value import NO_STYLE, Style, check_new_name, find_style, style_rows, vocabulary
 from ..dmm_core.vae import vae_config_from_state_dict
 from ..training.files.model_files import load_any
-from ..training.text import SIZE_FEATURES
 from . import region_patch, style_patch
 
 TEXT_WIDTHS = {"clip_l": 768, "clip_h": 1024, "clip_g": 1280}
@@ -227,7 +227,7 @@ def small_kind(sizes: dict):
     linear, pooled = sizes["use_linear_in_transformer"], sizes["adm_in_channels"]
     if pooled is None:
         return comfy.supported_models.SD20 if linear else comfy.supported_models.SD15
-    return comfy.supported_models.SDXL if linear and pooled > SIZE_FEATURES else None
+    return comfy.supported_models.SDXL if linear and pooled > SIZE_CHANNELS else None
 
 
 def build_small_model(config, sd: dict[str, Tensor], weight_dtype: torch.dtype, disable_dynamic: bool):

@@ -28,7 +28,9 @@ Say = Callable[[str], None]
 
 
 @torch.no_grad()
-def gather(base, clip, teachers: Sequence[TeacherInput], latents, captions, config: TrainConfig, say: Say) -> Distillation:
+def gather(
+    base, clip, teachers: Sequence[TeacherInput], latents, captions, config: TrainConfig, say: Say
+) -> Distillation:
     """Everything a run needs, copied from the host's objects; call it outside of inference mode. say: is told the memory plan.
 
     Raises ValueError naming the input that does not fit.
@@ -41,7 +43,9 @@ def gather(base, clip, teachers: Sequence[TeacherInput], latents, captions, conf
 
 
 @torch.no_grad()
-def gather_grown(model, clip, teachers: Sequence[TeacherInput], latents, captions, config: TrainConfig, say: Say) -> Distillation:
+def gather_grown(
+    model, clip, teachers: Sequence[TeacherInput], latents, captions, config: TrainConfig, say: Say
+) -> Distillation:
     """As ``gather``, for a DMM model whose styles stay and come first. Raises ValueError for a model without styles."""
     data = captioned_latents(model, latents, captions)
     foundation, old = frozen_styles(model, clip, data.prompts)
@@ -93,7 +97,9 @@ def frozen_teachers(teachers: Sequence[TeacherInput], base: Teacher, clip, promp
     return frozen
 
 
-def ready(config: TrainConfig, base: Teacher, teachers: int, data: CaptionedLatents, say: Say) -> tuple[TrainConfig, torch.device]:
+def ready(
+    config: TrainConfig, base: Teacher, teachers: int, data: CaptionedLatents, say: Say
+) -> tuple[TrainConfig, torch.device]:
     """The settings that fit the device, and the device, emptied of what the host had there."""
     mm.unload_all_models()  # its copies are not needed while training runs
     device = mm.get_torch_device()

@@ -17,8 +17,9 @@ from .commands import cache as cache_commands
 from .commands import convert as convert_command
 from .commands import evaluate as evaluation_command
 from .commands import mixing as mixing_command
-from .commands.cache import ProgressBar as PartsBar
-from .parallel.ranks import AgreedError, LostProcess, Ranks, joined, launched, own_device
+from .commands.progress_bar import ProgressBar as PartsBar
+from .parallel.devices import own_device
+from .parallel.ranks import AgreedError, LostProcess, Ranks, joined, launched
 from .run.watch.controls import StopAndSave, signals
 from .run.watch.progress import Progress
 
@@ -172,8 +173,9 @@ def watched(picture_every: int = 0, ranks: Ranks | None = None):
 
 def run_distill(args) -> None:
     from .config import load_config
+    from .parallel.devices import pick_device
     from .parallel.sharding import check_parallel
-    from .run.distill import distill, pick_device
+    from .run.distill import distill
     from .run.load import load_run
 
     config = load_config(args.config)

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..dmm_core.unet import timestep_embedding
+from .files.clip_layout import from_open_clip
 from .host_path import TOKENIZER, find_host
 
 START, END = 49406, 49407
@@ -32,8 +32,6 @@ WINDOWS_PER_FORWARD = 64
 SD1_PREFIX = "cond_stage_model.transformer.text_model."
 UNUSED = ("position_ids", "text_projection.weight")
 """In some files: a counter, and a projection that no SD1.x model reads."""
-SIZE_FEATURES = 6 * 256
-"""Of SDXL's vector y, behind the pooled text (``sdxl_vector``)."""
 
 
 # --- prompts to token ids ---------------------------------------------------------------------------------------------
@@ -178,43 +176,6 @@ def strip_prefix(text: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in text.items() if k.startswith(prefix)}
 
 
-OPEN_CLIP_LAYER = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-OPEN_CLIP_WHOLE = {
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "token_embedding.weight": "embeddings.token_embedding.weight",
-    "ln_final.weight": "final_layer_norm.weight",
-    "ln_final.bias": "final_layer_norm.bias",
-}
-"""OpenCLIP's names -> transformers': modules of a layer, and whole keys."""
-
-
-def from_open_clip(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
-    """OpenCLIP's key names -> transformers', and the text projection (d, p) on its own.
-
-    OpenCLIP keeps query, key and value in one ``in_proj``. Its logit scale and attention mask are left out.
-    """
-    out, projection = {}, weights.get("text_projection")
-    for key, weight in weights.items():
-        if key in OPEN_CLIP_WHOLE:
-            out[OPEN_CLIP_WHOLE[key]] = weight
-        elif match := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)", key):
-            layer, name, kind = match.groups()
-            if name == "attn.in_proj":
-                for part, chunk in zip("qkv", weight.chunk(3)):
-                    out[f"encoder.layers.{layer}.self_attn.{part}_proj.{kind}"] = chunk
-            else:
-                out[f"encoder.layers.{layer}.{OPEN_CLIP_LAYER.get(name, name)}.{kind}"] = weight
-        elif key == "text_projection.weight":  # a Linear's orientation, as some converters write it
-            projection = weight.T
-    return out, projection
-
-
 class ClipText(nn.Module):
     """The text side of a checkpoint: prompts in, cross-attention contexts out. Computes in float32.
 
@@ -324,14 +285,3 @@ def init_text(width: int, layers: int, seed: int = 0) -> dict[str, Tensor]:
     for name in norms:
         weights[f"{name}.weight"], weights[f"{name}.bias"] = torch.ones(width), torch.zeros(width)
     return {SD1_PREFIX + k: v for k, v in weights.items()}
-
-
-def sdxl_vector(pooled: Tensor, height: int, width: int) -> Tensor:
-    """SDXL's vector y (B, p + 1536) from the pooled text (B, p) and the picture's size in pixels.
-
-    Podell et al., arXiv:2307.01952, Sec. 2.2: size, crop corner (none here) and target size are six numbers, with 256
-    sinusoidal features each.
-    """
-    numbers = torch.tensor([height, width, 0, 0, height, width], device=pooled.device)
-    sizes = timestep_embedding(numbers, 256).flatten()[None].expand(len(pooled), -1)  # (6, 256) -> (B, 1536)
-    return torch.cat([pooled, sizes.to(pooled.dtype)], dim=1)

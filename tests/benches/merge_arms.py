@@ -14,7 +14,7 @@ from torch import Tensor
 from ...dmm_core.unet import load_unet
 from ...dmm_core.vae import load_vae
 from ...training.config import DataSpec, DistillConfig, load_config
-from ...training.data.batches import Draw, hash_seed
+from ...training.data.batches import Draw
 from ...training.data.demo.latents import captioned_latents
 from ...training.data.demo.looks import BASE_LOOK, TEACHER_LOOKS
 from ...training.demo.tour import HELD_OUT_SEED
@@ -22,6 +22,7 @@ from ...training.evaluation.agreement import eps_of
 from ...training.loop.losses import score_loss
 from ...training.loop.trainer import Distillation
 from ...training.run.load import load_run
+from ...training.seeds import hash_seed
 from ...training.teachers.teacher import Teacher
 from ...training.text import ClipText
 from .demo_rollouts import build_demo_rollouts

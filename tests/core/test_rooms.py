@@ -21,10 +21,17 @@ HOST_MODULES = {
 }
 MAY_USE = {"dmm_core": set(), "training": {"dmm_core"}, "nodes": {"dmm_core", "training"}}
 CORE_PACKAGES = {"torch", "safetensors", "numpy", "einops"}
+TRAINING = (
+    "presets config progress seeds files parallel host_path text teachers paint data loop memory run demo evaluation commands cli"
+).split()
+"""The rooms of training/, files and folders, ground first: each may import those before it, and dmm_core."""
 
 
-def imports(path: Path):
-    """(room or None, top-level module or None) of every import anywhere in a file, those inside functions included."""
+def imports(path: Path, depth: int = 1):
+    """(room or None, top-level module or None) of every import anywhere in a file, those inside functions included.
+
+    depth: of the room's name, 1 for "training", 2 for "training.loop".
+    """
     inside = path.relative_to(PACK).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -35,7 +42,7 @@ def imports(path: Path):
             base = inside[: len(inside) - node.level + 1]
             names = [node.module] if node.module else [alias.name for alias in node.names]
             for name in names:
-                yield (*base, *name.split("."))[0], None
+                yield ".".join((*base, *name.split("."))[:depth]), None
 
 
 @pytest.mark.parametrize("room", MAY_USE)
@@ -57,6 +64,22 @@ def test_imports_point_one_way(room):
                 )
 
 
+@pytest.mark.parametrize("room", TRAINING)
+def test_rooms_of_training_import_towards_the_ground(room):
+    place = PACK / "training" / room
+    files = list(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    assert files, f"no files in {room}"
+    may_use = {f"training.{name}" for name in TRAINING[: TRAINING.index(room) + 1]}
+    for path in files:
+        used = {place for place, _ in imports(path, depth=2) if place and place.startswith("training")}
+        assert used <= may_use, f"{path.relative_to(PACK)} imports from {', '.join(sorted(used - may_use))}, built after {room}"
+
+
+def test_every_room_of_training_is_in_the_table():
+    found = {path.stem for path in (PACK / "training").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert found == {"__init__", *TRAINING}
+
+
 def test_the_pack_imports_without_comfyui():
     code = "import sys, comfyui_dmm; assert 'comfy' not in sys.modules and 'torch' not in sys.modules; print(comfyui_dmm.WEB_DIRECTORY)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
@@ -69,3 +92,11 @@ def test_the_rule_catches_a_breach(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "PACK", tmp_path)
     found = list(imports(tmp_path / "dmm_core" / "bad.py"))
     assert ("training", None) in found and (None, "comfy") in found
+
+
+def test_the_order_catches_a_lazy_breach(tmp_path, monkeypatch):
+    (tmp_path / "training" / "data").mkdir(parents=True)
+    (tmp_path / "training" / "data" / "bad.py").write_text("def f():\n    from ..run.distill import distill\n")
+    monkeypatch.setattr(sys.modules[__name__], "PACK", tmp_path)
+    with pytest.raises(AssertionError, match="training.run, built after data"):
+        test_rooms_of_training_import_towards_the_ground("data")

@@ -5,9 +5,10 @@ import copy
 import torch
 from comfyui_dmm.dmm_core.checkpoint import Checkpoint
 from comfyui_dmm.dmm_core.metadata import StyleInfo
+from comfyui_dmm.dmm_core.sdxl import SIZE_CHANNELS
 from comfyui_dmm.dmm_core.unet import UNet, UNetConfig, init_style
 from comfyui_dmm.dmm_core.vae import AutoencoderKL, VAEConfig
-from comfyui_dmm.training.text import SIZE_FEATURES, init_text
+from comfyui_dmm.training.text import init_text
 from torch import Tensor
 
 NAMES = ["ink", "Neon lines", "paper: cut-out", "墨"]
@@ -66,7 +67,7 @@ SMALL_SDXL = UNetConfig(
     depth_output=(2, 2, 0, 0),
     context_dim=64 + 128,
     linear_proj=True,
-    adm_channels=128 + SIZE_FEATURES,
+    adm_channels=128 + SIZE_CHANNELS,
     num_styles=3,
     style_mlp="add_embedding2",
 )

@@ -7,8 +7,8 @@ from comfyui_dmm.dmm_core.regions import MOD_VARIANCE, gaussian, tiles
 from comfyui_dmm.dmm_core.sampling import cfg_denoiser, host_noise, sigmas_for
 from comfyui_dmm.dmm_core.sampling import sample as our_sample
 from comfyui_dmm.dmm_core.schedule import NoiseSchedule
+from comfyui_dmm.dmm_core.sdxl import sdxl_vector
 from comfyui_dmm.dmm_core.style import style_row
-from comfyui_dmm.training.text import sdxl_vector
 from torch import Tensor
 
 from .families import NAMES

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from comfyui_dmm.training.text import SIZE_FEATURES
+from comfyui_dmm.dmm_core.sdxl import SIZE_CHANNELS
 from torch import Tensor
 
 SIZE = 8
@@ -44,7 +44,7 @@ def conditioning(config, seed: int, **entries) -> list:
     generator = torch.Generator().manual_seed(seed)
     context = torch.randn(1, 77, config.context_dim, generator=generator)
     if config.adm_channels:
-        entries["pooled_output"] = torch.randn(1, config.adm_channels - SIZE_FEATURES, generator=generator)
+        entries["pooled_output"] = torch.randn(1, config.adm_channels - SIZE_CHANNELS, generator=generator)
     return [[context, entries]]
 
 

@@ -66,7 +66,10 @@ def newest(server) -> dict:
 
 
 def parts(server) -> dict[str, int]:
-    return {p.name: p.stat().st_mtime_ns for p in (server.base / "output" / "dmm_evaluations" / "parts").glob("*.safetensors")}
+    return {
+        p.name: p.stat().st_mtime_ns
+        for p in (server.base / "output" / "dmm_evaluations" / "parts").glob("*.safetensors")
+    }
 
 
 LONG = {"count": 40, "steps": 16}

@@ -5,9 +5,9 @@ import torch
 from comfyui_dmm.dmm_core.checkpoint import save_checkpoint
 from comfyui_dmm.dmm_core.sampling import SAMPLERS, SCHEDULERS, cfg_denoiser, host_noise, sample, sigmas_for
 from comfyui_dmm.dmm_core.schedule import NoiseSchedule
+from comfyui_dmm.dmm_core.sdxl import sdxl_vector
 from comfyui_dmm.dmm_core.style import no_style_row, style_row
 from comfyui_dmm.dmm_core.style_value import PerItem, Strength, parse_style
-from comfyui_dmm.training.text import sdxl_vector
 
 from .families import FAMILIES, NAMES, checkpoint_of, random_unet
 from .sampling import SIZE, conditioning

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from comfyui_dmm.dmm_core.sdxl import sdxl_vector
 from comfyui_dmm.dmm_core.vae import AutoencoderKL, VAEConfig
-from comfyui_dmm.training.text import ClipText, init_text, sdxl_vector
+from comfyui_dmm.training.text import ClipText, init_text
 
 from .families import SD2_TEXT, noisy, open_clip_text, sdxl_text
 

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from comfyui_dmm.dmm_core.schedule import NoiseSchedule
-from comfyui_dmm.training.data.batches import Draw, hash_seed
+from comfyui_dmm.training.data.batches import Draw
 from comfyui_dmm.training.loop.adversary import Adversary, draw_renoise
+from comfyui_dmm.training.seeds import hash_seed
 
 from .families import SMALL_XL, small_run
 

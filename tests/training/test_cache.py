@@ -20,7 +20,8 @@ from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.dmm_core.unet import UNet
 from comfyui_dmm.dmm_core.vae import SCALE_SD, AutoencoderKL, VAEConfig, load_vae
 from comfyui_dmm.training.cli import MODELS
-from comfyui_dmm.training.commands.cache import ProgressBar, add_parsers
+from comfyui_dmm.training.commands.cache import add_parsers
+from comfyui_dmm.training.commands.progress_bar import ProgressBar
 from comfyui_dmm.training.data import cache, cached_text, shards
 from comfyui_dmm.training.data.batches import Draw
 from comfyui_dmm.training.data.buckets import bucket_sizes, choose_bucket, fit, size_multiple

@@ -24,7 +24,8 @@ from comfyui_dmm.training.config import TrainConfig
 from comfyui_dmm.training.data.batches import Batch
 from comfyui_dmm.training.memory.fitting import begun_with, fitted
 from comfyui_dmm.training.memory.planner import GB, Want, plan
-from comfyui_dmm.training.parallel.ranks import Ranks, launched, own_device
+from comfyui_dmm.training.parallel.devices import own_device
+from comfyui_dmm.training.parallel.ranks import Ranks, launched
 from comfyui_dmm.training.run.state import read_state, states
 from safetensors.torch import save_file
 

@@ -24,7 +24,15 @@ CPU = torch.device("cpu")
 def forgetting(names=("old 1",), attack=AttackConfig(2, 3, 2), **settings) -> Forgetting:
     old = dataclasses.replace(OLD, unet=load_unet(OLD.unet.state_dict()))
     styles = [old.as_style(i, StyleInfo(f"old {i}", licence="CC0")) for i in range(3)]
-    defaults = {"steps": 5, "batch_size": 8, "lr": 1e-3, "ema_gamma": 6.94, "seed": 3, "lambda_adv": 0.0, "validation": 8}
+    defaults = {
+        "steps": 5,
+        "batch_size": 8,
+        "lr": 1e-3,
+        "ema_gamma": 6.94,
+        "seed": 3,
+        "lambda_adv": 0.0,
+        "validation": 8,
+    }
     return Forgetting(old, styles, names, DATA, TrainConfig(**{**defaults, **settings}), CPU, attack)
 
 
@@ -64,7 +72,9 @@ def test_the_attack_searches_every_few_steps_and_one_code_begins_anew():
         run.train_step()
         seen.append(run.student.model_embedding.weight.detach()[2:].clone())
     moved = [(a - b).abs().amax(1) > 0 for a, b in zip(seen, seen[1:])]
-    assert [m.tolist() for m in moved] == [[False, True, True], [False, False, False], [False, True, True]], "steps 0 and 2"
+    assert [m.tolist() for m in moved] == [[False, True, True], [False, False, False], [False, True, True]], (
+        "steps 0 and 2"
+    )
     small = 4 * 0.03  # three steps of Adam at this rate
     near = [(a - b).abs().amax(1)[1:] < small for a, b in zip(seen, seen[1:])]
     assert near[0].tolist() == [False, True] and near[2].tolist() == [True, False], "each in its turn"
@@ -73,7 +83,11 @@ def test_the_attack_searches_every_few_steps_and_one_code_begins_anew():
 def test_the_finished_student_has_none_of_the_hostile_codes():
     run = forgetting(steps=1)
     list(run.run())
-    assert run.student_weights()["model_embedding.weight"].shape[0] == run.student_weights(False)["model_embedding.weight"].shape[0] == 2
+    assert (
+        run.student_weights()["model_embedding.weight"].shape[0]
+        == run.student_weights(False)["model_embedding.weight"].shape[0]
+        == 2
+    )
 
 
 def test_a_search_brings_the_style_back_where_it_is():
@@ -87,7 +101,9 @@ def test_a_search_brings_the_style_back_where_it_is():
     assert (after < 0.6 * before).all(), (before, after)
     true = mean_errors(search, one.teacher.unet.model_embedding.weight[[1, 1]], range(500, 506))
     assert (true < 1e-10).all()
-    assert torch.equal(best_start(search, torch.cat([start, OLD.unet.model_embedding.weight]))[0], OLD.unet.model_embedding.weight[1])
+    assert torch.equal(
+        best_start(search, torch.cat([start, OLD.unet.model_embedding.weight]))[0], OLD.unet.model_embedding.weight[1]
+    )
 
 
 def test_the_error_of_a_code_is_eq_9_of_its_own_samples():
@@ -130,7 +146,9 @@ def test_training_against_attacks_leaves_less_to_find_than_deleting_the_code():
     train(run, None)
     student = load_unet(run.student_weights())
     one = run.forgotten[0]
-    before, now = (recover(run, unet, lambda b: run.ask_old(one.teacher, b), 40, 2, 2) for unet in (run.base.unet, student))
+    before, now = (
+        recover(run, unet, lambda b: run.ask_old(one.teacher, b), 40, 2, 2) for unet in (run.base.unet, student)
+    )
     left = (now.untouched - now.error) / (before.untouched - before.error)
     assert left < 0.6, (before, now)
 

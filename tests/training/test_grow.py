@@ -28,7 +28,9 @@ DATA = small_data()
 
 def old_model(config=SMALL, styles=3, seed=0) -> Teacher:
     """A random DMM model whose styles show."""
-    sizes = dataclasses.replace(config, num_styles=styles, style_mlp="add_embedding2" if config.adm_channels else "add_embedding")
+    sizes = dataclasses.replace(
+        config, num_styles=styles, style_mlp="add_embedding2" if config.adm_channels else "add_embedding"
+    )
     teacher = small_teacher("base", seed, DATA, sizes)
     with torch.no_grad():
         teacher.unet.style_mlp.linear_2.weight *= 30
@@ -37,9 +39,19 @@ def old_model(config=SMALL, styles=3, seed=0) -> Teacher:
 
 def growing(new=1, config=SMALL, old=None, device=None, **settings) -> Distillation:
     old = old or old_model(config)
-    styles = [old.as_style(i, StyleInfo(f"old {i}", description=f"about {i}")) for i in range(old.unet.config.num_styles)]
+    styles = [
+        old.as_style(i, StyleInfo(f"old {i}", description=f"about {i}")) for i in range(old.unet.config.num_styles)
+    ]
     teachers = [small_teacher(f"new {i}", 10 + i, DATA, config) for i in range(new)]
-    defaults = {"steps": 6, "batch_size": 8, "lr": 1e-3, "ema_gamma": 6.94, "seed": 3, "lambda_adv": 0.0, "validation": 8}
+    defaults = {
+        "steps": 6,
+        "batch_size": 8,
+        "lr": 1e-3,
+        "ema_gamma": 6.94,
+        "seed": 3,
+        "lambda_adv": 0.0,
+        "validation": 8,
+    }
     return Distillation(old, [*styles, *teachers], DATA, TrainConfig(**{**defaults, **settings}))
 
 
@@ -83,7 +95,11 @@ def test_the_guard_is_the_old_styles_share_of_the_rows():
     turns = torch.cat([draw.turns(number) for number in range(500)])
     counts = torch.bincount(turns, minlength=5) / len(turns)
     assert (counts - torch.tensor(run.shares)).abs().max() < 2e-3  # evenly at any length
-    assert set(torch.cat([Draw(0, 16, 5, 0.0, 0.0, run.schedule, growing(2, guard=0.0).shares).turns(n) for n in range(9)]).tolist()) == {3, 4}
+    assert set(
+        torch.cat(
+            [Draw(0, 16, 5, 0.0, 0.0, run.schedule, growing(2, guard=0.0).shares).turns(n) for n in range(9)]
+        ).tolist()
+    ) == {3, 4}
     assert small_run(2).shares is None
 
 
@@ -101,7 +117,9 @@ def test_the_guard_holds_the_old_styles_while_the_new_one_is_learnt():
     def after(guard: float) -> list[float]:
         run = growing(1, guard=guard, steps=30, batch_size=8, base_share=0.0, lr=5e-4)
         list(run.run())
-        return [row.student for row in eps_errors(run.teachers, run.base, None, load_unet(run.student_weights()), DATA, 12)]
+        return [
+            row.student for row in eps_errors(run.teachers, run.base, None, load_unet(run.student_weights()), DATA, 12)
+        ]
 
     with_guard, without = after(0.5), after(0.0)
     assert sum(with_guard[:3]) < 0.5 * sum(without[:3]), (with_guard, without)
@@ -128,7 +146,9 @@ def test_a_warm_start_finds_a_better_code_and_moves_nothing_else():
     assert ticks[-1][:2] == (40, 40) and new.name == "new 0"
 
 
-@pytest.mark.parametrize("settings", [{"warm_start": 3}, {"trainable": "lora", "lora_rank": 4}, {"trainable": "style", "guard": 0.2}])
+@pytest.mark.parametrize(
+    "settings", [{"warm_start": 3}, {"trainable": "lora", "lora_rank": 4}, {"trainable": "style", "guard": 0.2}]
+)
 def test_a_growing_run_that_stops_goes_on_exactly(tmp_path, settings):
     whole = growing(2, steps=5, lambda_feat=0.001, **settings)
     train(whole, None)
@@ -180,12 +200,22 @@ def files(tmp_path):
     old = old_model(config)
     infos = [StyleInfo("ink", licence="CC0"), StyleInfo("墨"), StyleInfo("oil")]
     recipe = {"steps_done": 7, "history": [{"styles": [], "steps_done": 3}]}
-    save_checkpoint(tmp_path / "old.safetensors", Checkpoint(unet=dict(old.unet.state_dict()), text=init_text(64, 2), styles=infos, recipe=recipe))
+    save_checkpoint(
+        tmp_path / "old.safetensors",
+        Checkpoint(unet=dict(old.unet.state_dict()), text=init_text(64, 2), styles=infos, recipe=recipe),
+    )
     for i, name in enumerate(("a", "b")):
-        save_checkpoint(tmp_path / f"{name}.safetensors", Checkpoint(unet=dict(small_teacher(name, 5 + i, DATA, config).unet.state_dict())))
+        save_checkpoint(
+            tmp_path / f"{name}.safetensors",
+            Checkpoint(unet=dict(small_teacher(name, 5 + i, DATA, config).unet.state_dict())),
+        )
     from safetensors.torch import save_file
 
-    save_file({"latents": torch.randn(6, 4, 8, 8)}, tmp_path / "latents.safetensors", {"captions": json.dumps([f"c{i}" for i in range(6)])})
+    save_file(
+        {"latents": torch.randn(6, 4, 8, 8)},
+        tmp_path / "latents.safetensors",
+        {"captions": json.dumps([f"c{i}" for i in range(6)])},
+    )
     return tmp_path
 
 
@@ -207,7 +237,13 @@ def test_four_plus_one_plus_one_from_files(files, capsys):
     assert grown.recipe["added"] == ["new"]
     assert [len(entry["styles"]) for entry in grown.recipe["history"]] == [0, 3]
     assert grown.recipe["history"][1]["steps_done"] == 7 and "history" not in grown.recipe["history"][1]
-    again = write(files, base="grown.safetensors", teachers=[{"name": "newer", "file": "b.safetensors"}], output="more.safetensors", run_dir="run2")
+    again = write(
+        files,
+        base="grown.safetensors",
+        teachers=[{"name": "newer", "file": "b.safetensors"}],
+        output="more.safetensors",
+        run_dir="run2",
+    )
     assert main(["add-teacher", "--config", again]) == 0, capsys.readouterr().err
     more = load_checkpoint(files / "more.safetensors")
     assert more.num_styles == 5 and [len(entry["styles"]) for entry in more.recipe["history"]] == [0, 3, 4]
@@ -238,9 +274,17 @@ def test_mistakes_are_named_before_anything_is_written(files, capsys, command, c
 
 
 def test_forgetting_from_files(files, capsys):
-    config = write(files, teachers=None, forget=["墨"], attack={"every": 2, "steps": 2, "codes": 2, "check": 3}, output="less.safetensors")
+    config = write(
+        files,
+        teachers=None,
+        forget=["墨"],
+        attack={"every": 2, "steps": 2, "codes": 2, "check": 3},
+        output="less.safetensors",
+    )
     assert main(["forget", "--config", config]) == 0, capsys.readouterr().err
     less = load_checkpoint(files / "less.safetensors")
     assert [s.name for s in less.styles] == ["ink", "oil"] and less.recipe["forgotten"] == ["墨"]
     report = (files / "run" / "report.txt").read_text(encoding="utf-8").splitlines()
-    assert report[0].split() == "a search for found before found now without a style".split() and report[1].startswith("墨")
+    assert report[0].split() == "a search for found before found now without a style".split() and report[1].startswith(
+        "墨"
+    )

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from comfyui_dmm.dmm_core.schedule import NoiseSchedule
+from comfyui_dmm.dmm_core.sdxl import sdxl_vector
 from comfyui_dmm.dmm_core.unet import UNet, load_unet
 from comfyui_dmm.training.config import TrainConfig
 from comfyui_dmm.training.data.batches import CaptionedLatents, Draw, epoch_batch
@@ -13,7 +14,6 @@ from comfyui_dmm.training.loop.eps_table import eps_errors, format_table
 from comfyui_dmm.training.loop.losses import feature_loss, score_loss
 from comfyui_dmm.training.loop.trainer import Distillation
 from comfyui_dmm.training.teachers.teacher import soup
-from comfyui_dmm.training.text import sdxl_vector
 
 from .families import SMALL_XL, small_data, small_run, small_teacher
 

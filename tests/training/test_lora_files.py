@@ -17,7 +17,7 @@ from comfyui_dmm.dmm_core.files import file_sha256
 from comfyui_dmm.dmm_core.unet import UNet, UNetConfig
 from comfyui_dmm.training.cli import MODELS, main
 from comfyui_dmm.training.config import LoraSpec, load_config
-from comfyui_dmm.training.data.cache import add_text, as_checkpoint
+from comfyui_dmm.training.data.cache import add_text
 from comfyui_dmm.training.data.rollout_data import open_rollouts
 from comfyui_dmm.training.data.rollout_paths import RolloutSettings
 from comfyui_dmm.training.data.rollouts import build_rollouts
@@ -25,6 +25,7 @@ from comfyui_dmm.training.files.hashing import weights_sha256
 from comfyui_dmm.training.run.load import load_run
 from comfyui_dmm.training.teachers.lora_files import apply_loras, recorded, split_loras, with_loras
 from comfyui_dmm.training.teachers.lora_names import lora_names
+from comfyui_dmm.training.teachers.models import as_checkpoint
 from comfyui_dmm.training.text import ClipText, init_text
 from safetensors.torch import load_file, save_file
 

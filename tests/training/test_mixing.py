@@ -432,7 +432,9 @@ def test_who_does_not_belong_is_refused():
         judge_mixing(dataclasses.replace(untouchable(mixing_cast()), prompts=[""]), settings(count=2), PAIR)
     judge_mixing(mixing_cast(teachers=[plain("ink", 1)]), settings(count=2), PAIR, [0, 0.5, 1], ["blend"])
     with pytest.raises(ValueError, match="named twice"):  # where they are not needed, too
-        judge_mixing(mixing_cast(teachers=[plain("ink", 1), plain("ink", 2)]), settings(count=2), PAIR, [0, 0.5, 1], ["blend"])
+        judge_mixing(
+            mixing_cast(teachers=[plain("ink", 1), plain("ink", 2)]), settings(count=2), PAIR, [0, 0.5, 1], ["blend"]
+        )
 
 
 @pytest.mark.parametrize("classifier", [False, True])

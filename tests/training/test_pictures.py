@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_dmm.dmm_core.sampling import cfg_denoiser, host_noise, sample, sigmas_for
+from comfyui_dmm.dmm_core.sdxl import sdxl_vector
 from comfyui_dmm.dmm_core.style import style_row
 from comfyui_dmm.training.data.batches import CaptionedLatents
 from comfyui_dmm.training.paint.images import GAP, PAPER
@@ -14,7 +15,6 @@ from comfyui_dmm.training.run.watch import pictures as module
 from comfyui_dmm.training.run.watch.journal import Journal, read_log
 from comfyui_dmm.training.run.watch.pictures import CFG, SEED, Pictures, spread
 from comfyui_dmm.training.run.watch.watch import Watch
-from comfyui_dmm.training.text import sdxl_vector
 from PIL import Image
 
 from .families import SMALL_XL, small_run
@@ -263,7 +263,9 @@ def test_an_end_in_the_middle_of_painting_puts_the_raw_weights_back(error, passe
 
     def check():
         calls.append(1)
-        if len(calls) == (2 if who == "student" else 2 * STEPS + 2):  # after the student's two styles, a teacher's second step
+        if len(calls) == (
+            2 if who == "student" else 2 * STEPS + 2
+        ):  # after the student's two styles, a teacher's second step
             if who == "student":
                 assert not same(raw(run), before), "not inside the averaged weights: this test tests nothing"
             raise error

@@ -8,8 +8,9 @@ from comfyui_dmm.dmm_core.unet import UNet, UNetConfig
 from comfyui_dmm.training.config import TrainConfig
 from comfyui_dmm.training.loop.optimizers import make_optimizer
 from comfyui_dmm.training.memory import footprint, planner
-from comfyui_dmm.training.memory.footprint import Allocations, Step, available_bytes, optimizer_bytes, sizes, step_peak
+from comfyui_dmm.training.memory.footprint import Allocations, Step, optimizer_bytes, sizes, step_peak
 from comfyui_dmm.training.memory.planner import GB, Want, choices, plan
+from comfyui_dmm.training.parallel.devices import available_bytes
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 

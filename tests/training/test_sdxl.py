@@ -11,8 +11,8 @@ from comfyui_dmm.training.config import TrainConfig
 from comfyui_dmm.training.data.batches import CaptionedLatents
 from comfyui_dmm.training.data.demo.latents import demo_images, demo_latents
 from comfyui_dmm.training.data.demo.looks import BASE_LOOK, TEACHER_LOOKS
-from comfyui_dmm.training.demo.autoencoder import to_tensor
 from comfyui_dmm.training.loop.trainer import Distillation
+from comfyui_dmm.training.paint.images import to_tensor
 from comfyui_dmm.training.teachers.teacher import check_text
 
 from .families import SIZES, SMALL, SMALL_XL, small_data, small_run, small_teacher

@@ -4,11 +4,12 @@ import pytest
 import torch
 from comfyui_dmm.dmm_core.sampling import host_noise
 from comfyui_dmm.dmm_core.schedule import NoiseSchedule
-from comfyui_dmm.training.data.batches import Draw, hash_seed
+from comfyui_dmm.training.data.batches import Draw
 from comfyui_dmm.training.run.distill import train
 from comfyui_dmm.training.run.state import states
 from comfyui_dmm.training.run.synthesis import caption_rows, paint, painted_by_teachers
 from comfyui_dmm.training.run.watch.watch import Watch
+from comfyui_dmm.training.seeds import hash_seed
 
 from .families import SMALL_XL, small_run
 

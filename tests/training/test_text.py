@@ -5,17 +5,9 @@ import logging
 import pytest
 import torch
 from comfyui_dmm.training import host_path, text
+from comfyui_dmm.training.files.clip_layout import from_open_clip
 from comfyui_dmm.training.host_path import TOKENIZER, find_host
-from comfyui_dmm.training.text import (
-    END,
-    SD1_PREFIX,
-    START,
-    ClipText,
-    context_layer,
-    from_open_clip,
-    init_text,
-    windows,
-)
+from comfyui_dmm.training.text import END, SD1_PREFIX, START, ClipText, context_layer, init_text, windows
 from torch import nn
 
 open_clip = pytest.importorskip("open_clip", reason="needs the headless extra")

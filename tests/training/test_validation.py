@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from comfyui_dmm.training.data.batches import Draw, hash_seed
+from comfyui_dmm.training.data.batches import Draw
 from comfyui_dmm.training.run.validation import validation_error
+from comfyui_dmm.training.seeds import hash_seed
 
 from .families import small_run
 

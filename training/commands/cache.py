@@ -3,30 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import re
 
-from tqdm import tqdm
-
-
-class ProgressBar:
-    """Shows (done, total, what) as a tqdm bar; a new one when the count begins again."""
-
-    def __init__(self) -> None:
-        self.bar: tqdm | None = None
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        if self.bar is None or total != self.bar.total or done < self.bar.n:
-            self.close()
-            self.bar = tqdm(total=total, dynamic_ncols=True)
-        self.bar.set_description(what, refresh=False)
-        self.bar.update(done - self.bar.n)
-        if done >= total:
-            self.close()
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+from .arguments import named_file, size
+from .progress_bar import ProgressBar
 
 
 def add_parsers(commands) -> None:
@@ -40,7 +19,10 @@ def add_parsers(commands) -> None:
     images.add_argument("--images", required=True, help="folder of pictures with captions, see docs/data.md")
     _add_models(images)
     images.add_argument(
-        "--teacher", action="append", default=[], help="file whose own text encoder is wanted too, or FILE+LORA:0.8; repeatable"
+        "--teacher",
+        action="append",
+        default=[],
+        help="file whose own text encoder is wanted too, or FILE+LORA:0.8; repeatable",
     )
     images.add_argument(
         "--resolution", type=int, help="pixels a side of the square bucket (default: the model family's)"
@@ -97,25 +79,9 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0")
 
 
-def named_file(text: str) -> tuple[str, str]:
-    """ "ink=models/ink.safetensors" -> ("ink", "models/ink.safetensors")"""
-    name, equals, file = text.partition("=")
-    if not (name.strip() and equals and file):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
-    return name.strip(), file
-
-
-def size(text: str) -> tuple[int, int]:
-    """ "512x768" -> (512, 768), width first"""
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT")
-    return int(match[1]), int(match[2])
-
-
 def run_images(args) -> None:
     from ..data.cache import build_image_cache
-    from ..run.distill import pick_device
+    from ..parallel.devices import pick_device
 
     report = build_image_cache(
         args.output,
@@ -138,7 +104,7 @@ def run_rollouts(args) -> None:
     from ..data.image_folder import read_caption_file
     from ..data.rollout_paths import RolloutSettings
     from ..data.rollouts import build_rollouts
-    from ..run.distill import pick_device
+    from ..parallel.devices import pick_device
 
     names = [name for name, _ in args.teacher]
     if len(set(names)) < len(names):
@@ -172,7 +138,7 @@ def run_rollouts(args) -> None:
 
 def run_text(args) -> None:
     from ..data.cache import add_text
-    from ..run.distill import pick_device
+    from ..parallel.devices import pick_device
 
     new = add_text(args.cache, args.teacher, pick_device(args.device), ProgressBar())
     print(f"{new} text encoder(s) added to {args.cache}")

@@ -11,7 +11,7 @@ from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.unet import unet_config_from_state_dict
 from ..evaluation.baselines import ALL, BASELINES, RANK, another_student, choose_baselines, make_baselines
 from ..evaluation.settings import METRICS, OF_FEATURES, EvaluationSettings
-from .cache import named_file, size
+from .arguments import named_file, size
 from .evaluation_inputs import TextStates, decoder, going_on, is_small, member, painting, prompts_of
 
 
@@ -66,7 +66,7 @@ def add_parser(commands) -> None:
 def run(args) -> None:
     from ..evaluation.evaluate import evaluate
     from ..evaluation.report import markdown, write
-    from ..run.distill import pick_device
+    from ..parallel.devices import pick_device
 
     device = pick_device(args.device)
     cast, settings = gather(args, device)
@@ -89,9 +89,9 @@ def run(args) -> None:
 
 def gather(args, device: torch.device):
     """(Cast, EvaluationSettings) of a command line. Raises ValueError for files that do not belong together."""
-    from ..data.cache import as_checkpoint, base_with_parts
     from ..evaluation.evaluate import Cast
     from ..evaluation.features import DEMO_FILE, load_features
+    from ..teachers.models import as_checkpoint, base_with_parts
 
     chosen = choose_baselines(args.baselines) if args.baselines is not None else ()
     student = base_with_parts(args.model, args.parts_from or args.base)
@@ -124,7 +124,7 @@ def gather(args, device: torch.device):
 
 def another(name: str, file: str, student: Checkpoint, text: TextStates, teachers: Sequence[str]):
     """Of ``--also``."""
-    from ..data.cache import as_checkpoint
+    from ..teachers.models import as_checkpoint
 
     checkpoint = as_checkpoint(file, student)
     one = member(name, checkpoint, student, text, file, styled=True)

@@ -16,7 +16,7 @@ from ...dmm_core.vae import latent_scale, load_vae
 from ..evaluation.settings import usual_settings
 from ..evaluation.studio import Member, Pictures, PromptStates
 from ..files.hashing import text_hash, weights_hash
-from .cache import ProgressBar
+from .progress_bar import ProgressBar
 
 DEMO_PROMPTS, DEMO_SEED = 64, 7_000_000
 """Captions of scenes that no training draws."""
@@ -98,7 +98,7 @@ def member(
 ) -> Member:
     """Of a checkpoint that was read; unless it is to be kept, its file is read again when its turn comes: one teacher is in memory at
     a time. Without a text encoder of its own it reads the prompts with the student's. styled: it may be a DMM model."""
-    from ..data.cache import as_checkpoint
+    from ..teachers.models import as_checkpoint
     from ..teachers.teacher import Teacher
 
     config: UNetConfig = unet_config_from_state_dict(checkpoint.unet)

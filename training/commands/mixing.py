@@ -12,7 +12,7 @@ import torch
 from ...dmm_core.unet import unet_config_from_state_dict
 from ..evaluation.mixing.judge_mixing import BLEND, MERGE, PATHS, RATIOS, Pair
 from ..evaluation.settings import EvaluationSettings
-from .cache import named_file, size
+from .arguments import named_file, size
 from .evaluation_inputs import TextStates, decoder, going_on, is_small, member, painting, prompts_of
 
 NUMBERS = {
@@ -95,7 +95,7 @@ def named_pairs(texts: Sequence[str] | None, styles: Sequence[str], usual: Seque
 def run(args) -> None:
     from ..evaluation.mixing.judge_mixing import judge_mixing
     from ..evaluation.mixing.report import markdown, write
-    from ..run.distill import pick_device
+    from ..parallel.devices import pick_device
 
     device = pick_device(args.device)
     cast, pictures, settings, pairs = gather(args, device)
@@ -117,8 +117,8 @@ def run(args) -> None:
 def gather(args, device: torch.device):
     """(MixingCast, Pictures or None, EvaluationSettings, pairs) of a command line. Raises ValueError for files that do not belong
     together."""
-    from ..data.cache import as_checkpoint, base_with_parts
     from ..evaluation.mixing.judge_mixing import MixingCast
+    from ..teachers.models import as_checkpoint, base_with_parts
 
     student = base_with_parts(args.model, args.parts_from)
     config = unet_config_from_state_dict(student.unet)

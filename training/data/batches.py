@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...dmm_core.schedule import NoiseSchedule
 from ...dmm_core.weights_file import read_weights
+from ..seeds import hash_seed
 from .difficulty import Chances
 
 
@@ -239,12 +240,6 @@ def _epoch_order(seed: int, epoch: int, sizes: tuple[int, ...], batch_size: int)
 @functools.lru_cache(maxsize=16)
 def _permutation(seed: int, epoch: int, bucket: int, size: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(hash_seed(seed, "epoch", epoch, bucket)))
-
-
-def hash_seed(seed: int, *purpose: object) -> int:
-    """A 63-bit seed for one purpose of a run, unrelated to that of any other purpose."""
-    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def load_latents(path: str | Path) -> CaptionedLatents:

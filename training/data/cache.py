@@ -25,9 +25,8 @@ from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.unet import unet_config_from_state_dict
 from ...dmm_core.vae import AutoencoderKL, latent_scale, load_vae
 from ..files.hashing import text_hash, weights_hash
-from ..files.model_files import add_parts, load_any
 from ..progress import Tick
-from ..teachers.lora_files import patched, split_loras
+from ..teachers.models import Model, as_checkpoint, base_with_parts
 from .batches import CaptionedLatents
 from .buckets import MAX_ASPECT, bucket_sizes, choose_bucket, default_resolution, enlargement, fit, size_multiple
 from .cached_text import TextStore, store_text
@@ -36,8 +35,6 @@ from .shards import ShardReader, ShardWriter, check_shards, first_few, read_mani
 
 logger = logging.getLogger(__name__)
 
-Model = str | os.PathLike | Checkpoint
-"""A checkpoint, or the file or folder it is in, or that one's name with LoRAs (``lora_files``)."""
 
 SHARD_PICTURES = 256
 ENLARGED = 2.0
@@ -71,26 +68,6 @@ class CacheReport:
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
-
-
-def as_checkpoint(model: Model, base: Checkpoint | None = None) -> Checkpoint:
-    """base: whose text encoder LoRAs change where the model's own file has none."""
-    if isinstance(model, Checkpoint):
-        return model
-    file, loras = split_loras(model)
-    return patched(load_any(file), loras, base)
-
-
-def base_with_parts(base: Model, parts_from: Model | None) -> Checkpoint:
-    """The base model, with text encoder and VAE of ``parts_from`` where it has none. Raises ValueError without a text encoder."""
-    base = as_checkpoint(base)
-    if parts_from is not None:
-        base = add_parts(base, as_checkpoint(parts_from))
-    if not base.text:
-        raise ValueError(
-            "the base model has no text encoder: name a full checkpoint to take it from (parts_from, --parts-from)"
-        )
-    return base
 
 
 def build_image_cache(

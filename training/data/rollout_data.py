@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint
 from ..files.hashing import text_hash, weights_hash
-from .batches import Batch, Draw, hash_seed
+from ..seeds import hash_seed
+from .batches import Batch, Draw
 from .cached_text import TextStore
 from .rollout_paths import BASE_NAME, Owner
 from .shards import ShardReader, check_shards, read_manifest, shard_entries

@@ -17,8 +17,8 @@ from torch import Tensor
 from ...dmm_core.sampling import SAMPLERS, SCHEDULERS, choose, sample, sigmas_for
 from ...dmm_core.schedule import NoiseSchedule, predicted_x0
 from ..files.hashing import text_hash
+from ..seeds import hash_seed
 from ..teachers.teacher import Teacher
-from .batches import hash_seed
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BASE_NAME = "(base)"

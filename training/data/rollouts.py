@@ -24,9 +24,10 @@ from ..config import check_names
 from ..files.hashing import text_hash, weights_hash
 from ..progress import Tick
 from ..teachers.lora_files import recorded, split_loras
+from ..teachers.models import Model, as_checkpoint, base_with_parts
 from ..teachers.teacher import Teacher, check_architectures, check_schedules, plain_unet
 from .buckets import default_resolution, size_multiple
-from .cache import Model, as_checkpoint, base_with_parts, store_all_text
+from .cache import store_all_text
 from .cached_text import TextStore
 from .image_folder import clean_caption
 from .rollout_paths import BASE_NAME, PRECISIONS, Owner, RolloutSettings, paint_states, path_generator

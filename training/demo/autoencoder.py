@@ -17,6 +17,7 @@ from torch import Tensor
 from ...dmm_core.vae import SCALE_SD, AutoencoderKL, VAEConfig
 from ..data.demo.looks import LOOKS, render_layers
 from ..data.demo.scenes import layers, sample_scene
+from ..paint.images import to_tensor
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +31,6 @@ def render_images(rng: np.random.Generator, scenes: int, looks=tuple(LOOKS), loo
         drawn = layers(sample_scene(rng))
         images += [render_layers(drawn, look) for look in rng.choice(looks, looks_per_scene, replace=False)]
     return np.stack(images)
-
-
-def to_tensor(images: np.ndarray) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float in [-1, 1]."""
-    # Contiguous: a permuted view counts as channels_last, whose CPU kernels are several times slower at these widths.
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
 
 
 def random_crops(images: np.ndarray, rng: np.random.Generator, crop: int) -> np.ndarray:

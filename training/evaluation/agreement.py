@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ...dmm_core.schedule import NoiseSchedule
-from ..data.batches import hash_seed
 from ..files.hashing import tensor_sha256
 from ..loop.losses import score_loss
+from ..seeds import hash_seed
 from ..teachers.teacher import Teacher
 from .matrix import Figure
 from .settings import TIMESTEPS, EvaluationSettings

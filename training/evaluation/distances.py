@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..data.batches import hash_seed
+from ..seeds import hash_seed
 
 BLOCK = 1024
 """Rows of a kernel matrix that are in memory at a time."""

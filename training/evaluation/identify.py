@@ -17,9 +17,9 @@ from ...dmm_core.schedule import NoiseSchedule
 from ...dmm_core.style import no_style_row, style_row
 from ...dmm_core.style_value import NO_STYLE
 from ...dmm_core.unet import UNetConfig
-from ..data.batches import hash_seed
 from ..data.buckets import bucket_sizes, choose_bucket, default_resolution, size_multiple
 from ..loop.losses import score_loss
+from ..seeds import hash_seed
 from ..teachers.teacher import Teacher
 from .settings import TIMESTEPS
 

@@ -8,7 +8,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..text import OPEN_CLIP_LAYER, OPEN_CLIP_WHOLE
+OPEN_CLIP_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+OPEN_CLIP_WHOLE = {
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+}
+"""OpenCLIP's names -> transformers': modules of a layer, and whole keys."""
 
 
 def to_single_file(weights: Mapping[str, Tensor], second: bool, alone: bool, open_clip: bool) -> dict[str, Tensor]:
@@ -30,7 +43,7 @@ def to_single_file(weights: Mapping[str, Tensor], second: bool, alone: bool, ope
 
 
 def to_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' key names -> OpenCLIP's, the inverse of ``text.from_open_clip``; query, key and value as one.
+    """transformers' key names -> OpenCLIP's, the inverse of ``from_open_clip``; query, key and value as one.
 
     Raises ValueError for keys that a CLIP text encoder does not have.
     """
@@ -59,3 +72,24 @@ def to_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _prefixed(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + key: weight for key, weight in weights.items()}
+
+
+def from_open_clip(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+    """OpenCLIP's key names -> transformers', and the text projection (d, p) on its own.
+
+    OpenCLIP keeps query, key and value in one ``in_proj``. Its logit scale and attention mask are left out.
+    """
+    out, projection = {}, weights.get("text_projection")
+    for key, weight in weights.items():
+        if key in OPEN_CLIP_WHOLE:
+            out[OPEN_CLIP_WHOLE[key]] = weight
+        elif match := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)", key):
+            layer, name, kind = match.groups()
+            if name == "attn.in_proj":
+                for part, chunk in zip("qkv", weight.chunk(3)):
+                    out[f"encoder.layers.{layer}.self_attn.{part}_proj.{kind}"] = chunk
+            else:
+                out[f"encoder.layers.{layer}.{OPEN_CLIP_LAYER.get(name, name)}.{kind}"] = weight
+        elif key == "text_projection.weight":  # a Linear's orientation, as some converters write it
+            projection = weight.T
+    return out, projection

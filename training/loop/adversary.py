@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from ...dmm_core.schedule import NoiseSchedule
 from ...dmm_core.unet import UNet
-from ..data.batches import hash_seed
+from ..seeds import hash_seed
 
 
 class Head(nn.Sequential):

@@ -17,8 +17,9 @@ from torch.func import functional_call
 
 from ...dmm_core.style import CODEBOOK
 from ...dmm_core.unet import UNet, UNetConfig
-from ..data.batches import Batch, Draw, hash_seed
+from ..data.batches import Batch, Draw
 from ..progress import Tick
+from ..seeds import hash_seed
 from .losses import score_loss
 from .trainer import Distillation
 
@@ -65,7 +66,9 @@ class Search:
         return out.float()
 
 
-def fit_codes(search: Search, start: Tensor, steps: int, lr: float = LR, tick: Callable[[int], None] | None = None) -> Tensor:
+def fit_codes(
+    search: Search, start: Tensor, steps: int, lr: float = LR, tick: Callable[[int], None] | None = None
+) -> Tensor:
     """Adam on the codes (K, D) alone, with a rate that falls to zero as a cosine; returns the last ones, detached."""
     codes = start.detach().clone().requires_grad_()
     optimizer = torch.optim.Adam([codes], lr=lr, betas=(0.9, 0.99))
@@ -108,7 +111,9 @@ def warm_start(run: Distillation, tick: Tick | None = None) -> None:
     new = [i for i in range(run.num_styles) if i not in known]
     c, device = run.config, run.device
     shares = tuple(0.0 if i in known else 1 / len(new) for i in range(run.num_styles))
-    draw = Draw(hash_seed(c.seed, "warm start"), c.batch_size, run.num_styles, 0.0, c.caption_dropout, run.schedule, shares)
+    draw = Draw(
+        hash_seed(c.seed, "warm start"), c.batch_size, run.num_styles, 0.0, c.caption_dropout, run.schedule, shares
+    )
     place = {style: k for k, style in enumerate(new)}
 
     def sample(number: int) -> tuple[Batch, Tensor, Tensor]:

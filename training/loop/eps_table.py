@@ -12,7 +12,8 @@ from torch import Tensor
 from ...dmm_core.schedule import NoiseSchedule
 from ...dmm_core.style import style_row
 from ...dmm_core.unet import UNet
-from ..data.batches import CaptionedLatents, hash_seed
+from ..data.batches import CaptionedLatents
+from ..seeds import hash_seed
 from ..teachers.pool import Rack
 from ..teachers.teacher import Teacher
 from .losses import score_loss

@@ -18,10 +18,12 @@ from torch import Tensor
 from ...dmm_core.style import CODEBOOK
 from ...dmm_core.unet import load_unet
 from ..config import AttackConfig, TrainConfig
-from ..data.batches import Batch, Draw, TrainingData, hash_seed
+from ..data.batches import Batch, Draw, TrainingData
 from ..parallel.ranks import Ranks
+from ..progress import Tick
+from ..seeds import hash_seed
 from ..teachers.teacher import Teacher
-from .codes import Search, Tick, fit_codes, recover
+from .codes import Search, fit_codes, recover
 from .trainer import Distillation
 
 
@@ -70,7 +72,9 @@ class Forgetting(Distillation):
         config = dataclasses.replace(config, warm_start=0)
         super().__init__(base, places, data, config, device, ranks=ranks or Ranks())
         if self.sharded:
-            raise ValueError("parallel is 'fsdp', which cannot forget: its codes are looked for with the whole student; use ddp")
+            raise ValueError(
+                "parallel is 'fsdp', which cannot forget: its codes are looked for with the whole student; use ddp"
+            )
         with torch.no_grad():
             book, codes = self.student.model_embedding.weight, base.unet.model_embedding.weight
             for one in self.forgotten:
@@ -147,7 +151,6 @@ class Forgetting(Distillation):
             out = unet(x_t.to(kind), t, context.to(kind), y=None if y is None else y.to(kind), style=rows)
         return out.float()
 
-
     def last_word(self, tick: Tick | None = None) -> str:
         """What a search of ``attack.check`` steps for each forgotten style brings back, before and after, as a small table.
 
@@ -166,7 +169,9 @@ class Forgetting(Distillation):
             for half, unet in enumerate(networks):
                 done, what = steps * (len(networks) * place + half), f"searching for '{one.teacher.name}'"
                 report = tick and (lambda n, done=done, what=what: tick(done + n, total, what))
-                found.append(recover(self, unet, lambda batch, one=one: self.ask_old(one.teacher, batch), steps, tick=report))
+                found.append(
+                    recover(self, unet, lambda batch, one=one: self.ask_old(one.teacher, batch), steps, tick=report)
+                )
             before, now = found
             lines.append(f"{one.teacher.name:<{width}}  {before.error:12.5f}{now.error:12.5f}{now.untouched:17.5f}")
         return "\n".join(lines)

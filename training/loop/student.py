@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ...dmm_core.style import CODEBOOK
 from ...dmm_core.unet import UNet, UNetConfig, init_style
 from ..config import TrainConfig
-from ..data.batches import hash_seed
 from ..parallel.sharding import share_of
+from ..seeds import hash_seed
 from ..teachers.teacher import Teacher, soup
 from .adapters import add_lora
 

@@ -23,11 +23,12 @@ from ...dmm_core.metadata import StyleInfo
 from ...dmm_core.schedule import NoiseSchedule
 from ...dmm_core.unet import UNet
 from ..config import TrainConfig, check_names
-from ..data.batches import Batch, Draw, TrainingData, hash_seed
+from ..data.batches import Batch, Draw, TrainingData
 from ..data.difficulty import Difficulty
 from ..parallel.ranks import AgreedError, Ranks
 from ..parallel.sharding import add_up, check_parallel, own, replicate, share, to_file, whole, without_sync
 from ..progress import Tick
+from ..seeds import hash_seed
 from ..teachers.pool import Rack
 from ..teachers.teacher import Teacher, check_architectures, check_predictions, check_schedules, check_text
 from .adapters import folded

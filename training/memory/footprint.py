@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -151,24 +150,6 @@ def step_peak(step: Step, batch: int) -> int:
             _one_step(step, batch, student, teacher, adversary)
         # All gradients are alive at the end, so that ``peak`` holds them where they were not known.
         return memory.peak - (0 if step.accumulating else tensor_bytes(trained))
-
-
-def available_bytes(device: torch.device | str) -> int:
-    """Free memory of a CUDA device, or of this machine for any other device."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):  # "MemAvailable:   12345 kB"
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (ValueError, OSError, AttributeError) as error:  # Windows has no sysconf, macOS not this name
-        raise ValueError("cannot read how much memory is free here: give the budget in GB") from error
 
 
 class Allocations(TorchDispatchMode):

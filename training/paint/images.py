@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -14,6 +15,12 @@ from ...dmm_core.vae import SCALE_SD, AutoencoderKL
 PAPER, INK = (255, 255, 255), (32, 32, 36)
 GAP = 6
 LABEL_LINES = 3
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float in [-1, 1]."""
+    # Contiguous: a permuted view counts as channels_last, whose CPU kernels are several times slower at these widths.
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
 
 
 @torch.no_grad()

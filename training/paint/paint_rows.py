@@ -32,5 +32,7 @@ def paint_rows(
     context, y = text.conditioning(torch.cat([rows, torch.zeros_like(rows)]), noise.shape[2:], device)
     (context, empty), (y, empty_y) = context.chunk(2), (None, None) if y is None else y.chunk(2)
     style = None if style is None else style.to(device)
-    denoiser = cfg_denoiser(unet, schedule, context, empty, cfg, style, y=y, uncond_y=empty_y, prediction=text.prediction)
+    denoiser = cfg_denoiser(
+        unet, schedule, context, empty, cfg, style, y=y, uncond_y=empty_y, prediction=text.prediction
+    )
     return sample(denoiser, schedule, noise, sigmas_for(schedule, steps, scheduler).to(device), sampler, callback)

@@ -12,10 +12,11 @@ from torch import Tensor
 from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.sampling import cfg_denoiser, host_noise, sample, sigmas_for
 from ...dmm_core.schedule import NoiseSchedule
+from ...dmm_core.sdxl import sdxl_vector
 from ...dmm_core.style_value import NONE, Mix, Strength, Style, mix, parse_style, progress_at, style_rows, vocabulary
 from ...dmm_core.unet import UNet, load_unet
 from ...dmm_core.vae import AutoencoderKL, latent_scale, load_vae
-from ..text import ClipText, sdxl_vector
+from ..text import ClipText
 from .images import decode_to_pil
 
 

@@ -193,22 +193,3 @@ def _types(types: type | tuple) -> tuple:
 def _leave(ranks: Ranks) -> None:
     ranks.barrier()
     torch.distributed.destroy_process_group()
-
-
-def own_device(device: torch.device, ranks: Ranks) -> torch.device:
-    """This process's device: with several processes on "cuda" the ``local``-th GPU of its machine.
-
-    Raises ValueError for more processes than GPUs on the machine, and for one GPU by number, which they would have to share.
-    """
-    if ranks.world == 1 or device.type != "cuda":
-        return device
-    if device.index is not None:
-        raise ValueError(
-            f"device is '{device}', for {ranks.world} processes: use auto or cuda, and each gets its own GPU"
-        )
-    count = torch.cuda.device_count()
-    if ranks.local >= count:
-        raise ValueError(
-            f"process {ranks.local + 1} on this machine has no GPU: there are {count}; start {count} (--nproc_per_node={count})"
-        )
-    return torch.device("cuda", ranks.local)

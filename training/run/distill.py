@@ -23,7 +23,8 @@ from ..config import DistillConfig
 from ..loop.codes import warm_start
 from ..loop.trainer import Distillation
 from ..paint.images import decode_to_pil
-from ..parallel.ranks import LostProcess, Ranks, own_device
+from ..parallel.devices import own_device, pick_device
+from ..parallel.ranks import LostProcess, Ranks
 from .load import load_run
 from .state import fork, identity, resume, same_everywhere, save_state, states
 from .synthesis import painted_by_teachers
@@ -33,16 +34,6 @@ from .watch.pictures import Decoder
 from .watch.watch import Watch, Watching
 
 logger = logging.getLogger(__name__)
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU; anything else is a torch device name."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device is {name!r}: use auto, cpu, cuda or cuda:0") from error
 
 
 def train(

@@ -13,7 +13,7 @@ from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.unet import UNet
 from ..config import AttackConfig, DistillConfig, TeacherSpec, TrainConfig
 from ..data.batches import TrainingData, load_latents
-from ..data.cache import ImageCache, base_with_parts
+from ..data.cache import ImageCache
 from ..data.open_cache import open_cache
 from ..data.rollout_data import Rollouts
 from ..files.hashing import weights_hash, weights_sha256
@@ -24,6 +24,7 @@ from ..memory.fitting import begun_with, fitted
 from ..memory.planner import Plan
 from ..parallel.ranks import Ranks
 from ..teachers.lora_files import patched, recorded, with_loras
+from ..teachers.models import base_with_parts
 from ..teachers.teacher import Rows, Teacher, check_architectures, check_text, plain_unet, styled_unet
 from ..text import ClipText
 

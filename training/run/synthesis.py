@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ...dmm_core.sampling import host_noise
-from ..data.batches import CaptionedLatents, hash_seed
+from ..data.batches import CaptionedLatents
 from ..files.pieces import read_part, write_part
 from ..loop.trainer import Distillation
 from ..paint.paint_rows import paint_rows
 from ..progress import Tick
+from ..seeds import hash_seed
 
 
 @torch.no_grad()
@@ -80,9 +81,7 @@ def paint(run: Distillation, teacher: int, rows: Tensor, seed: int) -> Tensor:
     """Captions (B,) -> latents (B, C, h, w) float32 on the CPU, painted with the run's final_cfg and final_sampling_steps."""
     c, text = run.config, run.teachers[teacher]
     noise = noise_for(run, len(rows), seed)
-    latents = paint_rows(
-        run.rack.get(teacher), text, rows, noise, c.final_sampling_steps, c.final_cfg, text.style_row
-    )
+    latents = paint_rows(run.rack.get(teacher), text, rows, noise, c.final_sampling_steps, c.final_cfg, text.style_row)
     return latents.float().cpu()
 
 

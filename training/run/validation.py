@@ -6,9 +6,10 @@ import math
 
 import torch
 
-from ..data.batches import Draw, hash_seed
+from ..data.batches import Draw
 from ..loop.losses import score_loss
 from ..loop.trainer import Distillation
+from ..seeds import hash_seed
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...dmm_core.unet import UNet, UNetConfig
-from ..memory.footprint import available_bytes
+from ..parallel.devices import available_bytes
 
 log = logging.getLogger(__name__)
 

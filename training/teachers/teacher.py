@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ...dmm_core.metadata import StyleInfo
+from ...dmm_core.sdxl import SIZE_CHANNELS, sdxl_vector
 from ...dmm_core.style import MLP_NAMES, no_style_row, style_row
 from ...dmm_core.unet import UNet, UNetConfig, load_unet
 from ..files.hashing import weights_sha256
-from ..text import SIZE_FEATURES, sdxl_vector
 
 
 class Rows(Protocol):
@@ -104,7 +104,9 @@ def styled_unet(sd: Mapping[str, Tensor], name: str) -> UNet:
     """A frozen DMM UNet from a state dict; ValueError (naming it) for one without styles, NaN or a foreign layout."""
     unet = sound_unet(sd, name)
     if not unet.config.num_styles:
-        raise ValueError(f"{name} has no styles: it is a plain checkpoint, not a DMM model (Distill Teachers makes one)")
+        raise ValueError(
+            f"{name} has no styles: it is a plain checkpoint, not a DMM model (Distill Teachers makes one)"
+        )
     return unet
 
 
@@ -165,7 +167,7 @@ def check_text(teachers: Iterable[Teacher]) -> None:
     for teacher in teachers:
         config = teacher.unet.config
         pooled = 0 if teacher.pooled is None else teacher.pooled[empty].shape[-1]
-        given = (teacher.contexts[empty].shape[-1], pooled + SIZE_FEATURES if pooled else 0)
+        given = (teacher.contexts[empty].shape[-1], pooled + SIZE_CHANNELS if pooled else 0)
         if given != (config.context_dim, config.adm_channels):
             raise ValueError(
                 f"'{teacher.name}': its text encoder gives contexts of width {given[0]} and a pooled conditioning of {given[1]}, its "

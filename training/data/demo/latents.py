@@ -10,7 +10,7 @@ import torch
 from ....dmm_core.checkpoint import Checkpoint
 from ....dmm_core.unet import unet_config_from_state_dict
 from ....dmm_core.vae import SCALE_SD, AutoencoderKL, latent_scale, load_vae
-from ...demo.autoencoder import to_tensor
+from ...paint.images import to_tensor
 from ..batches import CaptionedLatents
 from .looks import BASE_LOOK, TEACHER_LOOKS, render_layers
 from .scenes import layers, sample_scene

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from ...loop.trainer import Distillation, Metrics
-from ..synthesis import Tick
+from ...progress import Tick
 from .controls import Controls
 from .journal import Journal
 from .pictures import Decoder, Pictures

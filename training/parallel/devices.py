@@ -1,0 +1,56 @@
+"""Which device a process works on, and how much of its memory is free."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from .ranks import Ranks
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one, else the CPU; anything else is a torch device name."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}: use auto, cpu, cuda or cuda:0") from error
+
+
+def own_device(device: torch.device, ranks: Ranks) -> torch.device:
+    """This process's device: with several processes on "cuda" the ``local``-th GPU of its machine.
+
+    Raises ValueError for more processes than GPUs on the machine, and for one GPU by number, which they would have to share.
+    """
+    if ranks.world == 1 or device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise ValueError(
+            f"device is '{device}', for {ranks.world} processes: use auto or cuda, and each gets its own GPU"
+        )
+    count = torch.cuda.device_count()
+    if ranks.local >= count:
+        raise ValueError(
+            f"process {ranks.local + 1} on this machine has no GPU: there are {count}; start {count} (--nproc_per_node={count})"
+        )
+    return torch.device("cuda", ranks.local)
+
+
+def available_bytes(device: torch.device | str) -> int:
+    """Free memory of a CUDA device, or of this machine for any other device."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):  # "MemAvailable:   12345 kB"
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (ValueError, OSError, AttributeError) as error:  # Windows has no sysconf, macOS not this name
+        raise ValueError("cannot read how much memory is free here: give the budget in GB") from error
