@@ -20,7 +20,7 @@ from ...training.data.demo.looks import BASE_LOOK, TEACHER_LOOKS
 from ...training.demo.tour import HELD_OUT_SEED
 from ...training.evaluation.agreement import eps_of
 from ...training.loop.losses import score_loss
-from ...training.loop.trainer import Distillation
+from ...training.loop.trainer import Trainer
 from ...training.run.load import load_run
 from ...training.seeds import hash_seed
 from ...training.teachers.teacher import Teacher
@@ -66,7 +66,7 @@ RATES = {"plain": 2e-3, "Muon": 4e-3, "standard": 4e-3}
 """Learning rates as tuned (``--tune``); an arm without one has plain's. The discriminator's is the student's, as in the paper."""
 
 
-class Release(Distillation):
+class Release(Trainer):
     """The authors' released trainer drops captions separately for student and teacher: they may see different ones."""
 
     def targets(self, batch, x_t, t, want_features):
@@ -100,7 +100,7 @@ class HeldOut:
     said: list[Tensor]
 
     @classmethod
-    def of(cls, run: Distillation, vae, text: ClipText, count: int) -> HeldOut:
+    def of(cls, run: Trainer, vae, text: ClipText, count: int) -> HeldOut:
         data = captioned_latents(vae, (BASE_LOOK, *TEACHER_LOOKS), count, HELD_OUT_SEED)
         g = torch.Generator().manual_seed(hash_seed(1, "bench merge"))
         t = ((torch.arange(count) + 0.5) * 1000 / count).long()[torch.randperm(count, generator=g)]
@@ -116,7 +116,7 @@ class HeldOut:
         teacher = dataclasses.replace(teacher, contexts=self.contexts)
         return eps_of(teacher, self.x_t, self.t, self.rows, device).cpu()
 
-    def answers(self, run: Distillation) -> list[Tensor]:
+    def answers(self, run: Trainer) -> list[Tensor]:
         """The averaged student's, by style, in float32 and with adapters folded in, as its file has them."""
         student = load_unet(run.student_weights(), copy=False).to(run.device)
         asked = Teacher("student", student, self.contexts)
@@ -178,7 +178,7 @@ def train_arm(
                 "contrast": many.contrast(answers, *(names.index(name) for name in TWINS)),
                 "seconds": clock.seconds,
             }
-    run.rack.close()
+    run.targets.pool.close()
     about = {
         "arm": arm,
         "seed": seed,

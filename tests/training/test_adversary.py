@@ -58,7 +58,7 @@ def test_features_are_of_the_renoised_clean_latents(prediction):
         style = torch.zeros(1, 3)
         style[0, [who, 2]] = 1.0
         outs = {
-            "student": run.student(x_t, batch.t[i : i + 1], run.base.contexts[row], style=style),
+            "student": run.student.unet(x_t, batch.t[i : i + 1], run.base.contexts[row], style=style),
             "teacher": run.teachers[who].unet(x_t, batch.t[i : i + 1], run.teachers[who].contexts[row]),
         }
         for name, out in outs.items():
@@ -66,7 +66,7 @@ def test_features_are_of_the_renoised_clean_latents(prediction):
             again = int(noise.t[i])
             noisy = ABAR[again].sqrt().float() * x0 + (1 - ABAR[again]).sqrt().float() * noise.eps[i : i + 1]
             middle = run.base.unet.middle(noisy, noise.t[i : i + 1], run.base.contexts[row])
-            seen[name] = run.adversary.head(middle)
+            seen[name] = run.discriminator.head(middle)
         g = torch.nn.functional.cross_entropy(seen["student"], torch.tensor([who]))
         d = torch.nn.functional.cross_entropy(seen["teacher"], torch.tensor([who])) + torch.nn.functional.cross_entropy(
             seen["student"], torch.tensor([2 + who])
@@ -84,30 +84,30 @@ def test_the_middle_is_what_the_whole_forward_gives_on_its_way():
 
 
 def gradients(run, losses, which):
-    for p in (*run.student.parameters(), *run.adversary.head.parameters(), *run.base.unet.parameters()):
+    for p in (*run.student.unet.parameters(), *run.discriminator.head.parameters(), *run.base.unet.parameters()):
         p.grad = None
     getattr(losses, which).mean().backward(retain_graph=True)
     moved = lambda module: any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())  # noqa: E731
-    return {"student": moved(run.student), "head": moved(run.adversary.head), "base": moved(run.base.unet)}
+    return {"student": moved(run.student.unet), "head": moved(run.discriminator.head), "base": moved(run.base.unet)}
 
 
 def test_gradients_reach_only_what_they_should():
     run = small_run(teachers=2, lambda_adv=1.0)
-    losses = run.losses(run._batch(0), 0)
+    losses = run.losses(run.draws(0), 0)
     assert gradients(run, losses, "adversarial") == {"student": True, "head": False, "base": False}
     assert gradients(run, losses, "discriminator") == {"student": False, "head": True, "base": False}
 
 
 def test_rows_without_a_style_take_no_part():
     run = small_run(teachers=2, lambda_adv=1.0, base_share=0.5)
-    batch = run._batch(0)
+    batch = run.draws(0)
     styled = int((batch.teacher < 2).sum())
     assert 0 < styled < len(batch.teacher)
     losses = run.losses(batch, 0)
     assert losses.adversarial.shape == losses.discriminator.shape == (styled,)
     want = losses.score.mean() + run.config.lambda_feat * losses.feature.mean()
     want = want + losses.adversarial.sum() / len(batch.teacher)
-    torch.testing.assert_close(run._weighted(losses, batch), want)
+    torch.testing.assert_close(run.objective.total(losses, batch, run.step), want)
 
 
 def test_the_student_listens_from_adv_start_on():

@@ -31,24 +31,25 @@ def test_a_low_rank_students_file_paints_what_it_painted():
     """The folded weights in a plain UNet give the adapters' output: tolerance 1e-5."""
     run = small_run(trainable="lora", lora_rank=4, lr=1e-2)
     list(run.run())
-    batch = run._batch(0)
+    batch = run.draws(0)
     with torch.no_grad():
-        ours, _ = run.predict(batch, batch.x_t, batch.t, want_features=False)
+        rows = style_rows(batch.teacher, run.num_styles)
+        ours = run.student.predict(batch.x_t, batch.t, batch.rows, rows).out
         file = load_unet(run.student_weights(averaged=False))
         context, _ = run.base.conditioning(batch.rows, (8, 8), torch.device("cpu"))
-        theirs = file(batch.x_t, batch.t, context, style=run.style_rows(batch.teacher))
+        theirs = file(batch.x_t, batch.t, context, style=rows)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_folding_is_weight_plus_up_times_down():
     run = small_run(trainable="lora", lora_rank=3)
     with torch.no_grad():
-        for name, p in run.trained.items():
+        for name, p in run.student.unet.trained.items():
             if name.endswith(".up"):
                 p.normal_()
-    folded = folded_state_dict(run.student)
+    folded = folded_state_dict(run.student.unet)
     name = "input_blocks.1.0.in_layers.2"
-    adapter = run.student.get_submodule(name).parametrizations.weight
+    adapter = run.student.unet.get_submodule(name).parametrizations.weight
     want = adapter.original + (adapter[0].up @ adapter[0].down).view_as(adapter.original)  # alpha = rank: scale 1
     torch.testing.assert_close(folded[f"{name}.weight"], want)
     assert set(folded) == set(small_run().student.state_dict())
@@ -64,10 +65,10 @@ def test_a_low_rank_student_starts_as_its_base_and_learns_little_memory():
 
 def test_frozen_matrices_wait_in_half_precision_and_lose_nothing_of_an_fp16_base():
     run = small_run(trainable="lora", lora_rank=2, precision="bf16")
-    frozen = {k: p for k, p in run.student.named_parameters() if not p.requires_grad}
+    frozen = {k: p for k, p in run.student.unet.named_parameters() if not p.requires_grad}
     assert {p.dtype for p in frozen.values() if p.ndim > 1} == {torch.float16}
     assert (
-        {p.dtype for p in frozen.values() if p.ndim == 1} == {p.dtype for p in run.trained.values()} == {torch.float32}
+        {p.dtype for p in frozen.values() if p.ndim == 1} == {p.dtype for p in run.student.unet.trained.values()} == {torch.float32}
     )
     base = run.base.unet.state_dict()
     weights = run.student_weights(False)
@@ -81,9 +82,9 @@ def test_other_optimisers_move_by_rates_of_adamws_kind():
     moved = {}
     for kind in ("adamw", "adafactor", "muon"):
         run = small_run(optimizer=kind, lr=1e-4, weight_decay=0.0)
-        before = run.student.out[2].weight.detach().clone()
+        before = run.student.unet.out[2].weight.detach().clone()
         run.train_step()
-        moved[kind] = (run.student.out[2].weight.detach() - before).square().mean().sqrt().item()
+        moved[kind] = (run.student.unet.out[2].weight.detach() - before).square().mean().sqrt().item()
     assert all(1 / 3 < moved[kind] / moved["adamw"] < 3 for kind in moved), moved
 
 
