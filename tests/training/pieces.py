@@ -36,7 +36,7 @@ def first_gradients(ranks, **settings) -> dict[str, torch.Tensor]:
     seen = {}
 
     def look(optimizer, *_):
-        named = {**run.student.unet.trained, **dict(run.discriminator.head.named_parameters())}
+        named = {**run.student.trained, **dict(run.discriminator.head.named_parameters())}
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, p in named.items():
             if id(p) in mine:

@@ -10,6 +10,7 @@ from comfyui_dmm.dmm_core.unet import load_unet
 from comfyui_dmm.training.config import AttackConfig, TrainConfig
 from comfyui_dmm.training.data.batches import Draw
 from comfyui_dmm.training.loop.codes import Search, best_start, fit_codes, mean_errors, recover, with_more_codes
+from comfyui_dmm.training.loop.forget import ask_old
 from comfyui_dmm.training.loop.forget import forgetting as forgetting_run
 from comfyui_dmm.training.run.train import train
 from comfyui_dmm.training.run.watch.watch import Watch
@@ -93,7 +94,7 @@ def test_the_finished_student_has_none_of_the_hostile_codes():
 def test_a_search_brings_the_style_back_where_it_is():
     """In the old model itself: the code that is there is an upper bound on what a search should come near to."""
     run = forgetting()
-    one = run.forgotten[0]
+    one = run.kind.forgotten[0]
     search = Search(run, run.student.unet, one.rows[1:], run.kind.sample(run, one, 2))
     start = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
     codes = fit_codes(search, start, 60)
@@ -109,7 +110,7 @@ def test_a_search_brings_the_style_back_where_it_is():
 def test_the_error_of_a_code_is_eq_9_of_its_own_samples():
     """Against the plain formula: emb + MLP(code), every sample by its own code."""
     run = forgetting()
-    one = run.forgotten[0]
+    one = run.kind.forgotten[0]
     sample = run.kind.sample(run, one, 2)
     search = Search(run, run.student.unet, one.rows[1:], sample)
     codes = torch.randn(2, 256)
@@ -128,10 +129,10 @@ def test_the_error_of_a_code_is_eq_9_of_its_own_samples():
 
 def test_recovery_compares_like_with_like():
     run = forgetting()
-    one = run.forgotten[0]
+    one = run.kind.forgotten[0]
 
     def truth(batch):
-        return run.ask_old(one.teacher, batch)
+        return ask_old(run, one.teacher, batch)
 
     found = recover(run, run.base.unet, truth, 40, tries=2, batches=2)
     assert found.error < 0.7 * min(found.start, found.untouched)
@@ -145,9 +146,9 @@ def test_training_against_attacks_leaves_less_to_find_than_deleting_the_code():
     run = forgetting(steps=40, batch_size=8, lr=2e-3, validation=0, attack=AttackConfig(8, 4, 2))
     train(run, None)
     student = load_unet(run.student_weights())
-    one = run.forgotten[0]
+    one = run.kind.forgotten[0]
     before, now = (
-        recover(run, unet, lambda b: run.ask_old(one.teacher, b), 40, 2, 2) for unet in (run.base.unet, student)
+        recover(run, unet, lambda b: ask_old(run, one.teacher, b), 40, 2, 2) for unet in (run.base.unet, student)
     )
     left = (now.untouched - now.error) / (before.untouched - before.error)
     assert left < 0.6, (before, now)
@@ -189,4 +190,5 @@ def test_refusals():
         forgetting([])
     with pytest.raises(ValueError, match="attack.codes is -1"):
         forgetting(attack=AttackConfig(codes=-1))
-    assert small_run(1).last_word() == "" and growing(1).last_word() == ""
+    for run in (small_run(1), growing(1)):
+        assert run.kind.final_report(run) == ""

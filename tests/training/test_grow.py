@@ -15,6 +15,7 @@ from comfyui_dmm.training.config import TrainConfig
 from comfyui_dmm.training.data.batches import Draw
 from comfyui_dmm.training.loop.codes import warm_start
 from comfyui_dmm.training.loop.eps_table import eps_errors, format_table
+from comfyui_dmm.training.loop.student import style_rows
 from comfyui_dmm.training.loop.trainer import Trainer
 from comfyui_dmm.training.run.state import identity
 from comfyui_dmm.training.run.train import train
@@ -97,10 +98,10 @@ def test_the_guard_is_the_old_styles_share_of_the_rows():
     assert (counts - torch.tensor(run.draws.shares)).abs().max() < 2e-3  # evenly at any length
     assert set(
         torch.cat(
-            [Draw(0, 16, 5, 0.0, 0.0, run.schedule, growing(2, guard=0.0).shares).turns(n) for n in range(9)]
+            [Draw(0, 16, 5, 0.0, 0.0, run.schedule, growing(2, guard=0.0).draws.shares).turns(n) for n in range(9)]
         ).tolist()
     ) == {3, 4}
-    assert small_run(2).shares is None
+    assert small_run(2).draws.shares is None
 
 
 def test_without_steps_nothing_of_the_old_model_is_lost():
@@ -137,7 +138,7 @@ def test_a_warm_start_finds_a_better_code_and_moves_nothing_else():
 
     before, weights = error(), {k: v.clone() for k, v in run.student.unet.state_dict().items()}
     ticks = []
-    warm_start(run, lambda *tick: ticks.append(tick))
+    warm_start(run, run.kind.guarded, lambda *tick: ticks.append(tick))
     assert error() < before
     after = run.student.unet.state_dict()
     assert [k for k in weights if not torch.equal(weights[k], after[k])] == ["model_embedding.weight"]

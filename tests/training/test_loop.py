@@ -12,6 +12,7 @@ from comfyui_dmm.training.data.batches import CaptionedLatents, Draw, epoch_batc
 from comfyui_dmm.training.loop.ema import PowerEMA, power_beta
 from comfyui_dmm.training.loop.eps_table import eps_errors, format_table
 from comfyui_dmm.training.loop.losses import feature_loss, score_loss
+from comfyui_dmm.training.loop.optimizers import learning_rate
 from comfyui_dmm.training.loop.trainer import Trainer
 from comfyui_dmm.training.teachers.teacher import soup
 
@@ -172,17 +173,17 @@ def test_accumulation_is_one_large_batch(accumulate):
     run, single = (small_run(accumulate=a, batch_size=4, grad_clip=0.0) for a in (accumulate, 1))
     want = None
     for number in range(accumulate):
-        single.student.zero_grad()
-        batch = single._batch(number)
-        single._weighted(single.losses(batch), batch).backward()
-        grads = [p.grad.clone() for p in single.trained.values()]
+        single.student.unet.zero_grad()
+        batch = single.draws(number)
+        single.objective.total(single.losses(batch), batch, 0).backward()
+        grads = [p.grad.clone() for p in single.student.trained.values()]
         want = grads if want is None else [a + b for a, b in zip(want, grads)]
     metrics = run.train_step()
-    for p, g in zip(run.student.unet.trained.values(), want):
+    for p, g in zip(run.student.trained.values(), want):
         torch.testing.assert_close(p.grad, g / accumulate, atol=1e-6, rtol=1e-4)
     assert (
         sum(metrics.count.values()) == 4 * accumulate
-        and run.draws(accumulate).t.tolist() == single._batch(accumulate).t.tolist()
+        and run.draws(accumulate).t.tolist() == single.draws(accumulate).t.tolist()
     )
 
 

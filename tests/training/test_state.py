@@ -108,8 +108,8 @@ def test_a_state_holds_what_the_next_step_needs(tmp_path, settings):
     if "optimizer" in settings:
         kinds["optimizer"] = ()  # a matrix has other moments than a vector: only their presence is asked below
         assert any("exp_avg_sq_row" in k for k in tensors)
-    want = {f"{part}.{n}" for part in ("student", "ema") for n in run.student.unet.trained}
-    want |= {f"optimizer.{n}|{kind}" for n in run.student.unet.trained for kind in kinds["optimizer"]}
+    want = {f"{part}.{n}" for part in ("student", "ema") for n in run.student.trained}
+    want |= {f"optimizer.{n}|{kind}" for n in run.student.trained for kind in kinds["optimizer"]}
     if run.discriminator:
         head = dict(run.discriminator.head.named_parameters())
         want |= {f"head.{n}" for n in head} | {f"head_optimizer.{n}|{k}" for n in head for k in kinds["optimizer"]}
