@@ -146,7 +146,7 @@ def test_the_recorder_guides_as_the_core_does(family):
     teacher = Teacher("t", load_unet(base.unet), contexts)
     x, sigma = 3 * torch.randn(2, 4, 8, 8), SCHEDULE.sigmas[[500, 500]]
     keep = torch.tensor([[True, False]])
-    recorder = Recorder(teacher, SCHEDULE, torch.tensor([1, 2]), (8, 8), 5.0, keep)
+    recorder = Recorder(teacher, SCHEDULE, torch.tensor([1, 2]), 5.0, keep)
     expected = cfg_denoiser(teacher.unet, SCHEDULE, contexts[1:], contexts[:1], 5.0)
     with torch.no_grad():
         torch.testing.assert_close(recorder(x, sigma), expected(x, sigma), atol=3e-2, rtol=1e-2)
@@ -159,7 +159,7 @@ def test_v_teachers_paint_what_their_prediction_means(family):
     contexts = torch.randn(2, 7, 16)
     network = load_unet(teachers["two"].unet)
     recorder = Recorder(
-        Teacher("v", network, contexts, None, "v"), SCHEDULE, torch.tensor([1]), (8, 8), 2.0, torch.zeros(1, 1) > 0
+        Teacher("v", network, contexts, None, "v"), SCHEDULE, torch.tensor([1]), 2.0, torch.zeros(1, 1) > 0
     )
     x, sigma = torch.randn(1, 4, 8, 8), SCHEDULE.sigmas[[300]]
     expected = cfg_denoiser(network, SCHEDULE, contexts[1:], contexts[:1], 2.0, prediction="v")

@@ -241,6 +241,6 @@ def _load(run: Trainer, tensors: dict[str, Tensor], metadata: dict[str, str]) ->
         numbers = json.loads(metadata["head_optimizer"])
         load_optimizer(run.discriminator_optimizer, named, part("head_optimizer"), numbers)
     if run.difficulty:
-        run.load_difficulty(part("difficulty"))
+        run.draws.load_difficulty(part("difficulty"))
     if "scaler" in metadata:
         run.scaler.load_state_dict(json.loads(metadata["scaler"]))
