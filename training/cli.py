@@ -199,7 +199,7 @@ def run_distill(args) -> None:
         show(run.plan.describe() if run.plan else "memory: nothing planned (see the setting 'memory')")
         return
     with watched(config.picture_every, ranks) as watch, joined(ranks, device, goodbye=StopAndSave):
-        distill(config, watch, args.fork and Path(args.fork), bool(args.grown), ranks)
+        distill(config, watch, fork_from=args.fork and Path(args.fork), grown=bool(args.grown), ranks=ranks)
     show(f"wrote {config.output}")
 
 
