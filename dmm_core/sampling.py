@@ -10,6 +10,7 @@ and a network's own parameterisation (scaled input, timesteps, eps or v) ends in
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -110,7 +111,7 @@ def sample(
     """
     choose(SAMPLERS, "sampler", sampler)
     levels = sigmas.tolist()
-    if len(levels) < 2 or any(not low < high for high, low in zip(levels, levels[1:])):
+    if len(levels) < 2 or any(not low < high for high, low in itertools.pairwise(levels)):
         raise ValueError(f"sigmas must be at least two falling noise levels, got {levels[:8]}")
     # From the schedule's top x_t is the noise itself, and x = x_t / sqrt(abar); from below, x is empty latents + noise.
     from_the_top = levels[0] > schedule.sigma_max or math.isclose(levels[0], schedule.sigma_max, rel_tol=1e-5)

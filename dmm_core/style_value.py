@@ -38,9 +38,11 @@ def find_style(known: Sequence[str], wanted: str) -> str:
     if wanted in known:
         return wanted
     alike = [name for name in known if name.strip().casefold() == wanted.strip().casefold()]
-    if not alike and re.fullmatch(r"\s*[0-9]{1,4}\s*", wanted) and int(wanted) < len(known):
-        if not any(name.strip().isdecimal() for name in known):  # else a number is a name, if a wrong one
-            return known[int(wanted)]
+    is_number = re.fullmatch(r"\s*[0-9]{1,4}\s*", wanted) and int(wanted) < len(known)
+    if (
+        not alike and is_number and not any(name.strip().isdecimal() for name in known)
+    ):  # else a number is a name, if a wrong one
+        return known[int(wanted)]
     if len(alike) != 1:
         names = ", ".join([*known, NO_STYLE]) if known else f"none at all (a plain checkpoint); only '{NO_STYLE}' works"
         raise ValueError(f"unknown style '{wanted}'. The styles of this model: {names}")

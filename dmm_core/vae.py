@@ -9,6 +9,7 @@ Latents here are UNSCALED. What a UNet sees is ``SCALE_SD * latent`` (``SCALE_SD
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -136,7 +137,7 @@ class Level(nn.Module):
     def __init__(self, channels: int, out_channels: int, blocks: int, resample: tuple[str, nn.Module] | None):
         super().__init__()
         widths = [channels] + [out_channels] * blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in zip(widths, widths[1:]))
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in itertools.pairwise(widths))
         self.resample = resample[0] if resample else None
         if resample:
             self.add_module(*resample)

@@ -39,7 +39,7 @@ def gather(
     foundation = frozen_base(base, clip, plain_unet(unet_weights(base, styles=True), "the base model"), data.prompts)
     frozen = frozen_teachers(teachers, foundation, clip, data.prompts)
     config, device = ready(config, foundation, len(frozen), data=data, say=say)
-    return Trainer(foundation, frozen, data, config, device)
+    return Trainer(foundation, frozen, data, config, device=device)
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def gather_grown(
     new = frozen_teachers(teachers, foundation, clip, data.prompts)
     check_names([teacher.name for teacher in (*old, *new)])
     config, device = ready(config, foundation, len(new), data=data, say=say)
-    return Trainer(foundation, [*old, *new], data, config, device)
+    return Trainer(foundation, [*old, *new], data, config, device=device)
 
 
 @torch.no_grad()

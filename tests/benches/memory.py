@@ -89,7 +89,7 @@ def random_run(preset: Preset, made: Plan) -> Trainer:
         lambda_adv=adversarial,
     )
     teachers = [model(f"teacher {i}") for i in range(preset.teachers)]
-    return Trainer(model("base"), teachers, data, settings, torch.device("cuda"))
+    return Trainer(model("base"), teachers, data, settings, device=torch.device("cuda"))
 
 
 def measure(preset: Preset, made: Plan) -> tuple[int, float]:

@@ -1,5 +1,6 @@
 """Weights of regions against their formulas, written out pixel by pixel, and against arXiv:2302.02412's tiles."""
 
+import itertools
 import math
 
 import pytest
@@ -35,7 +36,7 @@ from comfyui_dmm.dmm_core.regions import (
 def test_boxes_on_canvases(box, size, area):
     assert box.area(*size) == area
     h, w, top, left = area
-    assert 0 <= top and top + h <= size[0] and 0 <= left and left + w <= size[1]
+    assert top >= 0 and top + h <= size[0] and left >= 0 and left + w <= size[1]
 
 
 def test_boxes_that_are_none():
@@ -155,7 +156,7 @@ def test_tiles_cover_the_canvas_and_have_one_size(size, overlap):
         covered[top : top + h, left : left + w] += 1
     assert covered.min() >= 1
     for row in rows:
-        for before, after in zip(row, row[1:]):
+        for before, after in itertools.pairwise(row):
             assert before[3] + 16 - after[3] >= math.floor(16 * overlap)
     for wrong in (-0.1, 1.0):
         with pytest.raises(ValueError, match="overlap of tiles"):

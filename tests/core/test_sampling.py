@@ -1,5 +1,6 @@
 """The samplers against closed forms and diffusers; guidance against separate calls of the same UNet."""
 
+import itertools
 import math
 
 import pytest
@@ -138,7 +139,7 @@ def gaussian_error(sampler, steps):
 def test_convergence_to_the_exact_solution(sampler, order):
     """Halving the steps' length divides the error by 2^order (within 15%)."""
     errors = [gaussian_error(sampler, steps) for steps in (100, 200, 400)]
-    for coarse, fine in zip(errors, errors[1:]):
+    for coarse, fine in itertools.pairwise(errors):
         assert coarse / fine == pytest.approx(2**order, rel=0.15)
     assert errors[-1] < {1: 2e-2, 2: 1e-4}[order]
 

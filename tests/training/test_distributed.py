@@ -79,7 +79,7 @@ def test_a_process_meets_few_teachers(teachers, world):
 
 
 def test_processes_tell_each_other(farm):
-    for rank, answer in enumerate(farm(3, pieces.talk)):
+    for answer in farm(3, pieces.talk):
         assert answer["sum"] == [3.0, 3.0] and answer["any"] == [True, False]
         assert [one["rank"] for one in answer["gather"]] == [0, 1, 2] and len(answer["gather"][2]["text"]) == 12
         assert answer["from_main"] == "of 0"

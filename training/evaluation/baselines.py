@@ -79,7 +79,7 @@ def obstacles(teachers: Sequence[Member], base: Member | None) -> dict[str, str]
     """Baselines that these models do not allow, and why."""
     found = {}
     if base is None:
-        found = {name: "needs the base model that the student was trained from" for name in NEED_BASE}
+        found = dict.fromkeys(NEED_BASE, "needs the base model that the student was trained from")
     for name in MERGES:
         parents = [*([base] if base is not None and name in NEED_BASE else []), *teachers]
         kinds = {kind: [m.name for m in parents if m.prediction == kind] for kind in ("eps", "v")}

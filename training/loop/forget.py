@@ -149,8 +149,11 @@ def forgetting(
     attack: AttackConfig | None = None,
     ranks: Ranks | None = None,
 ) -> Trainer:
-    """A run that takes the styles named in ``forget`` out of ``base``, a DMM model. styles: all of the base's, as ``Teacher.as_style`` gives
-    them. Raises ValueError for a name that the model does not have, and when nothing would stay."""
+    """A run that takes the styles named in ``forget`` out of ``base``, a DMM model.
+
+    styles: all of the base's, as ``Teacher.as_style`` gives them. Raises ValueError for a name that the model does not have, and when
+    nothing would stay.
+    """
     attack = attack or AttackConfig()
     attack.validate()
     gone = [named(styles, name) for name in forget]
@@ -170,7 +173,7 @@ def forgetting(
         forgotten.append(Forgotten(old, rows))
         places += [as_without_style(old, i) for i in range(len(rows))]
     kind = Forget(len(stay), tuple(forgotten), attack)
-    run = Trainer(base, places, data, dataclasses.replace(config, warm_start=0), device, kind=kind, ranks=ranks)
+    run = Trainer(base, places, data, dataclasses.replace(config, warm_start=0), device=device, kind=kind, ranks=ranks)
     with torch.no_grad():
         book, codes = run.student.unet.model_embedding.weight, base.unet.model_embedding.weight
         for one in kind.forgotten:

@@ -56,7 +56,7 @@ class Student:
         forward = replicate(self.unet, device) if several else self.unet
         self.forward = torch.compile(forward) if c.compile else forward
 
-    def predict(self, x_t: Tensor, t: Tensor, rows: Tensor, style: Tensor, features: bool = False) -> Prediction:
+    def predict(self, x_t: Tensor, t: Tensor, rows: Tensor, style: Tensor, *, features: bool = False) -> Prediction:
         """As ``Teacher.predict``, with the base's text states and parameterisation, and with gradients."""
         with self.autocast():
             context, y = self.base.conditioning(rows, x_t.shape[2:], x_t.device)

@@ -52,8 +52,8 @@ class Trainer:
         teachers: Sequence[Teacher],
         data: TrainingData,
         config: TrainConfig,
-        device: torch.device = CPU,
         *,
+        device: torch.device = CPU,
         kind: Distil | None = None,
         ranks: Ranks | None = None,
     ):
@@ -140,7 +140,9 @@ class Trainer:
         features = self.config.lambda_feat > 0
         x_t, t = batch.x_t.to(self.device), batch.t.to(self.device)
         teacher = self.targets(batch, x_t, t, features)
-        student = self.student.predict(x_t, t, batch.rows, style_rows(batch.teacher, self.num_styles), features)
+        student = self.student.predict(
+            x_t, t, batch.rows, style_rows(batch.teacher, self.num_styles), features=features
+        )
         view = None
         if self.discriminator:
             view = self.discriminator.view(batch, number, x_t=x_t, t=t, backbone=self.targets.pool.get(self.num_styles))
@@ -162,8 +164,10 @@ class Trainer:
         )
 
     def _update(self, micro_batches: Sequence[MicroBatch], lr: float) -> float:
-        """Clip, step, average, note what was hard; returns the gradients' norm. Raises ValueError for one that is not finite, before anything
-        changes."""
+        """Clip, step, average, note what was hard; returns the gradients' norm.
+
+        Raises ValueError for one that is not finite, before anything changes.
+        """
         c = self.config
         if self.discriminator and self.ranks.world > 1 and any(one.losses.any_judged for one in micro_batches):
             add_up(self.discriminator.head.parameters(), self.ranks)

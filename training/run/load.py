@@ -60,7 +60,7 @@ class Run:
                 attack=self.attack,
                 ranks=self.ranks,
             )
-        return Trainer(self.base, self.teachers, self.data, self.config, self.device, ranks=self.ranks)
+        return Trainer(self.base, self.teachers, self.data, self.config, device=self.device, ranks=self.ranks)
 
 
 def load_run(config: DistillConfig, device: torch.device, grown: bool = False, ranks: Ranks | None = None) -> Run:

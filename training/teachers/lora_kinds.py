@@ -70,7 +70,7 @@ _NEEDS = {
     "up": ("down",),
     "down": ("up",),
     "mid": ("up",),
-    **{role: _HADA for role in _HADA},
+    **dict.fromkeys(_HADA, _HADA),
     "hada_t1": (*_HADA, "hada_t2"),
     "hada_t2": (*_HADA, "hada_t1"),
     "lokr_w1_a": ("lokr_w1_b",),

@@ -26,8 +26,8 @@ class Rows(Protocol):
 
 
 class Prediction(NamedTuple):
-    """What a UNet says to a batch. out: (B, C, h, w) float32, eps or v; features: of its blocks, (B, C_j, h_j, w_j) each, [] where they were
-    not asked for."""
+    """What a UNet says to a batch. out: (B, C, h, w) float32, eps or v; features: of its blocks, (B, C_j, h_j, w_j) each, [] where they
+    were not asked for."""
 
     out: Tensor
     features: Sequence[Tensor]
@@ -100,8 +100,8 @@ class Teacher:
         t: Tensor,
         rows: Tensor,
         style: Tensor | None = None,
-        features: bool = False,
         *,
+        features: bool = False,
         unet: UNet | None = None,
     ) -> Prediction:
         """What the teacher predicts, see above. unet: where its weights are now, None for its own; or another UNet of this text encoder

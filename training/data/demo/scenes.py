@@ -69,20 +69,20 @@ class Scene:
 def sample_scene(rng: np.random.Generator, **fixed) -> Scene:
     """Draw a scene; keyword arguments pin fields of `Scene`. The draws do not depend on what is pinned."""
     size_word = ("small", "", "", "", "big")[rng.integers(5)]
-    scene = dict(
-        shape=SHAPES[rng.integers(len(SHAPES))],
-        colour=list(COLOURS)[rng.integers(len(COLOURS))],
-        background=list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))],
-        size=float(rng.uniform(*SIZES[size_word])),
-        x=float(rng.uniform(-0.07, 0.07)),
-        y=float(rng.uniform(-0.06, 0.06)),
-        tilt=float(rng.uniform(-0.22, 0.22)),
-        flip=bool(rng.integers(2)),
-        phase=float(rng.uniform()),
-        size_word=size_word,
-        article=bool(rng.uniform() < 0.8),
-        phrase=int(rng.integers(2)),
-    )
+    scene = {
+        "shape": SHAPES[rng.integers(len(SHAPES))],
+        "colour": list(COLOURS)[rng.integers(len(COLOURS))],
+        "background": list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))],
+        "size": float(rng.uniform(*SIZES[size_word])),
+        "x": float(rng.uniform(-0.07, 0.07)),
+        "y": float(rng.uniform(-0.06, 0.06)),
+        "tilt": float(rng.uniform(-0.22, 0.22)),
+        "flip": bool(rng.integers(2)),
+        "phase": float(rng.uniform()),
+        "size_word": size_word,
+        "article": bool(rng.uniform() < 0.8),
+        "phrase": int(rng.integers(2)),
+    }
     return Scene(**{**scene, **fixed})
 
 
