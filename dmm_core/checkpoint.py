@@ -94,9 +94,9 @@ def is_decisive(key: str, shape: tuple[int, ...]) -> bool:
 
 
 def on_meta(checkpoint: Checkpoint) -> Checkpoint:
-    """``checkpoint`` with its last weights given up too (in place)."""
-    for part in (checkpoint.unet, checkpoint.text, checkpoint.vae, checkpoint.other):
-        part.update({key: tensor.to("meta") for key, tensor in part.items()})
+    """``checkpoint`` with every tensor on the meta device: sizes and dtypes without values (in place)."""
+    for weights in (checkpoint.unet, checkpoint.text, checkpoint.vae, checkpoint.other):
+        weights.update({key: tensor.to("meta") for key, tensor in weights.items()})
     return checkpoint
 
 
@@ -117,7 +117,9 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: Checkpoint, extra: Mapp
             raise ValueError(f"the prediction is {checkpoint.prediction!r}, expected 'eps' or 'v'")
         config = unet_config_from_state_dict(checkpoint.unet)
         rest = {**checkpoint.metadata, **(extra or {})}
-        metadata = write_metadata(styles, checkpoint.recipe, checkpoint.prediction, rest, config, path.stem)
+        metadata = write_metadata(
+            styles, checkpoint.recipe, checkpoint.prediction, rest=rest, config=config, title=path.stem
+        )
         tensors = checkpoint.tensors
         marks = {V_MARK: checkpoint.prediction == "v", ZERO_SNR_MARK: checkpoint.zero_snr}
         tensors.update({key: torch.empty(0) for key, on in marks.items() if on})
@@ -128,6 +130,7 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: Checkpoint, extra: Mapp
 
 
 def read_checkpoint(path: str | os.PathLike, header_only: bool) -> Checkpoint:
+    """As ``load_checkpoint``; with ``header_only`` all but the few tensors of ``is_decisive`` are on the meta device."""
     tensors, metadata = read_weights(path, *([is_decisive] if header_only else []))
     try:
         return assemble(tensors, metadata)
@@ -174,12 +177,16 @@ def count_styles(unet: Mapping[str, Tensor]) -> int:
         raise ValueError(f"two style MLPs ({', '.join(mlps)}), expected one (SDXL's own add_embedding is label_emb)")
     time_embed = unet.get("time_embed.2.weight")
     codebook = style.get(f"{CODEBOOK}.weight")
-    if any(weight is None or weight.ndim != 2 or not all(weight.shape) for weight in (time_embed, codebook)):
+    if (
+        time_embed is None
+        or codebook is None
+        or any(weight.ndim != 2 or not all(weight.shape) for weight in (time_embed, codebook))
+    ):
         raise ValueError(f"style weights without a codebook '{CODEBOOK}.weight' [styles, width], or without time_embed")
     if codebook.shape[0] > MAX_STYLES:
         raise ValueError(f"the codebook declares {codebook.shape[0]} styles, at most {MAX_STYLES} are read")
     dim, mlp = time_embed.shape[0], (mlps or MLP_NAMES)[0]
-    wanted = {f"{CODEBOOK}.weight": (codebook.shape[0], dim)}
+    wanted: dict[str, tuple[int, ...]] = {f"{CODEBOOK}.weight": (codebook.shape[0], dim)}
     for linear in (f"{mlp}.linear_1", f"{mlp}.linear_2"):
         wanted |= {f"{linear}.weight": (dim, dim), f"{linear}.bias": (dim,)}
     if wanted.keys() != style.keys():
@@ -224,8 +231,9 @@ _LOOKALIKES = {
 
 
 def _lookalike(keys: Iterable[str]) -> str:
+    """A guess at what a file with these keys is, for an error message."""
     keys = list(keys)
-    for part, guess in _LOOKALIKES.items():
-        if any(part in key for key in keys):
+    for piece, guess in _LOOKALIKES.items():
+        if any(piece in key for key in keys):
             return guess
     return "choose a Stable Diffusion 1.x, 2.x or XL checkpoint"

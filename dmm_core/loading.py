@@ -12,7 +12,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def load_strictly(
-    build: Callable[[], Network], sd: Mapping[str, Tensor], what: str, dtype: torch.dtype | None, copy: bool = True
+    build: Callable[[], Network], sd: Mapping[str, Tensor], what: str, *, dtype: torch.dtype | None, copy: bool = True
 ) -> Network:
     """``build()`` with copies of the weights, cast to ``dtype`` (None keeps the file's); ``sd`` is left alone. Without ``copy`` it has the
     very tensors, as they are, which may be views of a file.

@@ -135,6 +135,7 @@ def write_metadata(
     styles: Sequence[StyleInfo],
     recipe: Mapping[str, Any],
     prediction: str,
+    *,
     rest: Mapping[str, str],
     config: UNetConfig,
     title: str,
@@ -222,7 +223,8 @@ def _check_text(key: str, value: Any, breaks: bool) -> None:
         raise ValueError(f"a style's {key} holds the control character {bad[0]!r}: remove it")
 
 
-def _from_json(key: str, text: str, kind: type) -> Any:
+def _from_json(key: str, text: str, expected: type) -> Any:
+    """The value of a metadata entry. Raises ValueError naming its key for what is no JSON, too large or of another type."""
     try:
         _check_size(text)
         # NaN and infinity, which Python reads and JSON does not have, could not be written again.
@@ -234,8 +236,8 @@ def _from_json(key: str, text: str, kind: type) -> Any:
         level = [child for v in level if isinstance(v, (dict, list)) for child in _children(v)]
     if level:
         raise ValueError(f"metadata '{key}' is nested deeper than {MAX_DEPTH} levels: the file is damaged")
-    if not isinstance(value, kind):
-        raise ValueError(f"metadata '{key}' is a JSON {type(value).__name__}, expected a {kind.__name__}")
+    if not isinstance(value, expected):
+        raise ValueError(f"metadata '{key}' is a JSON {type(value).__name__}, expected a {expected.__name__}")
     return value
 
 

@@ -127,10 +127,10 @@ def _blur(mask: Tensor, radius: float) -> Tensor:
 
 def background(coverages: Sequence[Tensor]) -> Tensor:
     """What regions with these coverages (B or 1, H, W) in 0..1 leave to the background: ``max(0, 1 - sum)``."""
-    return (1 - sum(coverages)).clamp(min=0)
+    return (1 - sum(coverages, start=torch.zeros(()))).clamp(min=0)
 
 
-def tiles(height: int, width: int, tile_height: int, tile_width: int, overlap: float) -> list[list[Area]]:
+def tiles(height: int, width: int, tile_height: int, tile_width: int, *, overlap: float) -> list[list[Area]]:
     """Rows of overlapping tiles that cover a canvas; all have one size, so that they fit into one batch.
 
     overlap: the least share of a tile that it has in common with the next, 0 <= overlap < 1.
@@ -186,6 +186,7 @@ class Region:
         """(B or 1, height, width) in 0..1, the weight left aside."""
         if self.mask is not None:
             return painted(self.mask, height, width, self.feather)
+        assert self.box is not None, "a region has a box or a mask"
         area = self.box.area(height, width)
         if self.fall_off == "gaussian":
             return gaussian(area, height, width, BOX_VARIANCE)[None].float()
@@ -221,14 +222,14 @@ class TileShare:
     overlap: float = 0.5
 
     def placed(self, height: int, width: int) -> list[Placement]:
-        rows = tiles(height, width, self.tile_height, self.tile_width, self.overlap)
+        rows = tiles(height, width, self.tile_height, self.tile_width, overlap=self.overlap)
         if len(rows[0]) < self.count:
             raise ValueError(
                 f"a canvas {8 * width} pixels wide has {len(rows[0])} tiles of {8 * self.tile_width} in a row, too few for "
                 f"{self.count} parts: take a wider canvas, narrower tiles or more overlap"
             )
-        own = [area for row in rows for i, area in enumerate(row) if i * self.count // len(row) == self.part]
-        return [(area, gaussian(area, height, width, MOD_VARIANCE)[None].float()) for area in own]
+        areas = [area for row in rows for i, area in enumerate(row) if i * self.count // len(row) == self.part]
+        return [(area, gaussian(area, height, width, MOD_VARIANCE)[None].float()) for area in areas]
 
 
 def style_map(regions: Sequence[Region], height: int, width: int) -> Tensor:

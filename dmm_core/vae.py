@@ -264,4 +264,4 @@ def load_vae(sd: Mapping[str, Tensor], dtype: torch.dtype | None = torch.float32
     """
     sd = {k: v for k, v in sd.items() if not k.startswith(IGNORED_PREFIXES)}
     config = vae_config_from_state_dict(sd)
-    return load_strictly(lambda: AutoencoderKL(config), sd, "VAE", dtype)
+    return load_strictly(lambda: AutoencoderKL(config), sd, "VAE", dtype=dtype)

@@ -64,7 +64,7 @@ def read_weights(
     return tensors, metadata
 
 
-def _declared(header, key: str) -> Tensor:
+def _declared(header: safe_open, key: str) -> Tensor:
     """A tensor of the shape and dtype that a header declares, on the meta device."""
     entry = header.get_slice(key)
     shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
@@ -78,7 +78,7 @@ def _declared(header, key: str) -> Tensor:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[safe_open]:
     """For the header. What goes wrong with the file, here or while it is used, becomes an error that names it."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the .safetensors file itself")

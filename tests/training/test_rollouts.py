@@ -132,9 +132,9 @@ def test_states_lie_on_the_path_at_their_timestep(family):
     noise = torch.stack([states[0]["x_t"], states[len(grid)]["x_t"]]).float()  # at the top x_t is the noise itself
     assert 0.9 < noise.std() < 1.1
     seen = []
-    denoiser = cfg_denoiser(network, SCHEDULE, contexts[1:], contexts[:1], 3.0)
+    denoiser = cfg_denoiser(network, SCHEDULE, contexts[1:], contexts[:1], cfg=3.0)
     sigmas = torch.cat([SCHEDULE.sigmas[grid], torch.zeros(1)])
-    sample(denoiser, SCHEDULE, noise, sigmas, "dpmpp_2m", lambda i, denoised, x, steps: seen.append(x))
+    sample(denoiser, SCHEDULE, noise, sigmas, callback=lambda i, denoised, x, steps: seen.append(x))
     for state in states:
         x_t = seen[grid.index(int(state["t"]))][state["path"]] * SCHEDULE.alphas_cumprod[state["t"]].sqrt()
         torch.testing.assert_close(state["x_t"].float(), x_t, atol=1e-2, rtol=1e-2)  # float16 along the way
@@ -147,7 +147,7 @@ def test_the_recorder_guides_as_the_core_does(family):
     x, sigma = 3 * torch.randn(2, 4, 8, 8), SCHEDULE.sigmas[[500, 500]]
     keep = torch.tensor([[True, False]])
     recorder = Recorder(teacher, SCHEDULE, torch.tensor([1, 2]), (8, 8), 5.0, keep)
-    expected = cfg_denoiser(teacher.unet, SCHEDULE, contexts[1:], contexts[:1], 5.0)
+    expected = cfg_denoiser(teacher.unet, SCHEDULE, contexts[1:], contexts[:1], cfg=5.0)
     with torch.no_grad():
         torch.testing.assert_close(recorder(x, sigma), expected(x, sigma), atol=3e-2, rtol=1e-2)
     assert [state["path"] for state in recorder.kept] == [0] and int(recorder.kept[0]["t"]) == 500
@@ -162,7 +162,7 @@ def test_v_teachers_paint_what_their_prediction_means(family):
         Teacher("v", network, contexts, None, "v"), SCHEDULE, torch.tensor([1]), (8, 8), 2.0, torch.zeros(1, 1) > 0
     )
     x, sigma = torch.randn(1, 4, 8, 8), SCHEDULE.sigmas[[300]]
-    expected = cfg_denoiser(network, SCHEDULE, contexts[1:], contexts[:1], 2.0, prediction="v")
+    expected = cfg_denoiser(network, SCHEDULE, contexts[1:], contexts[:1], cfg=2.0, prediction="v")
     with torch.no_grad():
         torch.testing.assert_close(recorder(x, sigma), expected(x, sigma), atol=1e-2, rtol=1e-2)
 

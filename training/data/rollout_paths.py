@@ -143,7 +143,7 @@ class Recorder:
             state = {"x_t": x_t[row], "cond": cond[row].half(), "null": null[row].half(), "t": t[row]}
             self.kept.append({"path": row, **{name: value.cpu() for name, value in state.items()}})
         self.step += 1
-        return predicted_x0(null + self.cfg * (cond - null), x_t.float(), signal, noise, self.teacher.prediction)
+        return predicted_x0(null + self.cfg * (cond - null), x_t.float(), signal, noise, prediction=self.teacher.prediction)
 
 
 @torch.no_grad()
@@ -173,7 +173,7 @@ def paint_states(
     recorder = Recorder(teacher, schedule, torch.tensor(rows), shape[1:], settings.cfg, keep)
     device = next(teacher.unet.parameters()).device
     sigmas = torch.cat([schedule.sigmas[grid], torch.zeros(1)])
-    picture = sample(recorder, schedule, noise.to(device), sigmas.to(device), settings.sampler)
+    picture = sample(recorder, schedule, noise.to(device), sigmas.to(device), sampler=settings.sampler)
     if not torch.isfinite(picture).all():
         raise ValueError(
             f"'{owner.name}' paints NaN or infinite numbers: use precision fp32 or bf16, a lower cfg, or look at what it paints "

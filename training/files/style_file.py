@@ -125,6 +125,6 @@ def file_metadata(path: Path, checkpoint: Checkpoint) -> dict[str, str]:
         check_styles(styles, checkpoint.num_styles)
         config = unet_config_from_state_dict(checkpoint.unet)
         rest = {**checkpoint.metadata, **({ZERO_SNR: "true"} if checkpoint.zero_snr else {})}
-        return write_metadata(styles, checkpoint.recipe, checkpoint.prediction, rest, config, path.stem)
+        return write_metadata(styles, checkpoint.recipe, checkpoint.prediction, rest=rest, config=config, title=path.stem)
     except ValueError as error:
         raise ValueError(f"{path} was not saved: {error}") from error

@@ -235,7 +235,7 @@ def _one_step(step: Step, batch: int, student: UNet, teacher: UNet, adversary: A
         target, theirs = target if step.features else (target, [])
         target, theirs = target.float(), [torch.cat([block]) for block in theirs]  # the rows of all teachers: a copy
     with cast:
-        out = student(x_t, t, context, y, rows, features=step.features)
+        out = student(x_t, t, context, y, style=rows, features=step.features)
     out, ours = out if step.features else (out, [])
     loss = score_loss(out, target).mean()
     if step.features:

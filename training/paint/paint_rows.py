@@ -33,6 +33,7 @@ def paint_rows(
     (context, empty), (y, empty_y) = context.chunk(2), (None, None) if y is None else y.chunk(2)
     style = None if style is None else style.to(device)
     denoiser = cfg_denoiser(
-        unet, schedule, context, empty, cfg, style, y=y, uncond_y=empty_y, prediction=text.prediction
+        unet, schedule, context, empty, cfg=cfg, style=style, y=y, uncond_y=empty_y, prediction=text.prediction
     )
-    return sample(denoiser, schedule, noise, sigmas_for(schedule, steps, scheduler).to(device), sampler, callback)
+    sigmas = sigmas_for(schedule, steps, scheduler).to(device)
+    return sample(denoiser, schedule, noise, sigmas, sampler=sampler, callback=callback)

@@ -99,14 +99,15 @@ class Painter:
             schedule,
             context[:-1],
             context[-1:].expand(count, -1, -1),
-            settings.cfg,
+            cfg=settings.cfg,
             style=style if self.styles else None,
             y=None if y is None else y[:-1],
             uncond_y=None if y is None else y[-1:].expand(count, -1),
             prediction=self.prediction,
         )
         sigmas = sigmas_for(schedule, settings.steps, settings.scheduler)
-        return sample(denoiser, schedule, noise.to(self.device), sigmas.to(self.device), settings.sampler, callback)
+        noise, sigmas = noise.to(self.device), sigmas.to(self.device)
+        return sample(denoiser, schedule, noise, sigmas, sampler=settings.sampler, callback=callback)
 
     def _rows_at(self, style: Style, count: int) -> Callable[[Tensor], Tensor]:
         """Timesteps (B,), all equal -> the style rows at that moment."""
