@@ -117,7 +117,9 @@ class ForgetStyle(io.ComfyNode):
             return training_inputs.gather_forgetting(model, clip, forget, latents, captions, config, attack, say)
 
         def report(run, say) -> str:
-            return f"{comparison(run, say)}\n\n{run.last_word(training_inputs.interruptible(say))}".rstrip()
+            return (
+                f"{comparison(run, say)}\n\n{run.kind.final_report(run, training_inputs.interruptible(say))}".rstrip()
+            )
 
         return learn(gather, parts, one, cls.hidden.unique_id, report)
 

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from ..dmm_core.vae import latent_scale
-from ..training.loop.trainer import Distillation, Metrics
+from ..training.loop.metrics import Metrics
+from ..training.loop.trainer import Trainer
 from ..training.run.watch.pictures import Decoder
 from ..training.run.watch.progress import Progress
 
@@ -20,7 +21,7 @@ PAUSE_BETWEEN_TEXTS = 0.25
 
 
 class Screen:
-    def __init__(self, run: Distillation, progress: Progress, node_id):
+    def __init__(self, run: Trainer, progress: Progress, node_id):
         self.run, self.progress, self.node_id = run, progress, node_id
         self.bar = comfy.utils.ProgressBar(run.config.all_steps, node_id=node_id)
         self.spoke = 0.0
@@ -39,7 +40,7 @@ class Screen:
         self.bar.update_absolute(self.run.step, self.run.config.all_steps, ("JPEG", image, LARGEST))
 
 
-def host_decoder(run: Distillation, vae) -> Decoder:
+def host_decoder(run: Trainer, vae) -> Decoder:
     """Decodes one picture at a time: a training leaves little room on the device."""
     scale = latent_scale(run.base.unet.config)
 

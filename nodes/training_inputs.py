@@ -14,8 +14,8 @@ from ..dmm_core.checkpoint import Checkpoint
 from ..dmm_core.unet import UNet, load_unet
 from ..training.config import AttackConfig, TrainConfig, check_names
 from ..training.data.batches import CaptionedLatents
-from ..training.loop.forget import Forgetting, named
-from ..training.loop.trainer import Distillation
+from ..training.loop.forget import forgetting, named
+from ..training.loop.trainer import Trainer
 from ..training.memory.fitting import fitted
 from ..training.progress import Tick
 from ..training.teachers.teacher import Teacher, check_architectures, plain_unet, soup, styled_unet
@@ -28,9 +28,7 @@ Say = Callable[[str], None]
 
 
 @torch.no_grad()
-def gather(
-    base, clip, teachers: Sequence[TeacherInput], latents, captions, config: TrainConfig, say: Say
-) -> Distillation:
+def gather(base, clip, teachers: Sequence[TeacherInput], latents, captions, config: TrainConfig, say: Say) -> Trainer:
     """Everything a run needs, copied from the host's objects; call it outside of inference mode. say: is told the memory plan.
 
     Raises ValueError naming the input that does not fit.
@@ -39,33 +37,33 @@ def gather(
     foundation = frozen_base(base, clip, plain_unet(unet_weights(base, styles=True), "the base model"), data.prompts)
     frozen = frozen_teachers(teachers, foundation, clip, data.prompts)
     config, device = ready(config, foundation, len(frozen), data, say)
-    return Distillation(foundation, frozen, data, config, device)
+    return Trainer(foundation, frozen, data, config, device)
 
 
 @torch.no_grad()
 def gather_grown(
     model, clip, teachers: Sequence[TeacherInput], latents, captions, config: TrainConfig, say: Say
-) -> Distillation:
+) -> Trainer:
     """As ``gather``, for a DMM model whose styles stay and come first. Raises ValueError for a model without styles."""
     data = captioned_latents(model, latents, captions)
     foundation, old = frozen_styles(model, clip, data.prompts)
     new = frozen_teachers(teachers, foundation, clip, data.prompts)
     check_names([teacher.name for teacher in (*old, *new)])
     config, device = ready(config, foundation, len(new), data, say)
-    return Distillation(foundation, [*old, *new], data, config, device)
+    return Trainer(foundation, [*old, *new], data, config, device)
 
 
 @torch.no_grad()
 def gather_forgetting(
     model, clip, forget: Sequence[str], latents, captions, config: TrainConfig, attack: AttackConfig, say: Say
-) -> Forgetting:
+) -> Trainer:
     """As ``gather``, for a DMM model without the styles named in ``forget``. Raises ValueError for names that it does not have."""
     data = captioned_latents(model, latents, captions)
     foundation, old = frozen_styles(model, clip, data.prompts)
     for name in forget:
         named(old, name)
     config, device = ready(config, foundation, 1, data, say)
-    return Forgetting(foundation, old, forget, data, config, device, attack)
+    return forgetting(foundation, old, forget, data, config, device, attack=attack)
 
 
 def frozen_base(base, clip, unet: UNet, prompts: Sequence[str]) -> Teacher:
@@ -180,12 +178,12 @@ def text_states(model, clip, prompts: Sequence[str]) -> tuple[Tensor, Tensor | N
     return stacked.clone(), torch.stack(pooled).clone() if pooled else None
 
 
-def average_unet(run: Distillation) -> UNet:
+def average_unet(run: Trainer) -> UNet:
     """The soup of the teachers, a baseline for the report."""
     unet = UNet(run.base.unet.config)
     unet.load_state_dict(soup([teacher.unet.state_dict() for teacher in run.teachers]))
     return unet.to(run.device)
 
 
-def student_unet(run: Distillation) -> UNet:
+def student_unet(run: Trainer) -> UNet:
     return load_unet(run.student_weights()).to(run.device)

@@ -20,9 +20,10 @@ from comfy_api.latest import io, ui
 from ..dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ..training.config import TrainConfig, check_names
 from ..training.loop.eps_table import eps_errors, format_table
-from ..training.loop.trainer import Distillation
-from ..training.run.distill import student_checkpoint, train
+from ..training.loop.trainer import Trainer
 from ..training.run.state import identity
+from ..training.run.student_file import student_checkpoint
+from ..training.run.train import train
 from ..training.run.watch.controls import Controls, StopAndSave
 from ..training.run.watch.progress import Progress
 from ..training.run.watch.watch import Watch
@@ -94,11 +95,11 @@ def memory_given_back() -> Iterator[None]:
 
 
 def learn(
-    gather: Callable[[Say], Distillation],
+    gather: Callable[[Say], Trainer],
     parts: Checkpoint,
     one: Mapping[str, Any],
     node_id,
-    report: Callable[[Distillation, Say], str],
+    report: Callable[[Trainer, Say], str],
 ) -> io.NodeOutput:
     """A training node's work, from its inputs to its outputs: the student as a MODEL, and the losses.
 
@@ -125,12 +126,12 @@ def _learn(gather, parts, name, vae, preview_every, node_id, report) -> tuple[Pa
             saved += f", stopped after {run.step} of {run.config.all_steps} steps"
         return path, losses, f"{saved}\n\n{told(report, run, say)}"
     finally:
-        run.rack.close()
+        run.targets.pool.close()
         # Whatever still holds the run, as the functions in an error's frames do, holds nothing with it.
         vars(run).clear()
 
 
-def told(report: Callable[[Distillation, Say], str], run: Distillation, say: Say) -> str:
+def told(report: Callable[[Trainer, Say], str], run: Trainer, say: Say) -> str:
     """The report, or why there is none: the model is saved whatever happens here."""
     try:
         return report(run, say)
@@ -139,19 +140,19 @@ def told(report: Callable[[Distillation, Say], str], run: Distillation, say: Say
         return f"not compared with its teachers: {error}"
 
 
-def comparison(run: Distillation, say: Say | None = None) -> str:
+def comparison(run: Trainer, say: Say | None = None) -> str:
     """How near the student is to each teacher, as a table. Of a DMM model that went on, its styles are compared with what it painted
     before."""
     old = bool(run.base.unet.config.num_styles)
     average = None if old else training_inputs.average_unet(run)
     student = training_inputs.student_unet(run)
     teachers = run.teachers[: student.config.num_styles]
-    errors = eps_errors(teachers, run.base, average, student, run.data, rack=run.rack)
+    errors = eps_errors(teachers, run.base, average, student, run.data, rack=run.targets.pool)
     against = "each teacher, old styles against the model before" if old else "each teacher"
     return f"eps error against {against}\n{format_table(errors)}"
 
 
-def distil(run: Distillation, base, name: str, vae, preview_every: int, node_id) -> tuple[Path, list[float]]:
+def distil(run: Trainer, base, name: str, vae, preview_every: int, node_id) -> tuple[Path, list[float]]:
     """Train and save; returns the checkpoint's path and the losses of this call's steps.
 
     The files' names contain a hash of everything that determines the run: the same graph goes on where it stopped, a changed one
@@ -172,7 +173,7 @@ def distil(run: Distillation, base, name: str, vae, preview_every: int, node_id)
 
     controls = Controls(screen.show_pause)
 
-    def on_step(run: Distillation, metrics) -> None:
+    def on_step(run: Trainer, metrics) -> None:
         losses.append(metrics.loss)
         progress.update(metrics)
         screen.show_step(metrics)

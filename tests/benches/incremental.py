@@ -32,10 +32,10 @@ from ...training.data.demo.looks import BASE_LOOK, TEACHER_LOOKS
 from ...training.demo.tour import HELD_OUT_SEED
 from ...training.loop.codes import recover
 from ...training.loop.eps_table import eps_errors
-from ...training.loop.forget import Forgetting
-from ...training.loop.trainer import Distillation
-from ...training.run.distill import train
+from ...training.loop.forget import forgetting
+from ...training.loop.trainer import Trainer
 from ...training.run.load import load_run
+from ...training.run.train import train
 from ...training.teachers.teacher import Teacher
 from ...training.text import ClipText
 
@@ -77,7 +77,7 @@ class Bench:
     def joint(self, names) -> dict[str, Tensor]:
         teachers = [self.teachers[name] for name in names]
         return self.model(
-            "joint-" + "-".join(names), lambda: Distillation(self.base, teachers, self.data, self.settings(self.steps))
+            "joint-" + "-".join(names), lambda: Trainer(self.base, teachers, self.data, self.settings(self.steps))
         )
 
     def as_base(self, weights: dict[str, Tensor], names) -> tuple[Teacher, list[Teacher]]:
@@ -86,10 +86,10 @@ class Bench:
         return old, [old.as_style(i, StyleInfo(name)) for i, name in enumerate(names)]
 
     def add(self, before: dict[str, Tensor], names, new, label: str, **changes) -> dict[str, Tensor]:
-        def make() -> Distillation:
+        def make() -> Trainer:
             old, styles = self.as_base(before, names)
             config = self.settings(self.added * len(new), init="base", **{**ADDING, **changes})
-            return Distillation(old, [*styles, *(self.teachers[n] for n in new)], self.data, config)
+            return Trainer(old, [*styles, *(self.teachers[n] for n in new)], self.data, config)
 
         return self.model(f"{label}-{'-'.join(names)}+{'-'.join(new)}", make)
 
@@ -129,10 +129,10 @@ class Bench:
         for share in WARM:
             warm = round(share * self.added)
 
-            def make(warm=warm) -> Distillation:
+            def make(warm=warm) -> Trainer:
                 old, styles = self.as_base(four, FIRST)
                 config = self.settings(self.added - warm, init="base", warm_start=warm, **ADDING)
-                return Distillation(old, [*styles, self.teachers[new]], self.data, config)
+                return Trainer(old, [*styles, self.teachers[new]], self.data, config)
 
             errors = self.errors(self.model(f"warm-{share}", make), (*FIRST, new))
             old = statistics.mean(errors[name] for name in FIRST)
@@ -153,20 +153,20 @@ class Bench:
             ("trained against attacks", AttackConfig()),
         ):
 
-            def make(attack=attack) -> Forgetting:
+            def make(attack=attack) -> Trainer:
                 old, styles = self.as_base(seven, everyone)
                 config = self.settings(self.added, init="base", **ADDING)
-                return Forgetting(old, styles, [gone], self.data, config, CPU, attack)
+                return forgetting(old, styles, [gone], self.data, config, CPU, attack=attack)
 
             arms[label] = (self.model(f"forget-{gone}-{label.replace(' ', '-').replace(',', '')}", make), kept)
         arms["never learnt"] = (self.joint(kept), kept)
-        judge = Distillation(  # gives batches and the true teacher's answers
+        judge = Trainer(  # gives batches and the true teacher's answers
             self.base, [self.teachers[name] for name in everyone], self.data, self.settings(1)
         )
 
         def truth(batch):
             asked = dataclasses.replace(batch, teacher=torch.full_like(batch.teacher, place))
-            return judge.targets(asked, batch.x_t, batch.t, want_features=False)[0]
+            return judge.targets(asked, batch.x_t, batch.t).out
 
         table = {}
         for label, (weights, names) in arms.items():

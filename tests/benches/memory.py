@@ -19,7 +19,7 @@ import torch
 from ...dmm_core.unet import UNet, UNetConfig
 from ...training.config import TrainConfig
 from ...training.data.batches import CaptionedLatents
-from ...training.loop.trainer import Distillation
+from ...training.loop.trainer import Trainer
 from ...training.memory.footprint import CAPTION_TOKENS, DTYPES
 from ...training.memory.planner import GB, Plan, Want, plan
 from ...training.teachers.teacher import Teacher
@@ -65,7 +65,7 @@ def make_plan(preset: Preset) -> Plan:
     return plan(preset.config, (preset.side, preset.side), preset.teachers, preset.gb * GB, want)
 
 
-def random_run(preset: Preset, made: Plan) -> Distillation:
+def random_run(preset: Preset, made: Plan) -> Trainer:
     """The trainer with models of the real sizes that never learnt anything."""
     config, dtype = preset.config, DTYPES[made.precision]
     data = CaptionedLatents(torch.randn(16, 4, preset.side, preset.side), [f"caption {i}" for i in range(16)])
@@ -89,7 +89,7 @@ def random_run(preset: Preset, made: Plan) -> Distillation:
         lambda_adv=adversarial,
     )
     teachers = [model(f"teacher {i}") for i in range(preset.teachers)]
-    return Distillation(model("base"), teachers, data, settings, torch.device("cuda"))
+    return Trainer(model("base"), teachers, data, settings, torch.device("cuda"))
 
 
 def measure(preset: Preset, made: Plan) -> tuple[int, float]:
@@ -106,7 +106,7 @@ def measure(preset: Preset, made: Plan) -> tuple[int, float]:
         samples = made.micro_batch * made.accumulate
         return torch.cuda.max_memory_allocated(), samples * (STEPS - 1) / sum(seconds[1:])
     finally:
-        run.rack.close()
+        run.targets.pool.close()
         del run
         gc.collect()
         torch.cuda.empty_cache()

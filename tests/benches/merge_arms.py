@@ -14,16 +14,16 @@ from torch import Tensor
 from ...dmm_core.unet import load_unet
 from ...dmm_core.vae import load_vae
 from ...training.config import DataSpec, DistillConfig, load_config
-from ...training.data.batches import Draw
+from ...training.data.batches import Batch, Draw
 from ...training.data.demo.latents import captioned_latents
 from ...training.data.demo.looks import BASE_LOOK, TEACHER_LOOKS
 from ...training.demo.tour import HELD_OUT_SEED
 from ...training.evaluation.agreement import eps_of
 from ...training.loop.losses import score_loss
-from ...training.loop.trainer import Distillation
+from ...training.loop.trainer import Trainer
 from ...training.run.load import load_run
 from ...training.seeds import hash_seed
-from ...training.teachers.teacher import Teacher
+from ...training.teachers.teacher import Prediction, Teacher
 from ...training.text import ClipText
 from .demo_rollouts import build_demo_rollouts
 
@@ -66,18 +66,24 @@ RATES = {"plain": 2e-3, "Muon": 4e-3, "standard": 4e-3}
 """Learning rates as tuned (``--tune``); an arm without one has plain's. The discriminator's is the student's, as in the paper."""
 
 
-class Release(Distillation):
-    """The authors' released trainer drops captions separately for student and teacher: they may see different ones."""
+class ReleasedTargets:
+    """A run's ``targets`` as in the authors' released trainer, which drops captions separately for student and teacher: they may see
+    different ones."""
 
-    def targets(self, batch, x_t, t, want_features):
-        draw = Draw(self.config.seed, len(batch), self.num_styles, self.config.base_share, 0.0, self.schedule)
-        number = self.step * self.config.accumulate
-        whole = self.data.batch(number, draw)  # the same batch, no caption dropped
-        if not torch.equal(whole.x_t, batch.x_t):
+    def __init__(self, run: Trainer):
+        self.run, self.plain = run, run.targets
+        self.pool, self.prefetch = run.targets.pool, run.targets.prefetch
+
+    def __call__(self, batch: Batch, x_t: Tensor, t: Tensor, features: bool = False) -> Prediction:
+        c = self.run.config
+        draw = Draw(c.seed, len(batch), self.run.num_styles, c.base_share, 0.0, self.run.schedule)
+        number = self.run.step * c.accumulate
+        undropped = self.run.data.batch(number, draw)
+        if not torch.equal(undropped.x_t, batch.x_t):
             raise RuntimeError("the batch without dropout is another one")
-        g = torch.Generator().manual_seed(hash_seed(self.config.seed, "the teachers' own dropout", number))
-        drop = torch.rand(len(batch), generator=g) < self.config.caption_dropout
-        return super().targets(dataclasses.replace(batch, rows=torch.where(drop, 0, whole.rows)), x_t, t, want_features)
+        g = torch.Generator().manual_seed(hash_seed(c.seed, "the teachers' own dropout", number))
+        drop = torch.rand(len(batch), generator=g) < c.caption_dropout
+        return self.plain(dataclasses.replace(batch, rows=torch.where(drop, 0, undropped.rows)), x_t, t, features)
 
 
 def settings(arm: str, steps: int, seed: int, rate: float | None) -> DistillConfig:
@@ -100,7 +106,7 @@ class HeldOut:
     said: list[Tensor]
 
     @classmethod
-    def of(cls, run: Distillation, vae, text: ClipText, count: int) -> HeldOut:
+    def of(cls, run: Trainer, vae, text: ClipText, count: int) -> HeldOut:
         data = captioned_latents(vae, (BASE_LOOK, *TEACHER_LOOKS), count, HELD_OUT_SEED)
         g = torch.Generator().manual_seed(hash_seed(1, "bench merge"))
         t = ((torch.arange(count) + 0.5) * 1000 / count).long()[torch.randperm(count, generator=g)]
@@ -116,7 +122,7 @@ class HeldOut:
         teacher = dataclasses.replace(teacher, contexts=self.contexts)
         return eps_of(teacher, self.x_t, self.t, self.rows, device).cpu()
 
-    def answers(self, run: Distillation) -> list[Tensor]:
+    def answers(self, run: Trainer) -> list[Tensor]:
         """The averaged student's, by style, in float32 and with adapters folded in, as its file has them."""
         student = load_unet(run.student_weights(), copy=False).to(run.device)
         asked = Teacher("student", student, self.contexts)
@@ -154,10 +160,9 @@ def train_arm(
         clock.stop()
         config.data = DataSpec("cache", str(Path(made.name) / "cache"))
     loaded = load_run(config, device)
+    run = loaded.start()
     if arm == "release":
-        run = Release(loaded.base, loaded.teachers, loaded.data, loaded.config, device)
-    else:
-        run = loaded.start()
+        run.targets = ReleasedTargets(run)
     vae, text = load_vae(loaded.parts.vae), ClipText(loaded.parts.text)
     few, many = (HeldOut.of(run, vae, text, count) for count in (32, 128))
     names = [teacher.name for teacher in run.teachers]
@@ -178,7 +183,7 @@ def train_arm(
                 "contrast": many.contrast(answers, *(names.index(name) for name in TWINS)),
                 "seconds": clock.seconds,
             }
-    run.rack.close()
+    run.targets.pool.close()
     about = {
         "arm": arm,
         "seed": seed,

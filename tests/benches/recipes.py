@@ -31,8 +31,8 @@ from ...training.demo.judge import judge
 from ...training.demo.tour import HELD_OUT_SEED
 from ...training.loop.eps_table import eps_errors
 from ...training.paint.painter import Painter
-from ...training.run.distill import train
 from ...training.run.load import load_run
+from ...training.run.train import train
 from ...training.teachers.teacher import Teacher, soup
 from ...training.text import ClipText
 from .demo_rollouts import build_demo_rollouts

@@ -72,11 +72,15 @@ def test_rooms_of_training_import_towards_the_ground(room):
     may_use = {f"training.{name}" for name in TRAINING[: TRAINING.index(room) + 1]}
     for path in files:
         used = {place for place, _ in imports(path, depth=2) if place and place.startswith("training")}
-        assert used <= may_use, f"{path.relative_to(PACK)} imports from {', '.join(sorted(used - may_use))}, built after {room}"
+        assert used <= may_use, (
+            f"{path.relative_to(PACK)} imports from {', '.join(sorted(used - may_use))}, built after {room}"
+        )
 
 
 def test_every_room_of_training_is_in_the_table():
-    found = {path.stem for path in (PACK / "training").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    found = {
+        path.stem for path in (PACK / "training").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
     assert found == {"__init__", *TRAINING}
 
 

@@ -273,5 +273,5 @@ def check_teachers(files: list[Path], scale: float, patch=lambda model: model) -
             with torch.no_grad():
                 ours = teacher.unet.float()(call.x, call.t, context, y)
             torch.testing.assert_close(ours, call.out, rtol=0, atol=1e-4 * ours.abs().max().item())
-    run.rack.close()
+    run.targets.pool.close()
     return everyone

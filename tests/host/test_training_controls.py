@@ -184,7 +184,7 @@ def node(host, models, monkeypatch):
 
     def gathered(*inputs):
         run = gather(*inputs)
-        held = [run.student, run.optimizer, run.ema, run.rack, *(teacher.unet for teacher in run.teachers)]
+        held = [run.student.unet, run.optimizer, run.student.ema, run.targets.pool, *(teacher.unet for teacher in run.teachers)]
         alive.extend(weakref.ref(thing) for thing in held)
         return run
 
@@ -218,9 +218,9 @@ def node(host, models, monkeypatch):
 
 
 def at_step(monkeypatch, step, act):
-    from comfyui_dmm.training.loop.trainer import Distillation
+    from comfyui_dmm.training.loop.trainer import Trainer
 
-    whole = Distillation.train_step
+    whole = Trainer.train_step
 
     def train_step(run):
         metrics = whole(run)
@@ -228,7 +228,7 @@ def at_step(monkeypatch, step, act):
             act()
         return metrics
 
-    monkeypatch.setattr(Distillation, "train_step", train_step)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
 
 
 def fail():

@@ -4,7 +4,7 @@ import torch
 from comfyui_dmm.dmm_core.unet import UNet, UNetConfig
 from comfyui_dmm.training.config import TrainConfig
 from comfyui_dmm.training.data.batches import CaptionedLatents
-from comfyui_dmm.training.loop.trainer import Distillation
+from comfyui_dmm.training.loop.trainer import Trainer
 from comfyui_dmm.training.parallel.ranks import Ranks
 from comfyui_dmm.training.teachers.teacher import Teacher
 
@@ -33,7 +33,9 @@ def small_teacher(name: str, seed: int, data: CaptionedLatents, config=SMALL, pr
     return Teacher(name, UNet(config), torch.randn(prompts, 7, config.context_dim), pooled, prediction)
 
 
-def small_run(teachers=3, config=SMALL, data=None, prediction="eps", ranks=None, **settings) -> Distillation:
+def small_run(
+    teachers=3, config=SMALL, data=None, prediction="eps", ranks=None, base_prediction="eps", **settings
+) -> Trainer:
     data = data or small_data()
     defaults = {
         "steps": 6,
@@ -44,6 +46,6 @@ def small_run(teachers=3, config=SMALL, data=None, prediction="eps", ranks=None,
         "lambda_adv": 0.0,
         "validation": 8,
     }
-    base = small_teacher("base", 0, data, config)
+    base = small_teacher("base", 0, data, config, base_prediction)
     named = [small_teacher(f"teacher {i}", i, data, config, prediction) for i in range(1, teachers + 1)]
-    return Distillation(base, named, data, TrainConfig(**{**defaults, **settings}), ranks=ranks or Ranks())
+    return Trainer(base, named, data, TrainConfig(**{**defaults, **settings}), ranks=ranks or Ranks())

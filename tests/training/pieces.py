@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import torch
-from comfyui_dmm.training.run.distill import train
 from comfyui_dmm.training.run.synthesis import painted_by_teachers
+from comfyui_dmm.training.run.train import train
 from comfyui_dmm.training.run.validation import validation_error
 from comfyui_dmm.training.run.watch.controls import StopAndSave
 from comfyui_dmm.training.run.watch.watch import Watch
@@ -36,14 +36,14 @@ def first_gradients(ranks, **settings) -> dict[str, torch.Tensor]:
     seen = {}
 
     def look(optimizer, *_):
-        named = {**run.trained, **dict(run.adversary.head.named_parameters())}
+        named = {**run.student.trained, **dict(run.discriminator.head.named_parameters())}
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, p in named.items():
             if id(p) in mine:
                 grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
                 seen[name] = grad.detach().clone()
 
-    for optimizer in (run.optimizer, run.adversary.optimizer):
+    for optimizer in (run.optimizer, run.discriminator_optimizer):
         optimizer.register_step_pre_hook(look)
     run.train_step()
     return seen
@@ -144,7 +144,7 @@ def load_and_train(ranks, config: str) -> dict:
         loaded = load_run(load_config(config), torch.device("cpu"), ranks=ranks)
     run = loaded.start()
     losses = [run.train_step().loss for _ in range(3)]
-    return {"settled": sorted(run.rack._settled), "losses": losses, "identity": identity(run)}
+    return {"settled": sorted(run.targets.pool._settled), "losses": losses, "identity": identity(run)}
 
 
 def grow(ranks, forget: bool, **settings) -> dict:
@@ -153,8 +153,8 @@ def grow(ranks, forget: bool, **settings) -> dict:
 
     from comfyui_dmm.dmm_core.metadata import StyleInfo
     from comfyui_dmm.training.config import AttackConfig, TrainConfig
-    from comfyui_dmm.training.loop.forget import Forgetting
-    from comfyui_dmm.training.loop.trainer import Distillation
+    from comfyui_dmm.training.loop.forget import forgetting
+    from comfyui_dmm.training.loop.trainer import Trainer
 
     from .families import small_teacher
     from .test_grow import DATA, old_model
@@ -164,10 +164,10 @@ def grow(ranks, forget: bool, **settings) -> dict:
     styles = [old.as_style(i, StyleInfo(f"old {i}")) for i in range(3)]
     cpu = torch.device("cpu")
     if forget:
-        run = Forgetting(old, styles, ["old 1"], DATA, config, cpu, AttackConfig(2, 3, 2), ranks)
+        run = forgetting(old, styles, ["old 1"], DATA, config, cpu, attack=AttackConfig(2, 3, 2), ranks=ranks)
     else:
         config = dataclasses.replace(config, warm_start=3)
-        run = Distillation(old, [*styles, small_teacher("new", 10, DATA)], DATA, config, cpu, ranks=ranks)
+        run = Trainer(old, [*styles, small_teacher("new", 10, DATA)], DATA, config, cpu, ranks=ranks)
     losses = []
     train(run, None, Watch(lambda run, metrics: losses.append(metrics.loss)))
     return {"losses": losses, "raw": run.student_weights(False)}

@@ -10,9 +10,9 @@ import torch
 from comfyui_dmm.dmm_core.style import style_row
 from comfyui_dmm.dmm_core.unet import load_unet
 from comfyui_dmm.tests.benches.merge import at_seconds, row, samples_to, table
-from comfyui_dmm.tests.benches.merge_arms import ARMS, HeldOut, Release, settings
+from comfyui_dmm.tests.benches.merge_arms import ARMS, HeldOut, ReleasedTargets, settings
 from comfyui_dmm.training.config import TrainConfig
-from comfyui_dmm.training.loop.trainer import Distillation
+from comfyui_dmm.training.loop.trainer import Trainer
 
 from .families import small_data, small_teacher
 
@@ -69,16 +69,17 @@ def test_the_release_drops_captions_of_teachers_and_student_separately():
     data = small_data(24)
     teachers = [small_teacher(f"t{i}", i, data) for i in range(3)]
     config = TrainConfig(steps=2, batch_size=24, caption_dropout=0.5, lambda_adv=0, base_share=0.0)
-    run = Release(teachers[0], teachers[1:], data, config)
-    batch = run._batch(0)
+    run = Trainer(teachers[0], teachers[1:], data, config)
+    plain = run.targets
+    run.targets = ReleasedTargets(run)
+    batch = run.draws(0)
     before = batch.rows.clone()
-    theirs, _ = run.targets(batch, batch.x_t, batch.t, want_features=False)
-    shared, _ = Distillation.targets(run, batch, batch.x_t, batch.t, want_features=False)
+    theirs, shared = (targets(batch, batch.x_t, batch.t).out for targets in (run.targets, plain))
     assert torch.equal(batch.rows, before)  # what the student sees
     differ = (theirs - shared).abs().flatten(1).amax(1) > 1e-6
     assert 4 <= int(differ.sum()) <= 20  # of 24 rows half are expected to be dropped for one of the two only
     with pytest.raises(RuntimeError, match="another one"):
-        run.targets(dataclasses.replace(batch, x_t=batch.x_t + 1), batch.x_t, batch.t, want_features=False)
+        run.targets(dataclasses.replace(batch, x_t=batch.x_t + 1), batch.x_t, batch.t)
 
 
 def test_a_low_rank_student_is_asked_in_float32_and_trains_on():
@@ -88,7 +89,7 @@ def test_a_low_rank_student_is_asked_in_float32_and_trains_on():
     config = TrainConfig(
         steps=3, batch_size=8, trainable="lora", lora_rank=2, precision="bf16", ema_gamma=6.94, lr=1e-2, lambda_adv=0
     )
-    run = Distillation(teachers[0], teachers[1:], data, config)
+    run = Trainer(teachers[0], teachers[1:], data, config)
     run.train_step(), run.train_step()
     x_t, t, rows = data.buckets[0][torch.arange(4)], torch.tensor([10, 300, 600, 900]), torch.tensor([0, 1, 2, 1])
     answers = HeldOut(x_t, t, rows, teachers[0].contexts, []).answers(run)
@@ -98,7 +99,7 @@ def test_a_low_rank_student_is_asked_in_float32_and_trains_on():
             want = unet(x_t, t, teachers[0].contexts[rows], style=style_row(2, i).expand(4, -1))
             assert (answer - want).abs().max() <= 1e-6 * want.abs().max() and answer.dtype == torch.float32
     assert not torch.equal(*answers)
-    before = {name: p.clone() for name, p in run.trained.items()}
+    before = {name: p.clone() for name, p in run.student.trained.items()}
     run.train_step()
-    assert before and all(p.requires_grad for p in run.trained.values())
-    assert any(not torch.equal(p, before[name]) for name, p in run.trained.items())
+    assert before and all(p.requires_grad for p in run.student.trained.values())
+    assert any(not torch.equal(p, before[name]) for name, p in run.student.trained.items())

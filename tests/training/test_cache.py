@@ -254,7 +254,7 @@ def test_a_killed_process_leaves_what_the_next_one_needs(tmp_path, pictures, bas
         shutil.copy(path, folder)
     save_checkpoint(tmp_path / "base.safetensors", base)
     code = (
-        "import sys; from comfyui_dmm.training.dataset import cache; cache.SHARD_PICTURES = 1\n"
+        "import sys; from comfyui_dmm.training.data import cache; cache.SHARD_PICTURES = 1\n"
         "cache.build_image_cache(*sys.argv[1:], resolution=64)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, folder, pictures, tmp_path / "base.safetensors"])

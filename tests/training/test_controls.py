@@ -7,8 +7,8 @@ import time
 
 import pytest
 import torch
-from comfyui_dmm.training.run.distill import train
 from comfyui_dmm.training.run.state import states
+from comfyui_dmm.training.run.train import train
 from comfyui_dmm.training.run.watch.controls import ACTIONS, Controls, StopAndSave, signals
 from comfyui_dmm.training.run.watch.watch import Watch
 

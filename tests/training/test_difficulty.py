@@ -11,8 +11,8 @@ from comfyui_dmm.training.config import TrainConfig
 from comfyui_dmm.training.data.batches import CaptionedLatents, Draw
 from comfyui_dmm.training.data.difficulty import BINS, MEMORY, Difficulty
 from comfyui_dmm.training.loop.losses import timestep_weights
-from comfyui_dmm.training.run.distill import train
 from comfyui_dmm.training.run.state import identity, resume
+from comfyui_dmm.training.run.train import train
 from comfyui_dmm.training.run.watch.watch import Watch
 
 from .families import small_data, small_run
@@ -240,21 +240,20 @@ def adaptive(**settings):
 def test_the_objective_by_hand(correct):
     """p / q times (weighted score + feature + adversarial), or without p / q; the discriminator's gradient too: tolerance 1e-5."""
     run = adaptive(lambda_adv=0.1, lambda_feat=0.01, loss_weight="v", adaptive_correct=correct)
-    batch = run._batch(0)
+    batch = run.draws(0)
     losses = run.losses(batch, 0)
     p, total = batch.weight if correct else torch.ones(8), 0.0
     v = (1 + SCHEDULE.sigmas.double() ** 2).clamp(max=5)
-    styled = iter(losses.adversarial)
     for i in range(8):
         score = losses.score[i] * (v / v.mean())[batch.t[i]] + 0.01 * losses.feature[i]
-        total += p[i] * (score + (0.1 * next(styled) if batch.teacher[i] < 3 else 0)) / 8
+        total += p[i] * (score + 0.1 * losses.adversarial[i]) / 8
     assert p.std() > 0.1 or not correct
-    assert math.isclose(run._weighted(losses, batch).item(), total.item(), rel_tol=1e-5)
-    head = list(run.adversary.head.parameters())
+    assert math.isclose(run.objective.total(losses, batch, run.step).item(), total.item(), rel_tol=1e-5)
+    head = list(run.discriminator.head.parameters())
     p = p[batch.teacher < 3]
-    want = torch.autograd.grad((p * losses.discriminator).sum() / len(p), head)
+    want = torch.autograd.grad((p * losses.discriminator[losses.judged]).sum() / len(p), head)
     seen = []
-    run.adversary.optimizer.register_step_pre_hook(lambda *_: seen.extend(q.grad.clone() for q in head))
+    run.discriminator_optimizer.register_step_pre_hook(lambda *_: seen.extend(q.grad.clone() for q in head))
     metrics = run.train_step()
     for ours, theirs in zip(seen, want):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
@@ -266,7 +265,7 @@ def test_what_is_reported_and_noted():
     run = adaptive(loss_weight="x0", accumulate=2)
     twin = adaptive(loss_weight="x0", accumulate=2)
     # The second forward is drawn by the same chances: the table changes with the step.
-    parts = [(twin._batch(n), twin.losses(twin._batch(n))) for n in (0, 1)]
+    parts = [(twin.draws(n), twin.losses(twin.draws(n))) for n in (0, 1)]
     metrics = run.train_step()
     teacher = torch.cat([batch.teacher for batch, _ in parts])
     t = torch.cat([batch.t for batch, _ in parts])
@@ -286,8 +285,9 @@ def test_what_is_reported_and_noted():
     torch.testing.assert_close(run.difficulty.loss, twin.difficulty.loss, rtol=1e-5, atol=0)
     assert run.difficulty.rows.sum() == 4 * BINS * 5 + len(t)
     chances = twin.difficulty.chances()
-    twin.step, twin._drawn = 1, None
-    assert torch.equal(run._batch(2).t, twin._batch(2).t) and torch.equal(run._batch(2).weight, twin._batch(2).weight)
+    twin.step = 1
+    twin.draws.forget_ahead()
+    assert torch.equal(run.draws(2).t, twin.draws(2).t) and torch.equal(run.draws(2).weight, twin.draws(2).weight)
     assert not torch.equal(chances.cells, learnt(3).chances().cells)
 
 
@@ -324,7 +324,7 @@ def test_it_resumes_bitwise(tmp_path, settings, stop_at):
         assert without.difficulty.chances().cells.std() > 0
         without.load_difficulty(Difficulty(2, STEPS, 1.0, 0.25).state_dict())
         train(without, None)
-        assert not torch.equal(without.student.out[2].bias, straight.student.out[2].bias)
+        assert not torch.equal(without.student.unet.out[2].bias, straight.student.unet.out[2].bias)
     train(second, tmp_path)
     a, b = straight.student_weights(False), second.student_weights(False)
     assert second.step == 10 and all(torch.equal(a[k], b[k]) for k in a)
@@ -338,13 +338,13 @@ def test_what_was_drawn_ahead_is_drawn_anew_for_another_table():
     other.step = 1
     for one in (run, other):
         one.load_difficulty(learnt(3, seed=9).state_dict())
-    assert torch.equal(run._batch(1).t, other._batch(1).t)
+    assert torch.equal(run.draws(1).t, other.draws(1).t)
 
 
 def test_a_step_that_fails_leaves_the_table(tmp_path):
     run = adaptive()
     before = {k: v.clone() for k, v in run.difficulty.state_dict().items()}
-    run.student.out[2].weight.register_hook(lambda g: g * float("inf"))
+    run.student.unet.out[2].weight.register_hook(lambda g: g * float("inf"))
     with pytest.raises(ValueError, match="gradients are not finite"):
         run.train_step()
     assert all(torch.equal(v, before[k]) for k, v in run.difficulty.state_dict().items())
@@ -371,9 +371,9 @@ def test_growing_and_forgetting_keep_their_shares():
     settings = {"guard": 0.4, "sampling": "adaptive", "base_share": 0.0, "steps": 300}
     for run in (growing(2, **settings), forgetting(**settings)):
         run.load_difficulty(learnt(run.num_styles).state_dict())
-        drawn = [run._batch(number) for number in range(250)]
+        drawn = [run.draws(number) for number in range(250)]
         counts = torch.bincount(together(drawn, "teacher"), minlength=run.num_styles)
-        assert (counts - 2000 * torch.tensor(run.shares)).abs().max() < 8
+        assert (counts - 2000 * torch.tensor(run.draws.shares)).abs().max() < 8
         assert together(drawn, "t_weight").std() > 0.1
         assert torch.equal(together(drawn, "weight"), together(drawn, "t_weight"))
         assert math.isfinite(run.train_step().loss) and run.difficulty.rows.sum() == 5 * run.difficulty.rows.numel() + 8

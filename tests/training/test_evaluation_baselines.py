@@ -30,7 +30,7 @@ from comfyui_dmm.training.evaluation.merges import adapter_size, chain_shares, l
 from comfyui_dmm.training.evaluation.report import as_json, markdown, write
 from comfyui_dmm.training.evaluation.settings import SECOND_BATCH
 from comfyui_dmm.training.evaluation.studio import Member, Meter, Studio
-from comfyui_dmm.training.loop.student import new_student
+from comfyui_dmm.training.loop.new_student import new_student
 from comfyui_dmm.training.teachers.teacher import Teacher, soup
 
 from .families import SMALL, SMALL_XL

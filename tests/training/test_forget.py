@@ -10,8 +10,9 @@ from comfyui_dmm.dmm_core.unet import load_unet
 from comfyui_dmm.training.config import AttackConfig, TrainConfig
 from comfyui_dmm.training.data.batches import Draw
 from comfyui_dmm.training.loop.codes import Search, best_start, fit_codes, mean_errors, recover, with_more_codes
-from comfyui_dmm.training.loop.forget import Forgetting
-from comfyui_dmm.training.run.distill import train
+from comfyui_dmm.training.loop.forget import ask_old
+from comfyui_dmm.training.loop.forget import forgetting as forgetting_run
+from comfyui_dmm.training.run.train import train
 from comfyui_dmm.training.run.watch.watch import Watch
 
 from .families import small_run
@@ -21,7 +22,7 @@ OLD = old_model(seed=4)
 CPU = torch.device("cpu")
 
 
-def forgetting(names=("old 1",), attack=AttackConfig(2, 3, 2), **settings) -> Forgetting:
+def forgetting(names=("old 1",), attack=AttackConfig(2, 3, 2), **settings):
     old = dataclasses.replace(OLD, unet=load_unet(OLD.unet.state_dict()))
     styles = [old.as_style(i, StyleInfo(f"old {i}", licence="CC0")) for i in range(3)]
     defaults = {
@@ -33,16 +34,16 @@ def forgetting(names=("old 1",), attack=AttackConfig(2, 3, 2), **settings) -> Fo
         "lambda_adv": 0.0,
         "validation": 8,
     }
-    return Forgetting(old, styles, names, DATA, TrainConfig(**{**defaults, **settings}), CPU, attack)
+    return forgetting_run(old, styles, names, DATA, TrainConfig(**{**defaults, **settings}), CPU, attack=attack)
 
 
 def test_the_old_code_must_paint_as_without_a_style_and_the_others_as_before():
     run = forgetting()
-    assert [s.name for s in run.styles()] == ["old 0", "old 2"] and run.num_styles == 2 + 3
+    assert [s.name for s in run.kind.styles(run.teachers)] == ["old 0", "old 2"] and run.num_styles == 2 + 3
     old = OLD.unet.model_embedding.weight
-    assert torch.equal(run.student.model_embedding.weight[:3], old[[0, 2, 1]]), "what stays, then the code that goes"
+    assert torch.equal(run.student.unet.model_embedding.weight[:3], old[[0, 2, 1]]), "what stays, then the code that goes"
     batch = run.data.batch(0, Draw(1, 30, 5, 0.0, 0.0, run.schedule))
-    target, _ = run.targets(batch, batch.x_t, batch.t, False)
+    target = run.targets(batch, batch.x_t, batch.t).out
     context, _ = run.base.conditioning(batch.rows, (8, 8), CPU)
     for i, style in ((0, 0), (1, 2), (2, None), (3, None), (4, None)):
         mine = batch.teacher == i
@@ -52,25 +53,25 @@ def test_the_old_code_must_paint_as_without_a_style_and_the_others_as_before():
             rows[:, [style, -1]] = 1.0
         want = OLD.unet(batch.x_t[mine], batch.t[mine], context[mine], style=rows)
         torch.testing.assert_close(target[mine], want, atol=1e-5, rtol=1e-5)
-    assert run.shares == pytest.approx((0.25, 0.25, 0.5 / 3, 0.5 / 3, 0.5 / 3))
+    assert run.draws.shares == pytest.approx((0.25, 0.25, 0.5 / 3, 0.5 / 3, 0.5 / 3))
 
 
 def test_the_network_moves_and_not_the_hostile_codes():
     run = forgetting(attack=AttackConfig(100, 3, 2), weight_decay=0.1, lr=1e-2)
     run.train_step()
-    hostile = run.student.model_embedding.weight.detach()[2:].clone()
-    weights = run.student.out[2].weight.detach().clone()
+    hostile = run.student.unet.model_embedding.weight.detach()[2:].clone()
+    weights = run.student.unet.out[2].weight.detach().clone()
     run.train_step()
-    assert torch.equal(run.student.model_embedding.weight[2:], hostile)
-    assert not torch.equal(run.student.out[2].weight, weights)
+    assert torch.equal(run.student.unet.model_embedding.weight[2:], hostile)
+    assert not torch.equal(run.student.unet.out[2].weight, weights)
 
 
 def test_the_attack_searches_every_few_steps_and_one_code_begins_anew():
     run = forgetting(attack=AttackConfig(2, 3, 2), steps=4)
-    seen = [run.student.model_embedding.weight.detach()[2:].clone()]
+    seen = [run.student.unet.model_embedding.weight.detach()[2:].clone()]
     for _ in range(3):
         run.train_step()
-        seen.append(run.student.model_embedding.weight.detach()[2:].clone())
+        seen.append(run.student.unet.model_embedding.weight.detach()[2:].clone())
     moved = [(a - b).abs().amax(1) > 0 for a, b in zip(seen, seen[1:])]
     assert [m.tolist() for m in moved] == [[False, True, True], [False, False, False], [False, True, True]], (
         "steps 0 and 2"
@@ -93,8 +94,8 @@ def test_the_finished_student_has_none_of_the_hostile_codes():
 def test_a_search_brings_the_style_back_where_it_is():
     """In the old model itself: the code that is there is an upper bound on what a search should come near to."""
     run = forgetting()
-    one = run.forgotten[0]
-    search = Search(run, run.student, one.rows[1:], run._sample(one, 2))
+    one = run.kind.forgotten[0]
+    search = Search(run, run.student.unet, one.rows[1:], run.kind.sample(run, one, 2))
     start = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
     codes = fit_codes(search, start, 60)
     before, after = (mean_errors(search, c, range(500, 504)) for c in (start, codes))
@@ -109,13 +110,13 @@ def test_a_search_brings_the_style_back_where_it_is():
 def test_the_error_of_a_code_is_eq_9_of_its_own_samples():
     """Against the plain formula: emb + MLP(code), every sample by its own code."""
     run = forgetting()
-    one = run.forgotten[0]
-    sample = run._sample(one, 2)
-    search = Search(run, run.student, one.rows[1:], sample)
+    one = run.kind.forgotten[0]
+    sample = run.kind.sample(run, one, 2)
+    search = Search(run, run.student.unet, one.rows[1:], sample)
     codes = torch.randn(2, 256)
     batch, which, target = sample(7)
     got, _ = search.errors(codes, 7)
-    unet, (context, _) = run.student, run.base.conditioning(batch.rows, (8, 8), CPU)
+    unet, (context, _) = run.student.unet, run.base.conditioning(batch.rows, (8, 8), CPU)
     book = torch.nn.Embedding.from_pretrained(codes)
     rows = torch.nn.functional.one_hot(which, 3).float()
     rows[:, -1] = 1.0
@@ -128,10 +129,10 @@ def test_the_error_of_a_code_is_eq_9_of_its_own_samples():
 
 def test_recovery_compares_like_with_like():
     run = forgetting()
-    one = run.forgotten[0]
+    one = run.kind.forgotten[0]
 
     def truth(batch):
-        return run.ask_old(one.teacher, batch)
+        return ask_old(run, one.teacher, batch)
 
     found = recover(run, run.base.unet, truth, 40, tries=2, batches=2)
     assert found.error < 0.7 * min(found.start, found.untouched)
@@ -145,9 +146,9 @@ def test_training_against_attacks_leaves_less_to_find_than_deleting_the_code():
     run = forgetting(steps=40, batch_size=8, lr=2e-3, validation=0, attack=AttackConfig(8, 4, 2))
     train(run, None)
     student = load_unet(run.student_weights())
-    one = run.forgotten[0]
+    one = run.kind.forgotten[0]
     before, now = (
-        recover(run, unet, lambda b: run.ask_old(one.teacher, b), 40, 2, 2) for unet in (run.base.unet, student)
+        recover(run, unet, lambda b: ask_old(run, one.teacher, b), 40, 2, 2) for unet in (run.base.unet, student)
     )
     left = (now.untouched - now.error) / (before.untouched - before.error)
     assert left < 0.6, (before, now)
@@ -189,4 +190,5 @@ def test_refusals():
         forgetting([])
     with pytest.raises(ValueError, match="attack.codes is -1"):
         forgetting(attack=AttackConfig(codes=-1))
-    assert small_run(1).last_word() == "" and growing(1).last_word() == ""
+    for run in (small_run(1), growing(1)):
+        assert run.kind.final_report(run) == ""

@@ -15,9 +15,10 @@ from comfyui_dmm.training.config import TrainConfig
 from comfyui_dmm.training.data.batches import Draw
 from comfyui_dmm.training.loop.codes import warm_start
 from comfyui_dmm.training.loop.eps_table import eps_errors, format_table
-from comfyui_dmm.training.loop.trainer import Distillation
-from comfyui_dmm.training.run.distill import train
+from comfyui_dmm.training.loop.student import style_rows
+from comfyui_dmm.training.loop.trainer import Trainer
 from comfyui_dmm.training.run.state import identity
+from comfyui_dmm.training.run.train import train
 from comfyui_dmm.training.teachers.teacher import Teacher, plain_unet, styled_unet
 from comfyui_dmm.training.text import init_text
 
@@ -37,7 +38,7 @@ def old_model(config=SMALL, styles=3, seed=0) -> Teacher:
     return teacher
 
 
-def growing(new=1, config=SMALL, old=None, device=None, **settings) -> Distillation:
+def growing(new=1, config=SMALL, old=None, device=None, **settings) -> Trainer:
     old = old or old_model(config)
     styles = [
         old.as_style(i, StyleInfo(f"old {i}", description=f"about {i}")) for i in range(old.unet.config.num_styles)
@@ -52,13 +53,13 @@ def growing(new=1, config=SMALL, old=None, device=None, **settings) -> Distillat
         "lambda_adv": 0.0,
         "validation": 8,
     }
-    return Distillation(old, [*styles, *teachers], DATA, TrainConfig(**{**defaults, **settings}))
+    return Trainer(old, [*styles, *teachers], DATA, TrainConfig(**{**defaults, **settings}))
 
 
 @pytest.mark.parametrize("config", [SMALL, SMALL_XL])
 def test_the_student_starts_as_the_old_model_with_more_codes(config):
     run = growing(2, config)
-    old, new = run.base.unet, run.student
+    old, new = run.base.unet, run.student.unet
     assert new.config.num_styles == 5 and new.config.style_mlp == old.config.style_mlp
     theirs, ours = old.state_dict(), new.state_dict()
     for key, weight in theirs.items():
@@ -75,7 +76,7 @@ def test_old_styles_are_told_by_the_frozen_model_in_one_forward(monkeypatch):
     calls = []
     whole = UNet.forward
     monkeypatch.setattr(UNet, "forward", lambda unet, *a, **k: calls.append(unet) or whole(unet, *a, **k))
-    target, features = run.targets(batch, batch.x_t, batch.t, want_features=True)
+    target, features = run.targets(batch, batch.x_t, batch.t, features=True)
     assert [unet is run.base.unet for unet in calls] == [True, False]
     monkeypatch.undo()
     for row, i in enumerate(batch.teacher.tolist()):
@@ -90,17 +91,17 @@ def test_old_styles_are_told_by_the_frozen_model_in_one_forward(monkeypatch):
 
 def test_the_guard_is_the_old_styles_share_of_the_rows():
     run = growing(2, guard=0.4)
-    assert run.shares == pytest.approx((0.4 / 3,) * 3 + (0.3,) * 2)
-    draw = Draw(0, 16, 5, 0.0, 0.0, run.schedule, run.shares)
+    assert run.draws.shares == pytest.approx((0.4 / 3,) * 3 + (0.3,) * 2)
+    draw = Draw(0, 16, 5, 0.0, 0.0, run.schedule, run.draws.shares)
     turns = torch.cat([draw.turns(number) for number in range(500)])
     counts = torch.bincount(turns, minlength=5) / len(turns)
-    assert (counts - torch.tensor(run.shares)).abs().max() < 2e-3  # evenly at any length
+    assert (counts - torch.tensor(run.draws.shares)).abs().max() < 2e-3  # evenly at any length
     assert set(
         torch.cat(
-            [Draw(0, 16, 5, 0.0, 0.0, run.schedule, growing(2, guard=0.0).shares).turns(n) for n in range(9)]
+            [Draw(0, 16, 5, 0.0, 0.0, run.schedule, growing(2, guard=0.0).draws.shares).turns(n) for n in range(9)]
         ).tolist()
     ) == {3, 4}
-    assert small_run(2).shares is None
+    assert small_run(2).draws.shares is None
 
 
 def test_without_steps_nothing_of_the_old_model_is_lost():
@@ -131,18 +132,18 @@ def test_a_warm_start_finds_a_better_code_and_moves_nothing_else():
 
     def error() -> float:
         batch = run.data.batch(0, Draw(9, 24, 4, 0.0, 0.0, run.schedule, (0.0, 0.0, 0.0, 1.0)))
-        target, _ = run.targets(batch, batch.x_t, batch.t, False)
-        out, _ = run.predict(batch, batch.x_t, batch.t, False)
+        target = run.targets(batch, batch.x_t, batch.t).out
+        out = run.student.predict(batch.x_t, batch.t, batch.rows, style_rows(batch.teacher, run.num_styles)).out
         return (out - target).square().mean().item()
 
-    before, weights = error(), {k: v.clone() for k, v in run.student.state_dict().items()}
+    before, weights = error(), {k: v.clone() for k, v in run.student.unet.state_dict().items()}
     ticks = []
-    warm_start(run, lambda *tick: ticks.append(tick))
+    warm_start(run, run.kind.guarded, lambda *tick: ticks.append(tick))
     assert error() < before
-    after = run.student.state_dict()
+    after = run.student.unet.state_dict()
     assert [k for k in weights if not torch.equal(weights[k], after[k])] == ["model_embedding.weight"]
     assert torch.equal(weights["model_embedding.weight"][:3], after["model_embedding.weight"][:3])
-    assert all(p.grad is None for p in run.student.parameters()), "nothing gathers in the network's own gradients"
+    assert all(p.grad is None for p in run.student.unet.parameters()), "nothing gathers in the network's own gradients"
     assert ticks[-1][:2] == (40, 40) and new.name == "new 0"
 
 
@@ -171,7 +172,7 @@ def test_the_order_of_old_styles_is_part_of_the_runs_identity():
     old = old_model()
     swapped = [old.as_style(i, StyleInfo(f"old {j}")) for j, i in enumerate((1, 0, 2))]
     run = growing(1, old=old)
-    other = Distillation(old, [*swapped, run.teachers[3]], DATA, run.config)
+    other = Trainer(old, [*swapped, run.teachers[3]], DATA, run.config)
     one, two = identity(run), identity(other)
     assert {k for k in one if one[k] != two[k]} == {"teacher 'old 0'", "teacher 'old 1'"}
 
@@ -182,7 +183,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="'new 0' has context_dim"):
         old = old_model()
         wide = small_teacher("new 0", 1, DATA, dataclasses.replace(SMALL, context_dim=24))
-        Distillation(old, [old.as_style(0, StyleInfo("a")), wide], DATA, TrainConfig(lambda_adv=0.0))
+        Trainer(old, [old.as_style(0, StyleInfo("a")), wide], DATA, TrainConfig(lambda_adv=0.0))
     plain, styled = small_teacher("x", 0, DATA).unet.state_dict(), old_model().unet.state_dict()
     with pytest.raises(ValueError, match="the base model has no styles"):
         styled_unet(plain, "the base model")

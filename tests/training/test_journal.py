@@ -9,8 +9,8 @@ import types
 
 import numpy as np
 import pytest
-from comfyui_dmm.training.loop.trainer import Metrics
-from comfyui_dmm.training.run.distill import train
+from comfyui_dmm.training.loop.metrics import Metrics
+from comfyui_dmm.training.run.train import train
 from comfyui_dmm.training.run.watch import journal as module
 from comfyui_dmm.training.run.watch.journal import Journal, read_log
 from comfyui_dmm.training.run.watch.progress import Progress, duration

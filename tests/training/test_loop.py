@@ -12,7 +12,8 @@ from comfyui_dmm.training.data.batches import CaptionedLatents, Draw, epoch_batc
 from comfyui_dmm.training.loop.ema import PowerEMA, power_beta
 from comfyui_dmm.training.loop.eps_table import eps_errors, format_table
 from comfyui_dmm.training.loop.losses import feature_loss, score_loss
-from comfyui_dmm.training.loop.trainer import Distillation
+from comfyui_dmm.training.loop.optimizers import learning_rate
+from comfyui_dmm.training.loop.trainer import Trainer
 from comfyui_dmm.training.teachers.teacher import soup
 
 from .families import SMALL_XL, small_data, small_run, small_teacher
@@ -58,7 +59,7 @@ def test_losses_equal_a_recomputation_row_by_row(config, prediction):
         )
         if teacher.prediction == "v":
             target = a * target + b * x_t
-        out, features = run.student(
+        out, features = run.student.unet(
             x_t, batch.t[i : i + 1], run.base.contexts[row : row + 1], y=y(run.base), style=style, features=True
         )
         assert math.isclose(losses.score[i].item(), (out - target).square().mean().item(), rel_tol=1e-4, abs_tol=1e-6)
@@ -87,11 +88,11 @@ def test_a_batch_noises_pictures_and_drops_captions_as_it_says():
 def test_teachers_never_move_and_everything_of_the_student_does():
     run = small_run()
     before = [{k: v.clone() for k, v in t.unet.state_dict().items()} for t in (run.base, *run.teachers)]
-    start = {k: v.clone() for k, v in run.student.state_dict().items()}
+    start = {k: v.clone() for k, v in run.student.unet.state_dict().items()}
     list(run.run())
     for teacher, weights in zip((run.base, *run.teachers), before):
         assert all(torch.equal(weights[k], v) for k, v in teacher.unet.state_dict().items())
-    assert [k for k, v in run.student.state_dict().items() if torch.equal(v, start[k])] == []
+    assert [k for k, v in run.student.unet.state_dict().items() if torch.equal(v, start[k])] == []
 
 
 FIELDS = ("x_t", "t", "teacher", "rows")
@@ -126,7 +127,7 @@ def test_pictures_of_several_sizes():
     data = CaptionedLatents(buckets, [f"caption {i}" for i in range(14)])
     assert len(data) == 14 and data.shape == (4, 8, 16)
     run = small_run(data=data, steps=8)
-    sizes = {tuple(run._batch(n).x_t.shape[2:]) for n in range(8)}
+    sizes = {tuple(run.draws(n).x_t.shape[2:]) for n in range(8)}
     assert sizes == {(8, 8), (8, 16)}
     assert all(math.isfinite(m.loss) for m in run.run())
 
@@ -172,17 +173,17 @@ def test_accumulation_is_one_large_batch(accumulate):
     run, single = (small_run(accumulate=a, batch_size=4, grad_clip=0.0) for a in (accumulate, 1))
     want = None
     for number in range(accumulate):
-        single.student.zero_grad()
-        batch = single._batch(number)
-        single._weighted(single.losses(batch), batch).backward()
-        grads = [p.grad.clone() for p in single.trained.values()]
+        single.student.unet.zero_grad()
+        batch = single.draws(number)
+        single.objective.total(single.losses(batch), batch, 0).backward()
+        grads = [p.grad.clone() for p in single.student.trained.values()]
         want = grads if want is None else [a + b for a, b in zip(want, grads)]
     metrics = run.train_step()
-    for p, g in zip(run.trained.values(), want):
+    for p, g in zip(run.student.trained.values(), want):
         torch.testing.assert_close(p.grad, g / accumulate, atol=1e-6, rtol=1e-4)
     assert (
         sum(metrics.count.values()) == 4 * accumulate
-        and run._batch(accumulate).t.tolist() == single._batch(accumulate).t.tolist()
+        and run.draws(accumulate).t.tolist() == single.draws(accumulate).t.tolist()
     )
 
 
@@ -221,17 +222,17 @@ def test_an_average_updated_now_and_then_ends_where_the_decays_say():
 def test_averaged_weights_are_put_back():
     run = small_run()
     list(run.run())
-    raw = {k: v.clone() for k, v in run.student.state_dict().items()}
-    with run.averaged():
-        inside = run.student.state_dict()
-        assert all(torch.equal(inside[k], run.ema.average[k]) for k in inside)
-    assert all(torch.equal(v, raw[k]) for k, v in run.student.state_dict().items())
+    raw = {k: v.clone() for k, v in run.student.unet.state_dict().items()}
+    with run.student.averaged():
+        inside = run.student.unet.state_dict()
+        assert all(torch.equal(inside[k], run.student.ema.average[k]) for k in inside)
+    assert all(torch.equal(v, raw[k]) for k, v in run.student.unet.state_dict().items())
 
 
 @pytest.mark.parametrize("schedule, at_end", [("constant", 1.0), ("cosine", 0.0), ("linear", 0.0)])
 def test_learning_rate_schedules(schedule, at_end):
     run = small_run(steps=100, warmup=10, lr=2.0, lr_schedule=schedule)
-    rates = [run.learning_rate(s) for s in range(101)]
+    rates = [learning_rate(run.config, s) for s in range(101)]
     assert (
         math.isclose(rates[0], 0.2)
         and math.isclose(rates[10], 2.0)
@@ -244,7 +245,7 @@ def test_learning_rate_schedules(schedule, at_end):
 
 def test_the_final_stage_has_a_rate_of_its_own():
     run = small_run(steps=10, final_steps=5, lr=2.0, lr_schedule="cosine", final_lr=0.5)
-    assert run.learning_rate(10) == run.learning_rate(14) == 0.5 and run.learning_rate(9) < 0.1
+    assert learning_rate(run.config, 10) == learning_rate(run.config, 14) == 0.5 and learning_rate(run.config, 9) < 0.1
 
 
 def test_style_side_gets_its_own_rate():
@@ -260,7 +261,7 @@ def test_soup_is_the_mean_and_the_start():
     mean = soup([a, b])
     for key, value in mean.items():
         torch.testing.assert_close(value, (a[key] + b[key]) / 2)
-        torch.testing.assert_close(run.student.state_dict()[key], value)
+        torch.testing.assert_close(run.student.unet.state_dict()[key], value)
 
 
 def test_distillation_learns_each_style():
@@ -291,26 +292,24 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_teacher():
 def test_gradients_that_are_not_finite_stop_before_anything_changes():
     run = small_run(teachers=2)
     run.train_step()
-    before = {k: v.clone() for k, v in run.student.state_dict().items()}
-    run.student.out[2].weight.register_hook(lambda g: g * float("inf"))
+    before = {k: v.clone() for k, v in run.student.unet.state_dict().items()}
+    run.student.unet.out[2].weight.register_hook(lambda g: g * float("inf"))
     with pytest.raises(ValueError, match="gradients are not finite at step 2"):
         run.train_step()
-    assert run.step == 1 and all(torch.equal(v, before[k]) for k, v in run.student.state_dict().items())
+    assert run.step == 1 and all(torch.equal(v, before[k]) for k, v in run.student.unet.state_dict().items())
 
 
 def test_gradient_clipping_bounds_the_update():
     run = small_run(grad_clip=1e-3)
     run.train_step()
-    norm = torch.stack([p.grad.norm() for p in run.student.parameters()]).norm().item()
+    norm = torch.stack([p.grad.norm() for p in run.student.unet.parameters()]).norm().item()
     assert norm <= 1.001e-3
 
 
 def test_refusals():
     data = small_data()
     with pytest.raises(ValueError, match=r"'odd' has .*adm_channels 1560 instead of 0"):
-        Distillation(
-            small_teacher("base", 0, data), [small_teacher("odd", 1, data, SMALL_XL)], data, TrainConfig(steps=1)
-        )
+        Trainer(small_teacher("base", 0, data), [small_teacher("odd", 1, data, SMALL_XL)], data, TrainConfig(steps=1))
     with pytest.raises(ValueError, match="3 of 4 captions are empty"):
         CaptionedLatents(torch.zeros(4, 4, 8, 8), ["a", "", " ", ""])
     with pytest.raises(ValueError, match="2 captions for latents of 4 "):

@@ -67,9 +67,9 @@ def test_who_learns_how():
     assert is_matrix((8, 8)) and is_matrix((64, 4, 3, 3)) and not is_matrix((4, 64, 3, 3)) and not is_matrix((64,))
     run = small_run(optimizer="muon")
     kinds = {id(p): group["muon"] for group in run.optimizer.param_groups for p in group["params"]}
-    style = {id(p) for p in run.student.style_parameters()}
-    assert len(kinds) == len(run.trained)
-    for name, p in run.trained.items():
+    style = {id(p) for p in run.student.unet.style_parameters()}
+    assert len(kinds) == len(run.student.trained)
+    for name, p in run.student.trained.items():
         assert kinds[id(p)] == (is_matrix(p.shape) and id(p) not in style), name
     scales = {group["style"]: group["scale"] for group in run.optimizer.param_groups}
     assert scales == {False: 1.0, True: run.config.style_lr_scale}

@@ -10,7 +10,7 @@ from comfyui_dmm.dmm_core.sdxl import sdxl_vector
 from comfyui_dmm.dmm_core.style import style_row
 from comfyui_dmm.training.data.batches import CaptionedLatents
 from comfyui_dmm.training.paint.images import GAP, PAPER
-from comfyui_dmm.training.run.distill import train
+from comfyui_dmm.training.run.train import train
 from comfyui_dmm.training.run.watch import pictures as module
 from comfyui_dmm.training.run.watch.journal import Journal, read_log
 from comfyui_dmm.training.run.watch.pictures import CFG, SEED, Pictures, spread
@@ -49,7 +49,7 @@ def flat_data(count=12) -> CaptionedLatents:
 
 
 def raw(run) -> dict:
-    return {key: value.clone() for key, value in run.student.state_dict().items()}
+    return {key: value.clone() for key, value in run.student.unet.state_dict().items()}
 
 
 def same(one: dict, two: dict) -> bool:
@@ -91,9 +91,9 @@ def test_both_paint_the_same_captions_from_the_same_noise(family, prediction):
 
     for i, teacher in enumerate(run.teachers):
         torch.testing.assert_close(eye.seen[i], by_hand(teacher.unet, teacher))
-        with run.averaged():
-            torch.testing.assert_close(eye.seen[2 + i], by_hand(run.student, run.base, style_row(2, i)))
-        assert not torch.allclose(eye.seen[2 + i], by_hand(run.student, run.base, style_row(2, i))), "the raw weights"
+        with run.student.averaged():
+            torch.testing.assert_close(eye.seen[2 + i], by_hand(run.student.unet, run.base, style_row(2, i)))
+        assert not torch.allclose(eye.seen[2 + i], by_hand(run.student.unet, run.base, style_row(2, i))), "the raw weights"
         assert eye.seen[i].shape[1:] == run.data.shape
 
 
@@ -101,8 +101,8 @@ def test_rows_are_styles_and_columns_teacher_and_student():
     """A student that is its teacher paints what the teacher paints, whatever the style is called."""
     run = small_run(teachers=2, data=flat_data())
     with torch.no_grad():
-        run.student.style_mlp.linear_2.weight.zero_()
-        run.student.style_mlp.linear_2.bias.zero_()
+        run.student.unet.style_mlp.linear_2.weight.zero_()
+        run.student.unet.style_mlp.linear_2.bias.zero_()
     run.teachers[1].unet.load_state_dict(run.base.unet.state_dict())
     run.teachers[1].contexts = run.base.contexts
     sheet = np.asarray(Pictures(run, Eye()).paint())
@@ -146,7 +146,7 @@ def test_a_teachers_unet_is_asked_of_the_rack():
             asked.append(index)
             return run.teachers[index].unet
 
-    run.rack = Rack()
+    run.targets.pool = Rack()
     Pictures(run, Eye()).paint()
     assert asked == [0, 1]
 
@@ -194,16 +194,16 @@ def test_training_is_bitwise_the_same_with_and_without_pictures(tmp_path):
     runs = []
     for painted in (True, False):
         run = small_run(steps=3, teachers=2, batch_size=4)
-        run.student.train()
-        run.student.middle_block.eval()  # whatever its modes are
-        modes = [module.training for module in run.student.modules()]
+        run.student.unet.train()
+        run.student.unet.middle_block.eval()  # whatever its modes are
+        modes = [module.training for module in run.student.unet.modules()]
         torch.manual_seed(5)
         pictures = Pictures(run, noisy_decoder, tmp_path)
         if painted:
             pictures.paint()
         train(run, None, Watch(lambda run, metrics, p=pictures, painted=painted: p.paint() if painted else None))
-        assert [module.training for module in run.student.modules()] == modes
-        assert all(p.requires_grad for p in run.student.parameters())
+        assert [module.training for module in run.student.unet.modules()] == modes
+        assert all(p.requires_grad for p in run.student.unet.parameters())
         runs.append((run, torch.randn(4)))
     (one, after), (two, after_too) = runs
     assert torch.equal(after, after_too), "the global generator moved"

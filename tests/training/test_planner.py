@@ -65,7 +65,7 @@ def test_a_fake_step_takes_what_a_real_one_does(changes):
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"lambda_adv": 0.0}, {"accumulate": 2}])
 def test_the_estimate_is_that_of_the_real_loop(settings):
-    """A step of ``Distillation`` with a single teacher. Tolerance 15%: the loop also holds batches, noise and metrics."""
+    """A step of ``Trainer`` with a single teacher. Tolerance 15%: the loop also holds batches, noise and metrics."""
     run = small_run(1, MIDDLE, batch_size=6, base_share=0.0, ema_gamma=None, **settings)
     run.train_step()  # the optimisers make their state
     step = dataclasses.replace(
@@ -76,7 +76,7 @@ def test_the_estimate_is_that_of_the_real_loop(settings):
         adversarial=run.config.lambda_adv > 0,
         accumulating=run.config.accumulate > 1,
     )
-    for optimizer in filter(None, (run.optimizer, run.adversary and run.adversary.optimizer)):
+    for optimizer in filter(None, (run.optimizer, run.discriminator and run.discriminator_optimizer)):
         optimizer.zero_grad()  # the profiler does not see the end of what began before it
     gradients = sizes(step).trained + sizes(step).head // 4
     assert step_peak(step, 6) + gradients == pytest.approx(measured_peak(run.train_step), rel=0.15)

@@ -28,7 +28,7 @@ from comfyui_dmm.training.data.rollout_paths import (
 )
 from comfyui_dmm.training.data.rollouts import build_rollouts
 from comfyui_dmm.training.data.shards import MANIFEST
-from comfyui_dmm.training.loop.trainer import Distillation
+from comfyui_dmm.training.loop.trainer import Trainer
 from comfyui_dmm.training.teachers.teacher import Teacher
 from comfyui_dmm.training.text import ClipText, init_text
 from safetensors.torch import load_file
@@ -449,7 +449,7 @@ def test_a_student_trains_on_rollouts_without_asking_a_teacher(made, family, mon
 
     config = TrainConfig(steps=12, batch_size=8, lr=2e-3, lambda_feat=0.0, lambda_adv=0.0, device="cpu", seed=1)
     everyone = [teacher(name, checkpoint) for name, checkpoint in teachers.items()]
-    run = Distillation(teacher("base", base), everyone, data, config)
+    run = Trainer(teacher("base", base), everyone, data, config)
     for one in everyone:
         monkeypatch.setattr(one.unet, "forward", None)
     losses = [metrics.loss for metrics in run.run()]

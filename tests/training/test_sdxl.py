@@ -11,7 +11,7 @@ from comfyui_dmm.training.config import TrainConfig
 from comfyui_dmm.training.data.batches import CaptionedLatents
 from comfyui_dmm.training.data.demo.latents import demo_images, demo_latents
 from comfyui_dmm.training.data.demo.looks import BASE_LOOK, TEACHER_LOOKS
-from comfyui_dmm.training.loop.trainer import Distillation
+from comfyui_dmm.training.loop.trainer import Trainer
 from comfyui_dmm.training.paint.images import to_tensor
 from comfyui_dmm.training.teachers.teacher import check_text
 
@@ -31,11 +31,11 @@ def test_dropped_captions_lose_their_pooled_text_with_them():
     """Of student and teacher in the same rows: after one step with half of the captions dropped."""
     run = small_run(2, SMALL_XL, steps=1, batch_size=32, caption_dropout=0.5, base_share=0.2)
     student, taught = [], [[], [], []]
-    seen_by(run.student, student)
+    seen_by(run.student.unet, student)
     everyone = [*run.teachers, run.base]
     for teacher, calls in zip(everyone, taught):
         seen_by(teacher.unet, calls)
-    batch = run._batch(0)
+    batch = run.draws(0)
     run.train_step()
     dropped = batch.rows == 0
     assert 5 < dropped.sum() < 27
@@ -61,10 +61,10 @@ def test_every_bucket_brings_its_own_size():
     data = CaptionedLatents(buckets, [f"caption {i}" for i in range(16)])
     run = small_run(2, SMALL_XL, data, steps=4, batch_size=8)
     calls = []
-    seen_by(run.student, calls)
+    seen_by(run.student.unet, calls)
     said = set()
     for metrics in run.run():
-        height, width = run._batch(metrics.step - 1).x_t.shape[2:]
+        height, width = run.draws(metrics.step - 1).x_t.shape[2:]
         expected = timestep_embedding(torch.tensor([8 * height, 8 * width, 0, 0, 8 * height, 8 * width]), 256).flatten()
         _, y, _ = calls[-1]
         torch.testing.assert_close(y[:, -SIZES:], expected.expand(len(y), -1))
@@ -78,9 +78,9 @@ def test_mixed_predictions_meet_in_the_students():
     base, eps, v = (
         small_teacher(name, 0, data, SMALL_XL, kind) for name, kind in (("base", "v"), ("a", "eps"), ("b", "v"))
     )
-    run = Distillation(base, [eps, v], data, TrainConfig(steps=1, batch_size=16, lambda_adv=0.0, ema_gamma=None))
-    batch = run._batch(0)
-    target, _ = run.targets(batch, batch.x_t, batch.t, False)
+    run = Trainer(base, [eps, v], data, TrainConfig(steps=1, batch_size=16, lambda_adv=0.0, ema_gamma=None))
+    batch = run.draws(0)
+    target = run.targets(batch, batch.x_t, batch.t).out
     alpha = run.schedule.alphas_cumprod[batch.t].sqrt()[:, None, None, None]
     sigma = (1 - alpha**2).sqrt()
     for i, teacher in enumerate((eps, v)):
@@ -99,12 +99,12 @@ def test_eps_teachers_say_nothing_of_pure_noise():
     data = small_data()
     base, ink = (small_teacher(name, 0, data, SMALL_XL, kind) for name, kind in (("base", "v"), ("ink", "eps")))
     config = TrainConfig(steps=1, lambda_adv=0.0)
-    Distillation(base, [ink], data, config)
+    Trainer(base, [ink], data, config)
     base.zero_snr = ink.zero_snr = True
     with pytest.raises(ValueError, match="eps-prediction teachers for a v-prediction base .*: ink"):
-        Distillation(base, [ink], data, config)
+        Trainer(base, [ink], data, config)
     ink.prediction, base.prediction = "v", "eps"  # eps = alpha v + sigma x_t
-    Distillation(base, [ink], data, config)
+    Trainer(base, [ink], data, config)
 
 
 REFINER = dataclasses.replace(SMALL_XL, adm_channels=SMALL_XL.adm_channels - 256)
@@ -130,7 +130,7 @@ def test_a_text_encoder_of_another_kind_is_refused(config, text, message):
         check_text([base, ink, odd])
     if config is not REFINER:
         with pytest.raises(ValueError, match=f"'odd'.*{message}"):
-            Distillation(base, [ink, odd], data, TrainConfig(steps=1, lambda_adv=0.0))
+            Trainer(base, [ink, odd], data, TrainConfig(steps=1, lambda_adv=0.0))
 
 
 def test_demo_scenes_have_the_scale_of_their_model():

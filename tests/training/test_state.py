@@ -9,9 +9,9 @@ import time
 
 import pytest
 import torch
-from comfyui_dmm.training.loop.trainer import Distillation
-from comfyui_dmm.training.run.distill import train
+from comfyui_dmm.training.loop.trainer import Trainer
 from comfyui_dmm.training.run.state import BEST, best_error, fork, identity, read_state, resume, save_state, states
+from comfyui_dmm.training.run.train import train
 from comfyui_dmm.training.run.validation import validation_error
 from comfyui_dmm.training.run.watch.watch import Watch
 from safetensors.torch import load_file
@@ -80,7 +80,7 @@ def test_a_changed_teacher_is_refused(tmp_path):
     train(small_run(), tmp_path)
     run = small_run()
     other = small_teacher("teacher 2", 99, run.data)
-    run = Distillation(run.base, [run.teachers[0], other, run.teachers[2]], run.data, run.config)
+    run = Trainer(run.base, [run.teachers[0], other, run.teachers[2]], run.data, run.config)
     with pytest.raises(ValueError, match="something else: teacher 'teacher 2'"):
         train(run, tmp_path)
 
@@ -108,10 +108,10 @@ def test_a_state_holds_what_the_next_step_needs(tmp_path, settings):
     if "optimizer" in settings:
         kinds["optimizer"] = ()  # a matrix has other moments than a vector: only their presence is asked below
         assert any("exp_avg_sq_row" in k for k in tensors)
-    want = {f"{part}.{n}" for part in ("student", "ema") for n in run.trained}
-    want |= {f"optimizer.{n}|{kind}" for n in run.trained for kind in kinds["optimizer"]}
-    if run.adversary:
-        head = dict(run.adversary.head.named_parameters())
+    want = {f"{part}.{n}" for part in ("student", "ema") for n in run.student.trained}
+    want |= {f"optimizer.{n}|{kind}" for n in run.student.trained for kind in kinds["optimizer"]}
+    if run.discriminator:
+        head = dict(run.discriminator.head.named_parameters())
         want |= {f"head.{n}" for n in head} | {f"head_optimizer.{n}|{k}" for n in head for k in kinds["optimizer"]}
     if "optimizer" in settings:
         tensors = {k: v for k, v in tensors.items() if not k.startswith("optimizer.")}

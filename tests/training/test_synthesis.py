@@ -5,9 +5,9 @@ import torch
 from comfyui_dmm.dmm_core.sampling import host_noise
 from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.training.data.batches import Draw
-from comfyui_dmm.training.run.distill import train
 from comfyui_dmm.training.run.state import states
 from comfyui_dmm.training.run.synthesis import caption_rows, paint, painted_by_teachers
+from comfyui_dmm.training.run.train import train
 from comfyui_dmm.training.run.watch.watch import Watch
 from comfyui_dmm.training.seeds import hash_seed
 
@@ -96,7 +96,7 @@ def test_the_last_steps_train_on_what_each_teacher_painted(tmp_path):
     steps, parts = [], []
     train(run, tmp_path, Watch(lambda run, m: steps.append((m.step, m.steps)), on_paint=lambda *a: parts.append(a[:2])))
     assert steps == [(i, 5) for i in range(1, 6)] and parts == [(i, 6) for i in range(1, 7)]
-    assert len(run.final_data) == 20 and states(tmp_path)[-1].name == "state-00000005.safetensors"
-    batch = run._batch(2)
-    want = run.final_data.batch(0, Draw(hash_seed(run.config.seed, "final stage"), 4, 2, 0.05, 0.1, run.schedule))
+    assert len(run.draws.final_data) == 20 and states(tmp_path)[-1].name == "state-00000005.safetensors"
+    batch = run.draws(2)
+    want = run.draws.final_data.batch(0, Draw(hash_seed(run.config.seed, "final stage"), 4, 2, 0.05, 0.1, run.schedule))
     assert torch.equal(batch.x_t, want.x_t)

@@ -14,12 +14,12 @@ def test_it_is_the_mean_error_of_the_averaged_student(prediction):
     """Recomputed batch by batch with the average's weights: tolerance 1e-5; the raw weights are back afterwards."""
     run = small_run(validation=20, batch_size=8, lr=5e-3, prediction=prediction)
     list(run.run())
-    before = {k: v.clone() for k, v in run.student.state_dict().items()}
+    before = {k: v.clone() for k, v in run.student.unet.state_dict().items()}
     ours = validation_error(run)
-    assert all(torch.equal(v, before[k]) for k, v in run.student.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in run.student.unet.state_dict().items())
     assert validation_error(run) == ours
     seed, errors = hash_seed(run.config.seed, "validation"), []
-    with run.averaged(), torch.no_grad():
+    with run.student.averaged(), torch.no_grad():
         for number in range(3):
             batch = run.data.batch(number, Draw(seed, 8, 3, 0.0, 0.0, run.schedule))
             for i in range(8):
@@ -27,7 +27,7 @@ def test_it_is_the_mean_error_of_the_averaged_student(prediction):
                 style = torch.zeros(1, 4)
                 style[0, [who, 3]] = 1.0
                 x_t, t = batch.x_t[i : i + 1], batch.t[i : i + 1]
-                out = run.student(x_t, t, run.base.contexts[row], style=style)
+                out = run.student.unet(x_t, t, run.base.contexts[row], style=style)
                 target = run.teachers[who].unet(x_t, t, run.teachers[who].contexts[row])
                 if prediction == "v":
                     target = run.schedule.to_eps(target, x_t, t, "v")

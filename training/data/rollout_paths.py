@@ -122,13 +122,9 @@ class Recorder:
     keep: (steps, B) bool, which row is kept at which step. kept: what was, as dicts of tensors of one row each.
     """
 
-    def __init__(
-        self, teacher: Teacher, schedule: NoiseSchedule, rows: Tensor, size: tuple[int, int], cfg: float, keep: Tensor
-    ):
-        device, self.dtype = next(teacher.unet.parameters()).device, next(teacher.unet.parameters()).dtype
+    def __init__(self, teacher: Teacher, schedule: NoiseSchedule, rows: Tensor, cfg: float, keep: Tensor):
         self.teacher, self.schedule, self.cfg, self.keep = teacher, schedule, cfg, keep
-        # One lookup, so that captions and the empty prompt come in one length: (2B, L, d)
-        self.context, self.y = teacher.conditioning(torch.cat([rows, torch.zeros_like(rows)]), size, device)
+        self.rows = torch.cat([rows, torch.zeros_like(rows)])  # (2B,): the captions and, for guidance, the empty prompt
         self.step = 0
         self.kept: list[dict[str, Any]] = []
 
@@ -136,9 +132,7 @@ class Recorder:
         t = self.schedule.t_from_sigma(sigma)
         signal, noise = self.schedule.coefficients(t, x)
         x_t = (signal * x).half()
-        y = None if self.y is None else self.y.to(self.dtype)
-        out = self.teacher.unet(x_t.repeat(2, 1, 1, 1).to(self.dtype), t.repeat(2), self.context.to(self.dtype), y=y)
-        cond, null = out.float().chunk(2)
+        cond, null = self.teacher.predict(x_t.repeat(2, 1, 1, 1), t.repeat(2), self.rows).out.chunk(2)
         for row in self.keep[self.step].nonzero()[:, 0].tolist():
             state = {"x_t": x_t[row], "cond": cond[row].half(), "null": null[row].half(), "t": t[row]}
             self.kept.append({"path": row, **{name: value.cpu() for name, value in state.items()}})
@@ -170,7 +164,7 @@ def paint_states(
         g = path_generator(settings.seed, "path", owner.key, path)
         noise[i] = torch.randn(shape, generator=g)
         keep[torch.randperm(len(grid), generator=g)[: settings.states], i] = True
-    recorder = Recorder(teacher, schedule, torch.tensor(rows), shape[1:], settings.cfg, keep)
+    recorder = Recorder(teacher, schedule, torch.tensor(rows), settings.cfg, keep)
     device = next(teacher.unet.parameters()).device
     sigmas = torch.cat([schedule.sigmas[grid], torch.zeros(1)])
     picture = sample(recorder, schedule, noise.to(device), sigmas.to(device), sampler=settings.sampler)

@@ -134,11 +134,8 @@ def noised(studio: Studio, latents: Tensor, zero_snr: bool) -> Noised:
 @torch.no_grad()
 def eps_of(teacher: Teacher, x_t: Tensor, t: Tensor, rows: Tensor, device: torch.device) -> Tensor:
     """What a model takes for the noise in x_t (B, C, h, w) -> (B, C, h, w) float32 on its device."""
-    x_t, t, kind = x_t.to(device), t.to(device), teacher.unet.dtype
-    context, y = teacher.conditioning(rows, x_t.shape[2:], device)
-    row = teacher.style_row
-    style = None if row is None else row.expand(len(t), -1).to(device)
-    out = teacher.unet(x_t.to(kind), t, context.to(kind), y=None if y is None else y.to(kind), style=style).float()
+    x_t, t = x_t.to(device), t.to(device)
+    out = teacher.predict(x_t, t, rows).out
     return NoiseSchedule(teacher.zero_snr).to_eps(out, x_t, t, teacher.prediction)
 
 

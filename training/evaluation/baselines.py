@@ -17,7 +17,7 @@ from ...dmm_core.unet import UNet, UNetConfig, load_unet
 from ..config import TrainConfig
 from ..files.hashing import text_hash
 from ..loop.losses import score_loss
-from ..loop.student import new_student
+from ..loop.new_student import new_student
 from ..teachers.teacher import Teacher, without_styles
 from .agreement import noised, predictions
 from .merges import adapter_size, chain_shares, is_full, low_rank, soup_shares, task_vector_shares, weighted_sum

@@ -92,8 +92,7 @@ def identify(
 
     batch: rows of one forward. tick: called with their number after each; what it raises passes through.
     """
-    unet, device = student.unet, next(student.unet.parameters()).device
-    count = unet.config.num_styles
+    count = student.unet.config.num_styles
     if len(styles) != count:
         raise ValueError(f"{len(styles)} names for a model with {count} styles")
     names = [*styles, NO_STYLE] if with_none else list(styles)
@@ -106,10 +105,9 @@ def identify(
     asked = [(k, i) for k in range(draws) for i in range(len(names))]  # all that one picture is asked
     errors = torch.empty(len(latents), draws, len(names))
     for picture, (x0, row) in enumerate(zip(latents.float(), rows)):
-        context, y = student.conditioning(row[None], latents.shape[2:], device)
         for start in range(0, len(asked), batch):
             k, i = torch.tensor(asked[start : start + batch]).T
-            error = _errors(student, schedule, x0.expand(len(k), -1, -1, -1), t[k], eps[k], context, y, candidates[i])
+            error = _errors(student, schedule, x0.expand(len(k), -1, -1, -1), t[k], eps[k], row, candidates[i])
             errors[picture, k, i] = error.cpu()
             if tick:
                 tick(len(k))
@@ -117,22 +115,13 @@ def identify(
 
 
 def _errors(
-    student: Teacher,
-    schedule: NoiseSchedule,
-    x0: Tensor,
-    t: Tensor,
-    eps: Tensor,
-    context: Tensor,
-    y: Tensor | None,
-    style: Tensor,
+    student: Teacher, schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor, row: Tensor, style: Tensor
 ) -> Tensor:
-    """Mean squared error in eps (B,), on the device; context and y are of one picture."""
-    unet, count = student.unet, len(t)
-    device, kind = context.device, unet.dtype
+    """Mean squared error in eps (B,), on the model's device; row: the caption of all, one number."""
+    device = next(student.unet.parameters()).device
     x_t, t, eps = (v.to(device) for v in (schedule.add_noise(x0, eps, t), t, eps))
-    y = None if y is None else y.to(kind).expand(count, -1)
-    out = unet(x_t.to(kind), t, context.to(kind).expand(count, -1, -1), y=y, style=style.to(device))
-    return score_loss(schedule.to_eps(out.float(), x_t, t, student.prediction), eps)
+    out = student.predict(x_t, t, row.expand(len(t)), style).out
+    return score_loss(schedule.to_eps(out, x_t, t, student.prediction), eps)
 
 
 def judged_size(config: UNetConfig, prediction: str, size: tuple[int, int]) -> tuple[int, int]:

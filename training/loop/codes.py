@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ from ..data.batches import Batch, Draw
 from ..progress import Tick
 from ..seeds import hash_seed
 from .losses import score_loss
-from .trainer import Distillation
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 REMEMBERED = 8
 """Batches with their targets."""
@@ -34,7 +37,7 @@ class Search:
     """What a search for codes asks: ``unet``'s rows ``rows``, of which (B,) ``which`` each sample of a batch uses, should predict
     ``target`` (B, C, h, w) on the samples of the batch. ``run`` gives captions, schedule and precision."""
 
-    run: Distillation
+    run: Trainer
     unet: UNet
     rows: Sequence[int]
     sample: Callable[[int], tuple[Batch, Tensor, Tensor]]
@@ -102,12 +105,12 @@ def best_start(search: Search, candidates: Tensor, number: int = 0) -> Tensor:
     return candidates[torch.stack(errors).argmin(0)]
 
 
-def warm_start(run: Distillation, tick: Tick | None = None) -> None:
-    """Give every new style of a growing model the code that explains its teacher best while all else is frozen (in place).
+def warm_start(run: Trainer, known: Sequence[int], tick: Tick | None = None) -> None:
+    """Give every new style of a growing model the code that explains its teacher best while all else is frozen (in place). known: the
+    teacher indices of the styles that it has already.
 
     It begins at the nearest of: the known codes, their mean, the random code that is there. ``config.warm_start`` steps.
     """
-    known = set(run.guarded)
     new = [i for i in range(run.num_styles) if i not in known]
     c, device = run.config, run.device
     shares = tuple(0.0 if i in known else 1 / len(new) for i in range(run.num_styles))
@@ -118,18 +121,18 @@ def warm_start(run: Distillation, tick: Tick | None = None) -> None:
 
     def sample(number: int) -> tuple[Batch, Tensor, Tensor]:
         batch = run.data.batch(number, draw)
-        target, _ = run.targets(batch, batch.x_t.to(device), batch.t.to(device), want_features=False)
-        return batch, torch.tensor([place[i] for i in batch.teacher.tolist()]), target
+        target = run.targets(batch, batch.x_t.to(device), batch.t.to(device))
+        return batch, torch.tensor([place[i] for i in batch.teacher.tolist()]), target.out
 
-    search = Search(run, run.student, new, sample)
-    book = run.student.model_embedding.weight.detach().float()
-    candidates = torch.cat([book[sorted(known)], book[sorted(known)].mean(0, keepdim=True), book[new]])
+    search = Search(run, run.student.unet, new, sample)
+    book = run.student.unet.model_embedding.weight.detach().float()
+    candidates = torch.cat([book[list(known)], book[list(known)].mean(0, keepdim=True), book[new]])
     start = best_start(search, candidates)
     what = "looking for the new styles' codes"
     codes = fit_codes(search, start, c.warm_start, tick=tick and (lambda done: tick(done, c.warm_start, what)))
     with torch.no_grad():
-        run.student.model_embedding.weight[new] = codes.to(run.student.model_embedding.weight)
-    run.ranks.align(run.student.model_embedding.weight.detach())
+        run.student.unet.model_embedding.weight[new] = codes.to(run.student.unet.model_embedding.weight)
+    run.ranks.align(run.student.unet.model_embedding.weight.detach())
 
 
 @dataclass
@@ -143,7 +146,7 @@ class Recovery:
 
 
 def recover(
-    run: Distillation,
+    run: Trainer,
     unet: UNet,
     truth: Callable[[Batch], Tensor],
     steps: int,

@@ -60,13 +60,8 @@ def eps_errors(
     t = t.to(device)
 
     def predict(unet: UNet, text: Teacher, style: int | None = None) -> Tensor:
-        row = None if style is None else style_row(len(teachers), style).expand(count, -1).to(device)
-        if row is None and unet.config.num_styles:  # a DMM model as a teacher
-            row = text.style_row.expand(count, -1).to(device)
-        context, y = text.conditioning(rows, x_t.shape[2:], device)
-        kind = unet.dtype
-        context, y = context.to(kind), None if y is None else y.to(kind)
-        return unet(x_t.to(kind), t, context, y=y, style=row)
+        row = None if style is None else style_row(len(teachers), style)
+        return text.predict(x_t, t, rows, row, unet=unet).out
 
     def unet_of(index: int) -> UNet:
         return rack.get(index) if rack else (*teachers, base)[index].unet

@@ -8,13 +8,15 @@ forgetting (arXiv:2409.11219), with the search as its adversary; the teacher is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ...dmm_core.metadata import StyleInfo
 from ...dmm_core.style import CODEBOOK
 from ...dmm_core.unet import load_unet
 from ..config import AttackConfig, TrainConfig
@@ -24,10 +26,11 @@ from ..progress import Tick
 from ..seeds import hash_seed
 from ..teachers.teacher import Teacher
 from .codes import Search, fit_codes, recover
-from .trainer import Distillation
+from .kinds import Distil, guarded_shares
+from .trainer import Trainer
 
 
-@dataclass
+@dataclass(frozen=True)
 class Forgotten:
     """A style to forget: its place in the old model, and the rows of the student's codebook that stand for it."""
 
@@ -35,123 +38,81 @@ class Forgotten:
     rows: list[int]
 
 
-class Forgetting(Distillation):
-    """The styles of ``base``, a DMM model, without those in ``forget`` (names).
+@dataclass(frozen=True)
+class Forget(Distil):
+    """``base``, a DMM model, loses the styles of ``forgotten`` and keeps the first ``kept``.
 
     While it trains, codebook rows follow those of the styles that stay: for each forgotten style its old code and ``attack.codes``
     codes that are searched for every ``attack.every`` steps; the optimiser leaves them alone, and the finished student has none of
-    them. Raises ValueError for a name that the model does not have, and when nothing would stay.
+    them.
     """
 
-    def __init__(
-        self,
-        base: Teacher,
-        styles: Sequence[Teacher],
-        forget: Sequence[str],
-        data: TrainingData,
-        config: TrainConfig,
-        device: torch.device,
-        attack: AttackConfig | None = None,
-        ranks: Ranks | None = None,
-    ):
-        """styles: all of the base's, as ``Teacher.as_style`` gives them."""
-        self.attack = attack or AttackConfig()
-        self.attack.validate()
-        gone = [named(styles, name) for name in forget]
-        stay = [style for style in styles if style not in gone]
-        if not gone:
-            raise ValueError(f"no style to forget was named: choose from {', '.join(s.name for s in styles)}")
-        if not stay:
-            raise ValueError("all styles would be forgotten: a DMM model keeps at least one")
-        self.forgotten, places = [], list(stay)
-        for old in gone:
-            rows = list(range(len(places), len(places) + 1 + self.attack.codes))
-            self.forgotten.append(Forgotten(old, rows))
-            places += [as_without_style(old, i) for i in range(len(rows))]
-        self.kept = len(stay)
-        config = dataclasses.replace(config, warm_start=0)
-        super().__init__(base, places, data, config, device, ranks=ranks or Ranks())
-        if self.sharded:
-            raise ValueError(
-                "parallel is 'fsdp', which cannot forget: its codes are looked for with the whole student; use ddp"
-            )
-        with torch.no_grad():
-            book, codes = self.student.model_embedding.weight, base.unet.model_embedding.weight
-            for one in self.forgotten:
-                book[one.rows[0]] = codes[one.teacher.style].to(book)
+    kept: int
+    forgotten: tuple[Forgotten, ...]
+    attack: AttackConfig
 
-    def styles(self):
-        return super().styles()[: self.kept]
+    def shares(self, styles: int, guard: float) -> tuple[float, ...] | None:
+        return guarded_shares(range(self.kept), styles, guard)
 
-    def own_identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, str]:
         attack = dataclasses.replace(self.attack, check=0)  # comes after training and changes nothing of it
         return {"forgotten styles": repr([one.teacher.name for one in self.forgotten]), "attack": repr(attack)}
 
-    def what_changed(self) -> dict[str, list[str]]:
-        return {"forgotten": [one.teacher.name for one in self.forgotten]}
+    def styles(self, teachers: Sequence[Teacher]) -> list[StyleInfo]:
+        return super().styles(teachers[: self.kept])
 
-    def student_weights(self, averaged: bool = True) -> dict[str, Tensor]:
-        weights = super().student_weights(averaged)
+    def finished(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         weights[f"{CODEBOOK}.weight"] = weights[f"{CODEBOOK}.weight"][: self.kept].clone()
         return weights
 
-    def train_step(self):
-        if self.attack.codes and self.step % self.attack.every == 0:
-            self.search()
-        return super().train_step()
+    def recipe_changes(self, teachers: Sequence[Teacher]) -> dict[str, list[str]]:
+        return {"forgotten": [one.teacher.name for one in self.forgotten]}
 
-    def _update(self, parts) -> float:
-        book = self.student.model_embedding.weight
+    def before_step(self, run: Trainer) -> None:
+        if self.attack.codes and run.step % self.attack.every == 0:
+            self.search(run)
+
+    @contextlib.contextmanager
+    def around_update(self, run: Trainer) -> Iterator[None]:
+        book = run.student.unet.model_embedding.weight
         hostile = book.detach()[self.kept :].clone()
-        norm = super()._update(parts)
+        yield
         with torch.no_grad():
             book[self.kept :] = hostile  # else the codes would step aside instead of the network
-        return norm
 
-    def search(self) -> None:
+    def search(self, run: Trainer) -> None:
         """Find codes with which the student, as it is now, paints the forgotten styles again (in place)."""
-        book = self.student.model_embedding.weight
+        unet = run.student.unet
+        book = unet.model_embedding.weight
         for number, one in enumerate(self.forgotten):
             rows = one.rows[1:]
             start = book.detach()[rows].float().clone()
             # They go on from where they were, but one begins anew: the network must not learn these few only.
-            fresh = (self.step // self.attack.every) % len(rows)
-            g = torch.Generator().manual_seed(hash_seed(self.config.seed, "hostile code", number, self.step))
+            fresh = (run.step // self.attack.every) % len(rows)
+            g = torch.Generator().manual_seed(hash_seed(run.config.seed, "hostile code", number, run.step))
             start[fresh] = torch.randn(start.shape[1], generator=g).to(start)
-            codes = fit_codes(Search(self, self.student, rows, self._sample(one, len(rows))), start, self.attack.steps)
+            search = Search(run, unet, rows, self.sample(run, one, len(rows)))
+            codes = fit_codes(search, start, self.attack.steps)
             with torch.no_grad():
                 book[rows] = codes.to(book)
-        self.ranks.align(book.detach())
+        run.ranks.align(book.detach())
 
-    def _sample(self, one: Forgotten, count: int):
-        """Batches whose targets are what the old model paints in the style."""
-        c = self.config
+    def sample(self, run: Trainer, one: Forgotten, count: int) -> Callable[[int], tuple[Batch, Tensor, Tensor]]:
+        """Batches by number whose targets are what the old model paints in the style, as ``Search`` takes them."""
+        c = run.config
         draw = Draw(
-            hash_seed(c.seed, "search", self.step, one.teacher.name),
-            c.batch_size, self.num_styles, 0.0, c.caption_dropout, self.schedule,
-            tuple(float(i == one.rows[0]) for i in range(self.num_styles)),
+            hash_seed(c.seed, "search", run.step, one.teacher.name),
+            c.batch_size, run.num_styles, 0.0, c.caption_dropout, run.schedule,
+            tuple(float(i == one.rows[0]) for i in range(run.num_styles)),
         )  # fmt: skip
 
-        def sample(number: int) -> tuple[Batch, Tensor, Tensor]:
-            batch = self.data.batch(number, draw)
-            target = self.ask_old(one.teacher, batch)
-            return batch, torch.arange(c.batch_size) % count, target
+        def batch_of(number: int) -> tuple[Batch, Tensor, Tensor]:
+            batch = run.data.batch(number, draw)
+            return batch, torch.arange(c.batch_size) % count, ask_old(run, one.teacher, batch)
 
-        return sample
+        return batch_of
 
-    @torch.no_grad()
-    def ask_old(self, style: Teacher, batch: Batch) -> Tensor:
-        """What the frozen old model predicts in one of its styles, (B, C, h, w)."""
-        x_t, t = batch.x_t.to(self.device), batch.t.to(self.device)
-        unet = self.rack.get(self.num_styles)
-        kind = unet.dtype
-        context, y = self.base.conditioning(batch.rows, x_t.shape[2:], self.device)
-        rows = style.style_row.expand(len(t), -1).to(self.device)
-        with self.autocast():
-            out = unet(x_t.to(kind), t, context.to(kind), y=None if y is None else y.to(kind), style=rows)
-        return out.float()
-
-    def last_word(self, tick: Tick | None = None) -> str:
+    def final_report(self, run: Trainer, tick: Tick | None = None) -> str:
         """What a search of ``attack.check`` steps for each forgotten style brings back, before and after, as a small table.
 
         eps errors against what the old model painted in that style. Deleting the code alone leaves the network as it was *before*; a
@@ -162,7 +123,7 @@ class Forgetting(Distillation):
             return ""
         width = max(len("a search for"), *(len(one.teacher.name) for one in self.forgotten))
         lines = [f"{'a search for':<{width}}  found before   found now  without a style"]
-        networks = (self.base.unet, load_unet(self.student_weights()).to(self.device))
+        networks = (run.base.unet, load_unet(run.student_weights()).to(run.device))
         total = len(networks) * steps * len(self.forgotten)
         for place, one in enumerate(self.forgotten):
             found = []
@@ -170,11 +131,60 @@ class Forgetting(Distillation):
                 done, what = steps * (len(networks) * place + half), f"searching for '{one.teacher.name}'"
                 report = tick and (lambda n, done=done, what=what: tick(done + n, total, what))
                 found.append(
-                    recover(self, unet, lambda batch, one=one: self.ask_old(one.teacher, batch), steps, tick=report)
+                    recover(run, unet, lambda batch, one=one: ask_old(run, one.teacher, batch), steps, tick=report)
                 )
             before, now = found
             lines.append(f"{one.teacher.name:<{width}}  {before.error:12.5f}{now.error:12.5f}{now.untouched:17.5f}")
         return "\n".join(lines)
+
+
+def forgetting(
+    base: Teacher,
+    styles: Sequence[Teacher],
+    forget: Sequence[str],
+    data: TrainingData,
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    attack: AttackConfig | None = None,
+    ranks: Ranks | None = None,
+) -> Trainer:
+    """A run that takes the styles named in ``forget`` out of ``base``, a DMM model. styles: all of the base's, as ``Teacher.as_style`` gives
+    them. Raises ValueError for a name that the model does not have, and when nothing would stay."""
+    attack = attack or AttackConfig()
+    attack.validate()
+    gone = [named(styles, name) for name in forget]
+    stay = [style for style in styles if style not in gone]
+    if not gone:
+        raise ValueError(f"no style to forget was named: choose from {', '.join(s.name for s in styles)}")
+    if not stay:
+        raise ValueError("all styles would be forgotten: a DMM model keeps at least one")
+    ranks = ranks or Ranks()
+    if ranks.world > 1 and config.parallel == "fsdp":
+        raise ValueError(
+            "parallel is 'fsdp', which cannot forget: its codes are looked for with the whole student; use ddp"
+        )
+    forgotten, places = [], list(stay)
+    for old in gone:
+        rows = list(range(len(places), len(places) + 1 + attack.codes))
+        forgotten.append(Forgotten(old, rows))
+        places += [as_without_style(old, i) for i in range(len(rows))]
+    kind = Forget(len(stay), tuple(forgotten), attack)
+    run = Trainer(base, places, data, dataclasses.replace(config, warm_start=0), device, kind, ranks)
+    with torch.no_grad():
+        book, codes = run.student.unet.model_embedding.weight, base.unet.model_embedding.weight
+        for one in kind.forgotten:
+            book[one.rows[0]] = codes[one.teacher.style].to(book)
+    return run
+
+
+@torch.no_grad()
+def ask_old(run: Trainer, style: Teacher, batch: Batch) -> Tensor:
+    """What the frozen old model predicts in one of its styles, (B, C, h, w)."""
+    x_t, t = batch.x_t.to(run.device), batch.t.to(run.device)
+    with run.autocast():
+        # With the base's text states, which the old model's styles share.
+        return run.base.predict(x_t, t, batch.rows, style.style_row, unet=run.targets.pool.get(run.num_styles)).out
 
 
 def named(styles: Sequence[Teacher], name: str) -> Teacher:

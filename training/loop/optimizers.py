@@ -1,15 +1,41 @@
-"""The student's optimisers, and their state as named tensors."""
+"""The student's optimisers, their learning rate, and their state as named tensors."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ...dmm_core.unet import UNet
 from ..config import TrainConfig
 from ..parallel.sharding import share_of, to_file
 from .muon import MuonAdamW, split
+
+
+def parameter_groups(student: UNet, config: TrainConfig) -> list[dict]:
+    """For an optimiser: the network, and the style side with its own ``scale`` of the learning rate."""
+    style = {id(p) for p in student.style_parameters()}
+    named = [p for p in student.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in named if id(p) not in style], "scale": 1.0, "style": False},
+        {"params": [p for p in named if id(p) in style], "scale": config.style_lr_scale, "style": True},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of the step that follows ``step`` finished ones: linear warm-up, then the schedule, then the final stage's own."""
+    c = config
+    if c.final_steps and step >= c.steps:
+        return c.final_lr or c.lr
+    if step < c.warmup:
+        return c.lr * (step + 1) / c.warmup
+    done = (step - c.warmup) / max(1, c.steps - c.warmup)
+    if c.lr_schedule == "cosine":
+        return c.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return c.lr * (1 - done) if c.lr_schedule == "linear" else c.lr
 
 
 def make_optimizer(groups: Sequence[dict], config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:

@@ -1,84 +1,118 @@
-"""The student: where it starts, and which of its parameters learn."""
+"""The model that learns: its weights, their running average, and how it is called."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
-from ...dmm_core.style import CODEBOOK
-from ...dmm_core.unet import UNet, UNetConfig, init_style
+from ...dmm_core.unet import UNet
 from ..config import TrainConfig
-from ..parallel.sharding import share_of
-from ..seeds import hash_seed
-from ..teachers.teacher import Teacher, soup
-from .adapters import add_lora
+from ..parallel.ranks import Ranks
+from ..parallel.sharding import own, replicate, share, share_of, to_file
+from ..teachers.teacher import Prediction, Teacher
+from .adapters import folded
+from .ema import PowerEMA
+from .new_student import new_student
+
+EMA_EVERY_ON_CPU = 8
+"""Steps between updates of an average that is kept in RAM: each one copies the student there."""
 
 
-def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) -> UNet:
-    """A UNet with a style per teacher, on the CPU, what learns in float32; its start follows from config and seed alone.
+class Student:
+    """A UNet with a style for each of ``teachers``, on the device, of one process or of one among several (``ranks``).
 
-    Where ``base`` is a DMM model, a teacher that is one of its styles begins with that style's code, and every other one with a
-    random code; network and style MLP are the base's. Raises ValueError for init "soup" then: the soup would lose what it knows.
+    ``unet``: the network. ``trained``: the parameters that learn, by name. ``ema``: their average, None without one. ``sharded``: each
+    process holds a share of every parameter. autocast: makes the context in which it computes.
     """
-    grown = base.config.num_styles > 0
-    if grown and config.init != "base":
-        raise ValueError(f"init is {config.init!r}: a model that has styles already goes on from itself (init: base)")
-    sizes = {**vars(base.config), "num_styles": len(teachers)}
-    if sizes["adm_channels"] and not grown:
-        sizes["style_mlp"] = "add_embedding2"  # in SDXL's diffusers layout add_embedding is taken
-    student = UNet(UNetConfig(**sizes))
-    init_style(student, torch.Generator().manual_seed(hash_seed(config.seed, "style")))
-    source = soup([t.unet.state_dict() for t in teachers]) if config.init == "soup" else base.state_dict()
-    codes = source.pop(f"{CODEBOOK}.weight", None)
-    student.load_state_dict(source, strict=False)  # all but what has no source
-    for row, teacher in enumerate(teachers):
-        if teacher.unet is base and teacher.style is not None:
-            student.model_embedding.weight.data[row] = codes[teacher.style]
-    generator = torch.Generator().manual_seed(hash_seed(config.seed, "lora"))
-    choose_trained(student.float(), config.trainable, config.lora_rank, config.precision, generator)
-    student.gradient_checkpointing = config.gradient_checkpointing
-    return student
+
+    def __init__(
+        self,
+        base: Teacher,
+        teachers: Sequence[Teacher],
+        config: TrainConfig,
+        device: torch.device,
+        ranks: Ranks,
+        autocast: Callable[[], AbstractContextManager],
+    ):
+        c = config
+        self.base, self.ranks, self.autocast = base, ranks, autocast
+        self.sharded = c.parallel == "fsdp" and ranks.world > 1
+        self.unet = new_student(base.unet, teachers, c)
+        if self.sharded:
+            share(self.unet, c.precision, device, ranks.world)
+        self.unet.to(device)
+        self.trained = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
+        on_cpu = c.ema_device == "cpu" and device.type != "cpu"
+        place = {"device": "cpu", "every": EMA_EVERY_ON_CPU} if on_cpu else {}
+        self.ema = PowerEMA(self.local_weights(), c.ema_gamma, **place) if c.ema_gamma else None
+        several = ranks.world > 1 and not self.sharded
+        forward = replicate(self.unet, device) if several else self.unet
+        self.forward = torch.compile(forward) if c.compile else forward
+
+    def predict(self, x_t: Tensor, t: Tensor, rows: Tensor, style: Tensor, features: bool = False) -> Prediction:
+        """As ``Teacher.predict``, with the base's text states and parameterisation, and with gradients."""
+        with self.autocast():
+            context, y = self.base.conditioning(rows, x_t.shape[2:], x_t.device)
+            out = self.forward(x_t, t, context, y=y, style=style.to(x_t.device), features=features)
+        out, blocks = out if features else (out, [])
+        return Prediction(out.float(), blocks)
+
+    def update_average(self) -> None:
+        """After each step."""
+        if self.ema:
+            self.ema.update(self.local_weights())
+
+    def local_weights(self) -> list[tuple[str, Tensor]]:
+        """The parameters that learn, by name, in their own memory; of those that are shared out, this process's part."""
+        return [(name, own(p)) for name, p in self.trained.items()]
+
+    def state_dict(self, averaged: bool = True) -> dict[str, Tensor]:
+        """All weights on the CPU in float32, adapters folded in; their average where there is one and ``averaged`` is set.
+
+        Where the student is shared out, this is for all processes together, and the first one gets it (the others nothing).
+        """
+        main = self.ranks.is_main
+        with self.averaged() if averaged else contextlib.nullcontext():
+            state = {k: to_file(v, main) for k, v in self.unet.state_dict().items()}
+            if self.sharded and not main:
+                return {}
+            return {k: v.float().cpu().clone() for k, v in folded(self.unet, state).items()}
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[UNet]:
+        """Inside, the UNet holds its averaged weights (if there are any): for pictures and checks on the way."""
+        if not (self.ema and self.ema.ready):
+            yield self.unet
+            return
+        raw = {name: p.to("cpu", copy=True) for name, p in self.local_weights()}
+        try:
+            self._put_local(self.ema.average)
+            yield self.unet
+        finally:
+            self._put_local(raw)
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy weights into the parameters that learn; every process has all of them, and takes its share."""
+        for name, p in self.trained.items():
+            p.copy_(share_of(weights[name], p))
+
+    def load_average(self, weights: Mapping[str, Tensor], step: int) -> None:
+        """The same for the average of the first ``step`` steps."""
+        self.ema.load_state_dict({name: own(share_of(weights[name], p)) for name, p in self.trained.items()}, step)
+
+    def _put_local(self, weights: Mapping[str, Tensor]) -> None:
+        for name, p in self.local_weights():
+            p.copy_(weights[name])
 
 
-def choose_trained(
-    student: UNet, trainable: str, lora_rank: int, precision: str, generator: torch.Generator | None = None
-) -> None:
-    """Turn off the gradients of what does not learn, and attach low-rank adapters for "lora" (in place).
-
-    With half-precision arithmetic, frozen matrices are kept in float16, which is what checkpoint files have, so that nothing is lost.
-    """
-    if trainable == "all":
-        return
-    style = {id(p) for p in student.style_parameters()}
-    for module in student.modules():
-        for name, p in module.named_parameters(recurse=False):
-            half = precision != "fp32" and id(p) not in style and p.ndim > 1
-            value = p.detach().half() if half else p.detach()
-            setattr(module, name, nn.Parameter(value, requires_grad=id(p) in style))
-    if trainable == "lora":
-        add_lora(student, lora_rank, lora_rank, generator)
-
-
-def trained(student: UNet) -> dict[str, nn.Parameter]:
-    """The parameters that learn, by name."""
-    return {name: p for name, p in student.named_parameters() if p.requires_grad}
-
-
-def parameter_groups(student: UNet, config: TrainConfig) -> list[dict]:
-    """For an optimiser: the network, and the style side with its own ``scale`` of the learning rate."""
-    style = {id(p) for p in student.style_parameters()}
-    named = trained(student).values()
-    groups = [
-        {"params": [p for p in named if id(p) not in style], "scale": 1.0, "style": False},
-        {"params": [p for p in named if id(p) in style], "scale": config.style_lr_scale, "style": True},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-@torch.no_grad()
-def put(student: UNet, weights: dict[str, Tensor]) -> None:
-    """Copy weights into the parameters that learn; every process has all of them, and takes its share."""
-    for name, p in trained(student).items():
-        p.copy_(share_of(weights[name], p))
+def style_rows(teacher: Tensor, num_styles: int) -> Tensor:
+    """Teacher indices (B,) -> style rows (B, N+1); index N (the base) gives the row of zeros, "no style"."""
+    hot = nn.functional.one_hot(teacher, num_styles + 1).float()
+    rows = hot.clone()
+    rows[:, -1] = 1.0 - hot[:, -1]  # the last column is the strength
+    return rows

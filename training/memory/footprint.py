@@ -28,10 +28,10 @@ from torch.utils._pytree import tree_leaves
 
 from ...dmm_core.unet import UNet, UNetConfig, Upsample
 from ..config import OPTIMIZERS
-from ..loop.adversary import Adversary, Head
+from ..loop.adversary import Head, discriminator_loss, generator_loss
 from ..loop.losses import feature_loss, score_loss
 from ..loop.muon import is_matrix
-from ..loop.student import choose_trained
+from ..loop.new_student import choose_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CAPTION_TOKENS = 77
@@ -135,19 +135,15 @@ def step_peak(step: Step, batch: int) -> int:
         if step.device == "cuda" and step.precision != "fp32":
             _like_cuda_autocast(student)
             _like_cuda_autocast(teacher)
-        adversary = None
-        if step.adversarial:
-            adversary = object.__new__(Adversary)  # without its optimiser; and Module.to fails on fake tensors
-            adversary.num_styles = step.styles
-            adversary.head = Head(_middle_channels(step.config), step.styles)
-        modules = [student, teacher] + ([adversary.head] if adversary else [])
+        head = Head(_middle_channels(step.config), step.styles) if step.adversarial else None
+        modules = [student, teacher] + ([head] if head else [])
         known = [p for module in modules for p in module.parameters()]
         trained = [p for p in known if p.requires_grad]
         if step.accumulating:
             for p in trained:
                 p.grad = torch.empty_like(p)
         with Allocations([*known, *(p.grad for p in trained if p.grad is not None)]) as memory:
-            _one_step(step, batch, student, teacher, adversary)
+            _one_step(step, batch, student, teacher, head)
         # All gradients are alive at the end, so that ``peak`` holds them where they were not known.
         return memory.peak - (0 if step.accumulating else tensor_bytes(trained))
 
@@ -217,8 +213,8 @@ def _middle_channels(config: UNetConfig) -> int:
     return config.channel_mult[-1] * config.model_channels
 
 
-def _one_step(step: Step, batch: int, student: UNet, teacher: UNet, adversary: Adversary | None) -> None:
-    """The order of ``loop.Distillation``: teacher, student, losses, backward, discriminator."""
+def _one_step(step: Step, batch: int, student: UNet, teacher: UNet, head: Head | None) -> None:
+    """The order of ``loop.trainer.Trainer``: teacher, student, losses, backward, discriminator."""
     config, wide = step.config, DTYPES[step.teacher_dtype]
     cast = torch.autocast(
         "cpu", DTYPES[step.precision], enabled=step.precision != "fp32", cache_enabled=not step.gradient_checkpointing
@@ -241,14 +237,14 @@ def _one_step(step: Step, batch: int, student: UNet, teacher: UNet, adversary: A
     if step.features:
         loss = loss + feature_loss(ours, theirs).mean()
     judged = None
-    if adversary:
+    if head:
         teacher.gradient_checkpointing = step.gradient_checkpointing
         with cast:
             fake = teacher.middle((x_t - out).to(wide), *narrow)
         with torch.no_grad(), cast:
             real = teacher.middle(target.to(wide), *narrow)
-        loss = loss + adversary.generator_loss(fake, t).mean()
-        judged = adversary.discriminator_loss(fake, real, t).mean()
+        loss = loss + generator_loss(head, fake, t).mean()
+        judged = discriminator_loss(head, fake, real, t).mean()
     loss.backward()
     if judged is not None:
         judged.backward()

@@ -18,8 +18,8 @@ from ..data.open_cache import open_cache
 from ..data.rollout_data import Rollouts
 from ..files.hashing import weights_hash, weights_sha256
 from ..files.model_files import load_any, load_any_info
-from ..loop.forget import Forgetting
-from ..loop.trainer import Distillation
+from ..loop.forget import forgetting
+from ..loop.trainer import Trainer
 from ..memory.fitting import begun_with, fitted
 from ..memory.planner import Plan
 from ..parallel.ranks import Ranks
@@ -47,13 +47,20 @@ class Run:
     attack: AttackConfig = field(default_factory=AttackConfig)
     ranks: Ranks = field(default_factory=Ranks)
 
-    def start(self) -> Distillation:
+    def start(self) -> Trainer:
         share_hashes(self.teachers, self.ranks)
         if self.forget:
-            return Forgetting(
-                self.base, self.teachers, self.forget, self.data, self.config, self.device, self.attack, self.ranks
+            return forgetting(
+                self.base,
+                self.teachers,
+                self.forget,
+                self.data,
+                self.config,
+                self.device,
+                attack=self.attack,
+                ranks=self.ranks,
             )
-        return Distillation(self.base, self.teachers, self.data, self.config, self.device, ranks=self.ranks)
+        return Trainer(self.base, self.teachers, self.data, self.config, self.device, ranks=self.ranks)
 
 
 def load_run(config: DistillConfig, device: torch.device, grown: bool = False, ranks: Ranks | None = None) -> Run:

@@ -25,10 +25,9 @@ from ...dmm_core.files import atomic_write
 from ...dmm_core.weights_file import read_keys, read_weights
 from ..files.hashing import tensor_sha256
 from ..loop.optimizers import load_optimizer, optimizer_tensors
-from ..loop.student import put
-from ..loop.trainer import Distillation
+from ..loop.trainer import Trainer
 from ..parallel.ranks import AgreedError
-from ..parallel.sharding import cut_as, own, share_of, to_file
+from ..parallel.sharding import cut_as, to_file
 from ..teachers.teacher import Rows
 
 logger = logging.getLogger(__name__)
@@ -48,7 +47,7 @@ OPTIONS = {
 """Settings that came later, the value with which nothing changes, and the settings that then mean nothing."""
 
 
-def identity(run: Distillation) -> dict[str, str]:
+def identity(run: Trainer) -> dict[str, str]:
     """What must be the same for a run to go on: config, base, every teacher, data; each as text or hash."""
     settings = {k: v for k, v in dataclasses.asdict(run.config).items() if k not in MAY_CHANGE}
     for name, (off, details) in OPTIONS.items():  # left out: runs that know nothing of them go on
@@ -65,10 +64,10 @@ def identity(run: Distillation) -> dict[str, str]:
         parts[f"teacher '{teacher.name}'"] = teacher.weights_sha256 + style
         parts[f"text of teacher '{teacher.name}'"] = rows_fingerprint(teacher.contexts)
     parts["data"] = run.data.fingerprint()
-    return parts | run.own_identity()
+    return parts | run.kind.identity()
 
 
-def same_everywhere(run: Distillation, parts: dict[str, str]) -> None:
+def same_everywhere(run: Trainer, parts: dict[str, str]) -> None:
     """Raises ValueError when the processes of a run have different identities: they read other files."""
     first, *others = run.ranks.gather(parts)
     for rank, theirs in enumerate(others, start=1):
@@ -80,7 +79,7 @@ def rows_fingerprint(rows: Rows) -> str:
     return tensor_sha256(rows) if isinstance(rows, Tensor) else rows.fingerprint()
 
 
-def save_state(run: Distillation, folder: Path, parts: dict[str, str], error: float | None = None) -> Path:
+def save_state(run: Trainer, folder: Path, parts: dict[str, str], error: float | None = None) -> Path:
     """Write ``state-<step>.safetensors`` and remove all but the last ``keep``; parts: ``identity(run)``, computed once.
 
     error: of the fixed check; the state with the lowest is also there as ``best.safetensors``. Of several processes the first one
@@ -88,21 +87,21 @@ def save_state(run: Distillation, folder: Path, parts: dict[str, str], error: fl
     """
     path = folder / f"state-{run.step:08d}.safetensors"
     main = run.ranks.is_main
-    if not main and not run.sharded:
+    if not main and not run.student.sharded:
         return path
-    tensors = {f"student.{k}": to_file(p.detach(), main) for k, p in run.trained.items()}
+    tensors = {f"student.{k}": to_file(p.detach(), main) for k, p in run.student.trained.items()}
     metadata = {"dmm.state": FORMAT, "step": str(run.step), "identity": json.dumps(parts)}
-    _add_optimizer(tensors, metadata, "optimizer", run.optimizer, run.trained, main)
-    if run.ema:
-        average = run.ema.average.items()
-        tensors.update({f"ema.{k}": to_file(cut_as(v, run.trained[k]), main) for k, v in average})
+    _add_optimizer(tensors, metadata, "optimizer", run.optimizer, run.student.trained, main)
+    if run.student.ema:
+        average = run.student.ema.average.items()
+        tensors.update({f"ema.{k}": to_file(cut_as(v, run.student.trained[k]), main) for k, v in average})
     if not main:
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    if run.adversary:
-        named = dict(run.adversary.head.named_parameters())
+    if run.discriminator:
+        named = dict(run.discriminator.head.named_parameters())
         tensors.update({f"head.{k}": p.detach() for k, p in named.items()})
-        _add_optimizer(tensors, metadata, "head_optimizer", run.adversary.optimizer, named)
+        _add_optimizer(tensors, metadata, "head_optimizer", run.discriminator_optimizer, named)
     if run.difficulty:
         tensors.update({f"difficulty.{k}": v for k, v in run.difficulty.state_dict().items()})
     if run.scaler.is_enabled():
@@ -149,7 +148,7 @@ def states(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("state-*.safetensors") if re.fullmatch(r"state-\d{8}\.safetensors", p.name))
 
 
-def resume(run: Distillation, folder: Path, parts: dict[str, str]) -> bool:
+def resume(run: Trainer, folder: Path, parts: dict[str, str]) -> bool:
     """Load the newest readable state of ``folder`` into ``run``; False when there is none.
 
     Raises ValueError naming what changed when the state belongs to another run.
@@ -183,7 +182,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def fork(run: Distillation, source: Path) -> int:
+def fork(run: Trainer, source: Path) -> int:
     """Give a new run the weights of an old one (a run folder, or one of its states) and nothing else; returns the old step.
 
     Its averaged weights where it has them. Raises ValueError when there is no such state, or its model has other styles or sizes.
@@ -196,7 +195,7 @@ def fork(run: Distillation, source: Path) -> int:
     tensors, metadata = read_state(path)
     prefix = "ema." if any(key.startswith("ema.") for key in tensors) else "student."
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    shapes = {k: tuple(p.shape) for k, p in run.trained.items()}
+    shapes = {k: tuple(p.shape) for k, p in run.student.trained.items()}
     other = sorted(
         k for k in shapes.keys() | weights if shapes.get(k) != (tuple(weights[k].shape) if k in weights else None)
     )
@@ -205,15 +204,10 @@ def fork(run: Distillation, source: Path) -> int:
             f"the run in '{path.parent}' trained another model (for example '{other[0]}'): a fork keeps the sizes, the number "
             "of teachers and what is trainable"
         )
-    put(run.student, weights)
-    if run.ema:
-        run.ema.load_state_dict(_own_parts(run, weights), 0)
+    run.student.load(weights)
+    if run.student.ema:
+        run.student.load_average(weights, 0)
     return int(metadata["step"])
-
-
-def _own_parts(run: Distillation, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of tensors like the parameters that learn, this process's shares."""
-    return {name: own(share_of(weights[name], p)) for name, p in run.trained.items()}
 
 
 def _check(path: Path, metadata: dict[str, str], parts: dict[str, str]) -> None:
@@ -232,20 +226,20 @@ def _check(path: Path, metadata: dict[str, str], parts: dict[str, str]) -> None:
         )
 
 
-def _load(run: Distillation, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def _load(run: Trainer, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
 
     run.step = int(metadata["step"])
-    put(run.student, part("student"))
-    load_optimizer(run.optimizer, run.trained, part("optimizer"), json.loads(metadata["optimizer"]))
-    if run.ema:
-        run.ema.load_state_dict(_own_parts(run, part("ema")), run.step)
-    if run.adversary:
-        named = dict(run.adversary.head.named_parameters())
-        run.adversary.head.load_state_dict(part("head"))
+    run.student.load(part("student"))
+    load_optimizer(run.optimizer, run.student.trained, part("optimizer"), json.loads(metadata["optimizer"]))
+    if run.student.ema:
+        run.student.load_average(part("ema"), run.step)
+    if run.discriminator:
+        named = dict(run.discriminator.head.named_parameters())
+        run.discriminator.head.load_state_dict(part("head"))
         numbers = json.loads(metadata["head_optimizer"])
-        load_optimizer(run.adversary.optimizer, named, part("head_optimizer"), numbers)
+        load_optimizer(run.discriminator_optimizer, named, part("head_optimizer"), numbers)
     if run.difficulty:
         run.load_difficulty(part("difficulty"))
     if "scaler" in metadata:

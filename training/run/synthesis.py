@@ -14,16 +14,14 @@ from torch import Tensor
 from ...dmm_core.sampling import host_noise
 from ..data.batches import CaptionedLatents
 from ..files.pieces import read_part, write_part
-from ..loop.trainer import Distillation
+from ..loop.trainer import Trainer
 from ..paint.paint_rows import paint_rows
 from ..progress import Tick
 from ..seeds import hash_seed
 
 
 @torch.no_grad()
-def painted_by_teachers(
-    run: Distillation, folder: Path | None = None, progress: Tick | None = None
-) -> CaptionedLatents:
+def painted_by_teachers(run: Trainer, folder: Path | None = None, progress: Tick | None = None) -> CaptionedLatents:
     """``final_images`` latents by each teacher, at the size of most of the run's data, with captions drawn from it.
 
     folder: where finished parts are kept, None for nowhere. The pictures follow from the run's seed, the teachers and the captions.
@@ -51,7 +49,7 @@ def painted_by_teachers(
     return CaptionedLatents(torch.cat(latents).float(), captions, torch.tensor(owner))
 
 
-def _part(run: Distillation, teacher: int, start: int, rows: Tensor, folder: Path | None) -> Tensor:
+def _part(run: Trainer, teacher: int, start: int, rows: Tensor, folder: Path | None) -> Tensor:
     """Latents of some captions by one teacher: out of the folder, or painted now and put there."""
     path = folder / f"{teacher:03d}-{start:06d}.safetensors" if folder else None
     done = read_part(path, len(rows)) if path else None
@@ -68,7 +66,7 @@ def _part(run: Distillation, teacher: int, start: int, rows: Tensor, folder: Pat
     return part
 
 
-def caption_rows(run: Distillation, teacher: int, start: int) -> Tensor:
+def caption_rows(run: Trainer, teacher: int, start: int) -> Tensor:
     """Which captions a teacher paints in one part: rows of the run's prompts, without the empty one, each equally often."""
     c = run.config
     known = len(run.data.prompts) - 1
@@ -77,14 +75,16 @@ def caption_rows(run: Distillation, teacher: int, start: int) -> Tensor:
     return 1 + order[places % known]
 
 
-def paint(run: Distillation, teacher: int, rows: Tensor, seed: int) -> Tensor:
+def paint(run: Trainer, teacher: int, rows: Tensor, seed: int) -> Tensor:
     """Captions (B,) -> latents (B, C, h, w) float32 on the CPU, painted with the run's final_cfg and final_sampling_steps."""
     c, text = run.config, run.teachers[teacher]
     noise = noise_for(run, len(rows), seed)
-    latents = paint_rows(run.rack.get(teacher), text, rows, noise, c.final_sampling_steps, c.final_cfg, text.style_row)
+    latents = paint_rows(
+        run.targets.pool.get(teacher), text, rows, noise, c.final_sampling_steps, c.final_cfg, text.style_row
+    )
     return latents.float().cpu()
 
 
-def noise_for(run: Distillation, count: int, seed: int) -> Tensor:
+def noise_for(run: Trainer, count: int, seed: int) -> Tensor:
     """Noise (count, C, h, w) on the run's device, at the size of most of its data."""
     return host_noise((count, *run.data.shape), seed).to(run.device)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,14 @@ class Rows(Protocol):
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """(B,) -> (B, ...)"""
+
+
+class Prediction(NamedTuple):
+    """What a UNet says to a batch. out: (B, C, h, w) float32, eps or v; features: of its blocks, (B, C_j, h_j, w_j) each, [] where they were
+    not asked for."""
+
+    out: Tensor
+    features: Sequence[Tensor]
 
 
 @dataclass
@@ -75,6 +83,44 @@ class Teacher:
     def weights_sha256(self) -> str:
         """Of the weights as they were when this was first asked; a run asks before it moves or converts them."""
         return weights_sha256(self.unet.state_dict())
+
+    # The one place where a teacher is called. What goes in and what comes out:
+    #
+    #   x_t    (B, C, h, w)  noisy latents, scaled as the UNet sees them, on the device of the UNet, any float dtype
+    #   t      (B,) int64    timesteps 0..999, there too
+    #   rows   (B,) int64    captions, as rows of ``contexts`` and ``pooled`` (0 is the empty prompt), on any device
+    #   style  (B, n+1)      rows for a UNet with n styles (``dmm_core.style``), None for the teacher's own ``style_row``
+    #   out    (B, C, h, w)  eps or v, as ``prediction`` says, float32; features: each block's output, as the UNet computed it
+    #
+    # The UNet computes in the dtype of its weights, to which predict converts; autocast and gradients are the caller's.
+
+    def predict(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        rows: Tensor,
+        style: Tensor | None = None,
+        features: bool = False,
+        *,
+        unet: UNet | None = None,
+    ) -> Prediction:
+        """What the teacher predicts, see above. unet: where its weights are now, None for its own; or another UNet of this text encoder
+        and parameterisation."""
+        unet = unet or self.unet
+        if style is None and unet.config.num_styles:
+            style = self.style_row
+        dtype, device = unet.dtype, x_t.device
+        context, y = self.conditioning(rows, x_t.shape[2:], device)
+        out = unet(
+            x_t.to(dtype),
+            t,
+            context.to(dtype),
+            y=None if y is None else y.to(dtype),
+            style=None if style is None else style.expand(len(t), -1).to(device),
+            features=features,
+        )
+        out, blocks = out if features else (out, [])
+        return Prediction(out.float(), blocks)
 
     def conditioning(self, rows: Tensor, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor | None]:
         """context (B, L, d) and, for SDXL, y (B, adm) of captions for latents of this (h, w)."""

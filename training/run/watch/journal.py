@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...loop.trainer import Distillation, Metrics
+from ...loop.metrics import Metrics
+from ...loop.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Journal:
         self._board: Any = None
         self._reported: set[str] = set()
 
-    def step(self, run: Distillation, metrics: Metrics) -> None:
+    def step(self, run: Trainer, metrics: Metrics) -> None:
         if metrics.step % self.every and metrics.step != metrics.steps:
             return
         line = dataclasses.asdict(metrics)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ....dmm_core.files import atomic_write
 from ....dmm_core.style import style_row
 from ....dmm_core.unet import UNet
-from ...loop.trainer import Distillation
+from ...loop.trainer import Trainer
 from ...paint.images import grid
 from ...paint.paint_rows import paint_rows
 from ...teachers.teacher import Teacher
@@ -43,7 +43,7 @@ class Pictures:
 
     def __init__(
         self,
-        run: Distillation,
+        run: Trainer,
         decode: Decoder,
         folder: Path | None = None,
         journal: Journal | None = None,
@@ -88,14 +88,14 @@ class Pictures:
         styles = range(min(run.num_styles, STYLES))
         devices = [run.device] if run.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # nothing here draws from the global generators, but a decoder might
-            with run.averaged():  # first, as of several processes some do only this
-                latents = [self._latents(run.student, run.base, style_row(run.num_styles, i)) for i in styles]
+            with run.student.averaged():  # first, as of several processes some do only this
+                latents = [self._latents(run.student.unet, run.base, style_row(run.num_styles, i)) for i in styles]
             if not run.ranks.is_main:
                 return None
             for i in styles:
                 if i not in self._of_teachers:
                     teacher = run.teachers[i]
-                    of_teacher = self._latents(run.rack.get(i), teacher, teacher.style_row)
+                    of_teacher = self._latents(run.targets.pool.get(i), teacher, teacher.style_row)
                     self._of_teachers[i] = list(self.decode(of_teacher))
             of_student = [list(self.decode(latent)) for latent in latents]
         sheet = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...loop.trainer import Metrics
+from ...loop.metrics import Metrics
 
 MEMORY = 0.95
 """Share of the old value in a smoothed one: about 20 steps."""

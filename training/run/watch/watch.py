@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ...loop.trainer import Distillation, Metrics
+from ...loop.metrics import Metrics
+from ...loop.trainer import Trainer
 from ...progress import Tick
 from .controls import Controls
 from .journal import Journal
@@ -29,7 +30,7 @@ class Watch:
     Whatever any of them raises ends the run, after it has been saved.
     """
 
-    on_step: Callable[[Distillation, Metrics], None] = nothing
+    on_step: Callable[[Trainer, Metrics], None] = nothing
     on_picture: Callable[[Image.Image], None] = nothing
     on_paint: Tick = nothing
     on_save: Callable[[], None] = nothing
@@ -45,12 +46,12 @@ class Watching:
     Of several processes the first one has them; the others help to paint where the student is shared out.
     """
 
-    def __init__(self, watch: Watch, run: Distillation, folder: Path | None):
+    def __init__(self, watch: Watch, run: Trainer, folder: Path | None):
         self.watch, self.run = watch, run
         folder = folder if run.ranks.is_main else None
         self.journal = Journal(folder) if folder else None
         self.pictures = None
-        if watch.decode and (run.ranks.is_main or run.sharded):
+        if watch.decode and (run.ranks.is_main or run.student.sharded):
             place = folder / "pictures" if folder else None
             self.pictures = Pictures(run, watch.decode, place, self.journal, check_interrupt=watch.check_interrupt)
 

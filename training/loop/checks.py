@@ -1,0 +1,24 @@
+"""What does not fit together is refused before a run begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..config import TrainConfig, check_names
+from ..data.batches import TrainingData
+from ..parallel.sharding import check_parallel
+from ..teachers.teacher import Teacher, check_architectures, check_predictions, check_schedules, check_text
+
+
+def check_run(base: Teacher, teachers: Sequence[Teacher], data: TrainingData, config: TrainConfig, world: int) -> None:
+    """Raises ValueError for teachers of another architecture, noise schedule or text width than the base, for bad names, a bad config,
+    latents with another number of channels, and for what ``world`` processes cannot do."""
+    config.check()
+    check_parallel(config, world)
+    check_names([teacher.name for teacher in teachers])
+    check_architectures(base.unet.config, [(t.name, t.unet.config) for t in teachers])
+    if data.shape[0] != base.unet.config.in_channels:
+        raise ValueError(f"latents have {data.shape[0]} channels, the models take {base.unet.config.in_channels}")
+    check_schedules(base.zero_snr, [(t.name, t.zero_snr) for t in teachers])
+    check_predictions(base, teachers)
+    check_text((base, *teachers))

@@ -1,0 +1,95 @@
+"""What kind of run it is: plain distillation, a DMM model that grows, or one that forgets (``forget``).
+
+A kind is a value that the trainer asks at fixed moments of a run. It has no loop of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ...dmm_core.metadata import StyleInfo
+from ..progress import Tick
+from ..teachers.teacher import Teacher
+from .codes import warm_start
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Distil:
+    """N teachers -> a student with N styles. The other kinds say what differs."""
+
+    # --- what a kind decides ------------------------------------------------------------------------------------------
+
+    def shares(self, styles: int, guard: float) -> tuple[float, ...] | None:
+        """Of the rows with a style, by teacher (they sum to 1); None for equal ones. guard: see ``TrainConfig``."""
+        return None
+
+    def identity(self) -> dict[str, str]:
+        """What must be the same for a run to go on, beside config, teachers and data."""
+        return {}
+
+    def styles(self, teachers: Sequence[Teacher]) -> list[StyleInfo]:
+        """Of the finished student, in the order of its codebook."""
+        return [teacher.info() for teacher in teachers]
+
+    def finished(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The finished student's weights from the trained ones."""
+        return weights
+
+    def recipe_changes(self, teachers: Sequence[Teacher]) -> dict[str, list[str]] | None:
+        """For the recipe of a model that had styles before; None where it had none."""
+        return None
+
+    # --- moments of a run ---------------------------------------------------------------------------------------------
+
+    def begin(self, run: Trainer, tick: Tick | None = None) -> None:
+        """Before the first step of a run that begins anew."""
+
+    def before_step(self, run: Trainer) -> None: ...
+
+    def around_update(self, run: Trainer) -> contextlib.AbstractContextManager:
+        """Around the optimiser's step."""
+        return contextlib.nullcontext()
+
+    def final_report(self, run: Trainer, tick: Tick | None = None) -> str:
+        """What there is to say about the finished student, in lines of text."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Grow(Distil):
+    """A DMM model learns more styles (arXiv:2504.12364, Sec. 3.5): its own styles, ``guarded`` by teacher index, have the frozen model as
+    their teacher, so that they stay."""
+
+    guarded: tuple[int, ...]
+
+    def shares(self, styles: int, guard: float) -> tuple[float, ...] | None:
+        return guarded_shares(self.guarded, styles, guard)
+
+    def recipe_changes(self, teachers: Sequence[Teacher]) -> dict[str, list[str]]:
+        return {"added": [teacher.name for i, teacher in enumerate(teachers) if i not in self.guarded]}
+
+    def begin(self, run: Trainer, tick: Tick | None = None) -> None:
+        if run.config.warm_start:
+            warm_start(run, self.guarded, tick)
+
+
+def kind_of(base: Teacher, teachers: Sequence[Teacher]) -> Distil:
+    """Grow where some teachers are styles that the base has already, else Distil."""
+    guarded = tuple(i for i, t in enumerate(teachers) if t.unet is base.unet and t.style is not None)
+    return Grow(guarded) if guarded else Distil()
+
+
+def guarded_shares(guarded: Sequence[int], styles: int, guard: float) -> tuple[float, ...] | None:
+    """``guard`` of the rows for the guarded styles together, the rest for the others; None, for equal ones, where there are no others."""
+    new = styles - len(guarded)
+    if not new:
+        return None
+    return tuple(guard / len(guarded) if i in guarded else (1 - guard) / new for i in range(styles))

@@ -1,0 +1,89 @@
+"""What one step did, in numbers: for progress bars, logs and graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..data.batches import Batch
+from .objective import Losses, mean
+
+BASE = "(no style)"
+"""The name under which style-less rows are reported."""
+
+
+@dataclass
+class MicroBatch:
+    """One forward of a step: its rows, what each lost, and the weighted sum that the student follows (a number on the device)."""
+
+    batch: Batch
+    losses: Losses
+    loss: Tensor
+
+
+@dataclass
+class Metrics:
+    """What one step did. ``score`` and ``count`` are per teacher name: mean eq. 9 loss of its rows, number of rows.
+
+    loss is the weighted sum that the student follows; feature, adversarial and discriminator are unweighted means, the last two
+    None without a discriminator. Where rows were not drawn evenly, these and ``score`` estimate what the means over evenly drawn
+    teachers and timesteps are. seconds: of the step.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    feature: float
+    score: dict[str, float]
+    count: dict[str, int]
+    lr: float
+    grad_norm: float
+    seconds: float = 0.0
+    adversarial: float | None = None
+    discriminator: float | None = None
+
+
+def measured(micro_batches: Sequence[MicroBatch], names: Sequence[str], **step: float) -> Metrics:
+    """names: of the teachers; step: the fields of Metrics that are not in the rows."""
+    score, count = by_teacher(micro_batches, names)
+    feature, adversarial, discriminator = (
+        over_all(micro_batches, name) for name in ("feature", "adversarial", "discriminator")
+    )
+    return Metrics(
+        loss=torch.stack([one.loss for one in micro_batches]).mean().item(),
+        feature=feature,
+        score=score,
+        count=count,
+        adversarial=adversarial,
+        discriminator=discriminator,
+        **step,
+    )
+
+
+def over_all(micro_batches: Sequence[MicroBatch], name: str) -> float | None:
+    """The mean of one loss over the rows that have it; None where no row has."""
+    values, weights = [], []
+    for batch, losses in ((one.batch, one.losses) for one in micro_batches):
+        rows = slice(None) if name in ("score", "feature") else losses.judged
+        values.append(getattr(losses, name).detach()[rows])
+        weights.append(None if batch.weight is None else batch.weight[rows])
+    if not sum(map(len, values)):
+        return None
+    return mean(torch.cat(values), None if weights[0] is None else torch.cat(weights)).item()
+
+
+def by_teacher(micro_batches: Sequence[MicroBatch], names: Sequence[str]) -> tuple[dict[str, float], dict[str, int]]:
+    """(mean eq. 9 loss of the rows, number of rows) by the teacher's name, of the teachers that have rows."""
+    teacher = torch.cat([one.batch.teacher for one in micro_batches])
+    score = torch.cat([one.losses.score.detach() for one in micro_batches]).cpu()
+    if micro_batches[0].batch.t_weight is not None:
+        score = score * torch.cat([one.batch.t_weight for one in micro_batches])
+    means, counts = {}, {}
+    for i in teacher.unique().tolist():
+        name = names[i] if i < len(names) else BASE
+        mine = teacher == i
+        means[name], counts[name] = score[mine].mean().item(), int(mine.sum())
+    return means, counts

@@ -1,0 +1,126 @@
+"""What the teachers predict for a batch: each asked about its own rows, wherever its weights wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from ...dmm_core.schedule import NoiseSchedule
+from ..config import TrainConfig
+from ..data.batches import Batch
+from ..teachers.pool import Rack as TeacherPool
+from ..teachers.teacher import Prediction, Teacher
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Targets:
+    """The teachers of a run by index, N being the base. ``pool``: where their UNets are.
+
+    autocast: makes the context in which they compute. base_stays: the base is needed in every step, whatever the rows are.
+    late: see ``TeacherPool``; for one process of several, which meets few of the teachers.
+    """
+
+    def __init__(
+        self,
+        base: Teacher,
+        teachers: Sequence[Teacher],
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        autocast: Callable[[], AbstractContextManager],
+        stored: bool = False,
+        base_stays: bool = False,
+        late: bool = False,
+    ):
+        self.models, self.base, self.device, self.autocast = [*teachers, base], base, device, autocast
+        self.schedule = NoiseSchedule(base.zero_snr)
+        for teacher in self.models:
+            teacher.weights_sha256  # noqa: B018  (remembered: the pool converts weights in place)
+        self.pool = TeacherPool(
+            [teacher.unet for teacher in self.models],
+            device,
+            # Predictions that are stored with the data need no teacher on the device, unless its blocks are looked at.
+            "offload" if stored and not config.lambda_feat else config.residency,
+            teacher_dtype(config, device),
+            resident=self._always_needed(base_stays),
+            slots=config.teacher_slots,
+            late=late,
+        )
+        self._style_rows = self._rows_of_old_styles()
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, x_t: Tensor, t: Tensor, features: bool = False) -> Prediction:
+        """Every row's own teacher, in the student's parameterisation (the base's). x_t (B, C, h, w) and t (B,) are the batch's, on the
+        device; what the data have stored is taken from there."""
+        needed = batch.teacher.unique().tolist()
+        if batch.target is not None and not features:
+            return Prediction(self._stored(batch, x_t, t, needed), [])
+        places, targets, blocks = [], [], []
+        groups = self._by_unet(needed)
+        for i, unet in self.pool.visit(list(groups)):
+            rows = torch.isin(batch.teacher, torch.tensor(groups[i])).nonzero()[:, 0]
+            there, teacher = rows.to(self.device), self.models[i]
+            style = self._style_rows[batch.teacher[rows].to(self.device)] if unet.config.num_styles else None
+            with self.autocast():
+                said = teacher.predict(x_t[there], t[there], batch.rows[rows], style, features, unet=unet)
+            targets.append(self.as_student(said.out, x_t[there], t[there], teacher))
+            blocks.append(said.features)
+            places.append(rows)
+        out, blocks = torch.cat(targets), [torch.cat(block) for block in zip(*blocks)]
+        order = torch.cat(places)
+        if torch.equal(order, torch.arange(len(order))):
+            return Prediction(out, blocks)
+        back = order.argsort().to(self.device)  # the rows of a UNet with several styles were not neighbours
+        return Prediction(out[back], [block[back] for block in blocks])
+
+    def prefetch(self, batch: Batch) -> None:
+        """Send for the first teacher of a batch that is to come."""
+        self.pool.prefetch(int(batch.teacher[0]))
+
+    def as_student(self, out: Tensor, x_t: Tensor, t: Tensor, teacher: Teacher) -> Tensor:
+        """A teacher's output in the student's parameterisation, so that eps and v teachers can be mixed."""
+        if teacher.prediction == self.base.prediction:
+            return out
+        if self.base.prediction == "eps":
+            return self.schedule.to_eps(out, x_t, t, teacher.prediction)
+        return self.schedule.to_v(out, x_t, t, teacher.prediction)
+
+    def _stored(self, batch: Batch, x_t: Tensor, t: Tensor, needed: Sequence[int]) -> Tensor:
+        stored = batch.target.to(self.device)
+        rows = [(batch.teacher == i).to(self.device) for i in needed]
+        return torch.cat([self.as_student(stored[r], x_t[r], t[r], self.models[i]) for i, r in zip(needed, rows)])
+
+    def _always_needed(self, base_stays: bool) -> list[int]:
+        """Models that stay on the device: the discriminator looks through the base, and a DMM model is asked in every batch."""
+        if self.base.unet.config.num_styles:
+            return [i for i, teacher in enumerate(self.models) if teacher.unet is self.base.unet]
+        return [len(self.models) - 1] if base_stays else []
+
+    def _by_unet(self, needed: Sequence[int]) -> dict[int, list[int]]:
+        """Indices of models that answer in one forward, by the first of them: they share UNet and text states."""
+        groups: dict[int, list[int]] = {}
+        for i in needed:
+            mate = next((j for j in groups if self.models[j].unet is self.models[i].unet), None)
+            if mate is None or self.models[mate].contexts is not self.models[i].contexts:
+                groups[i] = [i]
+            else:
+                groups[mate].append(i)
+        return groups
+
+    def _rows_of_old_styles(self) -> Tensor:
+        """(N+1, n+1): how a base with n styles is asked for what a teacher index stands for; zeros where another model answers."""
+        rows = [teacher.style_row for teacher in self.models]
+        empty = torch.zeros(1, self.base.unet.config.num_styles + 1)
+        return torch.cat([empty if row is None else row for row in rows]).to(self.device)
+
+
+def teacher_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """Of the teachers' weights: "auto" is the precision of the arithmetic on a GPU, float32 elsewhere."""
+    name = config.teacher_dtype
+    if name == "auto":
+        name = config.precision if device.type == "cuda" else "fp32"
+    return DTYPES[name]

@@ -1,0 +1,62 @@
+"""A run's student as a DMM checkpoint, and as files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
+from ..loop.trainer import Trainer
+
+
+def student_checkpoint(
+    run: Trainer, base: Checkpoint, title: str, dtype: torch.dtype | None = None, averaged: bool = True
+) -> Checkpoint:
+    """The student as a DMM checkpoint with the base's text encoder and VAE, style names and recipe.
+
+    dtype: of the UNet's weights, None for float32.
+    """
+    weights = run.student_weights(averaged)
+    recipe = {
+        "train": json.loads(json.dumps(dataclasses.asdict(run.config))),
+        "steps_done": run.step,
+        "samples_seen": run.step * run.config.batch_size * run.config.accumulate,
+        "base": {"file": run.base.file, "sha256": run.base.sha256},
+        "data": {"count": len(run.data), "sha256": run.data.fingerprint()},
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+    if changes := run.kind.recipe_changes(
+        run.teachers
+    ):  # what was learnt now, and how the model came to what it knew before
+        recipe |= changes
+        before = {k: v for k, v in base.recipe.items() if k != "history"}
+        recipe["history"] = [*base.recipe.get("history", []), {"styles": [s.name for s in base.styles], **before}]
+    return Checkpoint(
+        unet={k: v.to(dtype or v.dtype) for k, v in weights.items()},
+        text=base.text,
+        vae=base.vae,
+        styles=run.kind.styles(run.teachers),
+        recipe=recipe,
+        metadata={"modelspec.title": title},
+        prediction=run.base.prediction,
+        zero_snr=run.base.zero_snr,
+    )
+
+
+def save_student(run: Trainer, base: Checkpoint, path: Path, title: str) -> None:
+    """The student as a file in half precision, and its raw weights beside it where there is an average. Of several processes the first
+    one writes; where the student is shared out, this is for all of them together."""
+    main = run.ranks.is_main
+    if not main and not run.student.sharded:
+        return
+    checkpoint = student_checkpoint(run, base, title, torch.float16)
+    if main:
+        save_checkpoint(path, checkpoint)
+    if run.student.ema and run.student.ema.ready:
+        raw = student_checkpoint(run, base, f"{title} (raw)", torch.float16, averaged=False)
+        if main:
+            save_checkpoint(path.with_name(f"{path.stem}-raw.safetensors"), raw)

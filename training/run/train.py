@@ -1,0 +1,93 @@
+"""Training to the end: resume, save, paint what the final stage needs, and let others watch."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType
+
+import torch
+
+from ..loop.trainer import Trainer
+from .state import fork, identity, resume, same_everywhere, save_state
+from .synthesis import painted_by_teachers
+from .validation import validation_error
+from .watch.controls import StopAndSave
+from .watch.watch import Watch, Watching
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    run: Trainer,
+    run_dir: Path | None,
+    watch: Watch | None = None,
+    fork_from: Path | None = None,
+    parts: dict[str, str] | None = None,
+) -> None:
+    """Train to the end, resuming from and saving to ``run_dir``. Whatever ends it early, the state is saved first.
+
+    Where the weights come from: a state in ``run_dir``; else the run ``fork_from``; else the run's own start. What the ``watch``
+    raises (an interrupt, say, or StopAndSave) ends the run like any other exception: it is passed on after the state has been written.
+    parts: ``identity(run)``, where the caller has it already: it reads all weights and data. Several processes of a run all call it;
+    raises LostProcess when one of the others is gone.
+    """
+    c, watch = run.config, watch or Watch()
+    parts = parts or (identity(run) if run_dir else {})
+    same_everywhere(run, parts)
+    if run_dir and resume(run, run_dir, parts):
+        logger.info("going on from step %d of %d", run.step, c.all_steps)
+    elif fork_from:
+        logger.info("starting from the weights of '%s' at its step %d", fork_from, fork(run, fork_from))
+    saved = run.step
+
+    def save() -> None:
+        nonlocal saved
+        if run_dir:
+            save_state(run, run_dir, parts, validation_error(run) if c.validation else None)
+        saved = run.step
+
+    def prepare_final_stage() -> None:
+        if c.steps <= run.step < c.all_steps and run.draws.final_data is None:
+            run.draws.final_data = painted_by_teachers(run, run_dir and run_dir / "painted", watch.on_paint)
+
+    watching, ended_by = Watching(watch, run, run_dir), None
+    try:
+        with tf32(c.tf32), run.ranks.watching():
+            if not run.step and not fork_from:
+                run.kind.begin(run, watch.on_paint)
+            watching.begin()
+            prepare_final_stage()
+            for metrics in run.run():
+                if run.step % c.save_every == 0 or run.step in (c.steps, c.all_steps):
+                    save()
+                watching.step(metrics, save)
+                prepare_final_stage()
+    except BaseException as error:
+        ended_by = error
+        raise
+    finally:
+        watching.end()
+        if run_dir and run.step > saved and readable(run, ended_by):
+            save_state(run, run_dir, parts)
+
+
+def readable(run: Trainer, ended_by: BaseException | None) -> bool:
+    """Whether the weights can be saved now: they belong to the step, and where they are shared out, all processes are here for it."""
+    return not run.updating and (not run.student.sharded or isinstance(ended_by, (NoneType, StopAndSave)))
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Inside, CUDA may round the inputs of float32 products to 10 bits, or not; afterwards what the host had set."""
+    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [kind.allow_tf32 for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.allow_tf32 = allowed
+        yield
+    finally:
+        for kind, old in zip(kinds, before):
+            kind.allow_tf32 = old
