@@ -18,7 +18,7 @@ from .commands import convert as convert_command
 from .commands import evaluate as evaluation_command
 from .commands import mixing as mixing_command
 from .commands.progress_bar import ProgressBar as PartsBar
-from .parallel.devices import own_device
+from .parallel.devices import local_device
 from .parallel.ranks import AgreedError, LostProcess, Ranks, joined, launched
 from .run.watch.controls import StopAndSave, signals
 from .run.watch.progress import Progress
@@ -190,7 +190,7 @@ def run_distill(args) -> None:
         config.train.check()
     ranks = launched()
     check_parallel(config.train, ranks.world)
-    device = own_device(pick_device(config.train.device), ranks)
+    device = local_device(pick_device(config.train.device), ranks)
     show = print if ranks.is_main else (lambda text: None)
     show(json.dumps(config.to_dict(), indent=2))
     if args.dry_run:
@@ -198,7 +198,7 @@ def run_distill(args) -> None:
             run = load_run(config, device, bool(args.grown), ranks)
         show(run.plan.describe() if run.plan else "memory: nothing planned (see the setting 'memory')")
         return
-    with watched(config.picture_every, ranks) as watch, joined(ranks, device, goodbye=StopAndSave):
+    with watched(config.picture_every, ranks) as watch, joined(ranks, device, raised_by_all=(StopAndSave,)):
         distill(config, watch, args.fork and Path(args.fork), bool(args.grown), ranks)
     show(f"wrote {config.output}")
 

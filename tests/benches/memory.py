@@ -130,10 +130,10 @@ def line(preset: Preset) -> str:
     if torch.cuda.is_available():
         peak, samples = measure(preset, made)
         rate = f"{samples:.2f}"
-        activations = made.parts["activations"]
+        activations = made.breakdown["activations"]
         measured = f"{peak / GB:.2f}"
         ratio = f"{(peak - made.peak + activations) / activations:.2f}"
-    kept = made.peak - made.parts["activations"]
+    kept = made.peak - made.breakdown["activations"]
     cells = [
         preset.name,
         "; ".join(how),

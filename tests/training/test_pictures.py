@@ -93,7 +93,9 @@ def test_both_paint_the_same_captions_from_the_same_noise(family, prediction):
         torch.testing.assert_close(eye.seen[i], by_hand(teacher.unet, teacher))
         with run.student.averaged():
             torch.testing.assert_close(eye.seen[2 + i], by_hand(run.student.unet, run.base, style_row(2, i)))
-        assert not torch.allclose(eye.seen[2 + i], by_hand(run.student.unet, run.base, style_row(2, i))), "the raw weights"
+        assert not torch.allclose(eye.seen[2 + i], by_hand(run.student.unet, run.base, style_row(2, i))), (
+            "the raw weights"
+        )
         assert eye.seen[i].shape[1:] == run.data.shape
 
 
@@ -141,12 +143,12 @@ def test_teachers_paint_once():
 def test_a_teachers_unet_is_asked_of_the_rack():
     run, asked = small_run(teachers=2), []
 
-    class Rack:
+    class TeacherPool:
         def get(self, index):
             asked.append(index)
             return run.teachers[index].unet
 
-    run.targets.pool = Rack()
+    run.targets.pool = TeacherPool()
     Pictures(run, Eye()).paint()
     assert asked == [0, 1]
 

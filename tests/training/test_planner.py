@@ -223,12 +223,12 @@ def test_a_plan_is_a_training_config(tiny):
 
 def test_parts_add_up_and_are_told(tiny):
     made = tiny(GB)
-    assert made.peak == sum(made.parts.values())
-    assert made.parts["teachers"] == 7 * sizes(Step(SMALL)).teacher  # and the base
+    assert made.peak == sum(made.breakdown.values())
+    assert made.breakdown["teachers"] == 7 * sizes(Step(SMALL)).teacher  # and the base
     text = made.describe()
     assert "all weights" in text
-    for name in (*made.parts, "together"):
-        assert name in text or not made.parts[name]
+    for name in (*made.breakdown, "together"):
+        assert name in text or not made.breakdown[name]
 
 
 def test_each_wish_costs_what_it_needs(tiny):

@@ -26,7 +26,7 @@ class Batch:
 
     x_t (B, C, h, w) float32; t (B,) timesteps; teacher (B,), sorted so that each teacher's rows are a slice, N standing for the
     base; rows (B,) of the captions in ``Teacher.contexts``, 0 where the caption is dropped. target (B, C, h, w): what the teachers
-    predict, each in its own parameterisation, where the data hold it (rollouts), else None. weight, t_weight (B,): p / q of rows that
+    predict, each in its own parameterisation, where the data hold it (rollouts), else None. weight, t_importance (B,): p / q of rows that
     were not drawn evenly (``Chances.pick``), else None. whole: the batch of which this is one process's share, its rows from
     ``start`` on; None where this is all of it.
     """
@@ -37,7 +37,7 @@ class Batch:
     rows: Tensor
     target: Tensor | None = None
     weight: Tensor | None = None
-    t_weight: Tensor | None = None
+    t_importance: Tensor | None = None
     whole: Batch | None = None
     start: int = 0
 
@@ -46,11 +46,11 @@ class Batch:
 
     def part(self, place: slice) -> Batch:
         """Some neighbouring rows, which know what they are a part of."""
-        everything = (self.x_t, self.t, self.teacher, self.rows, self.target, self.weight, self.t_weight)
+        everything = (self.x_t, self.t, self.teacher, self.rows, self.target, self.weight, self.t_importance)
         return Batch(*(None if x is None else x[place] for x in everything), whole=self, start=place.start)
 
     @property
-    def of_all(self) -> Batch:
+    def global_batch(self) -> Batch:
         return self if self.whole is None else self.whole
 
 
@@ -76,7 +76,7 @@ class Draw:
         """The teacher of every row of batch ``number``, (B,), before any of them goes to the base."""
         if self.shares is None:
             return (number * self.batch_size + torch.arange(self.batch_size)) % self.teachers
-        u = self.even(number)
+        u = self.uniform_points(number)
         ends = torch.tensor(self.shares, dtype=torch.float64).cumsum(0)
         last = max(i for i, share in enumerate(self.shares) if share > 0)
         return torch.searchsorted(ends, u, right=True).clamp(max=last)
@@ -193,7 +193,7 @@ class CaptionedLatents:
         weights = ()
         if draw.chances:
             # Moved by a number of the run's own: over all seeds, every row alone has exactly these chances.
-            u = (draw.even(number) + hash_seed(draw.seed, "cells") / 2**63) % 1.0
+            u = (draw.uniform_points(number) + hash_seed(draw.seed, "cells") / 2**63) % 1.0
             teacher, bins, *weights = draw.chances.pick(u, to_base, owner)
         else:
             teacher = torch.where(to_base, draw.teachers, draw.turns(number) if owner is None else owner)

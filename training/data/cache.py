@@ -24,8 +24,8 @@ from torch import Tensor
 from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.unet import unet_config_from_state_dict
 from ...dmm_core.vae import AutoencoderKL, latent_scale, load_vae
-from ..files.hashing import text_hash, weights_hash
-from ..progress import Tick
+from ..files.hashing import repr_sha256, weights_hash
+from ..progress import ProgressCallback
 from ..teachers.models import Model, as_checkpoint, base_with_parts
 from .batches import CaptionedLatents
 from .buckets import MAX_ASPECT, bucket_sizes, choose_bucket, default_resolution, enlargement, fit, size_multiple
@@ -82,7 +82,7 @@ def build_image_cache(
     device: torch.device | str = "cpu",
     batch_size: int = 4,
     workers: int = 4,
-    progress: Tick | None = None,
+    progress: ProgressCallback | None = None,
 ) -> CacheReport:
     """Encode the pictures of ``images`` into the cache ``folder``, or go on with it; pictures added since are added.
 
@@ -136,7 +136,7 @@ def build_image_cache(
             for number, start in enumerate(range(0, len(members), SHARD_PICTURES)):
                 part = members[start : start + SHARD_PICTURES]
                 tick = functools.partial(_tick, progress, done, len(pictures))
-                identity = text_hash("latents", vae_hash, scale, size, [picture.sha256 for picture in part])
+                identity = repr_sha256("latents", vae_hash, scale, size, [picture.sha256 for picture in part])
                 name = f"latents-{size[0]}x{size[1]}-{number:05d}.safetensors"
                 shards.append(writer.shard(name, identity, len(part), functools.partial(encode, part, size, tick)))
                 done += len(part)
@@ -150,7 +150,7 @@ def build_image_cache(
     return CacheReport(len(pictures), counts, len(prompts) - 1, len(text), problems, sorted(enlarged))
 
 
-def _tick(progress: Tick | None, before: int, total: int, done: int) -> None:
+def _tick(progress: ProgressCallback | None, before: int, total: int, done: int) -> None:
     if progress:
         progress(before + done, total, "encoding pictures")
 
@@ -160,7 +160,7 @@ def store_all_text(
     models: Sequence[Model],
     prompts: Sequence[str],
     device: torch.device,
-    progress: Tick | None,
+    progress: ProgressCallback | None,
     base: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """The text section of a manifest: every different text encoder of ``models``, and those that a finished cache of the same
@@ -187,7 +187,7 @@ def add_text(
     folder: str | os.PathLike,
     models: Sequence[Model],
     device: torch.device | str = "cpu",
-    progress: Tick | None = None,
+    progress: ProgressCallback | None = None,
 ) -> int:
     """Add the models' text encoders to a finished cache of any kind, leaving the rest as it is. Returns how many were new.
 

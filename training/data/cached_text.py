@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.hashing import text_hash, weights_hash
-from ..progress import Tick
+from ..files.hashing import repr_sha256, weights_hash
+from ..progress import ProgressCallback
 from ..text import WINDOW, ClipText, windows
 from .shards import ShardReader, ShardWriter
 
@@ -58,7 +58,7 @@ class StoredText:
         return self.reader.span(shard, "context", start, start + int(self.windows[row])).flatten(0, 1).float()
 
     def fingerprint(self) -> str:
-        return text_hash("contexts", self.reader.fingerprint())
+        return repr_sha256("contexts", self.reader.fingerprint())
 
 
 class StoredPooled:
@@ -75,7 +75,7 @@ class StoredPooled:
         return self.reader.rows("pooled", rows).float()
 
     def fingerprint(self) -> str:
-        return text_hash("pooled", self.reader.fingerprint())
+        return repr_sha256("pooled", self.reader.fingerprint())
 
 
 class TextStore:
@@ -107,7 +107,7 @@ def store_text(
     weights: Mapping[str, Tensor],
     prompts: Sequence[str],
     device: torch.device,
-    progress: Tick | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Encode prompts into shards -> the manifest's entry. Finished shards are kept; the encoder is built only when one is needed."""
     key, encoder = weights_hash(weights), None
@@ -122,7 +122,7 @@ def store_text(
     entry: dict[str, Any] = {"shards": []}
     for number, start in enumerate(range(0, len(prompts), SHARD_PROMPTS)):
         part = prompts[start : start + SHARD_PROMPTS]
-        name, identity = f"text-{key[:16]}-{number:05d}.safetensors", text_hash("text", key, tuple(part))
+        name, identity = f"text-{key[:16]}-{number:05d}.safetensors", repr_sha256("text", key, tuple(part))
         entry["shards"].append(writer.shard(name, identity, len(part), functools.partial(build, part, start)))
         reader = ShardReader(writer.folder, entry["shards"][-1:])
         counts += reader.span(0, "windows", 0, len(part)).tolist()

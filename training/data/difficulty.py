@@ -32,24 +32,24 @@ class Chances:
     steps: int
 
     def pick(self, u: Tensor, to_base: Tensor, owner: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(teacher, bin, weight, t_weight), each (B,), by the inverse distribution function at u (B,) in [0, 1).
+        """(teacher, bin, weight, t_importance), each (B,), by the inverse distribution function at u (B,) in [0, 1).
 
         Rows ``to_base`` are the base's, and with ``owner`` (B,) all others have that teacher: then only the bin is drawn. weight is
-        p / q of teacher and timestep, t_weight that of the timestep alone, float32.
+        p / q of teacher and timestep, t_importance that of the timestep alone, float32.
         """
         teachers, bins = self.cells.shape
         cell = inverse(u, self.cells.flatten().expand(len(u), -1))
         teacher, place = cell // bins, cell % bins
         weight = (self.shares[:, None] / bins / self.cells)[teacher, place]
-        t_weight = (self.cells.sum(1, keepdim=True) / bins / self.cells)[teacher, place]
+        t_importance = (self.cells.sum(1, keepdim=True) / bins / self.cells)[teacher, place]
         given = to_base if owner is None else torch.ones_like(to_base)
         if given.any():
             teacher = torch.where(to_base, teachers, teacher if owner is None else owner)
             # Whose row it is does not depend on u, which for these rows is even in [0, 1), too.
             place = torch.where(given, inverse(u, self.alone[teacher]), place)
             even = 1 / bins / self.alone[teacher, place]
-            weight, t_weight = torch.where(given, even, weight), torch.where(given, even, t_weight)
-        return teacher, place, weight.float(), t_weight.float()
+            weight, t_importance = torch.where(given, even, weight), torch.where(given, even, t_importance)
+        return teacher, place, weight.float(), t_importance.float()
 
     def timesteps(self, place: Tensor, generator: torch.Generator) -> Tensor:
         """Bins (B,) -> timesteps (B,), evenly from each bin."""

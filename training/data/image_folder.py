@@ -21,7 +21,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..progress import Tick
+from ..progress import ProgressCallback
 
 METADATA = "metadata.jsonl"
 FORMATS = {
@@ -210,7 +210,7 @@ def read_picture(picture: Picture) -> Image.Image:
 
 
 def survey(
-    folder: str | os.PathLike, workers: int = 4, progress: Tick | None = None
+    folder: str | os.PathLike, workers: int = 4, progress: ProgressCallback | None = None
 ) -> tuple[list[Picture], list[Problem]]:
     """Read every picture and caption of a folder once -> those that can be used, in order of name, and what is wrong with the rest."""
     paths = find_pictures(folder)

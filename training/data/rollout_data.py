@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint
-from ..files.hashing import text_hash, weights_hash
+from ..files.hashing import repr_sha256, weights_hash
 from ..seeds import hash_seed
 from .batches import Batch, Draw
 from .cached_text import TextStore
@@ -119,7 +119,7 @@ class Rollouts:
     def fingerprint(self) -> str:
         shards = [[part.reader.fingerprint() for part in parts] for parts in self.parts]
         rows = [entry["parts"][i]["rows"] for entry in self.entries for i in range(len(entry["parts"]))]
-        return text_hash("rollouts", self.prompts, self.sizes, shards, rows)
+        return repr_sha256("rollouts", self.prompts, self.sizes, shards, rows)
 
     def batch(self, number: int, draw: Draw) -> Batch:
         """As ``TrainingData.batch``. Where a caption is dropped, the target is the prediction for the empty prompt.

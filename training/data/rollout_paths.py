@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...dmm_core.sampling import SAMPLERS, SCHEDULERS, choose, sample, sigmas_for
 from ...dmm_core.schedule import NoiseSchedule, predicted_x0
-from ..files.hashing import text_hash
+from ..files.hashing import repr_sha256
 from ..seeds import hash_seed
 from ..teachers.teacher import Teacher
 
@@ -90,7 +90,7 @@ class Owner:
     @property
     def key(self) -> str:
         """16 hexadecimal digits: what its states depend on, which its name and file are not."""
-        return text_hash(self.role, self.unet, self.text, self.prediction, self.zero_snr)[:16]
+        return repr_sha256(self.role, self.unet, self.text, self.prediction, self.zero_snr)[:16]
 
 
 # --- noise levels -----------------------------------------------------------------------------------------------------
@@ -137,7 +137,9 @@ class Recorder:
             state = {"x_t": x_t[row], "cond": cond[row].half(), "null": null[row].half(), "t": t[row]}
             self.kept.append({"path": row, **{name: value.cpu() for name, value in state.items()}})
         self.step += 1
-        return predicted_x0(null + self.cfg * (cond - null), x_t.float(), signal, noise, prediction=self.teacher.prediction)
+        return predicted_x0(
+            null + self.cfg * (cond - null), x_t.float(), signal, noise, prediction=self.teacher.prediction
+        )
 
 
 @torch.no_grad()

@@ -21,8 +21,8 @@ from torch import Tensor
 from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.unet import UNetConfig, unet_config_from_state_dict
 from ..config import check_names
-from ..files.hashing import text_hash, weights_hash
-from ..progress import Tick
+from ..files.hashing import repr_sha256, weights_hash
+from ..progress import ProgressCallback
 from ..teachers.lora_files import recorded, split_loras
 from ..teachers.models import Model, as_checkpoint, base_with_parts
 from ..teachers.teacher import Teacher, check_architectures, check_schedules, plain_unet
@@ -59,7 +59,7 @@ def build_rollouts(
     settings: RolloutSettings | None = None,
     parts_from: Model | None = None,
     device: torch.device | str = "cpu",
-    progress: Tick | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, int]:
     """Paint with every teacher and the base and keep states, or go on with it. Returns the number of states by name.
 
@@ -79,7 +79,7 @@ def build_rollouts(
     if len(prompts) == 1:
         raise ValueError("no captions given: the teachers need something to paint")
     fixed = {k: v for k, v in vars(settings).items() if k not in ("paths", "base_share")}
-    fixed["captions"] = text_hash(prompts)
+    fixed["captions"] = repr_sha256(prompts)
     writer = ShardWriter(folder, "rollouts", fixed)
 
     owners = _owners(teachers, base_model, config)
@@ -170,7 +170,7 @@ def _store_paths(
                 return {name: torch.stack([state[name] for state in states]) for name in ("x_t", "cond", "null", "t")}
 
             texts = [(path, prompts[row]) for path, row in part]
-            identity = text_hash("rollouts", owner.key, size, sorted(writer.settings.items()), texts)
+            identity = repr_sha256("rollouts", owner.key, size, sorted(writer.settings.items()), texts)
             name = f"rollouts-{owner.key}-{size[0]}x{size[1]}-{number:05d}.safetensors"
             shards.append(writer.shard(name, identity, len(part) * settings.states, build))
             done += len(part)

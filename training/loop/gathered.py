@@ -25,11 +25,11 @@ def gathered(
             for x in (one.losses for one in micro_batches)
         ],
         [one.batch.start for one in micro_batches],
-        [len(one.batch.of_all) for one in micro_batches],
+        [len(one.batch.global_batch) for one in micro_batches],
         ranks,
     )
     everyone = []
-    for batch, table in zip((one.batch.of_all for one in micro_batches), tables):
+    for batch, table in zip((one.batch.global_batch for one in micro_batches), tables):
         judged = (batch.teacher < objective.num_styles) & adversarial
         losses = Losses(*table.unbind(dim=1), judged)
         everyone.append(MicroBatch(batch, losses, objective.total(losses, batch, step)))

@@ -69,7 +69,7 @@ def over_all(micro_batches: Sequence[MicroBatch], name: str) -> float | None:
     for batch, losses in ((one.batch, one.losses) for one in micro_batches):
         rows = slice(None) if name in ("score", "feature") else losses.judged
         values.append(getattr(losses, name).detach()[rows])
-        weights.append(None if batch.weight is None else batch.weight[rows])
+        weights.append(None if batch.importance is None else batch.importance[rows])
     if not sum(map(len, values)):
         return None
     return mean(torch.cat(values), None if weights[0] is None else torch.cat(weights)).item()
@@ -79,8 +79,8 @@ def by_teacher(micro_batches: Sequence[MicroBatch], names: Sequence[str]) -> tup
     """(mean eq. 9 loss of the rows, number of rows) by the teacher's name, of the teachers that have rows."""
     teacher = torch.cat([one.batch.teacher for one in micro_batches])
     score = torch.cat([one.losses.score.detach() for one in micro_batches]).cpu()
-    if micro_batches[0].batch.t_weight is not None:
-        score = score * torch.cat([one.batch.t_weight for one in micro_batches])
+    if micro_batches[0].batch.t_importance is not None:
+        score = score * torch.cat([one.batch.t_importance for one in micro_batches])
     means, counts = {}, {}
     for i in teacher.unique().tolist():
         name = names[i] if i < len(names) else BASE

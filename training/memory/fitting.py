@@ -54,8 +54,8 @@ def fitted(
     fixed = {name: getattr(config, name) for name, free in OPEN.items() if getattr(config, name) != free}
     if begun and config.batch_size * config.accumulate % begun == 0:
         fixed["micro_batch"] = begun
-    shared_out = processes > 1 and config.parallel == "fsdp"
-    if shared_out:  # the others do not work on shares of a weight
+    sharded = processes > 1 and config.parallel == "fsdp"
+    if sharded:  # the others do not work on shares of a weight
         fixed["optimizer"] = "adamw"
     want = Want(
         batch_size=config.batch_size * config.accumulate,
@@ -68,7 +68,7 @@ def fitted(
         device=device.type,
         fixed=fixed,
         processes=processes,
-        shared_out=shared_out,
+        sharded=sharded,
     )
     found = plan(unet, latents_hw, teachers, budget, want)
     return dataclasses.replace(config, **found.settings(), teacher_slots=found.slots), found

@@ -50,7 +50,7 @@ class Want:
     batch_size: samples of one optimiser step. features / adversarial: whether lambda_feat / lambda_adv are above 0. ema: whether
     the weights are averaged. teacher_dtype: "auto" is the precision on CUDA, fp32 elsewhere. device: "cuda" or "cpu".
     fixed: settings that the user has chosen already, by their names in ``Choice``. processes: that share the samples, each with a
-    device of this size; shared_out: they share the student too.
+    device of this size; sharded: they share the student too.
     """
 
     batch_size: int = 8
@@ -63,7 +63,7 @@ class Want:
     device: str = "cuda"
     fixed: Mapping[str, Any] = field(default_factory=dict)
     processes: int = 1
-    shared_out: bool = False
+    sharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def plan(
     smallest: tuple[int, list[Choice]] = (0, [])
     for choice in choices(want):
         step = _step(config, latents_hw, teachers, choice, want)
-        parts = resident_parts(sizes(step), teachers, choice, want)
+        parts = resident_bytes(sizes(step), teachers, choice, want)
         stays = sum(parts.values())
         if not smallest[1] or stays < smallest[0]:
             smallest = stays, []
@@ -179,7 +179,7 @@ def plan(
     )
 
 
-def resident_parts(each: Sizes, teachers: int, choice: Choice, want: Want) -> dict[str, int]:
+def resident_bytes(each: Sizes, teachers: int, choice: Choice, want: Want) -> dict[str, int]:
     """Bytes that are on the device for the whole run, by what they hold."""
     places = teachers + 1  # and the base
     if choice.residency == "offload":  # the discriminator looks through the base, which then stays
@@ -190,7 +190,7 @@ def resident_parts(each: Sizes, teachers: int, choice: Choice, want: Want) -> di
         "optimiser": each.optimizer[choice.optimizer],
         "average": each.trained if want.ema and choice.ema_device == "device" else 0,
     }
-    if want.shared_out:
+    if want.sharded:
         parts = {name: -(-size // want.processes) for name, size in parts.items()}
     return {**parts, "teachers": places * each.teacher, "discriminator": each.head}
 
@@ -203,7 +203,7 @@ def rows_at_once(micro_batch: int, want: Want) -> int:
 def blocks_in_use(config: UNetConfig, want: Want) -> int:
     """Bytes of the blocks that are whole at a time where processes share the student out: the one that computes, the next one, and one
     block's gradients."""
-    if not want.shared_out:
+    if not want.sharded:
         return 0
     with torch.device("meta"):
         student = UNet(config)
@@ -214,7 +214,7 @@ def blocks_in_use(config: UNetConfig, want: Want) -> int:
 
 
 def activation_bytes(step: Step, choice: Choice, want: Want, factor: float = 1.0) -> int:
-    """Bytes at the worst moment of a step on top of ``resident_parts``.
+    """Bytes at the worst moment of a step on top of ``resident_bytes``.
 
     The peak is convex in the number of samples (the worst of many moments, each linear in it), so the straight line between one
     sample and many is never too low; two sizes are tried instead of all.

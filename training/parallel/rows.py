@@ -1,4 +1,4 @@
-"""Rows of a batch that several processes share: from each one's rows to all of them."""
+"""Rows of a batch that several processes share: gathered from each process's local rows."""
 
 from __future__ import annotations
 

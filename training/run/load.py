@@ -107,7 +107,7 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
 
 def teacher_unets(config: DistillConfig, files: Named, ranks: Ranks) -> dict[str, UNet]:
     """Checked, by name. Of several processes each reads a share of the teachers to check them; their weights stay in the files, and
-    the rack reads those that a process meets. (LoRAs have been folded in already: such weights are in no file.)"""
+    the pool reads those that a process meets. (LoRAs have been folded in already: such weights are in no file.)"""
     unets = {}
     for i, spec in enumerate(config.teachers):
         copy = ranks.world == 1 or bool(spec.loras)

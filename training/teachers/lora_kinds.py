@@ -184,7 +184,7 @@ class _LowRank:
 
 
 @dataclass
-class _Whole:
+class _FullMatrix:
     """A factor that the file has as it is: (o, i) or (o, i, k, l)."""
 
     matrix: Tensor
@@ -202,7 +202,7 @@ class _Whole:
         return self.matrix
 
 
-def _factors(values: Mapping[str, Tensor]) -> list[_LowRank | _Whole]:
+def _factors(values: Mapping[str, Tensor]) -> list[_LowRank | _FullMatrix]:
     """What the change is made of: one factor (LoRA), or two that are multiplied (LoHa, LoKr)."""
     if "up" in values:  # matrices, or kernels: up 1 x 1, down k x k, or 1 x 1 around a core
         return [_LowRank(values["up"].flatten(1), values["down"].flatten(1), values.get("mid"))]
@@ -210,7 +210,9 @@ def _factors(values: Mapping[str, Tensor]) -> list[_LowRank | _Whole]:
         return [_low_rank(values, f"hada_w{n}", f"hada_t{n}") for n in (1, 2)]
     if "lokr_w1" in values or "lokr_w1_a" in values:
         return [
-            _Whole(values[f"lokr_w{n}"]) if f"lokr_w{n}" in values else _low_rank(values, f"lokr_w{n}", f"lokr_t{n}")
+            _FullMatrix(values[f"lokr_w{n}"])
+            if f"lokr_w{n}" in values
+            else _low_rank(values, f"lokr_w{n}", f"lokr_t{n}")
             for n in (1, 2)
         ]
     return []

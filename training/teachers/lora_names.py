@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.diffusers_layout import diffusers_names
-from ..files.clip_layout import OPEN_CLIP_LAYER, OPEN_CLIP_WHOLE
+from ..files.clip_layout import OPEN_CLIP_LAYER, OPEN_CLIP_KEYS
 
 FIRST_TEXT = ("lora_te_", "lora_te1_", "text_encoder.")
 SECOND_TEXT = ("lora_te2_", "text_encoder_2.")
@@ -105,8 +105,8 @@ def _modules(key: str, prefix: str) -> Names:
         return
     if name in ("text_projection", "text_projection.weight"):
         yield "text_projection", Target("text", key, transposed=name == "text_projection")
-    elif name in OPEN_CLIP_WHOLE and OPEN_CLIP_WHOLE[name].endswith(".weight"):
-        yield f"text_model.{OPEN_CLIP_WHOLE[name].removesuffix('.weight')}", Target("text", key)
+    elif name in OPEN_CLIP_KEYS and OPEN_CLIP_KEYS[name].endswith(".weight"):
+        yield f"text_model.{OPEN_CLIP_KEYS[name].removesuffix('.weight')}", Target("text", key)
     elif match := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)[._]weight", name):
         layer = f"text_model.encoder.layers.{match[1]}"
         if match[2] == "attn.in_proj":

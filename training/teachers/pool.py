@@ -56,21 +56,21 @@ class Slot:
         self.done: torch.cuda.Event | None = None
 
 
-class Rack:
+class TeacherPool:
     """Frozen UNets by index (teachers 0..N-1, the base N; one UNet may have several), and where they live. Those that are not
     resident have one architecture.
 
     policy: "device": all of them on the device. "offload": in RAM, at most ``slots`` (2, or 1: no copying ahead while a teacher
     computes) on the device at a time. "auto": "device" if all of them fit into half of the memory that is free now, so make the
-    rack after the student has moved in. resident: indices that stay on the device whatever the policy is. dtype: of the weights,
+    pool after the student has moved in. resident: indices that stay on the device whatever the policy is. dtype: of the weights,
     None for what each UNet has (those that wait: what the first one has).
 
-    The rack takes the UNets over: they are converted to ``dtype`` IN PLACE, because a second copy of N teachers does not fit into
+    The pool takes the UNets over: they are converted to ``dtype`` IN PLACE, because a second copy of N teachers does not fit into
     many machines' RAM. So read whatever needs their original values (hashes, the student's start) before. At the most one UNet
     exists twice, while it is packed. After ``close`` they are on the CPU, in ``dtype``. late: all this is done to a UNet when it is first
     asked for, and never to one that is not: for a process that meets few of them.
 
-    A UNet that ``get`` or ``visit`` gave out holds until the next one is asked for. Gradients may not flow through the weights of
+    A UNet that ``get`` or ``loaded`` gave out holds until the next one is asked for. Gradients may not flow through the weights of
     one that is not resident: they are gone by the time of the backward pass.
 
     Raises ValueError for an unknown policy or index, or UNets of different sizes.
@@ -109,7 +109,7 @@ class Rack:
     def __len__(self) -> int:
         return len(self.unets)
 
-    def visit(self, needed: Sequence[int]) -> Iterator[tuple[int, UNet]]:
+    def loaded(self, needed: Sequence[int]) -> Iterator[tuple[int, UNet]]:
         """(index, UNet on the device) for every index of ``needed``, in that order; the next is copied while this one computes."""
         order = list(needed)
         for place, index in enumerate(order):
@@ -187,7 +187,7 @@ class Rack:
 
     def _check_index(self, index: int) -> None:
         if self._closed:
-            raise RuntimeError("the rack is closed: its models have left the device")
+            raise RuntimeError("the pool is closed: its models have left the device")
         if not 0 <= index < len(self.unets):
             raise ValueError(f"there is no model {index}: the models are 0 to {len(self.unets) - 1}")
 
