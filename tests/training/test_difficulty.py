@@ -87,24 +87,24 @@ def test_chances_follow_the_formula(power, floor):
     chances = table.chances()
     torch.testing.assert_close(chances.cells, torch.tensor(expected(table), dtype=torch.float64), rtol=1e-12, atol=0)
     hard = table.loss[3] ** power
-    torch.testing.assert_close(chances.alone[3], floor / BINS + (1 - floor) * hard / hard.sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(chances.given[3], floor / BINS + (1 - floor) * hard / hard.sum(), rtol=1e-12, atol=0)
     assert math.isclose(chances.cells.sum().item(), 1, rel_tol=1e-12)
     batch = batches(chances, 200)
-    assert together(batch, "weight").max() <= 1 / floor * 1.0001
+    assert together(batch, "importance").max() <= 1 / floor * 1.0001
 
 
 def test_chances_are_even_until_every_cell_was_seen():
     table = learnt()
     table.rows[1, 4] = 0
     chances = table.chances()
-    assert (chances.cells == 1 / (3 * BINS)).all() and (chances.alone[1] == 1 / BINS).all()
-    assert chances.alone[0].std() > 0 and chances.alone[3].std() > 0
+    assert (chances.cells == 1 / (3 * BINS)).all() and (chances.given[1] == 1 / BINS).all()
+    assert chances.given[0].std() > 0 and chances.given[3].std() > 0
     fresh = Difficulty(3, STEPS, 1.0, 0.25).chances()
     drawn = batches(fresh, 50)
-    assert (together(drawn, "weight") == 1).all() and (together(drawn, "t_importance") == 1).all()
+    assert (together(drawn, "importance") == 1).all() and (together(drawn, "t_importance") == 1).all()
     table = learnt()
     table.loss[3] = 0  # a student that begins as the base has no error there
-    assert (table.chances().alone[3] == 1 / BINS).all()
+    assert (table.chances().given[3] == 1 / BINS).all()
 
 
 # --- the rows ---------------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_batches_are_drawn_by_what_is_free(kind):
     assert ((cell - 32000 * q).abs() < 5 * (32000 * q).sqrt()).all()
     p = torch.cat([0.75 * torch.tensor(shares or (1 / 3,) * 3), torch.tensor([0.25])])[:, None].expand(4, BINS) / BINS
     index = (teacher, t // WIDTH)
-    torch.testing.assert_close(together(drawn, "weight"), (p / q)[index].float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(together(drawn, "importance"), (p / q)[index].float(), rtol=1e-5, atol=0)
     given_t = q.sum(1, keepdim=True) / BINS / q
     torch.testing.assert_close(together(drawn, "t_importance"), given_t[index].float(), rtol=1e-5, atol=0)
     if owner is not None:
@@ -180,7 +180,7 @@ def test_batches_are_drawn_by_what_is_free(kind):
 def test_a_batch_goes_to_its_share_with_its_weights():
     batch = batches(learnt().chances(), 1)[0]
     part = batch.share(slice(5, 9))
-    for name in ("x_t", "t", "teacher", "rows", "weight", "t_importance"):
+    for name in ("x_t", "t", "teacher", "rows", "importance", "t_importance"):
         assert torch.equal(getattr(part, name), getattr(batch, name)[5:9])
 
 
@@ -287,7 +287,9 @@ def test_what_is_reported_and_noted():
     chances = twin.difficulty.chances()
     twin.step = 1
     twin.draws.forget_ahead()
-    assert torch.equal(run.draws(2).t, twin.draws(2).t) and torch.equal(run.draws(2).weight, twin.draws(2).weight)
+    assert torch.equal(run.draws(2).t, twin.draws(2).t) and torch.equal(
+        run.draws(2).importance, twin.draws(2).importance
+    )
     assert not torch.equal(chances.cells, learnt(3).chances().cells)
 
 
@@ -375,7 +377,7 @@ def test_growing_and_forgetting_keep_their_shares():
         counts = torch.bincount(together(drawn, "teacher"), minlength=run.num_styles)
         assert (counts - 2000 * torch.tensor(run.draws.shares)).abs().max() < 8
         assert together(drawn, "t_importance").std() > 0.1
-        assert torch.equal(together(drawn, "weight"), together(drawn, "t_importance"))
+        assert torch.equal(together(drawn, "importance"), together(drawn, "t_importance"))
         assert math.isfinite(run.train_step().loss) and run.difficulty.rows.sum() == 5 * run.difficulty.rows.numel() + 8
 
 

@@ -75,7 +75,7 @@ def test_a_process_meets_few_teachers(teachers, world):
     for rank in range(world):
         part = batch.share(Ranks(rank, world).share(len(batch)))
         assert len(part.teacher.unique()) <= math.ceil(teachers / world) + 1
-        assert torch.equal(part.x_t, x[part.start : part.start + len(part)]) and part.whole is batch
+        assert torch.equal(part.x_t, x[part.start : part.start + len(part)]) and part.full is batch
 
 
 def test_processes_tell_each_other(farm):

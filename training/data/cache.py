@@ -25,6 +25,7 @@ from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.unet import unet_config_from_state_dict
 from ...dmm_core.vae import AutoencoderKL, latent_scale, load_vae
 from ..files.hashing import repr_sha256, weights_hash
+from ..paint.images import to_tensor
 from ..progress import ProgressCallback
 from ..teachers.models import Model, as_checkpoint, base_with_parts
 from .batches import CaptionedLatents
@@ -43,7 +44,8 @@ ENLARGED = 2.0
 
 @dataclass
 class CacheReport:
-    """What a cache holds and what was left out of it. buckets: pictures by (width, height); enlarged: names of small pictures."""
+    """What a cache holds and what was left out of it. buckets: number of pictures by (width, height) in pixels; enlarged: names of pictures
+    that were made more than ``ENLARGED`` times larger."""
 
     pictures: int
     buckets: dict[tuple[int, int], int]
@@ -74,6 +76,7 @@ def build_image_cache(
     folder: str | os.PathLike,
     images: str | os.PathLike,
     base: Model,
+    *,
     teachers: Sequence[Model] = (),
     parts_from: Model | None = None,
     resolution: int | None = None,
@@ -122,35 +125,43 @@ def build_image_cache(
         by_bucket.setdefault(choose_bucket(picture.size, sizes), []).append(picture)
 
     prompts = ["", *sorted({picture.caption for picture in pictures})]
-    text = store_all_text(writer, [base, *teachers], prompts, torch.device(device), progress, base)
+    text = store_all_text(writer, [base, *teachers], prompts, device=torch.device(device), progress=progress, base=base)
     rows = {prompt: row for row, prompt in enumerate(prompts)}
     vae = functools.cache(lambda: load_vae(base.vae).to(device).eval())  # not even built when every shard is there
     buckets, done = [], 0
     with ThreadPoolExecutor(workers) as pool:
 
-        def encode(part: Sequence[Picture], size: tuple[int, int], tick: Callable[[int], None]) -> dict[str, Tensor]:
-            return encode_pictures(vae(), part, size, scale, batch_size, pool, tick)
+        def encode(chunk: Sequence[Picture], size: tuple[int, int], tick: Callable[[int], None]) -> dict[str, Tensor]:
+            return encode_pictures(vae(), chunk, size, scale=scale, batch_size=batch_size, pool=pool, tick=tick)
 
         for size, members in sorted(by_bucket.items()):
             shards = []
             for number, start in enumerate(range(0, len(members), SHARD_PICTURES)):
-                part = members[start : start + SHARD_PICTURES]
+                chunk = members[start : start + SHARD_PICTURES]
                 tick = functools.partial(_tick, progress, done, len(pictures))
-                identity = repr_sha256("latents", vae_hash, scale, size, [picture.sha256 for picture in part])
+                identity = repr_sha256("latents", vae_hash, scale, size, [picture.sha256 for picture in chunk])
                 name = f"latents-{size[0]}x{size[1]}-{number:05d}.safetensors"
-                shards.append(writer.shard(name, identity, len(part), functools.partial(encode, part, size, tick)))
-                done += len(part)
-                tick(len(part))
+                shards.append(writer.shard(name, identity, len(chunk), functools.partial(encode, chunk, size, tick)))
+                done += len(chunk)
+                tick(len(chunk))
             names = [picture.name.rpartition("/")[2] for picture in members]
             captions = [rows[picture.caption] for picture in members]
             buckets.append({"size": list(size), "rows": captions, "names": names, "shards": shards})
     writer.finish({"prompts": prompts, "buckets": buckets, "text": text})
     enlarged = [p.name for size, members in by_bucket.items() for p in members if enlargement(p.size, size) > ENLARGED]
     counts = {size: len(members) for size, members in sorted(by_bucket.items())}
-    return CacheReport(len(pictures), counts, len(prompts) - 1, len(text), problems, sorted(enlarged))
+    return CacheReport(
+        pictures=len(pictures),
+        buckets=counts,
+        captions=len(prompts) - 1,
+        text_encoders=len(text),
+        skipped=problems,
+        enlarged=sorted(enlarged),
+    )
 
 
 def _tick(progress: ProgressCallback | None, before: int, total: int, done: int) -> None:
+    """Report ``done`` pictures of a shard, before which ``before`` were encoded."""
     if progress:
         progress(before + done, total, "encoding pictures")
 
@@ -159,6 +170,7 @@ def store_all_text(
     writer: ShardWriter,
     models: Sequence[Model],
     prompts: Sequence[str],
+    *,
     device: torch.device,
     progress: ProgressCallback | None,
     base: Checkpoint | None = None,
@@ -172,7 +184,7 @@ def store_all_text(
         weights = as_checkpoint(model, base).text  # one file in memory at a time
         key = weights_hash(weights)
         if weights and key not in mine:  # most fine-tunes share the base's
-            text[key] = store_text(writer, weights, prompts, device, progress)
+            text[key] = store_text(writer, weights, prompts, device, progress=progress)
             mine.add(key)
     if dropped - text.keys():
         logger.warning(
@@ -200,7 +212,7 @@ def add_text(
         if not as_checkpoint(model).text:
             name = "the model" if isinstance(model, Checkpoint) else f"'{model}'"
             raise ValueError(f"{name} has no text encoder of its own: it uses the base's, nothing is missing")
-    text = store_all_text(writer, models, manifest["prompts"], torch.device(device), progress)
+    text = store_all_text(writer, models, manifest["prompts"], device=torch.device(device), progress=progress)
     content = {k: v for k, v in manifest.items() if k not in ("format", "kind", "settings")}
     writer.finish({**content, "text": text})
     return len(text.keys() - manifest["text"].keys())
@@ -211,28 +223,28 @@ def encode_pictures(
     vae: AutoencoderKL,
     pictures: Sequence[Picture],
     size: tuple[int, int],
+    *,
     scale: float,
     batch_size: int,
     pool: Executor,
     tick: Callable[[int], None],
 ) -> dict[str, Tensor]:
-    """Pictures -> scaled mean latents (M, 4, h, w) float16. Raises ValueError naming a picture that became NaN or infinite."""
+    """Pictures -> scaled mean latents (M, 4, h, w) float16. size: (width, height) in pixels; pool: threads that read ahead; tick: called
+    with the number of pictures done. Raises ValueError naming a picture whose latents are NaN or infinite."""
     device = next(vae.parameters()).device
     pixels = ahead(pool, lambda picture: np.asarray(fit(read_picture(picture), size)), pictures, 4 * batch_size)
-    parts = []
+    latents = []
     for start in range(0, len(pictures), batch_size):
-        batch = np.stack([next(pixels) for _ in pictures[start : start + batch_size]])  # (B, H, W, 3) uint8
-        # Contiguous: a permuted view counts as channels_last, whose CPU kernels are several times slower at these widths.
-        images = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
-        parts.append((scale * vae.encode(images)).half().cpu())
-        good = parts[-1].isfinite().flatten(1).all(1)
+        images = np.stack([next(pixels) for _ in pictures[start : start + batch_size]])  # (B, H, W, 3) uint8
+        latents.append((scale * vae.encode(to_tensor(images, device))).half().cpu())
+        good = latents[-1].isfinite().flatten(1).all(1)
         if not good.all():
             bad = pictures[start + int((~good).nonzero()[0])]
             raise ValueError(
                 f"{bad.name!r} gives latents with NaN or infinite numbers: the VAE's file is damaged, get it again"
             )
-        tick(start + len(batch))
-    return {"latents": torch.cat(parts)}
+        tick(start + len(images))
+    return {"latents": torch.cat(latents)}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -257,7 +269,7 @@ class StoredLatents:
 
 
 class ImageCache(CaptionedLatents):
-    """A finished image cache as training data. ``text_of`` gives the teachers' contexts."""
+    """A finished image cache as training data. ``text_of`` gives the contexts of each text encoder: see ``TextStore``."""
 
     def __init__(self, folder: str | os.PathLike, manifest: Mapping[str, Any]):
         prompts = manifest["prompts"]
@@ -274,7 +286,7 @@ class ImageCache(CaptionedLatents):
         self.text_of = self.text.text_of
 
     def for_teachers(self, base: Checkpoint, teachers: Mapping[str, tuple[Checkpoint, str]]) -> ImageCache:
-        """These data, after a check. Raises ValueError when the latents are another VAE's than the base's, or a text encoder is
+        """This cache, after checks. Raises ValueError when the latents are another VAE's than the base's, or a text encoder is
         not in the cache.
 
         teachers: (checkpoint, file) by name; one without a text encoder uses the base's. A base without a VAE cannot be compared.

@@ -1,4 +1,4 @@
-"""A folder of captioned pictures, as users keep them, read with care: every file may be broken.
+"""Reads a folder of captioned pictures as users keep them, where every file may be broken.
 
 Pictures are found in the folder and the folders in it, in the order of their relative names. A caption is a line of
 ``metadata.jsonl`` in the top folder ({"file_name": "a/b.png", "text": "..."}, as Hugging Face's ImageFolder has it) or else the
@@ -13,7 +13,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -29,12 +29,13 @@ FORMATS = {
 }  # fmt: skip
 """File names that are taken for pictures. Pillow tries these formats only: some others run programs."""
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that was read once, whole. name: relative, with slashes; size: (width, height) as it is to be seen."""
+    """A picture that was read once to its end. name: relative to the folder, with slashes; size: (width, height) after EXIF rotation."""
 
     name: str
     path: Path
@@ -103,7 +104,7 @@ def read_captions(folder: str | os.PathLike, pictures: dict[str, Path]) -> tuple
 
 
 def read_text_beside(picture: Path) -> str:
-    """Raises ValueError when there is no text file beside the picture, or it is none."""
+    """The text file beside a picture. Raises ValueError when there is none, or it is not UTF-8 text."""
     path = picture.with_suffix(".txt")
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -186,7 +187,7 @@ def decode(data: bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode -> RGB. 16 bits a channel are reduced to 8 (Pillow itself would cut them off at 255)."""
+    """Any Pillow mode -> RGB; 16 bits a channel become 8 (Pillow itself would clip at 255). Raises ValueError for floating point."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64) // 256
         return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -199,7 +200,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_picture(picture: Picture) -> Image.Image:
-    """Raises ValueError naming the picture when it is no longer what it was when it was first read."""
+    """The picture as RGB. Raises ValueError naming it when its file has changed since it was surveyed."""
     try:
         data = picture.path.read_bytes()
         if hashlib.sha256(data).hexdigest() != picture.sha256:
@@ -229,7 +230,7 @@ def survey(
             return Problem(name, f"it cannot be read ({error.strerror})")
         return Picture(name, path, captions.get(name, ""), size, hashlib.sha256(data).hexdigest())
 
-    pictures = []
+    pictures: list[Picture] = []
     with ThreadPoolExecutor(workers) as pool:
         for done, checked in enumerate(ahead(pool, check, list(paths.items()), 2 * workers), start=1):
             if isinstance(checked, Problem):
@@ -242,8 +243,8 @@ def survey(
 
 
 def ahead(pool: Executor, work: Callable[[Item], Result], items: Sequence[Item], depth: int) -> Iterator[Result]:
-    """``map`` in order on other threads, at most ``depth`` results ahead of who takes them: pictures are large."""
-    waiting = collections.deque()
+    """``map`` in order on other threads, with at most ``depth`` results that nobody has taken yet: pictures are large."""
+    waiting: collections.deque[Future[Result]] = collections.deque()
     try:
         for item in items:
             waiting.append(pool.submit(work, item))

@@ -1,4 +1,4 @@
-"""A folder that ``dmm cache`` made, as training data, whichever kind it is."""
+"""Opens a folder that ``dmm cache`` made: pictures or rollouts."""
 
 from __future__ import annotations
 
@@ -14,5 +14,6 @@ def open_cache(folder: str | os.PathLike, verify: bool = False) -> ImageCache | 
 
     Raises ValueError for one that is unfinished, damaged or of a newer version; ``verify`` reads and hashes every shard.
     """
-    kinds = {"images": open_image_cache, "rollouts": open_rollouts}
-    return kinds[read_manifest(folder)["kind"]](folder, verify)
+    if read_manifest(folder)["kind"] == "rollouts":
+        return open_rollouts(folder, verify)
+    return open_image_cache(folder, verify)

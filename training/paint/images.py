@@ -17,10 +17,10 @@ GAP = 6
 LABEL_LINES = 3
 
 
-def to_tensor(images: np.ndarray) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float in [-1, 1]."""
+def to_tensor(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1], on the device."""
     # Contiguous: a permuted view counts as channels_last, whose CPU kernels are several times slower at these widths.
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
 
 
 @torch.no_grad()

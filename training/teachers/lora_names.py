@@ -1,4 +1,4 @@
-"""Which weight of a checkpoint a name in a LoRA file means: the names that ComfyUI's LoRA loader knows, and PEFT's.
+"""Names of LoRA files -> the weights of a checkpoint that they mean: the names that ComfyUI's LoRA loader knows, and PEFT's.
 
 kohya       lora_unet_input_blocks_1_1_proj_in, lora_unet_down_blocks_0_attentions_0_proj_in, lora_te_text_model_...
 diffusers   unet.down_blocks.0.attentions.0.proj_in, ...attn1.to_q or ...attn1.processor.to_q, text_encoder.text_model...
@@ -110,8 +110,8 @@ def _modules(key: str, prefix: str) -> Names:
     elif match := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)[._]weight", name):
         layer = f"text_model.encoder.layers.{match[1]}"
         if match[2] == "attn.in_proj":
-            for third, part in enumerate("qkv"):
-                yield f"{layer}.self_attn.{part}_proj", Target("text", key, third)
+            for third, letter in enumerate("qkv"):
+                yield f"{layer}.self_attn.{letter}_proj", Target("text", key, third)
         elif match[2] in OPEN_CLIP_LAYER:
             yield f"{layer}.{OPEN_CLIP_LAYER[match[2]]}", Target("text", key)
 

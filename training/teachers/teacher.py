@@ -1,4 +1,4 @@
-"""Teachers: frozen fine-tunes of one architecture, each with the text states that its own text encoder gives the captions."""
+"""``Teacher``: a frozen UNet with its text encoder's states of the captions, how it is called, and checks of several together."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ class Teacher:
 
     @property
     def style_row(self) -> Tensor | None:
-        """What its UNet is to be asked for: (1, n+1), n the styles that the UNet has; None for a plain UNet."""
+        """The style row (1, n+1) with which its UNet is called, n the styles that the UNet has; None for a plain UNet."""
         styles = self.unet.config.num_styles
         if not styles:
             return None
         return no_style_row(styles) if self.style is None else style_row(styles, self.style)
 
     def info(self) -> StyleInfo:
-        """Of the student's style."""
+        """What the student's file records of the style that is learnt from this teacher."""
         return self.known or StyleInfo(
             self.name.strip(), self.description, teacher=self.file, sha256=self.sha256, licence=self.licence
         )
@@ -81,7 +81,7 @@ class Teacher:
 
     @cached_property
     def weights_sha256(self) -> str:
-        """Of the weights as they were when this was first asked; a run asks before it moves or converts them."""
+        """``hashing.weights_sha256`` of the UNet at the time of the first call; a run calls it before it converts the weights."""
         return weights_sha256(self.unet.state_dict())
 
     # The one place where a teacher is called. What goes in and what comes out:
@@ -100,8 +100,8 @@ class Teacher:
         t: Tensor,
         rows: Tensor,
         style: Tensor | None = None,
-        features: bool = False,
         *,
+        features: bool = False,
         unet: UNet | None = None,
     ) -> Prediction:
         """What the teacher predicts, see above. unet: where its weights are now, None for its own; or another UNet of this text encoder
@@ -110,7 +110,8 @@ class Teacher:
         if style is None and unet.config.num_styles:
             style = self.style_row
         dtype, device = unet.dtype, x_t.device
-        context, y = self.conditioning(rows, x_t.shape[2:], device)
+        height, width = x_t.shape[2:]
+        context, y = self.conditioning(rows, (height, width), device)
         out = unet(
             x_t.to(dtype),
             t,
@@ -135,7 +136,7 @@ class Teacher:
 def plain_unet(sd: Mapping[str, Tensor], name: str, copy: bool = True, look: bool = True) -> UNet:
     """A frozen, style-less UNet from a state dict; ValueError (naming the teacher) for styles, NaN or a foreign layout.
 
-    Without ``copy`` its weights are those of ``sd``, and without ``look`` nobody looks for NaN.
+    copy: False makes its weights the tensors of ``sd`` themselves; look: False skips the search for NaN.
     """
     unet = sound_unet(sd, name, copy, look)
     if unet.config.num_styles:
@@ -157,7 +158,7 @@ def styled_unet(sd: Mapping[str, Tensor], name: str) -> UNet:
 
 
 def sound_unet(sd: Mapping[str, Tensor], name: str, copy: bool = True, look: bool = True) -> UNet:
-    """A UNet from a state dict; ValueError, naming it, for NaN or a foreign layout."""
+    """A UNet from a state dict; ValueError, naming it, for NaN or a foreign layout. copy, look: as of ``plain_unet``."""
     try:
         unet = load_unet(sd, copy=copy)
     except ValueError as error:
@@ -196,8 +197,11 @@ def check_schedules(zero_snr: bool, teachers: Iterable[tuple[str, bool]]) -> Non
 
 
 def check_predictions(base: Teacher, teachers: Iterable[Teacher]) -> None:
-    """Raises ValueError naming every teacher that cannot be said in the base's terms: v = (eps - sqrt(1 - abar) x_t) / sqrt(abar), and a
-    schedule with zero terminal SNR ends at 1 / sqrt(abar) = 4519, which is how much an error of eps would count."""
+    """Raises ValueError naming every eps-prediction teacher of a v-prediction base with zero terminal SNR.
+
+    v = (eps - sqrt(1 - abar) x_t) / sqrt(abar), and that schedule ends at 1 / sqrt(abar) = 4519, by which an error of eps would be
+    multiplied.
+    """
     if base.zero_snr and base.prediction == "v":
         eps = [teacher.name for teacher in teachers if teacher.prediction == "eps"]
         if eps:
@@ -223,5 +227,5 @@ def check_text(teachers: Iterable[Teacher]) -> None:
 
 
 def soup(teachers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of the teachers' weights ("model soup", arXiv:2203.05482), a starting point and a baseline."""
+    """The mean of the teachers' weights in float32 ("model soup", arXiv:2203.05482), a starting point and a baseline."""
     return {key: torch.stack([t[key].float() for t in teachers]).mean(0) for key in teachers[0]}
