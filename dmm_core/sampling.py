@@ -21,7 +21,7 @@ from .schedule import NoiseSchedule, check_prediction, predicted_x0
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 StyleRows = Tensor | Callable[[Tensor], Tensor]
 """Style rows (B or 1, N+1), or a function of the timesteps (B,) that gives them."""
-Callback = Callable[[int, Tensor, Tensor, int], None]
+Callback = Callable[[int, Tensor, Tensor, int], object]
 """(step from 0, denoised, x, number of steps): the host's argument order. It may raise to stop the sampling."""
 
 

@@ -24,7 +24,7 @@ class Operations(Protocol):
     """Where the class of a layer comes from: ``torch.nn``, or a host's module of the same names."""
 
     @property
-    def Linear(self) -> type[nn.Linear]: ...  # noqa: N802, as torch.nn has it
+    def Linear(self) -> type[nn.Linear]: ...
 
 
 class StyleMLP(nn.Module):

@@ -101,7 +101,7 @@ def ready(
     """The settings that fit the device, and the device, emptied of what the host had there."""
     mm.unload_all_models()  # its copies are not needed while training runs
     device = mm.get_torch_device()
-    config, plan = fitted(config, base.unet.config, data.shape[1:], teachers, device)
+    config, plan = fitted(config, base.unet.config, data.shape[1:], teachers, device=device)
     if plan:
         say(plan.describe())
     return config, device

@@ -62,7 +62,7 @@ PRESETS = (
 
 def make_plan(preset: Preset) -> Plan:
     want = Want(adversarial=preset.adversarial)
-    return plan(preset.config, (preset.side, preset.side), preset.teachers, preset.gb * GB, want)
+    return plan(preset.config, (preset.side, preset.side), preset.teachers, preset.gb * GB, want=want)
 
 
 def random_run(preset: Preset, made: Plan) -> Trainer:

@@ -184,7 +184,13 @@ def node(host, models, monkeypatch):
 
     def gathered(*inputs):
         run = gather(*inputs)
-        held = [run.student.unet, run.optimizer, run.student.ema, run.targets.pool, *(teacher.unet for teacher in run.teachers)]
+        held = [
+            run.student.unet,
+            run.optimizer,
+            run.student.ema,
+            run.targets.pool,
+            *(teacher.unet for teacher in run.teachers),
+        ]
         alive.extend(weakref.ref(thing) for thing in held)
         return run
 

@@ -18,7 +18,7 @@ def begun(ranks, **settings):
     if run.difficulty:
         cells = run.difficulty.loss
         hard = 10 ** torch.linspace(-1, 0, cells.numel(), dtype=torch.float64).view_as(cells)
-        run.load_difficulty({"loss": hard, "rows": torch.ones_like(cells, dtype=torch.int64)})
+        run.draws.load_difficulty({"loss": hard, "rows": torch.ones_like(cells, dtype=torch.int64)})
     return run
 
 

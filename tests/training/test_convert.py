@@ -304,7 +304,7 @@ def test_refusals_leave_the_target_as_it_was(tmp_path):
     style, target = tmp_path / "style.safetensors", tmp_path / "old.safetensors"
     target.write_text("old")
     (tmp_path / "empty").mkdir()
-    for (model, to_file, to, *onto), message in (
+    for (model, destination, to, *onto), message in (
         ((plain, target, "style"), "the model has no styles"),
         ((style, target, "single"), "name the model .* with --onto"),
         ((source, target, "single", plain), "is not a file of styles alone"),
@@ -316,7 +316,7 @@ def test_refusals_leave_the_target_as_it_was(tmp_path):
         ((target, target, "single"), "old.safetensors"),
     ):
         with pytest.raises(ValueError, match=message):
-            convert(model, to_file, to, onto=onto[0] if onto else None)
+            convert(model, destination, to, onto=onto[0] if onto else None)
         assert target.read_text() == "old"
 
 

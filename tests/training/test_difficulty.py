@@ -232,7 +232,7 @@ def test_without_it_batches_are_what_they_were():
 def adaptive(**settings):
     """A run whose table says something from the first step on."""
     run = small_run(sampling="adaptive", base_share=0.2, **settings)
-    run.load_difficulty(learnt(run.num_styles).state_dict())
+    run.draws.load_difficulty(learnt(run.num_styles).state_dict())
     return run
 
 
@@ -286,7 +286,7 @@ def test_what_is_reported_and_noted():
     assert run.difficulty.rows.sum() == 4 * BINS * 5 + len(t)
     chances = twin.difficulty.chances()
     twin.step = 1
-    twin.draws.forget_ahead()
+    twin.draws._ahead = None
     assert torch.equal(run.draws(2).t, twin.draws(2).t) and torch.equal(
         run.draws(2).importance, twin.draws(2).importance
     )
@@ -324,7 +324,7 @@ def test_it_resumes_bitwise(tmp_path, settings, stop_at):
     if stop_at == 5:
         resume(without, tmp_path, identity(without))
         assert without.difficulty.chances().cells.std() > 0
-        without.load_difficulty(Difficulty(2, STEPS, 1.0, 0.25).state_dict())
+        without.draws.load_difficulty(Difficulty(2, STEPS, 1.0, 0.25).state_dict())
         train(without, None)
         assert not torch.equal(without.student.unet.out[2].bias, straight.student.unet.out[2].bias)
     train(second, tmp_path)
@@ -339,7 +339,7 @@ def test_what_was_drawn_ahead_is_drawn_anew_for_another_table():
     run.train_step()
     other.step = 1
     for one in (run, other):
-        one.load_difficulty(learnt(3, seed=9).state_dict())
+        one.draws.load_difficulty(learnt(3, seed=9).state_dict())
     assert torch.equal(run.draws(1).t, other.draws(1).t)
 
 
@@ -372,7 +372,7 @@ def test_growing_and_forgetting_keep_their_shares():
     """Of the rows with a style: as without it, to the 8 of 2000 that evenly spread rows may differ by; timesteps follow the table."""
     settings = {"guard": 0.4, "sampling": "adaptive", "base_share": 0.0, "steps": 300}
     for run in (growing(2, **settings), forgetting(**settings)):
-        run.load_difficulty(learnt(run.num_styles).state_dict())
+        run.draws.load_difficulty(learnt(run.num_styles).state_dict())
         drawn = [run.draws(number) for number in range(250)]
         counts = torch.bincount(together(drawn, "teacher"), minlength=run.num_styles)
         assert (counts - 2000 * torch.tensor(run.draws.shares)).abs().max() < 8

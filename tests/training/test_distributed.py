@@ -260,7 +260,7 @@ def test_a_model_grows_and_forgets_with_several(farm, forget):
 def test_a_plan_counts_shares():
     """Of the student and all that belongs to it with fsdp; of the samples always. 12 rows for 3 processes are 4."""
     one, three, cut = (
-        plan(SMALL, (8, 8), 5, 4 * GB, Want(batch_size=rows, device="cpu", processes=n, sharded=shared))
+        plan(SMALL, (8, 8), 5, 4 * GB, want=Want(batch_size=rows, device="cpu", processes=n, sharded=shared))
         for rows, n, shared in ((4, 1, False), (12, 3, False), (12, 3, True))
     )
     assert (one.micro_batch, three.micro_batch, cut.micro_batch) == (4, 12, 12)
@@ -276,8 +276,8 @@ def test_a_plan_counts_shares():
 def test_a_planned_run_keeps_its_batch(tmp_path):
     """What it was begun with by more processes."""
     config = TrainConfig(memory=4.0, batch_size=12, lambda_adv=0.0)
-    assert fitted(config, SMALL, (8, 8), 5, torch.device("cpu"))[0].batch_size == 12
-    kept, _ = fitted(config, SMALL, (8, 8), 5, torch.device("cpu"), begun=6)
+    assert fitted(config, SMALL, (8, 8), 5, device=torch.device("cpu"))[0].batch_size == 12
+    kept, _ = fitted(config, SMALL, (8, 8), 5, device=torch.device("cpu"), begun=6)
     assert (kept.batch_size, kept.accumulate) == (6, 2)
     assert begun_with(tmp_path) is None
     (tmp_path / "config.json").write_text('{"train": {"batch_size": 6}}')

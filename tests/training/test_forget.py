@@ -41,7 +41,9 @@ def test_the_old_code_must_paint_as_without_a_style_and_the_others_as_before():
     run = forgetting()
     assert [s.name for s in run.kind.styles(run.teachers)] == ["old 0", "old 2"] and run.num_styles == 2 + 3
     old = OLD.unet.model_embedding.weight
-    assert torch.equal(run.student.unet.model_embedding.weight[:3], old[[0, 2, 1]]), "what stays, then the code that goes"
+    assert torch.equal(run.student.unet.model_embedding.weight[:3], old[[0, 2, 1]]), (
+        "what stays, then the code that goes"
+    )
     batch = run.data.batch(0, Draw(1, 30, 5, 0.0, 0.0, run.schedule))
     target = run.targets(batch, batch.x_t, batch.t).out
     context, _ = run.base.conditioning(batch.rows, (8, 8), CPU)

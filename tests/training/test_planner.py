@@ -162,7 +162,7 @@ def tiny(monkeypatch):
 
     monkeypatch.setattr(planner, "CUDA_CONTEXT", 0)
     monkeypatch.setattr(planner, "step_peak", peak)
-    return lambda budget, want=None, **more: plan(SMALL, (8, 8), 6, budget, want or Want(batch_size=4), **more)
+    return lambda budget, want=None, **more: plan(SMALL, (8, 8), 6, budget, want=want or Want(batch_size=4), **more)
 
 
 def test_the_best_setting_that_fits_is_taken(tiny):

@@ -1,14 +1,18 @@
 """Run states: an interrupted run ends bitwise like one that never stopped, and a state of another run is refused."""
 
+import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from comfyui_dmm.dmm_core.unet import UNetConfig
 from comfyui_dmm.training.loop.trainer import Trainer
 from comfyui_dmm.training.run.state import BEST, best_error, fork, identity, read_state, resume, save_state, states
 from comfyui_dmm.training.run.train import train
@@ -255,3 +259,31 @@ def test_kill_nine_at_random_moments(tmp_path):
     assert killed == 20 and last.step == 60
     a, b = straight.student_weights(False), last.student_weights(False)
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+OLD_STATE = Path(__file__).parent / "states" / "state-00000003.safetensors"
+"""Written by the trainer of commit d19a4ba, before it was taken apart."""
+TINY = UNetConfig(
+    model_channels=32, channel_mult=(1,), num_res_blocks=(1,), depth_input=(1,), depth_output=(0, 0), context_dim=16
+)
+
+
+def test_a_state_from_before_the_trainer_was_taken_apart_goes_on(tmp_path):
+    """Every tensor is taken over as it is in the file; what the run is known by has the same names and the same settings. (Hashes of random
+    weights are left out: they depend on the processor.)"""
+    shutil.copy(OLD_STATE, tmp_path)
+    tensors, metadata = read_state(OLD_STATE)
+    then = json.loads(metadata["identity"])
+    run = small_run(
+        teachers=2, config=TINY, trainable="style", lambda_adv=0.05, adv_lr=1e-3, sampling="adaptive", batch_size=6
+    )
+    now = identity(run)
+    assert then.keys() == now.keys()
+    assert {k: v for k, v in then.items() if k.startswith("setting")} == {
+        k: v for k, v in now.items() if k.startswith("setting")
+    }
+    assert resume(run, tmp_path, then) and run.step == 3
+    again = save_state(run, tmp_path / "again", then)
+    saved, _ = read_state(again)
+    assert saved.keys() == tensors.keys() and all(torch.equal(saved[k], v) for k, v in tensors.items())
+    assert [m.step for m in run.run()] == [4, 5, 6]

@@ -69,7 +69,9 @@ def test_frozen_matrices_wait_in_half_precision_and_lose_nothing_of_an_fp16_base
     frozen = {k: p for k, p in run.student.unet.named_parameters() if not p.requires_grad}
     assert {p.dtype for p in frozen.values() if p.ndim > 1} == {torch.float16}
     assert (
-        {p.dtype for p in frozen.values() if p.ndim == 1} == {p.dtype for p in run.student.trained.values()} == {torch.float32}
+        {p.dtype for p in frozen.values() if p.ndim == 1}
+        == {p.dtype for p in run.student.trained.values()}
+        == {torch.float32}
     )
     base = run.base.unet.state_dict()
     weights = run.student_weights(False)

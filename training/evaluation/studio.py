@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...dmm_core.sampling import host_noise
 from ...dmm_core.unet import UNetConfig, load_unet
-from ..files.hashing import tensor_sha256, repr_sha256
+from ..files.hashing import repr_sha256, tensor_sha256
 from ..files.pieces import read_piece, write_piece
 from ..paint.paint_rows import paint_rows
 from ..progress import ProgressCallback
@@ -218,8 +218,9 @@ class Studio:
         size = (teacher.unet.config.in_channels, s.height // 8, s.width // 8)
         noise = torch.cat([host_noise((1, *size), seed) for seed in seeds]).to(self.device)
         latents = paint_rows(
-            teacher.unet, teacher, rows, noise, s.steps, s.cfg, teacher.style_row, s.sampler, s.scheduler
-        )
+            teacher.unet, teacher, rows, noise,
+            steps=s.steps, cfg=s.cfg, style=teacher.style_row, sampler=s.sampler, scheduler=s.scheduler,
+        )  # fmt: skip
         return latents.float().cpu()
 
     def split(self, work: Callable[[slice], Tensor], count: int) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from ...dmm_core.schedule import NoiseSchedule
 from ..config import TrainConfig
 from ..data.batches import Batch, Draw, TrainingData
@@ -40,6 +42,10 @@ class Draws:
         c = self.config
         data, seed, first = self.data, c.seed, 0
         if number >= c.steps * c.accumulate:
+            if self.final_data is None:
+                raise RuntimeError(
+                    f"step {c.steps} is reached, and there is nothing to train on in the final stage: set final_data"
+                )
             data, seed, first = self.final_data, hash_seed(c.seed, "final stage"), c.steps * c.accumulate
         chances = self.difficulty.chances(self.shares) if self.difficulty else None
         draw = Draw(
@@ -60,9 +66,12 @@ class Draws:
         self._ahead = number, batch
         return batch
 
-    def forget_ahead(self) -> None:
-        """What was drawn ahead was drawn by other chances than there are now."""
-        self._ahead = None
+    def load_difficulty(self, state: dict[str, Tensor]) -> None:
+        """Go on with the running losses of a saved state."""
+        if self.difficulty is None:
+            raise RuntimeError("this run draws its rows evenly: it has no running losses")
+        self.difficulty.load_state_dict(state)
+        self._ahead = None  # drawn by other chances than there are now
 
 
 def difficulty_of(

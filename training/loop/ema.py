@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def power_beta(step: int, gamma: float, every: int = 1) -> float:
@@ -23,7 +23,7 @@ class PowerEMA:
 
     def __init__(
         self,
-        params: Iterable[tuple[str, nn.Parameter]],
+        params: Iterable[tuple[str, Tensor]],
         gamma: float = 16.97,
         device: torch.device | str | None = None,
         every: int = 1,
@@ -33,7 +33,7 @@ class PowerEMA:
         self.average = {name: p.detach().to(device, torch.float32, copy=True) for name, p in params}
 
     @torch.no_grad()
-    def update(self, params: Iterable[tuple[str, nn.Parameter]]) -> None:
+    def update(self, params: Iterable[tuple[str, Tensor]]) -> None:
         """Call it after each step."""
         self.step += 1
         if self.step % self.every:

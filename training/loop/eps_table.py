@@ -98,7 +98,7 @@ def format_table(table: Sequence[EpsErrors]) -> str:
         "wrong_best": "nearest other",
     }
     titles = {name: title for name, title in titles.items() if not all(math.isnan(getattr(row, name)) for row in table)}
-    width = max(len(row.teacher) for row in table + [EpsErrors("teacher", 0, 0, 0, 0, 0)])
+    width = max(len("teacher"), *(len(row.teacher) for row in table))
     lines = ["teacher".ljust(width) + "".join(title.rjust(16) for title in titles.values())]
     for row in table:
         lines.append(row.teacher.ljust(width) + "".join(f"{getattr(row, c):16.5f}" for c in titles))

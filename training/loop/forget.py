@@ -170,7 +170,7 @@ def forgetting(
         forgotten.append(Forgotten(old, rows))
         places += [as_without_style(old, i) for i in range(len(rows))]
     kind = Forget(len(stay), tuple(forgotten), attack)
-    run = Trainer(base, places, data, dataclasses.replace(config, warm_start=0), device, kind, ranks)
+    run = Trainer(base, places, data, dataclasses.replace(config, warm_start=0), device, kind=kind, ranks=ranks)
     with torch.no_grad():
         book, codes = run.student.unet.model_embedding.weight, base.unet.model_embedding.weight
         for one in kind.forgotten:

@@ -46,41 +46,45 @@ class Metrics:
     discriminator: float | None = None
 
 
-def measured(micro_batches: Sequence[MicroBatch], names: Sequence[str], **step: float) -> Metrics:
-    """names: of the teachers; step: the fields of Metrics that are not in the rows."""
+def measured(
+    micro_batches: Sequence[MicroBatch], names: Sequence[str], *, step: int, steps: int, lr: float, grad_norm: float
+) -> Metrics:
+    """names: of the teachers; the rest as in Metrics, whose seconds are left to the caller."""
     score, count = by_teacher(micro_batches, names)
-    feature, adversarial, discriminator = (
-        over_all(micro_batches, name) for name in ("feature", "adversarial", "discriminator")
-    )
     return Metrics(
+        step=step,
+        steps=steps,
         loss=torch.stack([one.loss for one in micro_batches]).mean().item(),
-        feature=feature,
+        feature=over_all(micro_batches, "feature") or 0.0,
         score=score,
         count=count,
-        adversarial=adversarial,
-        discriminator=discriminator,
-        **step,
+        lr=lr,
+        grad_norm=grad_norm,
+        adversarial=over_all(micro_batches, "adversarial"),
+        discriminator=over_all(micro_batches, "discriminator"),
     )
 
 
 def over_all(micro_batches: Sequence[MicroBatch], name: str) -> float | None:
     """The mean of one loss over the rows that have it; None where no row has."""
-    values, weights = [], []
+    values, importance = [], []
     for batch, losses in ((one.batch, one.losses) for one in micro_batches):
-        rows = slice(None) if name in ("score", "feature") else losses.judged
+        rows = losses.judged if name in ("adversarial", "discriminator") else torch.ones_like(losses.judged)
         values.append(getattr(losses, name).detach()[rows])
-        weights.append(None if batch.importance is None else batch.importance[rows])
+        if batch.importance is not None:
+            importance.append(batch.importance[rows])
     if not sum(map(len, values)):
         return None
-    return mean(torch.cat(values), None if weights[0] is None else torch.cat(weights)).item()
+    return mean(torch.cat(values), torch.cat(importance) if importance else None).item()
 
 
 def by_teacher(micro_batches: Sequence[MicroBatch], names: Sequence[str]) -> tuple[dict[str, float], dict[str, int]]:
     """(mean eq. 9 loss of the rows, number of rows) by the teacher's name, of the teachers that have rows."""
     teacher = torch.cat([one.batch.teacher for one in micro_batches])
     score = torch.cat([one.losses.score.detach() for one in micro_batches]).cpu()
-    if micro_batches[0].batch.t_importance is not None:
-        score = score * torch.cat([one.batch.t_importance for one in micro_batches])
+    t_weights = [one.batch.t_importance for one in micro_batches if one.batch.t_importance is not None]
+    if t_weights:
+        score = score * torch.cat(t_weights)
     means, counts = {}, {}
     for i in teacher.unique().tolist():
         name = names[i] if i < len(names) else BASE

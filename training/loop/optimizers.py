@@ -52,7 +52,7 @@ def make_optimizer(groups: Sequence[dict], config: TrainConfig, device: torch.de
                 "optimizer is 'adamw8bit', which needs the package bitsandbytes (pip install bitsandbytes): install it, or "
                 "choose adafactor, which saves as much memory without it"
             ) from error
-        return AdamW8bit(groups, lr=c.lr, betas=tuple(c.betas), weight_decay=c.weight_decay)
+        return AdamW8bit(groups, lr=c.lr, betas=(c.betas[0], c.betas[1]), weight_decay=c.weight_decay)
     if c.optimizer == "adafactor":
         try:
             from transformers.optimization import Adafactor
@@ -62,9 +62,9 @@ def make_optimizer(groups: Sequence[dict], config: TrainConfig, device: torch.de
             groups, lr=c.lr, weight_decay=c.weight_decay, scale_parameter=False, relative_step=False, warmup_init=False
         )
     if c.optimizer == "muon":
-        return MuonAdamW(split(groups), lr=c.lr, betas=tuple(c.betas), weight_decay=c.weight_decay)
+        return MuonAdamW(split(groups), lr=c.lr, betas=(c.betas[0], c.betas[1]), weight_decay=c.weight_decay)
     fused = device.type == "cuda"
-    return torch.optim.AdamW(groups, lr=c.lr, betas=tuple(c.betas), weight_decay=c.weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, lr=c.lr, betas=(c.betas[0], c.betas[1]), weight_decay=c.weight_decay, fused=fused)
 
 
 def optimizer_tensors(
@@ -72,7 +72,9 @@ def optimizer_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, dict]]:
     """({"<parameter>|<key>": tensor}, {parameter: {key: number}}): all that the optimiser remembers of its parameters. Of shared-out
     ones (for all processes together) it is whole where it ``is_main``."""
-    tensors, numbers, seen = {}, {}, set()
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict] = {}
+    seen: set[int] = set()
     for name, p in named.items():
         for key, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...dmm_core.unet import UNet
 from ..config import TrainConfig
 from ..parallel.ranks import Ranks
-from ..parallel.sharding import local_tensor, replicate, shard, distribute_like, gather_to_main
+from ..parallel.sharding import distribute_like, gather_to_main, local_tensor, replicate, shard
 from ..teachers.teacher import Prediction, Teacher
 from .adapters import folded
 from .ema import PowerEMA
@@ -46,9 +46,11 @@ class Student:
             shard(self.unet, c.precision, device, ranks.world)
         self.unet.to(device)
         self.trained = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
-        on_cpu = c.ema_device == "cpu" and device.type != "cpu"
-        place = {"device": "cpu", "every": EMA_EVERY_ON_CPU} if on_cpu else {}
-        self.ema = PowerEMA(self.local_weights(), c.ema_gamma, **place) if c.ema_gamma else None
+        self.ema: PowerEMA | None = None
+        if c.ema_gamma:
+            on_cpu = c.ema_device == "cpu" and device.type != "cpu"
+            where, every = (torch.device("cpu"), EMA_EVERY_ON_CPU) if on_cpu else (None, 1)
+            self.ema = PowerEMA(self.local_weights(), c.ema_gamma, device=where, every=every)
         several = ranks.world > 1 and not self.sharded
         forward = replicate(self.unet, device) if several else self.unet
         self.forward = torch.compile(forward) if c.compile else forward
@@ -103,6 +105,8 @@ class Student:
 
     def load_average(self, weights: Mapping[str, Tensor], step: int) -> None:
         """The same for the average of the first ``step`` steps."""
+        if self.ema is None:
+            raise RuntimeError("this run averages no weights")
         self.ema.load_state_dict(
             {name: local_tensor(distribute_like(weights[name], p)) for name, p in self.trained.items()}, step
         )

@@ -56,11 +56,12 @@ class Targets:
     def __call__(self, batch: Batch, x_t: Tensor, t: Tensor, features: bool = False) -> Prediction:
         """Every row's own teacher, in the student's parameterisation (the base's). x_t (B, C, h, w) and t (B,) are the batch's, on the
         device; what the data have stored is taken from there."""
-        needed = batch.teacher.unique().tolist()
         if batch.target is not None and not features:
-            return Prediction(self._stored(batch, x_t, t, needed), [])
-        places, targets, blocks = [], [], []
-        groups = self._by_unet(needed)
+            return Prediction(self._stored(batch.target.to(self.device), batch.teacher, x_t, t), [])
+        places: list[Tensor] = []
+        targets: list[Tensor] = []
+        features_of: list[Sequence[Tensor]] = []
+        groups = self._by_unet(batch.teacher.unique().tolist())
         for i, unet in self.pool.loaded(list(groups)):
             rows = torch.isin(batch.teacher, torch.tensor(groups[i])).nonzero()[:, 0]
             there, teacher = rows.to(self.device), self.models[i]
@@ -68,9 +69,9 @@ class Targets:
             with self.autocast():
                 said = teacher.predict(x_t[there], t[there], batch.rows[rows], style, features=features, unet=unet)
             targets.append(self.as_student(said.out, x_t[there], t[there], teacher))
-            blocks.append(said.features)
+            features_of.append(said.features)
             places.append(rows)
-        out, blocks = torch.cat(targets), [torch.cat(block) for block in zip(*blocks)]
+        out, blocks = torch.cat(targets), [torch.cat(block) for block in zip(*features_of)]
         order = torch.cat(places)
         if torch.equal(order, torch.arange(len(order))):
             return Prediction(out, blocks)
@@ -89,10 +90,13 @@ class Targets:
             return self.schedule.to_eps(out, x_t, t, teacher.prediction)
         return self.schedule.to_v(out, x_t, t, teacher.prediction)
 
-    def _stored(self, batch: Batch, x_t: Tensor, t: Tensor, needed: Sequence[int]) -> Tensor:
-        stored = batch.target.to(self.device)
-        rows = [(batch.teacher == i).to(self.device) for i in needed]
-        return torch.cat([self.as_student(stored[r], x_t[r], t[r], self.models[i]) for i, r in zip(needed, rows)])
+    def _stored(self, target: Tensor, teacher: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The data's predictions (B, C, h, w), each in its own teacher's parameterisation, in the student's."""
+        out = []
+        for i in teacher.unique().tolist():  # sorted, as the rows are
+            rows = (teacher == i).to(self.device)
+            out.append(self.as_student(target[rows], x_t[rows], t[rows], self.models[i]))
+        return torch.cat(out)
 
     def _always_needed(self, base_stays: bool) -> list[int]:
         """Models that stay on the device: the discriminator looks through the base, and a DMM model is asked in every batch."""

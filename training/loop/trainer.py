@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -34,8 +34,9 @@ from .precision import autocast
 from .student import Student, style_rows
 from .targets import Targets
 
+CPU = torch.device("cpu")
 
-@dataclass
+
 class Trainer:
     """N teachers -> one student with N styles.
 
@@ -45,38 +46,43 @@ class Trainer:
     batches and work on their shares of the rows: however many there are, it is one step. Raises ValueError as ``check_run`` does.
     """
 
-    base: Teacher
-    teachers: Sequence[Teacher]
-    data: TrainingData
-    config: TrainConfig
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    kind: Distil | None = None
-    ranks: Ranks = field(default_factory=Ranks)
-
-    def __post_init__(self) -> None:
-        c, base = self.config, self.base
-        check_run(base, self.teachers, self.data, c, self.ranks.world)
+    def __init__(
+        self,
+        base: Teacher,
+        teachers: Sequence[Teacher],
+        data: TrainingData,
+        config: TrainConfig,
+        device: torch.device = CPU,
+        *,
+        kind: Distil | None = None,
+        ranks: Ranks | None = None,
+    ):
+        c, ranks = config, ranks or Ranks()
+        check_run(base, teachers, data, c, ranks.world)
+        self.base, self.teachers = base, teachers
+        self.data, self.config, self.device, self.ranks = data, c, device, ranks
         self.step = 0
         self.updating = False  # true while weights and step do not belong together: such a state must not be saved
-        self.num_styles = len(self.teachers)
-        self.kind = self.kind or kind_of(base, self.teachers)
+        self.num_styles = len(teachers)
+        self.kind = kind or kind_of(base, teachers)
         self.schedule = NoiseSchedule(base.zero_snr)
         self.objective = Objective.of(c, self.num_styles, base.prediction, self.schedule)
-        self.difficulty = difficulty_of(self.data, c, self.num_styles, self.schedule)
+        self.difficulty = difficulty_of(data, c, self.num_styles, self.schedule)
         shares = self.kind.shares(self.num_styles, c.guard)
-        self.draws = Draws(self.data, c, self.num_styles, self.schedule, shares, self.difficulty, self.ranks)
-        self.student = Student(base, self.teachers, c, self.device, self.ranks, self.autocast)
-        self.optimizer = make_optimizer(parameter_groups(self.student.unet, c), c, self.device)
-        self.discriminator = self.discriminator_optimizer = None
+        self.draws = Draws(data, c, self.num_styles, self.schedule, shares, self.difficulty, ranks)
+        self.student = Student(base, teachers, c, device, ranks, self.autocast)
+        self.optimizer = make_optimizer(parameter_groups(self.student.unet, c), c, device)
+        self.discriminator: Discriminator | None = None
+        self.discriminator_optimizer: torch.optim.Optimizer | None = None
         if c.lambda_adv:
             self.discriminator = Discriminator(
-                base, self.num_styles, self.schedule, c.seed, self.device, c.gradient_checkpointing, self.autocast
+                base, self.num_styles, self.schedule, c.seed, device, c.gradient_checkpointing, self.autocast
             )
             self.discriminator_optimizer = torch.optim.AdamW(self.discriminator.head.parameters(), lr=c.adv_lr)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=c.precision == "fp16")
-        several, seen = self.ranks.world > 1, self.discriminator is not None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=c.precision == "fp16")
         self.targets = Targets(
-            base, self.teachers, c, self.device, autocast=self.autocast, stored=self.data.has_targets, base_stays=seen, late=several
+            base, teachers, c, device, autocast=self.autocast,
+            stored=data.has_targets, base_stays=self.discriminator is not None, late=ranks.world > 1,
         )  # fmt: skip
 
     # --- the loop, top to bottom --------------------------------------------------------------------------------------
@@ -119,10 +125,9 @@ class Trainer:
             norm = self._update(micro_batches, lr)
         if self.difficulty:  # only now it is known how the next rows are drawn
             self._look_ahead(self.step * c.accumulate)
-        return measured(
-            micro_batches, [teacher.name for teacher in self.teachers],
-            step=self.step, steps=c.all_steps, lr=lr, grad_norm=norm, seconds=time.perf_counter() - started,
-        )  # fmt: skip
+        metrics = measured(micro_batches, self.names, step=self.step, steps=c.all_steps, lr=lr, grad_norm=norm)
+        metrics.seconds = time.perf_counter() - started
+        return metrics
 
     def losses(self, batch: Batch, number: int = 0) -> Losses:
         """eq. 9 to 11 of every row of a batch; ``number`` chooses the noise that the discriminator sees."""
@@ -143,7 +148,7 @@ class Trainer:
     def _check_finite(self, one: MicroBatch) -> None:
         if torch.isfinite(one.loss):
             return
-        score, _ = by_teacher([one], [teacher.name for teacher in self.teachers])
+        score, _ = by_teacher([one], self.names)
         bad = [name for name, value in score.items() if not math.isfinite(value)]
         raise AgreedError(
             f"the loss is not finite at step {self.step + 1} (teacher: {', '.join(bad) or 'all, outside of the score'}): "
@@ -181,17 +186,17 @@ class Trainer:
 
     # --- what the loop needs ------------------------------------------------------------------------------------------
 
-    def autocast(self):
+    def autocast(self) -> AbstractContextManager:
         return autocast(self.config, self.device)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the teachers."""
+        return [teacher.name for teacher in self.teachers]
 
     def student_weights(self, averaged: bool = True) -> dict[str, Tensor]:
         """Of the finished student's file: see ``Student.state_dict``."""
         return self.kind.finished(self.student.state_dict(averaged))
-
-    def load_difficulty(self, state: dict[str, Tensor]) -> None:
-        """Go on with the running losses of a saved state."""
-        self.difficulty.load_state_dict(state)
-        self.draws.forget_ahead()
 
     def _zero_grad(self) -> None:
         for optimizer in (self.optimizer, self.discriminator_optimizer):

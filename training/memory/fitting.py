@@ -1,4 +1,4 @@
-"""A run's settings made to fit the memory of its device, by the planner."""
+"""Fits a run's settings to the memory of its device, with the planner."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPEN = {
 
 
 def budget_bytes(memory: float | str, device: torch.device) -> int | None:
-    """What a run may use of its device; None for "off" and, without a GPU, "auto": then nothing is planned.
+    """Bytes of its device that a run may use; None for "off" and, without a GPU, for "auto": then nothing is planned.
 
     "auto" counts all of a GPU's memory, used or not: the same machine must plan the same run again to go on with it.
     """
@@ -39,6 +39,7 @@ def fitted(
     unet: UNetConfig,
     latents_hw: tuple[int, int],
     teachers: int,
+    *,
     device: torch.device,
     processes: int = 1,
     begun: int | None = None,
@@ -70,7 +71,7 @@ def fitted(
         processes=processes,
         sharded=sharded,
     )
-    found = plan(unet, latents_hw, teachers, budget, want)
+    found = plan(unet, latents_hw, teachers, budget, want=want)
     return dataclasses.replace(config, **found.settings(), teacher_slots=found.slots), found
 
 

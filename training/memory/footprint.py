@@ -1,4 +1,4 @@
-"""What a run keeps in memory, in bytes, found without a GPU and without allocating any of it.
+"""The memory that a run needs, in bytes, found without a GPU and without allocating it.
 
 Weights, gradients, optimiser state and averages follow from the shapes (modules on torch's "meta" device). What a step needs on
 top of them is found by running the real step (teacher, student, losses, backward) on fake tensors, whose storages have sizes and
@@ -77,6 +77,7 @@ class Sizes:
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the values of some tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -143,7 +144,7 @@ def step_peak(step: Step, batch: int) -> int:
             for p in trained:
                 p.grad = torch.empty_like(p)
         with Allocations([*known, *(p.grad for p in trained if p.grad is not None)]) as memory:
-            _one_step(step, batch, student, teacher, head)
+            _one_step(step, batch, student=student, teacher=teacher, head=head)
         # All gradients are alive at the end, so that ``peak`` holds them where they were not known.
         return memory.peak - (0 if step.accumulating else tensor_bytes(trained))
 
@@ -213,7 +214,7 @@ def _middle_channels(config: UNetConfig) -> int:
     return config.channel_mult[-1] * config.model_channels
 
 
-def _one_step(step: Step, batch: int, student: UNet, teacher: UNet, head: Head | None) -> None:
+def _one_step(step: Step, batch: int, *, student: UNet, teacher: UNet, head: Head | None) -> None:
     """The order of ``loop.trainer.Trainer``: teacher, student, losses, backward, discriminator."""
     config, wide = step.config, DTYPES[step.teacher_dtype]
     cast = torch.autocast(

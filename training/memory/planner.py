@@ -1,6 +1,6 @@
-"""Which settings make a run fit into a memory budget: the best that do, found from the model's own sizes before anything is loaded.
+"""Finds the best settings with which a run fits into a memory budget, from the model's sizes, before anything is loaded.
 
-The order, best first. What comes first is kept longest:
+The order, best first. What comes first is given up last:
 
 1. all weights learn, rather than low-rank adapters and the style side only;
 2. AdamW, rather than its 8-bit form, rather than Adafactor;
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,12 +45,12 @@ OPTIMIZER_NEEDS = {"adamw": None, "adamw8bit": "bitsandbytes", "adafactor": "tra
 
 @dataclass(frozen=True)
 class Want:
-    """What the user asks for, which a plan never changes.
+    """What the user asks for, which a plan does not change.
 
     batch_size: samples of one optimiser step. features / adversarial: whether lambda_feat / lambda_adv are above 0. ema: whether
     the weights are averaged. teacher_dtype: "auto" is the precision on CUDA, fp32 elsewhere. device: "cuda" or "cpu".
     fixed: settings that the user has chosen already, by their names in ``Choice``. processes: that share the samples, each with a
-    device of this size; sharded: they share the student too.
+    device of this size; sharded: each holds a shard of the student only.
     """
 
     batch_size: int = 8
@@ -83,12 +83,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan(Choice):
-    """Settings and what they need. parts: bytes on the device at the worst moment, by what they hold; ram: bytes of teachers and
+    """Settings and what they need. breakdown: bytes on the device at the worst moment, by what they hold; ram: bytes of teachers and
     average in RAM beside it; budget: the bytes that were allowed, usable: what is left of them after the margin.
     """
 
     precision: str
-    parts: dict[str, int]
+    breakdown: dict[str, int]
     ram: int
     budget: int
     usable: int
@@ -96,7 +96,8 @@ class Plan(Choice):
 
     @property
     def peak(self) -> int:
-        return sum(self.parts.values())
+        """Bytes on the device at the worst moment."""
+        return sum(self.breakdown.values())
 
     def settings(self) -> dict[str, Any]:
         """As fields of ``TrainConfig``, whose batch_size is the samples of one forward; its ``teacher_slots`` are ``slots``."""
@@ -118,12 +119,12 @@ class Plan(Choice):
         where = "all on the device" if self.residency == "device" else f"in RAM, {places} on the device"
         blocks = "blocks recomputed" if self.gradient_checkpointing else "activations kept"
         shared = f", shared by {self.processes} processes with this much memory each" if self.processes > 1 else ""
-        width = max(len("together"), *map(len, self.parts))
+        width = max(len("together"), *map(len, self.breakdown))
         lines = [
             f"learning: {learns[self.trainable]}, {self.optimizer}, {self.precision}",
             f"batch:    {self.micro_batch} samples x {self.accumulate} forwards, {blocks}{shared}",
             f"teachers: {where} ({self.ram / GB:.1f} GB of RAM)",
-            *(f"  {name:<{width}} {size / GB:6.2f} GB" for name, size in self.parts.items() if size),
+            *(f"  {name:<{width}} {size / GB:6.2f} GB" for name, size in self.breakdown.items() if size),
             f"  {'together':<{width}} {self.peak / GB:6.2f} GB of {self.usable / GB:.1f} GB usable of {self.budget / GB:.1f} GB",
         ]
         return "\n".join(lines)
@@ -134,6 +135,7 @@ def plan(
     latents_hw: tuple[int, int],
     teachers: int,
     budget_bytes: int,
+    *,
     want: Want | None = None,
     measured_peak: float = 1.0,
 ) -> Plan:
@@ -147,26 +149,26 @@ def plan(
     usable = usable_bytes(budget_bytes, want.device)
     smallest: tuple[int, list[Choice]] = (0, [])
     for choice in choices(want):
-        step = _step(config, latents_hw, teachers, choice, want)
-        parts = resident_bytes(sizes(step), teachers, choice, want)
-        stays = sum(parts.values())
+        step = _step(config, latents_hw, teachers, choice=choice, want=want)
+        needs = resident_bytes(sizes(step), teachers, choice, want)
+        stays = sum(needs.values())
         if not smallest[1] or stays < smallest[0]:
             smallest = stays, []
         if stays == smallest[0]:
             smallest[1].append(choice)
         if stays > usable:  # no need to look at activations
             continue
-        parts["activations"] = activation_bytes(step, choice, want, measured_peak) + blocks_in_use(config, want)
-        if sum(parts.values()) <= usable:
+        needs["activations"] = activation_bytes(step, choice, want, measured_peak) + blocks_in_use(config, want)
+        if sum(needs.values()) <= usable:
             ram = _ram(sizes(step), teachers, choice, want)
             return Plan(
-                **vars(choice), precision=want.precision, parts=parts, ram=ram, budget=budget_bytes, usable=usable,
+                **vars(choice), precision=want.precision, breakdown=needs, ram=ram, budget=budget_bytes, usable=usable,
                 processes=want.processes,
             )  # fmt: skip
     stays, tight = smallest
     if not tight:
         raise ValueError(f"no setting is left to choose from: {dict(want.fixed)} contradict each other")
-    steps = [_step(config, latents_hw, teachers, choice, want) for choice in tight]
+    steps = [_step(config, latents_hw, teachers, choice=choice, want=want) for choice in tight]
     least = stays + min(activation_bytes(step, choice, want, measured_peak) for step, choice in zip(steps, tight))
     least += blocks_in_use(config, want)
     need = (least + _overhead(want.device)) / (1 - MARGIN)
@@ -184,15 +186,15 @@ def resident_bytes(each: Sizes, teachers: int, choice: Choice, want: Want) -> di
     places = teachers + 1  # and the base
     if choice.residency == "offload":  # the discriminator looks through the base, which then stays
         places = min(places, choice.slots + (1 if want.adversarial else 0))
-    parts = {
+    needs = {
         "student": each.student,
         "gradients": each.trained,
         "optimiser": each.optimizer[choice.optimizer],
         "average": each.trained if want.ema and choice.ema_device == "device" else 0,
     }
     if want.sharded:
-        parts = {name: -(-size // want.processes) for name, size in parts.items()}
-    return {**parts, "teachers": places * each.teacher, "discriminator": each.head}
+        needs = {name: -(-size // want.processes) for name, size in needs.items()}
+    return {**needs, "teachers": places * each.teacher, "discriminator": each.head}
 
 
 def rows_at_once(micro_batch: int, want: Want) -> int:
@@ -201,8 +203,8 @@ def rows_at_once(micro_batch: int, want: Want) -> int:
 
 
 def blocks_in_use(config: UNetConfig, want: Want) -> int:
-    """Bytes of the blocks that are whole at a time where processes share the student out: the one that computes, the next one, and one
-    block's gradients."""
+    """Bytes of the blocks that are gathered at a time where the student is sharded: the one that computes, the next one, and one block's
+    gradients."""
     if not want.sharded:
         return 0
     with torch.device("meta"):
@@ -230,11 +232,12 @@ def activation_bytes(step: Step, choice: Choice, want: Want, factor: float = 1.0
     return max(int(factor * peak), OPTIMIZER_TENSORS * sizes(step).largest)
 
 
-def _step(config: UNetConfig, latents_hw: tuple[int, int], teachers: int, choice: Choice, want: Want) -> Step:
+def _step(config: UNetConfig, latents_hw: tuple[int, int], teachers: int, *, choice: Choice, want: Want) -> Step:
+    height, width = latents_hw
     narrow = want.precision if want.device == "cuda" else "fp32"
     return Step(
         config=config,
-        latents_hw=tuple(latents_hw),
+        latents_hw=(height, width),
         styles=teachers,
         precision=want.precision,
         teacher_dtype=narrow if want.teacher_dtype == "auto" else want.teacher_dtype,
@@ -249,6 +252,7 @@ def _step(config: UNetConfig, latents_hw: tuple[int, int], teachers: int, choice
 
 
 def _ram(each: Sizes, teachers: int, choice: Choice, want: Want) -> int:
+    """Bytes of teachers and average in RAM."""
     average = each.trained if want.ema and choice.ema_device == "cpu" else 0
     return average + ((teachers + 1) * each.teacher if choice.residency == "offload" else 0)
 
@@ -263,6 +267,7 @@ def usable_bytes(budget: int, device: str) -> int:
 
 
 def _overhead(device: str) -> int:
+    """Bytes that a device has lost before the first tensor."""
     return CUDA_CONTEXT if device == "cuda" else 0
 
 
@@ -270,7 +275,7 @@ def choices(want: Want) -> Iterator[Choice]:
     """Every setting that is open, best first (see the top of this file). Raises ValueError when ``want.fixed`` leaves none."""
     cuda, fixed = want.device == "cuda", dict(want.fixed)
     # On the CPU "the device" and RAM are one memory: moving things between them saves nothing.
-    open_ = {
+    options: dict[str, Sequence[Any]] = {
         "trainable": ("all", "lora"),
         "optimizer": [
             name for name, package in OPTIMIZER_NEEDS.items() if _importable(package) and (cuda or name != "adamw8bit")
@@ -282,11 +287,11 @@ def choices(want: Want) -> Iterator[Choice]:
         "residency": ("device", "offload") if cuda else ("device",),
         "micro_batch": [n for n in range(want.batch_size, want.processes - 1, -1) if want.batch_size % n == 0],
     }
-    if unknown := sorted(set(fixed) - set(open_)):
-        raise ValueError(f"the planner does not choose {', '.join(unknown)}; it chooses {', '.join(sorted(open_))}")
-    open_ |= {name: (value,) for name, value in fixed.items()}
-    for values in itertools.product(*open_.values()):
-        one = dict(zip(open_, values))
+    if unknown := sorted(set(fixed) - set(options)):
+        raise ValueError(f"the planner does not choose {', '.join(unknown)}; it chooses {', '.join(sorted(options))}")
+    options |= {name: (value,) for name, value in fixed.items()}
+    for values in itertools.product(*options.values()):
+        one: dict[str, Any] = dict(zip(options, values))
         comfortable = rows_at_once(one["micro_batch"], want) >= min(COMFORTABLE, rows_at_once(want.batch_size, want))
         if one.pop("comfortable") != comfortable or (one["residency"] == "device" and one["slots"] == 1):
             continue

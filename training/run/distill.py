@@ -62,7 +62,7 @@ def distill(
     ended_by = None
     try:
         train(run, run_dir, watch, fork_from)
-        if (report := run.kind.final_report(run, watch and watch.on_paint)) and ranks.is_main:
+        if (report := run.kind.final_report(run, watch.on_paint if watch else None)) and ranks.is_main:
             logger.info("\n%s", report)
             with atomic_write(run_dir / "report.txt") as temporary:
                 temporary.write_text(report + "\n", encoding="utf-8")

@@ -96,7 +96,9 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
     foundation.file, foundation.sha256 = recorded(config.base, [])
     begun = begun_with(Path(config.run_dir))
     check_text((foundation, *frozen.values()))
-    train, plan = fitted(config.train, base_unet.config, data.shape[1:], len(files), device, ranks.world, begun)
+    train, plan = fitted(
+        config.train, base_unet.config, data.shape[1:], len(files), device=device, processes=ranks.world, begun=begun
+    )
     base.unet = {}  # the copy in ``foundation`` is enough
     old = [foundation.as_style(i, style) for i, style in enumerate(base.styles)] if grown else []
     return Run(

@@ -27,7 +27,7 @@ from ..files.hashing import tensor_sha256
 from ..loop.optimizers import load_optimizer, optimizer_tensors
 from ..loop.trainer import Trainer
 from ..parallel.ranks import AgreedError
-from ..parallel.sharding import sharded_from_local, gather_to_main
+from ..parallel.sharding import gather_to_main, sharded_from_local
 from ..teachers.teacher import Rows
 
 logger = logging.getLogger(__name__)
@@ -243,6 +243,6 @@ def _load(run: Trainer, tensors: dict[str, Tensor], metadata: dict[str, str]) ->
         numbers = json.loads(metadata["head_optimizer"])
         load_optimizer(run.discriminator_optimizer, named, part("head_optimizer"), numbers)
     if run.difficulty:
-        run.load_difficulty(part("difficulty"))
+        run.draws.load_difficulty(part("difficulty"))
     if "scaler" in metadata:
         run.scaler.load_state_dict(json.loads(metadata["scaler"]))

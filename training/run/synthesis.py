@@ -82,8 +82,9 @@ def paint(run: Trainer, teacher: int, rows: Tensor, seed: int) -> Tensor:
     c, text = run.config, run.teachers[teacher]
     noise = noise_for(run, len(rows), seed)
     latents = paint_rows(
-        run.targets.pool.get(teacher), text, rows, noise, c.final_sampling_steps, c.final_cfg, text.style_row
-    )
+        run.targets.pool.get(teacher), text, rows, noise,
+        steps=c.final_sampling_steps, cfg=c.final_cfg, style=text.style_row,
+    )  # fmt: skip
     return latents.float().cpu()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.diffusers_layout import diffusers_names
-from ..files.clip_layout import OPEN_CLIP_LAYER, OPEN_CLIP_KEYS
+from ..files.clip_layout import OPEN_CLIP_KEYS, OPEN_CLIP_LAYER
 
 FIRST_TEXT = ("lora_te_", "lora_te1_", "text_encoder.")
 SECOND_TEXT = ("lora_te2_", "text_encoder_2.")

@@ -18,11 +18,19 @@ from ...dmm_core.unet import UNet, UNetConfig, load_unet
 from ..files.hashing import weights_sha256
 
 
-class Rows(Protocol):
-    """Something per distinct caption: a Tensor (U, ...), or a view of files that reads the rows it is asked for."""
+class StoredRows(Protocol):
+    """Text states of U distinct captions, of shape (U, ...), in files that are read when rows are asked for."""
+
+    def __len__(self) -> int: ...
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """(B,) -> (B, ...)"""
+        """(B,) -> (B, ...) float32"""
+
+    def fingerprint(self) -> str:
+        """Changes when any of the states changes."""
+
+
+Rows = Tensor | StoredRows
 
 
 class Prediction(NamedTuple):
@@ -110,8 +118,7 @@ class Teacher:
         if style is None and unet.config.num_styles:
             style = self.style_row
         dtype, device = unet.dtype, x_t.device
-        height, width = x_t.shape[2:]
-        context, y = self.conditioning(rows, (height, width), device)
+        context, y = self.conditioning(rows, x_t.shape[2:], device)
         out = unet(
             x_t.to(dtype),
             t,
@@ -123,8 +130,8 @@ class Teacher:
         out, blocks = out if features else (out, [])
         return Prediction(out.float(), blocks)
 
-    def conditioning(self, rows: Tensor, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """context (B, L, d) and, for SDXL, y (B, adm) of captions for latents of this (h, w)."""
+    def conditioning(self, rows: Tensor, size: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """context (B, L, d) and, for SDXL, y (B, adm) of captions (B,) for latents of the size (h, w), on the device."""
         rows = rows.cpu()
         context = self.contexts[rows].to(device)
         if self.pooled is None:

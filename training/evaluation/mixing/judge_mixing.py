@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...data.buckets import size_multiple
-from ...files.hashing import tensor_sha256, repr_sha256
+from ...files.hashing import repr_sha256, tensor_sha256
 from ...progress import ProgressCallback
 from ...teachers.teacher import Teacher
 from ..features import FeatureNet
