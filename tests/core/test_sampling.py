@@ -173,7 +173,9 @@ def test_ddim_equals_diffusers(steps):
     # Below the schedule's top the host adds the noise to empty latents, diffusers takes it as x_t.
     scale = (1 + sigmas[0] ** 2).sqrt() / sigmas[0]
     expected = in_diffusers(theirs, noise, sigmas)
-    torch.testing.assert_close(sample(two_peaks, SCHEDULE, noise * scale, sigmas, sampler="ddim"), expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(
+        sample(two_peaks, SCHEDULE, noise * scale, sigmas, sampler="ddim"), expected, rtol=0, atol=2e-4
+    )
     assert expected.std() > 1
 
 
