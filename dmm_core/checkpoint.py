@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints: one safetensors file with UNet, styles, and text encoder and VAE where it has them.
+"""Reads and writes checkpoints: one safetensors file with UNet, styles, and text encoder and VAE where it has them.
 
 The layout is the single file that ComfyUI users know. A DMM UNet (Song et al., arXiv:2504.12364) has two more modules:
 the codebook ``model_embedding`` [N, D] and the style MLP. Style names, the recipe and so on are metadata.
@@ -29,7 +29,7 @@ V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
 """Empty tensors by which ComfyUI marks v-prediction and a noise schedule rescaled to end in pure noise."""
 
 MAX_STYLES = 4096
-"""A bound for files of strangers: of every style a name is made, and all names are compared with each other."""
+"""A bound for untrusted files: every style gets a name, and all names are compared with each other."""
 
 _SD2_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _DECISIVE = (_SD2_BIAS, UNET_PREFIX + _SD2_BIAS, "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias", IDS)
@@ -84,12 +84,12 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 
 def read_info(path: str | os.PathLike) -> Checkpoint:
-    """The same as ``load_checkpoint``, but with the weights left on disk: every tensor is on the meta device."""
+    """As ``load_checkpoint``, but every tensor is on the meta device: sizes and dtypes without values."""
     return on_meta(read_checkpoint(path, header_only=True))
 
 
 def is_decisive(key: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor's values are needed to tell what a file is; never those of a large one."""
+    """Whether the values of this tensor are needed to tell what a file is; never for a large tensor."""
     return key in _DECISIVE and len(shape) == 1 and shape[0] <= NUM_TOKENS
 
 
@@ -130,7 +130,8 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: Checkpoint, extra: Mapp
 
 
 def read_checkpoint(path: str | os.PathLike, header_only: bool) -> Checkpoint:
-    """As ``load_checkpoint``; with ``header_only`` all but the few tensors of ``is_decisive`` are on the meta device."""
+    """As ``load_checkpoint``; with ``header_only`` all but the few tensors of ``is_decisive`` are on the meta
+    device."""
     tensors, metadata = read_weights(path, *([is_decisive] if header_only else []))
     try:
         return assemble(tensors, metadata)
@@ -139,7 +140,8 @@ def read_checkpoint(path: str | os.PathLike, header_only: bool) -> Checkpoint:
 
 
 def assemble(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Checkpoint:
-    """A file's tensors, sorted into the parts of a checkpoint; ``tensors`` is used up. Raises ValueError when they make none."""
+    """A ``Checkpoint`` from a file's tensors, which are taken out of ``tensors``. Raises ValueError when they are
+    none."""
     edm = [key for key in tensors if key in ("edm_mean", "edm_std") or key.startswith("edm_vpred.")]
     if edm:
         raise ValueError(f"this is an EDM model (key '{edm[0]}'); only eps- and v-prediction models are supported")

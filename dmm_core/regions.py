@@ -1,8 +1,9 @@
-"""Where on a canvas each prompt and style counts, and how much: the weights of Mixture of Diffusers (arXiv:2302.02412).
+"""Regions of a canvas and the weights with which their prompts and styles are mixed: Mixture of Diffusers
+(arXiv:2302.02412).
 
-The noise predictions of all regions are averaged with these weights, ``eps = sum_k w_k eps_k / sum_k w_k``. A box may be
-denoised on its own crop of the canvas, a mask on the whole of it. Positions are fractions of the canvas, so that a region means
-the same at every size; areas are in latents, (height, width, top, left), the order of the host's "area".
+The noise predictions of all regions are averaged with these weights, ``eps = sum_k w_k eps_k / sum_k w_k``. A box may
+be denoised on its own crop of the canvas, a mask on the whole of it. Positions are fractions of the canvas, so that a
+region means the same at every size; areas are in latents, (height, width, top, left), the order of the host's "area".
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ MOD_VARIANCE = 0.01
 """Variance of the tiles' gaussian in units of the tile's side, as in arXiv:2302.02412's published implementation."""
 
 BOX_VARIANCE = 0.0625
-"""Variance of a box's gaussian over a background: a standard deviation of a quarter of the side; 0.13 is left at an edge."""
+"""Variance of a box's gaussian over a background: a standard deviation of a quarter of the side; 0.13 is left at an
+edge."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,9 @@ def _blur(mask: Tensor, radius: float) -> Tensor:
 
 
 def background(coverages: Sequence[Tensor]) -> Tensor:
-    """What regions with these coverages (B or 1, H, W) in 0..1 leave to the background: ``max(0, 1 - sum)``."""
-    return (1 - sum(coverages, start=torch.zeros(()))).clamp(min=0)
+    """Coverage of the background (B or 1, H, W): ``max(0, 1 - sum)`` of the regions' coverages (B or 1, H, W) in
+    0..1."""
+    return (1 - sum(coverages, start=torch.zeros(1, 1, 1))).clamp(min=0)
 
 
 def tiles(height: int, width: int, tile_height: int, tile_width: int, *, overlap: float) -> list[list[Area]]:
@@ -154,15 +157,15 @@ def tiles(height: int, width: int, tile_height: int, tile_width: int, *, overlap
 # --- what a prompt or a style is given: its place -----------------------------------------------------------------------
 
 Placement = tuple[Area | None, Tensor]
-"""(crop, or None for the whole canvas; weights (B or 1, height, width) on the whole canvas)"""
+"""(crop, or None for the full canvas; weights (B or 1, height, width) on the full canvas)"""
 
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """One region: a box or a painted mask.
+    """One region of the canvas: a box or a painted mask.
 
-    mask: (H, W) or (B, H, W) in 0..1, at any size. fall_off: "feather" or "gaussian" (boxes only). feather: width of the
-    soft edge in latents. weight: how much it counts where regions overlap. crop: a box is denoised on its own crop.
+    mask: (H, W) or (B, H, W) in 0..1, at any size. fall_off: "feather" or "gaussian" (boxes only). feather: width of
+    the soft edge in latents. weight: how much it counts where regions overlap. crop: a box is denoised on its own crop.
     """
 
     box: Box | None = None
@@ -199,7 +202,7 @@ class Region:
 
 @dataclass(frozen=True, eq=False)
 class Rest:
-    """The background: what regions leave uncovered. Without any, the whole canvas."""
+    """The background: the canvas without the regions."""
 
     regions: tuple[Region, ...]
 

@@ -151,8 +151,8 @@ def cfg_denoiser(
     """The denoiser of a UNet under classifier-free guidance (arXiv:2207.12598), with one forward of the UNet a call.
 
     context and uncond_context: (B, L, d), of any two lengths; y and uncond_y: (B, adm), SDXL only; style and
-    uncond_style: ``StyleRows``. Each may also be one row for all of the batch. uncond_style defaults to style, as in the DMM paper (pass ``no_style_row`` for none). cfg 1 leaves the
-    unconditional half out.
+    uncond_style: ``StyleRows``. Each may also be one row for all of the batch. uncond_style defaults to style, as in
+    the DMM paper (pass ``no_style_row`` for none). cfg 1 leaves the unconditional half out.
 
     The UNet gets its own dtype; guidance happens in the dtype of x. Raises ValueError for an unknown prediction, for
     missing unconditional inputs, and, when called, for rows that do not fit the batch.

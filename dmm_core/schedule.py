@@ -1,4 +1,5 @@
-"""Stable Diffusion's noise schedule: its 1000 timesteps, the noise levels between them, and what a network may predict.
+"""Stable Diffusion's noise schedule (1000 timesteps and the noise levels between them) and the parameterisations eps, v
+and x0.
 
 DDPM (Ho et al., arXiv:2006.11239) with the betas of latent diffusion (arXiv:2112.10752). Two spaces are in use:
 
@@ -72,14 +73,16 @@ class NoiseSchedule:
         return (signal * x0 + noise * eps).to(x0.dtype)
 
     def to_x0(self, out: Tensor, x_t: Tensor, t: Tensor, prediction: str) -> Tensor:
-        """A network's output of this parameterisation -> the clean latents it stands for (eq. 12 of arXiv:2504.12364), in the dtype of ``out``.
+        """A network's output of this parameterisation -> the clean latents it stands for (eq. 12 of arXiv:2504.12364),
+        in the dtype of ``out``.
 
         Raises ValueError for a prediction that is not one of ``PREDICTIONS``.
         """
         return predicted_x0(out, x_t, *self.coefficients(t, x_t), prediction=prediction).to(out.dtype)
 
     def to_eps(self, out: Tensor, x_t: Tensor, t: Tensor, prediction: str) -> Tensor:
-        """A network's output of this parameterisation -> the noise it stands for, in the dtype of ``out``. ValueError as in ``to_x0``."""
+        """A network's output of this parameterisation -> the noise it stands for, in the dtype of ``out``. ValueError
+        as in ``to_x0``."""
         check_prediction(prediction)
         if prediction == "eps":
             return out
@@ -88,7 +91,8 @@ class NoiseSchedule:
         return eps.to(out.dtype)
 
     def to_v(self, out: Tensor, x_t: Tensor, t: Tensor, prediction: str) -> Tensor:
-        """A network's output of this parameterisation -> v = sqrt(abar) eps - sqrt(1 - abar) x0 (arXiv:2202.00512), in the dtype of ``out``.
+        """A network's output of this parameterisation -> v = sqrt(abar) eps - sqrt(1 - abar) x0 (arXiv:2202.00512), in
+        the dtype of ``out``.
 
         Raises ValueError as ``to_x0`` does.
         """

@@ -1,4 +1,5 @@
-"""The style side of DMM: a codebook of learned styles and the MLP that turns a mix of them into a time-embedding offset.
+"""The style side of DMM: a codebook of learned styles and the MLP that turns a mix of them into a time-embedding
+offset.
 
 Song et al., arXiv:2504.12364, Sec. 3.2 and Suppl. A.1: ``emb = time_embed(t) + MLP(sum_i w_i e_i)``.
 

@@ -1,8 +1,9 @@
 """The Stable Diffusion UNet with a style input, for training and headless sampling.
 
-Rombach et al., arXiv:2112.10752 (SD1.x, SD2.x) and Podell et al., arXiv:2307.01952 (SDXL), in the key names of the single
-files (time_embed, label_emb, input_blocks, middle_block, output_blocks, out), so no key is ever renamed. All sizes are read
-from a state dict. The style enters as in DMM (arXiv:2504.12364, Sec. 3.2): an offset to the time embedding.
+Rombach et al., arXiv:2112.10752 (SD1.x, SD2.x) and Podell et al., arXiv:2307.01952 (SDXL), in the key names of the
+single files (time_embed, label_emb, input_blocks, middle_block, output_blocks, out), so no key is ever renamed. All
+sizes are read from a state dict. The style enters as in DMM (arXiv:2504.12364, Sec. 3.2): an offset to the time
+embedding.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from .loading import load_strictly
 from .style import CODEBOOK, MLP_NAMES, StyleMLP, style_delta
 
 MAX_LAYERS = 1000
-"""Transformer layers in a UNet; SDXL's has 70. A file of a few megabytes could name any number, and each takes time to build."""
+"""Transformer layers in a UNet; SDXL's has 70. A file of a few megabytes could name any number, and each takes time to
+build."""
 
 
 @dataclass(frozen=True)
@@ -237,8 +239,8 @@ def time_embed(config: UNetConfig) -> nn.Sequential:
 class UNet(nn.Module):
     """eps (or v) prediction network with an optional style per row.
 
-    With ``gradient_checkpointing`` set, every block is recomputed in the backward pass: the activations kept are one tensor
-    per block.
+    With ``gradient_checkpointing`` set, every block is recomputed in the backward pass: the activations kept are one
+    tensor per block.
     """
 
     model_embedding: nn.Embedding  # of a config with styles, as is the MLP under the name ``config.style_mlp``
@@ -278,7 +280,7 @@ class UNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, which its inputs must have too (outside of autocast)."""
+        """The dtype of the weights; outside of autocast the inputs must have it too."""
         return next(self.parameters()).dtype
 
     def style_parameters(self) -> list[nn.Parameter]:
@@ -300,11 +302,11 @@ class UNet(nn.Module):
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Predict the noise (or v) in x_t.
 
-        x: (B, C, h, w) noisy latents in the model's scaled space; t: (B,) timesteps 0..999; context: (B, L, context_dim)
-        text states; y: (B, adm_channels) pooled text and sizes (SDXL only); style: (B, N+1) style rows or None for no style;
-        control: residuals for the skip connections (one per input block) and for the middle block, as a ControlNet gives.
-        Returns (B, C, h, w), and with ``features`` also the outputs of all blocks in order (eq. 10 of arXiv:2504.12364).
-        Raises ValueError for a style or a y that the model has no place for.
+        x: (B, C, h, w) noisy latents in the model's scaled space; t: (B,) timesteps 0..999; context: (B, L,
+        context_dim) text states; y: (B, adm_channels) pooled text and sizes (SDXL only); style: (B, N+1) style rows or
+        None for no style; control: residuals for the skip connections (one per input block) and for the middle block,
+        as a ControlNet gives. Returns (B, C, h, w), and with ``features`` also the outputs of all blocks in order (eq.
+        10 of arXiv:2504.12364). Raises ValueError for a style or a y that the model has no place for.
         """
         emb = self._embed(x, t, y, style)
         h, skips = self._encode(x, emb, context)
@@ -322,7 +324,7 @@ class UNet(nn.Module):
         return (out, outputs) if features else out
 
     def middle(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
-        """What the middle block gives without a style, (B, C, h', w'): inputs as in ``forward``, at half of its cost."""
+        """The middle block's output (B, C, h', w') without a style; inputs as of ``forward``, at half of its cost."""
         return self._encode(x, self._embed(x, t, y, None), context)[0]
 
     def _embed(self, x: Tensor, t: Tensor, y: Tensor | None, style: Tensor | None) -> Tensor:
@@ -427,7 +429,8 @@ def unet_config_from_state_dict(sd: Mapping[str, Tensor]) -> UNetConfig:
 
 
 def load_unet(sd: Mapping[str, Tensor], dtype: torch.dtype | None = torch.float32, copy: bool = True) -> UNet:
-    """Build the UNet that a state dict describes and load it strictly (copies; ``sd`` is left alone; see ``load_strictly``).
+    """Build the UNet that a state dict describes and load it strictly (copies; ``sd`` is left alone; see
+    ``load_strictly``).
 
     Raises ValueError with the sorted missing / unexpected / misshapen keys.
     """

@@ -26,7 +26,7 @@ IGNORED_PREFIXES = ("loss.", "model_ema.")
 
 
 def latent_scale(config: UNetConfig) -> float:
-    """What the latents are multiplied by that a UNet of these sizes sees."""
+    """The factor from a VAE's latents to those that a UNet of these sizes sees."""
     return SCALE_SDXL if config.adm_channels else SCALE_SD
 
 

@@ -43,7 +43,7 @@ def real_step(step: Step, batch: int) -> int:
     for p in student.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
-    return measured_peak(lambda: footprint._one_step(step, batch, student, teacher, None))
+    return measured_peak(lambda: footprint._one_step(step, batch, student=student, teacher=teacher, head=None))
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_parts_add_up_and_are_told(tiny):
 
 def test_each_wish_costs_what_it_needs(tiny):
     def with_(residency="offload", **wishes):
-        return tiny(GB, Want(batch_size=4, fixed={"residency": residency}, **wishes)).parts
+        return tiny(GB, Want(batch_size=4, fixed={"residency": residency}, **wishes)).breakdown
 
     plain, one = with_(), sizes(Step(SMALL)).teacher
     assert plain["teachers"] == 2 * one
@@ -245,7 +245,7 @@ def test_each_wish_costs_what_it_needs(tiny):
 
 
 def test_a_measured_peak_corrects_the_estimate(tiny):
-    assert tiny(GB, measured_peak=1.5).parts["activations"] == int(1.5 * tiny(GB).parts["activations"])
+    assert tiny(GB, measured_peak=1.5).breakdown["activations"] == int(1.5 * tiny(GB).breakdown["activations"])
 
 
 def test_on_the_cpu_nothing_moves():

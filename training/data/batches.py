@@ -1,4 +1,4 @@
-"""Captioned latents, and how a step's batch follows from (seed, number) alone."""
+"""Captioned latents as training data; a batch follows from the run's seed and the batch's number alone."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from .difficulty import Chances
 
 @dataclass
 class Batch:
-    """One forward of the student: what it and the teachers see.
+    """The inputs of one forward of the student and the teachers.
 
-    x_t (B, C, h, w) float32; t (B,) timesteps; teacher (B,), sorted so that each teacher's rows are a slice, N standing for the
-    base; rows (B,) of the captions in ``Teacher.contexts``, 0 where the caption is dropped. target (B, C, h, w): what the teachers
-    predict, each in its own parameterisation, where the data hold it (rollouts), else None. importance, t_importance (B,): importance
-    weights of rows that were not drawn uniformly (``Drawn``), else None. full: the batch of all processes where this is one process's
-    share of it, its rows from ``start`` on; None where this is all of it. See ``global_batch``.
+    x_t (B, C, h, w) float32; t (B,) timesteps; teacher (B,), sorted so that each teacher's rows are a slice, N standing
+    for the base; rows (B,) of the captions in ``Teacher.contexts``, 0 where the caption is dropped. target (B, C, h,
+    w): what the teachers predict, each in its own parameterisation, where the data hold it (rollouts), else None.
+    importance, t_importance (B,): importance weights of rows that were not drawn uniformly (``Drawn``), else None.
+    full: the batch of all processes where this is one process's share of it, its rows from ``start`` on; None where
+    this is all of it. See ``global_batch``.
     """
 
     x_t: Tensor
@@ -70,11 +71,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Draw:
-    """How a run draws its batches; a Draw and a batch's number determine the batch.
+    """The settings by which a run draws its batches; they and a batch's number determine the batch.
 
-    teachers: their number; base_share: share of the rows that have no style; dropout: share of the captions that are dropped; shares: how
-    the rows with a style are split between the teachers (they sum to 1), None for equally. chances: probabilities of teachers and
-    timesteps, None for teachers in turn and uniform timesteps.
+    teachers: their number; base_share: share of the rows that have no style; dropout: share of the captions that are
+    dropped; shares: how the rows with a style are split between the teachers (they sum to 1), None for equally.
+    chances: probabilities of teachers and timesteps, None for teachers in turn and uniform timesteps.
     """
 
     seed: int
@@ -98,7 +99,8 @@ class Draw:
     def uniform_points(self, number: int) -> Tensor:
         """A point in [0, 1) for every row of batch ``number``, (B,) float64.
 
-        Multiples of the golden ratio fill [0, 1) uniformly wherever one begins: every teacher gets its share in a run of any length.
+        Multiples of the golden ratio fill [0, 1) uniformly wherever one begins: every teacher gets its share in a run
+        of any length.
         """
         place = number * self.batch_size + torch.arange(self.batch_size)
         return ((place.double() + 0.5) * (math.sqrt(5) - 1) / 2) % 1.0
@@ -120,7 +122,7 @@ class Bucket(Protocol):
 
 
 class TrainingData(Protocol):
-    """What a run trains on. ``prompts`` are the distinct captions, the empty one first."""
+    """Training data of a run. ``prompts`` are the distinct captions, the empty one first."""
 
     @property
     def prompts(self) -> Sequence[str]: ...
@@ -139,15 +141,17 @@ class TrainingData(Protocol):
         """A hash of all data: a run refuses to go on with data of another one."""
 
     def batch(self, number: int, draw: Draw) -> Batch:
-        """Batch ``number`` of a run. It depends on the arguments only, so a resumed run draws the batches it would have drawn."""
+        """Batch ``number`` of a run. It depends on the arguments only, so a resumed run draws the batches it would have
+        drawn."""
 
 
 class CaptionedLatents:
     """Pictures with captions, of one size or of several.
 
-    latents: (M, C, h, w) float32, scaled as the UNet sees them, or one such Tensor or Bucket per size; captions: a text for each picture, in the
-    buckets' order; owner: (M,) the teacher that painted the picture, which then is the only one to learn from it, or None.
-    ``rows`` (M,) are the captions' places in ``prompts``. Raises ValueError for data that cannot be trained on.
+    latents: (M, C, h, w) float32, scaled as the UNet sees them, or one such Tensor or Bucket per size; captions: a text
+    for each picture, in the buckets' order; owner: (M,) the teacher that painted the picture, which then is the only
+    one to learn from it, or None. ``rows`` (M,) are the captions' places in ``prompts``. Raises ValueError for data
+    that cannot be trained on.
     """
 
     has_targets = False
@@ -203,7 +207,8 @@ class CaptionedLatents:
         return digest.hexdigest()
 
     def batch(self, number: int, draw: Draw) -> Batch:
-        """Teachers take turns, so that each gets its share of the rows; a ``base_share`` of the rows goes to the base instead.
+        """Teachers take turns, so that each gets its share of the rows; a ``base_share`` of the rows goes to the base
+        instead.
 
         With ``draw.chances`` the timestep of every row, and the teacher of rows without an owner, are drawn from them.
         """
@@ -247,7 +252,8 @@ def bucket_fingerprint(bucket: Tensor | Bucket) -> bytes:
 def epoch_batch(seed: int, number: int, sizes: Sequence[int], batch_size: int) -> tuple[int, Tensor]:
     """(bucket, indices (batch_size,) in it) of batch ``number`` of an endless run over buckets of these sizes.
 
-    All of a batch is of one bucket. Every sample comes once an epoch; a bucket that is no multiple of the batch wraps around.
+    All of a batch is of one bucket. Every sample comes once an epoch; a bucket that is no multiple of the batch wraps
+    around.
     """
     count = sum(math.ceil(size / batch_size) for size in sizes)
     epoch, place = divmod(number, count)

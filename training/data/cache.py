@@ -4,7 +4,8 @@
     text-<hash>-00000.safetensors       contexts of the captions under one text encoder (``cached_text``)
     manifest.json                       captions, sizes, hashes, settings; written last
 
-The latents are the mean of the VAE's posterior times its scale. Nothing in it depends on what the model predicts (eps or v).
+The latents are the mean of the VAE's posterior times its scale. Nothing in it depends on what the model predicts (eps
+or v).
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ ENLARGED = 2.0
 
 @dataclass
 class CacheReport:
-    """What a cache holds and what was left out of it. buckets: number of pictures by (width, height) in pixels; enlarged: names of pictures
-    that were made more than ``ENLARGED`` times larger."""
+    """What a cache holds and what was left out of it. buckets: number of pictures by (width, height) in pixels;
+    enlarged: names of pictures that were made more than ``ENLARGED`` times larger."""
 
     pictures: int
     buckets: dict[tuple[int, int], int]
@@ -89,10 +90,10 @@ def build_image_cache(
 ) -> CacheReport:
     """Encode the pictures of ``images`` into the cache ``folder``, or go on with it; pictures added since are added.
 
-    teachers: models whose own text encoders, where they differ from the base's, encode the captions too. parts_from: a full
-    checkpoint, for a base without VAE or text encoder. resolution: pixels a side of the square bucket, None for what the model was
-    trained at. skip_bad leaves out what cannot be used instead of refusing it. batch_size: pictures a VAE forward. workers:
-    threads that read pictures.
+    teachers: models whose own text encoders, where they differ from the base's, encode the captions too. parts_from: a
+    full checkpoint, for a base without VAE or text encoder. resolution: pixels a side of the square bucket, None for
+    what the model was trained at. skip_bad leaves out what cannot be used instead of refusing it. batch_size: pictures
+    a VAE forward. workers: threads that read pictures.
 
     Every picture is read once before anything is encoded: a ValueError names what is wrong with which file.
     """
@@ -131,19 +132,25 @@ def build_image_cache(
     buckets, done = [], 0
     with ThreadPoolExecutor(workers) as pool:
 
-        def encode(chunk: Sequence[Picture], size: tuple[int, int], tick: Callable[[int], None]) -> dict[str, Tensor]:
-            return encode_pictures(vae(), chunk, size, scale=scale, batch_size=batch_size, pool=pool, tick=tick)
+        def encode(
+            chunk: Sequence[Picture], size: tuple[int, int], on_picture: Callable[[int], None]
+        ) -> dict[str, Tensor]:
+            return encode_pictures(
+                vae(), chunk, size, scale=scale, batch_size=batch_size, pool=pool, on_picture=on_picture
+            )
 
         for size, members in sorted(by_bucket.items()):
             shards = []
             for number, start in enumerate(range(0, len(members), SHARD_PICTURES)):
                 chunk = members[start : start + SHARD_PICTURES]
-                tick = functools.partial(_tick, progress, done, len(pictures))
+                on_picture = functools.partial(_report, progress, done, len(pictures))
                 identity = repr_sha256("latents", vae_hash, scale, size, [picture.sha256 for picture in chunk])
                 name = f"latents-{size[0]}x{size[1]}-{number:05d}.safetensors"
-                shards.append(writer.shard(name, identity, len(chunk), functools.partial(encode, chunk, size, tick)))
+                shards.append(
+                    writer.shard(name, identity, len(chunk), functools.partial(encode, chunk, size, on_picture))
+                )
                 done += len(chunk)
-                tick(len(chunk))
+                on_picture(len(chunk))
             names = [picture.name.rpartition("/")[2] for picture in members]
             captions = [rows[picture.caption] for picture in members]
             buckets.append({"size": list(size), "rows": captions, "names": names, "shards": shards})
@@ -160,7 +167,7 @@ def build_image_cache(
     )
 
 
-def _tick(progress: ProgressCallback | None, before: int, total: int, done: int) -> None:
+def _report(progress: ProgressCallback | None, before: int, total: int, done: int) -> None:
     """Report ``done`` pictures of a shard, before which ``before`` were encoded."""
     if progress:
         progress(before + done, total, "encoding pictures")
@@ -175,8 +182,8 @@ def store_all_text(
     progress: ProgressCallback | None,
     base: Checkpoint | None = None,
 ) -> dict[str, Any]:
-    """The text section of a manifest: every different text encoder of ``models``, and those that a finished cache of the same
-    prompts has already. base: see ``as_checkpoint``."""
+    """The text section of a manifest: every different text encoder of ``models``, and those that a finished cache of
+    the same prompts has already. base: see ``as_checkpoint``."""
     text = dict(writer.before.get("text", {})) if writer.before.get("prompts") == list(prompts) else {}
     dropped = writer.before.get("text", {}).keys() - text.keys()
     mine = set()
@@ -201,7 +208,8 @@ def add_text(
     device: torch.device | str = "cpu",
     progress: ProgressCallback | None = None,
 ) -> int:
-    """Add the models' text encoders to a finished cache of any kind, leaving the rest as it is. Returns how many were new.
+    """Add the models' text encoders to a finished cache of any kind, leaving the rest as it is. Returns how many were
+    new.
 
     Raises ValueError for a model without a text encoder.
     """
@@ -227,10 +235,11 @@ def encode_pictures(
     scale: float,
     batch_size: int,
     pool: Executor,
-    tick: Callable[[int], None],
+    on_picture: Callable[[int], None],
 ) -> dict[str, Tensor]:
-    """Pictures -> scaled mean latents (M, 4, h, w) float16. size: (width, height) in pixels; pool: threads that read ahead; tick: called
-    with the number of pictures done. Raises ValueError naming a picture whose latents are NaN or infinite."""
+    """Pictures -> scaled mean latents (M, 4, h, w) float16. size: (width, height) in pixels; pool: threads that read
+    ahead; on_picture: called with the number of pictures done. Raises ValueError naming a picture whose latents are NaN
+    or infinite."""
     device = next(vae.parameters()).device
     pixels = ahead(pool, lambda picture: np.asarray(fit(read_picture(picture), size)), pictures, 4 * batch_size)
     latents = []
@@ -243,7 +252,7 @@ def encode_pictures(
             raise ValueError(
                 f"{bad.name!r} gives latents with NaN or infinite numbers: the VAE's file is damaged, get it again"
             )
-        tick(start + len(images))
+        on_picture(start + len(images))
     return {"latents": torch.cat(latents)}
 
 
@@ -269,7 +278,8 @@ class StoredLatents:
 
 
 class ImageCache(CaptionedLatents):
-    """A finished image cache as training data. ``text_of`` gives the contexts of each text encoder: see ``TextStore``."""
+    """A finished image cache as training data. ``text_of`` gives the contexts of each text encoder: see
+    ``TextStore``."""
 
     def __init__(self, folder: str | os.PathLike, manifest: Mapping[str, Any]):
         prompts = manifest["prompts"]
@@ -286,10 +296,11 @@ class ImageCache(CaptionedLatents):
         self.text_of = self.text.text_of
 
     def for_teachers(self, base: Checkpoint, teachers: Mapping[str, tuple[Checkpoint, str]]) -> ImageCache:
-        """This cache, after checks. Raises ValueError when the latents are another VAE's than the base's, or a text encoder is
-        not in the cache.
+        """This cache, after checks. Raises ValueError when the latents are another VAE's than the base's, or a text
+        encoder is not in the cache.
 
-        teachers: (checkpoint, file) by name; one without a text encoder uses the base's. A base without a VAE cannot be compared.
+        teachers: (checkpoint, file) by name; one without a text encoder uses the base's. A base without a VAE cannot be
+        compared.
         """
         if base.vae and weights_hash(base.vae) != self.vae_hash:
             raise ValueError(
@@ -306,7 +317,8 @@ class ImageCache(CaptionedLatents):
 def open_image_cache(folder: str | os.PathLike, verify: bool = False) -> ImageCache:
     """Open a cache that ``build_image_cache`` finished, reading its manifest only.
 
-    Raises ValueError for one that is unfinished, damaged or of a newer version; ``verify`` reads and hashes every shard.
+    Raises ValueError for one that is unfinished, damaged or of a newer version; ``verify`` reads and hashes every
+    shard.
     """
     manifest = read_manifest(folder, "images")
     try:

@@ -1,8 +1,10 @@
-"""Text states in a cache: the contexts of every caption under every text encoder, written to shards and read a few rows at a time.
+"""Text states in a cache: the contexts of every caption under every text encoder, written to shards and read a few rows
+at a time.
 
-A context is 77 x 768 numbers for SD1.x, 118 KB in float16: those of 100,000 captions do not fit in memory. In a shard lie the
-windows of its captions end to end, ``context`` (W, 77, d) float16, and for SDXL ``pooled`` (count, p) float16; how many windows a
-caption has is in the manifest. Captions are counted as in the manifest's ``prompts``, the empty one first.
+A context is 77 x 768 numbers for SD1.x, 118 KB in float16: those of 100,000 captions do not fit in memory. In a shard
+lie the windows of its captions end to end, ``context`` (W, 77, d) float16, and for SDXL ``pooled`` (count, p) float16;
+how many windows a caption has is in the manifest. Captions are counted as in the manifest's ``prompts``, the empty one
+first.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ BATCH = 16
 
 
 class StoredText:
-    """``Teacher.contexts`` in files: (U, 77 k, d), read when rows are asked for. entry: of the text encoder in the manifest."""
+    """``Teacher.contexts`` in files: (U, 77 k, d), read when rows are asked for. entry: of the text encoder in the
+    manifest."""
 
     def __init__(self, folder: str | os.PathLike, entry: Mapping[str, Any]):
         self.reader, self.width = ShardReader(folder, entry["shards"]), entry["width"]
@@ -45,7 +48,8 @@ class StoredText:
         return len(self.windows)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """Captions (B,) -> contexts (B, 77 k, d) float32; the shorter are repeated to the common multiple, see ``ClipText``."""
+        """Captions (B,) -> contexts (B, 77 k, d) float32; the shorter are repeated to the common multiple, see
+        ``ClipText``."""
         counts = self.windows[rows].tolist()
         k = math.lcm(*counts)
         return torch.stack([self._one(row).repeat(k // n, 1) for row, n in zip(rows.tolist(), counts)])

@@ -1,7 +1,9 @@
-"""Adaptive sampling: rows are drawn more often for the teachers and timesteps at which the student's loss is still high.
+"""Adaptive sampling: rows are drawn more often for the teachers and timesteps at which the student's loss is still
+high.
 
-Cells are (teacher, timestep bin), the base being one more teacher. A cell's probability q is its share of running loss ** power, mixed
-with the uniform distribution p. Importance weights p / q make means over the drawn rows estimates of means over uniformly drawn ones.
+Cells are (teacher, timestep bin), the base being one more teacher. A cell's probability q is its share of running loss
+** power, mixed with the uniform distribution p. Importance weights p / q make means over the drawn rows estimates of
+means over uniformly drawn ones.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ MEMORY = 20
 
 
 class Drawn(NamedTuple):
-    """What was drawn for each row of a batch, (B,) each. bins: of timesteps. importance: p / q of teacher and timestep, t_importance:
-    p / q of the timestep alone, float32."""
+    """What was drawn for each row of a batch, (B,) each. bins: of timesteps. importance: p / q of teacher and timestep,
+    t_importance: p / q of the timestep alone, float32."""
 
     teacher: Tensor
     bins: Tensor
@@ -33,8 +35,9 @@ class Drawn(NamedTuple):
 class Chances:
     """The probabilities by which the rows of a batch are drawn; float64 on the CPU, K bins of ``steps`` timesteps.
 
-    cells (N, K): of teacher and bin, for rows with a style; they sum to 1. given (N+1, K): of the bins for a given teacher (the base is
-    the last one); each row sums to 1. shares (N,): the teachers' shares under the uniform distribution p.
+    cells (N, K): of teacher and bin, for rows with a style; they sum to 1. given (N+1, K): of the bins for a given
+    teacher (the base is the last one); each row sums to 1. shares (N,): the teachers' shares under the uniform
+    distribution p.
     """
 
     cells: Tensor
@@ -45,7 +48,8 @@ class Chances:
     def pick(self, u: Tensor, to_base: Tensor, owner: Tensor | None = None) -> Drawn:
         """Draw by the inverse distribution function at u (B,) in [0, 1).
 
-        Rows ``to_base`` (B,) are the base's, and with ``owner`` (B,) all others have that teacher: then only the bin is drawn.
+        Rows ``to_base`` (B,) are the base's, and with ``owner`` (B,) all others have that teacher: then only the bin is
+        drawn.
         """
         teachers, bins = self.cells.shape
         cell = inverse(u, self.cells.flatten().expand(len(u), -1))
@@ -71,8 +75,8 @@ class Chances:
 class Difficulty:
     """The running losses of a run. ``loss`` (N+1, K) float64; ``rows`` (N+1, K) int64: rows seen so far.
 
-    power: of the loss in the probabilities; floor: share of the rows that are drawn uniformly all the same. Every process of a run
-    sees the same rows, and so has the same table.
+    power: of the loss in the probabilities; floor: share of the rows that are drawn uniformly all the same. Every
+    process of a run sees the same rows, and so has the same table.
     """
 
     def __init__(self, teachers: int, steps: int, power: float, floor: float):
@@ -121,7 +125,8 @@ class Difficulty:
 
 
 def inverse(u: Tensor, probabilities: Tensor) -> Tensor:
-    """The inverse distribution function: u (B,) in [0, 1), probabilities (B, M) that sum to 1 in each row -> indices (B,)."""
+    """The inverse distribution function: u (B,) in [0, 1), probabilities (B, M) that sum to 1 in each row -> indices
+    (B,)."""
     # By rounding the sum may end before u: then it is the last index of a probability above 0.
     last = (probabilities > 0).long().cumsum(1).argmax(1)
     return torch.minimum(torch.searchsorted(probabilities.cumsum(1), u[:, None], right=True)[:, 0], last)

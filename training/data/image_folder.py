@@ -1,8 +1,8 @@
 """Reads a folder of captioned pictures as users keep them, where every file may be broken.
 
 Pictures are found in the folder and the folders in it, in the order of their relative names. A caption is a line of
-``metadata.jsonl`` in the top folder ({"file_name": "a/b.png", "text": "..."}, as Hugging Face's ImageFolder has it) or else the
-content of the text file beside the picture ("b.txt" beside "b.png").
+``metadata.jsonl`` in the top folder ({"file_name": "a/b.png", "text": "..."}, as Hugging Face's ImageFolder has it) or
+else the content of the text file beside the picture ("b.txt" beside "b.png").
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that was read once to its end. name: relative to the folder, with slashes; size: (width, height) after EXIF rotation."""
+    """A picture that was read once to its end. name: relative to the folder, with slashes; size: (width, height) after
+    EXIF rotation."""
 
     name: str
     path: Path
@@ -56,7 +57,8 @@ class Problem:
 
 
 def find_pictures(folder: str | os.PathLike) -> dict[str, Path]:
-    """Relative name (with slashes) -> path of every picture file, sorted by name. Hidden files and folders are left out.
+    """Relative name (with slashes) -> path of every picture file, sorted by name. Hidden files and folders are left
+    out.
 
     Links to files are followed, links to folders inside are not: they may lead round in a circle.
     Raises ValueError when there is no such folder, or no picture in it.
@@ -117,7 +119,8 @@ def read_text_beside(picture: Path) -> str:
 
 
 def read_metadata(path: Path, names: Iterable[str]) -> tuple[dict[str, str], list[Problem]]:
-    """file_name -> text of a metadata.jsonl (which may be missing), and its bad lines. A file name is only compared, never opened."""
+    """file_name -> text of a metadata.jsonl (which may be missing), and its bad lines. A file name is only compared,
+    never opened."""
     if not path.is_file():
         return {}, []
     try:
@@ -168,7 +171,8 @@ def read_caption_file(path: str | os.PathLike) -> list[str]:
 
 
 def decode(data: bytes) -> Image.Image:
-    """The content of a picture file -> an RGB picture as it is to be seen: turned upright (EXIF), transparency on white.
+    """The content of a picture file -> an RGB picture as it is to be seen: turned upright (EXIF), transparency on
+    white.
 
     Of an animation, the first frame. Raises ValueError for whatever Pillow cannot read to the end.
     """
@@ -187,7 +191,8 @@ def decode(data: bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode -> RGB; 16 bits a channel become 8 (Pillow itself would clip at 255). Raises ValueError for floating point."""
+    """Any Pillow mode -> RGB; 16 bits a channel become 8 (Pillow itself would clip at 255). Raises ValueError for
+    floating point."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64) // 256
         return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -213,7 +218,8 @@ def read_picture(picture: Picture) -> Image.Image:
 def survey(
     folder: str | os.PathLike, workers: int = 4, progress: ProgressCallback | None = None
 ) -> tuple[list[Picture], list[Problem]]:
-    """Read every picture and caption of a folder once -> those that can be used, in order of name, and what is wrong with the rest."""
+    """Read every picture and caption of a folder once -> those that can be used, in order of name, and what is wrong
+    with the rest."""
     paths = find_pictures(folder)
     captions, problems = read_captions(folder, paths)
 
@@ -243,7 +249,8 @@ def survey(
 
 
 def ahead(pool: Executor, work: Callable[[Item], Result], items: Sequence[Item], depth: int) -> Iterator[Result]:
-    """``map`` in order on other threads, with at most ``depth`` results that nobody has taken yet: pictures are large."""
+    """``map`` in order on other threads, with at most ``depth`` results that nobody has taken yet: pictures are
+    large."""
     waiting: collections.deque[Future[Result]] = collections.deque()
     try:
         for item in items:

@@ -10,9 +10,11 @@ from .shards import read_manifest
 
 
 def open_cache(folder: str | os.PathLike, verify: bool = False) -> ImageCache | Rollouts:
-    """Open a finished cache, reading its manifest only. ``for_teachers`` then checks that it fits a run, and gives the run's data.
+    """Open a finished cache, reading its manifest only. ``for_teachers`` then checks that it fits a run, and gives the
+    run's data.
 
-    Raises ValueError for one that is unfinished, damaged or of a newer version; ``verify`` reads and hashes every shard.
+    Raises ValueError for one that is unfinished, damaged or of a newer version; ``verify`` reads and hashes every
+    shard.
     """
     if read_manifest(folder)["kind"] == "rollouts":
         return open_rollouts(folder, verify)

@@ -33,11 +33,11 @@ class OwnerStates:
 
 
 class Rollouts:
-    """Finished rollouts as training data that bring their targets with them: training needs no teacher's UNet.
+    """Finished rollouts as training data with stored targets: training needs no teacher's UNet.
 
     ``names``: the teachers, in order; ``owners``: what is known of each of them, and of the base under ``BASE_NAME``.
-    Rows of a batch are of the teachers in turn, a share of ``base_share`` of the base's own paths; each owner's states come once
-    before any comes again.
+    Rows of a batch are of the teachers in turn, a share of ``base_share`` of the base's own paths; each owner's states
+    come once before any comes again.
     """
 
     has_targets = True
@@ -76,9 +76,10 @@ class Rollouts:
         )
 
     def for_teachers(self, base: Checkpoint, teachers: Mapping[str, tuple[Checkpoint, str]]) -> Rollouts:
-        """The same rollouts for these teachers, in this order, under these names.
+        """The rollouts of these teachers alone, in this order and under these names.
 
-        teachers: (checkpoint, file) by name. Raises ValueError naming those whose weights are not the ones that painted.
+        teachers: (checkpoint, file) by name. Raises ValueError naming those whose weights are not the ones that
+        painted.
         """
         found, missing = [], []
         for role, name, checkpoint in [("teacher", n, c) for n, (c, _) in teachers.items()] + [
@@ -168,7 +169,8 @@ class Rollouts:
 
 
 def size_of_batch(seed: int, number: int, counts: tuple[int, ...]) -> tuple[int, int]:
-    """Which size batch ``number`` is of, and its number among those of that size; counts: batches of each size an epoch."""
+    """(size of batch ``number``, its number among the batches of that size); counts: batches of each size in an
+    epoch."""
     epoch, place = divmod(number, sum(counts))
     which, turn = _epoch_of_sizes(seed, epoch, counts)[place]
     return which, epoch * counts[which] + turn
@@ -189,8 +191,9 @@ def _epoch_of_sizes(seed: int, epoch: int, counts: tuple[int, ...]) -> list[tupl
 
 
 def share_out(position: int, count: int, teachers: int, base_share: float) -> tuple[Tensor, Tensor]:
-    """(owner (count,), number of the row among its owner's (count,)) of rows position to position + count - 1 of an endless run; owner
-    ``teachers`` is the base. The base's rows are spread evenly, and the teachers take turns in the others."""
+    """(owner (count,), number of the row among its owner's (count,)) of rows position to position + count - 1 of an
+    endless run; owner ``teachers`` is the base. The base's rows are spread evenly, and the teachers take turns in the
+    others."""
     place = torch.arange(position, position + count + 1)
     base = (place.double() * base_share).floor().long()  # the base's rows before each place
     is_base, place, base = base.diff() > 0, place[:-1], base[:-1]
@@ -199,7 +202,8 @@ def share_out(position: int, count: int, teachers: int, base_share: float) -> tu
 
 
 def _drawn(seed: int, size: int, owner: int, *, count: int, draw: int) -> int:
-    """The index of the state, of an owner's ``count`` of one size, that its draw number ``draw`` is: a new order every epoch."""
+    """The index of the state, of an owner's ``count`` of one size, that its draw number ``draw`` is: a new order every
+    epoch."""
     epoch, place = divmod(draw, count)
     return int(_order(seed, size, owner, count=count, epoch=epoch)[place])
 
@@ -214,7 +218,8 @@ def _order(seed: int, size: int, owner: int, *, count: int, epoch: int) -> Tenso
 def open_rollouts(folder: str | os.PathLike, verify: bool = False) -> Rollouts:
     """Open rollouts that ``build_rollouts`` finished, reading the manifest only: all teachers, in the manifest's order.
 
-    Raises ValueError for those that are unfinished, damaged or of a newer version; ``verify`` reads and hashes every shard.
+    Raises ValueError for those that are unfinished, damaged or of a newer version; ``verify`` reads and hashes every
+    shard.
     """
     manifest = read_manifest(folder, "rollouts")
     try:

@@ -1,7 +1,8 @@
 """Samples one teacher's paths and keeps states on them, with both predictions that guidance asks for.
 
-Every state lies exactly on an integer timestep, and its labels are what the UNet says to the float16 x_t that is kept: x_t is
-rounded before the UNet sees it. So that all timesteps occur, the grid of noise levels is shifted at random from batch to batch.
+Every state lies exactly on an integer timestep, and its labels are what the UNet says to the float16 x_t that is kept:
+x_t is rounded before the UNet sees it. So that all timesteps occur, the grid of noise levels is shifted at random from
+batch to batch.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ SHORTEST_FIRST_STEP = 0.25
 class RolloutSettings:
     """The settings that the states depend on, besides models and captions.
 
-    paths: paintings by each teacher; base_share: share of all paintings that are the base's; states: kept of each painting;
-    sizes: (width, height) in pixels, in turn, none for the model family's own; batch_size: paintings at a time, which changes the
-    states a little. steps, cfg, sampler, scheduler: as of the host's KSampler. "sgm_uniform" spaces timesteps evenly, so that they are
-    as frequent as when pictures are noised. precision: "fp32", "bf16" or "fp16", of the UNets.
+    paths: paintings by each teacher; base_share: share of all paintings that are the base's; states: kept of each
+    painting; sizes: (width, height) in pixels, in turn, none for the model family's own; batch_size: paintings at a
+    time, which changes the states a little. steps, cfg, sampler, scheduler: as of the host's KSampler. "sgm_uniform"
+    spaces timesteps evenly, so that they are as frequent as when pictures are noised. precision: "fp32", "bf16" or
+    "fp16", of the UNets.
     """
 
     paths: int = 400
@@ -51,7 +53,8 @@ class RolloutSettings:
     precision: str = "fp32"
 
     def check(self, multiple: int) -> None:
-        """Raises ValueError naming the first setting that makes no sense for models whose sizes are multiples of ``multiple``."""
+        """Raises ValueError naming the first setting that makes no sense for models whose sizes are multiples of
+        ``multiple``."""
         for name in ("paths", "states", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a whole number from 1")
@@ -97,13 +100,15 @@ class Owner:
 
 
 def timestep_grid(schedule: NoiseSchedule, steps: int, scheduler: str) -> list[int]:
-    """The host's noise levels as the timesteps that its UNet is told, falling. Levels that round to one timestep become one."""
+    """The host's noise levels as the timesteps that its UNet is told, falling. Levels that round to one timestep become
+    one."""
     told = schedule.t_from_sigma(sigmas_for(schedule, steps, scheduler)[:-1])
     return sorted(set(told.tolist()), reverse=True)
 
 
 def shifted_grid(grid: Sequence[int], shift: float, top: int = 999) -> list[int]:
-    """Each timestep lowered by a share ``shift`` (0 to below 1) of its distance to the next; the path still begins at the top.
+    """Each timestep lowered by a share ``shift`` (0 to below 1) of its distance to the next; the path still begins at
+    the top.
 
     Over all shifts every timestep down to 0 comes up, as often as the grid is dense there.
     """
@@ -119,8 +124,8 @@ def shifted_grid(grid: Sequence[int], shift: float, top: int = 999) -> list[int]
 class Recorder:
     """A denoiser under guidance (see ``dmm_core.sampling``) that keeps some of the states it is called with.
 
-    rows: (B,) captions; keep: (steps, B) bool, which row is kept at which step. kept: the states, one row each, as dicts: the row's place
-    in the batch "path", and the tensors "x_t", "cond", "null" (C, h, w) float16 and "t" ().
+    rows: (B,) captions; keep: (steps, B) bool, which row is kept at which step. kept: the states, one row each, as
+    dicts: the row's place in the batch "path", and the tensors "x_t", "cond", "null" (C, h, w) float16 and "t" ().
     """
 
     def __init__(self, teacher: Teacher, schedule: NoiseSchedule, rows: Tensor, *, cfg: float, keep: Tensor):
@@ -153,10 +158,11 @@ def paint_states(
     size: tuple[int, int],
     settings: RolloutSettings,
 ) -> list[dict[str, Any]]:
-    """Paint one batch of a teacher's paths from noise to picture -> the states kept, as of ``Recorder.kept``, by path and then by step.
+    """Paint one batch of a teacher's paths from noise to picture -> the states kept, as of ``Recorder.kept``, by path
+    and then by step.
 
-    rows: the captions of the paths, as rows of ``teacher.contexts``; paths: their numbers, from which all randomness follows; size:
-    (width, height) in pixels. Raises ValueError when the teacher paints NaN or infinite numbers.
+    rows: the captions of the paths, as rows of ``teacher.contexts``; paths: their numbers, from which all randomness
+    follows; size: (width, height) in pixels. Raises ValueError when the teacher paints NaN or infinite numbers.
     """
     schedule = NoiseSchedule(owner.zero_snr)
     first = path_generator(settings.seed, "grid", owner.key, size, paths[0])

@@ -1,7 +1,8 @@
 """Builds rollouts: states on the teachers' own sampling paths, with each teacher's predictions. No pictures are needed.
 
-A teacher paints captions from noise under classifier-free guidance; of each path a few random states are kept, with both
-predictions that guidance asks for: of the caption and of the empty prompt (data-free distillation, cf. BOOT, arXiv:2306.05544).
+A teacher paints captions from noise under classifier-free guidance; of each path a few random states are kept, with
+both predictions that guidance asks for: of the caption and of the empty prompt (data-free distillation, cf. BOOT,
+arXiv:2306.05544).
 
     rollouts-<owner>-512x512-00000.safetensors   x_t, cond, null (S, 4, h, w) float16; t (S,)
     text-<hash>-00000.safetensors, manifest.json as in an image cache
@@ -39,7 +40,8 @@ SHARD_PATHS = 32
 def plan_paths(
     owner: Owner, count: int, prompts: int, settings: RolloutSettings
 ) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """(path, row of its caption) by size: sizes in turn, captions shuffled, each equally often. Row 0, the empty prompt, is not one."""
+    """(path, row of its caption) by size: sizes in turn, captions shuffled, each equally often. Row 0, the empty
+    prompt, is not one."""
     plan: dict[tuple[int, int], list[tuple[int, int]]] = {size: [] for size in settings.sizes}
     for path in range(count):
         epoch, place = divmod(path, prompts - 1)
@@ -64,9 +66,9 @@ def build_rollouts(
 ) -> dict[str, int]:
     """Paint with every teacher and the base and keep states, or go on with it. Returns the number of states by name.
 
-    teachers: name -> checkpoint or its file; others that a finished cache has already stay in it.
-    parts_from: a full checkpoint, for a base without a text encoder. One UNet is in memory at a time when files are given.
-    Raises ValueError for models that do not fit together, before anything is painted.
+    teachers: name -> checkpoint or its file; others that a finished cache has already stay in it. parts_from: a full
+    checkpoint, for a base without a text encoder. One UNet is in memory at a time when files are given. Raises
+    ValueError for models that do not fit together, before anything is painted.
     """
     check_names(list(teachers))
     base_model = base_with_parts(base, parts_from)
@@ -97,13 +99,13 @@ def build_rollouts(
     entries: list[dict[str, Any]] = []
     for owner, model, count in work:
 
-        def tick(painted: int, before: int = done, name: str = owner.name) -> None:
+        def on_path(painted: int, before: int = done, name: str = owner.name) -> None:
             if progress:
                 progress(before + painted, total, f"'{name}' paints")
 
         load = functools.cache(functools.partial(_load_teacher, owner, model, store, settings, device=device))
         plan = plan_paths(owner, count, len(prompts), settings)
-        by_size = _store_paths(writer, owner, plan, prompts, settings=settings, load=load, tick=tick)
+        by_size = _store_paths(writer, owner, plan, prompts, settings=settings, load=load, on_path=on_path)
         entries.append({**vars(owner), "parts": by_size})
         done += count
     names, weights = {entry["name"] for entry in entries}, {(entry["role"], entry["unet"]) for entry in entries}
@@ -114,7 +116,8 @@ def build_rollouts(
 
 
 def _owners(teachers: Mapping[str, Model], base: Checkpoint, config: UNetConfig) -> list[Owner]:
-    """Raises ValueError for teachers of another architecture or schedule than the base, and for the same one twice."""
+    """The teachers as owners of paths. Raises ValueError for another architecture or schedule than the base's, and for
+    the same one twice."""
     owners, sizes = [], []
     seen: dict[str, str] = {}  # name by hash
     for name, model in teachers.items():
@@ -135,7 +138,7 @@ def _owners(teachers: Mapping[str, Model], base: Checkpoint, config: UNetConfig)
 
 
 def _owner(name: str, model: Model, checkpoint: Checkpoint, *, role: str, base: Checkpoint) -> Owner:
-    """What the manifest says of a model that paints. Raises ValueError for a DMM model."""
+    """A model as the owner of paths. Raises ValueError for a DMM model."""
     if checkpoint.num_styles:
         raise ValueError(f"'{name}' is itself a DMM model with {checkpoint.num_styles} styles: use a plain checkpoint")
     file, digest = ("", "") if isinstance(model, Checkpoint) else recorded(*split_loras(model))
@@ -169,9 +172,10 @@ def _store_paths(
     *,
     settings: RolloutSettings,
     load: Callable[[], Teacher],
-    tick: Callable[[int], None],
+    on_path: Callable[[int], None],
 ) -> list[dict[str, Any]]:
-    """Write one owner's shards -> its ``parts`` in the manifest, one per size. The UNet is loaded only when a shard is missing."""
+    """Write one owner's shards -> its ``parts`` in the manifest, one per size. The UNet is loaded only when a shard is
+    missing."""
     entries: list[dict[str, Any]] = []
     done = 0
     for size, paths in plan.items():
@@ -187,7 +191,7 @@ def _store_paths(
                     batch = chunk[first : first + settings.batch_size]
                     numbers, rows = zip(*batch)
                     states += paint_states(load(), owner, rows, numbers, size=size, settings=settings)
-                    tick(before + first + len(batch))
+                    on_path(before + first + len(batch))
                 return {name: torch.stack([state[name] for state in states]) for name in ("x_t", "cond", "null", "t")}
 
             texts = [(path, prompts[row]) for path, row in chunk]
@@ -195,7 +199,7 @@ def _store_paths(
             name = f"rollouts-{owner.key}-{size[0]}x{size[1]}-{number:05d}.safetensors"
             shards.append(writer.shard(name, identity, len(chunk) * settings.states, build))
             done += len(chunk)
-            tick(done)
+            on_path(done)
         rows = [row for _, row in paths for _ in range(settings.states)]
         entries.append({"size": list(size), "rows": rows, "shards": shards})
     return entries

@@ -1,8 +1,8 @@
 """Caches on disk: a folder of safetensors shards with a manifest, which is built shard by shard and read lazily.
 
-A shard is written completely or not at all, and carries the hash of everything that decides its content; building again keeps the
-shards whose hash is right. The manifest is written last and removed before a shard of it changes: a folder with a manifest is
-complete. Nothing in it depends on when or in how many attempts it was made.
+A shard is written completely or not at all, and carries the hash of everything that decides its content; building again
+keeps the shards whose hash is right. The manifest is written last and removed before a shard of it changes: a folder
+with a manifest is complete. Nothing in it depends on when or in how many attempts it was made.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ KINDS = ("images", "rollouts")
 
 MANIFEST = "manifest.json"
 IDENTITY = "dmm.shard"
-"""A shard's only metadata: safetensors writes several entries in a random order, and equal shards must be equal files."""
+"""A shard's only metadata: safetensors writes several entries in a random order, and equal shards must be equal
+files."""
 
 SHARD_NAME = re.compile(r"(latents|text|rollouts)-[0-9a-z-]+-\d{5}\.safetensors")
 OPEN_SHARDS = 64
@@ -53,7 +54,8 @@ def first_few(items: Sequence[object]) -> str:
 class ShardWriter:
     """The folder of a cache that is being built or extended.
 
-    settings: what every shard depends on, by name; a folder that was made with others is refused (ValueError), never mixed.
+    settings: what every shard depends on, by name; a folder that was made with others is refused (ValueError), never
+    mixed.
     """
 
     def __init__(self, folder: str | os.PathLike, kind: str, settings: Mapping[str, Any]):
@@ -115,7 +117,7 @@ class ShardWriter:
 
 
 def _carries(path: Path, identity: str) -> bool:
-    """Whether a shard is there, whole and with this identity."""
+    """Whether there is a readable shard with this identity."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get(IDENTITY) == identity
@@ -127,7 +129,8 @@ def _carries(path: Path, identity: str) -> bool:
 
 
 def read_manifest(folder: str | os.PathLike, kind: str | None = None) -> dict[str, Any]:
-    """The manifest of a finished cache. Raises ValueError for a folder that is none, one of another kind, or of a newer version."""
+    """The manifest of a finished cache. Raises ValueError for a folder that is none, one of another kind, or of a newer
+    version."""
     path = Path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -171,7 +174,8 @@ def shard_entries(content: Any) -> list[dict[str, Any]]:
 
 
 def check_shards(folder: str | os.PathLike, entries: Iterable[Mapping[str, Any]], verify: bool = False) -> None:
-    """Raises ValueError naming the shards that are missing or of another size, with ``verify`` also of other content."""
+    """Raises ValueError naming the shards that are missing or of another size, with ``verify`` also of other
+    content."""
     problems = []
     for entry in entries:
         path = Path(folder) / entry["file"]
@@ -189,8 +193,8 @@ def check_shards(folder: str | os.PathLike, entries: Iterable[Mapping[str, Any]]
 
 
 class ShardReader:
-    """Rows of tensors that lie in a list of shards, numbered through all of them. entries: of the shards in the manifest, each of which
-    has ``count`` rows of every tensor."""
+    """Rows of tensors that lie in a list of shards, numbered through all of them. entries: of the shards in the
+    manifest, each of which has ``count`` rows of every tensor."""
 
     def __init__(self, folder: str | os.PathLike, entries: Sequence[Mapping[str, Any]]):
         self.folder, self.entries = Path(folder), list(entries)

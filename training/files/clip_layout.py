@@ -27,9 +27,9 @@ OPEN_CLIP_KEYS = {
 def to_single_file(weights: Mapping[str, Tensor], *, second: bool, alone: bool, open_clip: bool) -> dict[str, Tensor]:
     """The tensors of one encoder of a pipeline: SD1.x's, SD2.x's, or the first or second of SDXL.
 
-    second: it is ``text_encoder_2``; alone: the pipeline has no other (SDXL's refiner has only the second); open_clip: it has
-    OpenCLIP's activation, not OpenAI's, which tells SD2.x's encoder from SD1.x's.
-    Raises ValueError for what is no CLIP text encoder.
+    second: it is ``text_encoder_2``; alone: the pipeline has no other (SDXL's refiner has only the second); open_clip:
+    it has OpenCLIP's activation, not OpenAI's, which tells SD2.x's encoder from SD1.x's. Raises ValueError for what is
+    no CLIP text encoder.
     """
     if second:
         return _prefixed(f"conditioner.embedders.{int(not alone)}.model.", to_open_clip(weights))

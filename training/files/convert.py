@@ -1,4 +1,4 @@
-"""Model files from one layout into another, every weight bit for bit: the functions behind ``dmm convert``.
+"""Converts model files from one layout into another, every weight bit for bit, for ``dmm convert``.
 
 ``model_files`` reads every layout, ``style_file`` the styles alone; all of them become a ``Checkpoint`` on the way.
 """

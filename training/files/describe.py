@@ -29,8 +29,8 @@ _MOST_VALUES = 300
 def describe(path: str | os.PathLike, digest: bool = True) -> str:
     """A report of several lines about whatever ``load_any`` reads, or a file of styles alone.
 
-    digest: with the SHA-256 of the file and of its UNet and style side (reads all of it). Control characters from the file are
-    shown as "?". Raises ValueError for other files, as ``load_any`` does.
+    digest: with the SHA-256 of the file and of its UNet and style side (reads all of it). Control characters from the
+    file are shown as "?". Raises ValueError for other files, as ``load_any`` does.
     """
     model = read_style_file(path, header_only=True) if is_style_file(path) else load_any_info(path)
     files = weight_files(path)
@@ -77,7 +77,7 @@ def _style_sizes(file: StyleFile) -> list[str]:
 
 
 def _digests(path: str | os.PathLike, model: Checkpoint | StyleFile) -> list[str]:
-    """Of the weights, the same in every layout: what tells which UNet a style file belongs to."""
+    """Digests of the weights, the same in every layout, by which a style file names its UNet."""
     if isinstance(model, StyleFile):
         made_for = model.unet_sha256 or "not said"
         return [_row("of styles", style_digest(read_style_file(path).weights)), _row("made for UNet", made_for)]

@@ -15,7 +15,8 @@ NOT_WEIGHTS = ("position_ids",)
 
 
 def weights_hash(weights: Mapping[str, Tensor]) -> str:
-    """sha256 (hexadecimal) over names, shapes and values rounded to float16, so that fp32 and fp16 copies of a model have one hash.
+    """sha256 (hexadecimal) over names, shapes and values rounded to float16, so that fp32 and fp16 copies of a model
+    have one hash.
 
     Keys that some files carry and others do not are left out (``NOT_WEIGHTS``, the VAE's ``IGNORED_PREFIXES``).
     """

@@ -1,7 +1,8 @@
 """Reads any model file or folder as a ``Checkpoint``, for every command and node.
 
-The single file (``dmm_core.checkpoint``), diffusers' UNet as a file or a folder (``dmm_core.diffusers_layout``), and diffusers'
-pipeline folder with text encoders and VAE. Only safetensors is read, with the bounds of ``dmm_core.weights_file``.
+The single file (``dmm_core.checkpoint``), diffusers' UNet as a file or a folder (``dmm_core.diffusers_layout``), and
+diffusers' pipeline folder with text encoders and VAE. Only safetensors is read, with the bounds of
+``dmm_core.weights_file``.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
 UNET_FILE = re.compile(r"diffusion_pytorch_model[^/\\]*\.safetensors")
 """Name of a file whose config lies beside it, in any variant (``.fp16``) or part (``-00001-of-00002``)."""
 ZERO_SNR = "dmm.zero_snr"
-"""Metadata key of diffusers and style files: "true" for a noise schedule that ends in pure noise. Single files have a tensor for it."""
+"""Metadata key of diffusers and style files: "true" for a noise schedule that ends in pure noise. Single files have a
+tensor for it."""
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
 SINGLE, UNET, PIPELINE = "single file", "UNet in diffusers' layout", "pipeline folder of diffusers"
 """The layouts, in words."""
@@ -56,7 +58,7 @@ _MODULES = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 def load_any(path: str | os.PathLike) -> Checkpoint:
-    """Read a single file, a diffusers UNet file, its folder, or a whole diffusers pipeline folder (safetensors only).
+    """Read a single file, a diffusers UNet file, its folder, or a diffusers pipeline folder (safetensors only).
 
     Raises ValueError naming the file. Files without names get "style 0".."style N-1".
     """
@@ -64,12 +66,13 @@ def load_any(path: str | os.PathLike) -> Checkpoint:
 
 
 def load_any_info(path: str | os.PathLike) -> Checkpoint:
-    """The same with the weights left on disk: every tensor is on the meta device."""
+    """As ``load_any``, but every tensor is on the meta device: sizes and dtypes without values."""
     return on_meta(_read(Path(path), header_only=True))
 
 
 def layout_of(path: str | os.PathLike) -> str:
-    """SINGLE, UNET or PIPELINE, from names alone. Raises ValueError for what is no safetensors file; nothing else is checked."""
+    """SINGLE, UNET or PIPELINE, from names alone. Raises ValueError for what is no safetensors file; nothing else is
+    checked."""
     path = Path(path)
     if path.is_dir():
         return PIPELINE if (path / "unet").is_dir() else UNET
@@ -87,7 +90,8 @@ def weight_files(path: str | os.PathLike) -> list[Path]:
 
 
 def change_stamp(path: str | os.PathLike) -> tuple[tuple[str, int, int], ...]:
-    """Names, times and sizes of the files that ``load_any`` reads, which differ once one has changed. Raises OSError when one is gone."""
+    """Names, times and sizes of the files that ``load_any`` reads, which differ once one has changed. Raises OSError
+    when one is gone."""
     path = Path(path)
     files = [path]
     if path.is_dir():
@@ -97,8 +101,8 @@ def change_stamp(path: str | os.PathLike) -> tuple[tuple[str, int, int], ...]:
 
 
 def model_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file; of a folder, that of the lines "<sha256>  <path in the folder>" of its weights' files, as sha256sum
-    prints them."""
+    """SHA-256 of a file; of a folder, that of the lines "<sha256>  <path in the folder>" of its weights' files, as
+    sha256sum prints them."""
     path = Path(path)
     if not path.is_dir():
         return file_sha256(path)
@@ -172,7 +176,8 @@ def _read_unet(
 
 
 def _schedule(unet_folder: Path) -> dict[str, str]:
-    """What a pipeline's scheduler says about its UNet, as metadata; empty for a UNet folder on its own."""
+    """Prediction and zero terminal SNR by a pipeline's scheduler, as metadata; empty for a UNet folder without a
+    pipeline."""
     path = unet_folder.parent / "scheduler" / "scheduler_config.json"
     if unet_folder.name != "unet" or not path.is_file():
         return {}
@@ -194,7 +199,8 @@ def _module_weights(folder: Path, header_only: bool) -> dict[str, Tensor]:
 
 
 def _module_files(folder: Path) -> list[Path]:
-    """The safetensors file of a diffusers or transformers module's folder, or all files that its weights are split over.
+    """The safetensors file of a diffusers or transformers module's folder, or all files that its weights are split
+    over.
 
     The full-precision file where there are variants (``.fp16.``). Raises ValueError when there is none.
     """
@@ -225,7 +231,8 @@ def _module_files(folder: Path) -> list[Path]:
 
 
 def _merged(files: list[Path], header_only: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of files that hold one module's weights together. Raises ValueError for a key that is in two of them."""
+    """Tensors and metadata of files that hold one module's weights together. Raises ValueError for a key that is in two
+    of them."""
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for path in files:

@@ -15,7 +15,8 @@ logger = logging.getLogger(__name__)
 
 
 def read_piece(path: Path, count: int) -> dict[str, Tensor] | None:
-    """The tensors of a finished piece; None where there is no file, or one that is damaged or has other than ``count`` rows in a tensor."""
+    """The tensors of a finished piece; None where there is no file, or one that is damaged or has other than ``count``
+    rows in a tensor."""
     if not path.exists():
         return None
     try:

@@ -24,7 +24,8 @@ UNET_DIGEST = "dmm.unet_sha256"
 
 @dataclass
 class StyleFile:
-    """weights: keys as in a UNet without prefix; unet_sha256: ``unet_digest`` of the UNet that learned the styles, "" if not said."""
+    """weights: keys as in a UNet without prefix; unet_sha256: ``unet_digest`` of the UNet that learned the styles, ""
+    if not said."""
 
     weights: dict[str, Tensor]
     styles: list[StyleInfo]
@@ -36,7 +37,8 @@ class StyleFile:
 
 
 def is_style_file(path: str | os.PathLike) -> bool:
-    """Whether a file holds a codebook and no UNet. Raises ValueError for what is no safetensors file; folders: False."""
+    """Whether a file holds a codebook and no UNet. Raises ValueError for what is no safetensors file; folders:
+    False."""
     if Path(path).is_dir():
         return False
     keys = read_keys(path)
@@ -44,7 +46,8 @@ def is_style_file(path: str | os.PathLike) -> bool:
 
 
 def read_style_file(path: str | os.PathLike, header_only: bool = False) -> StyleFile:
-    """Read a style file; with ``header_only`` the tensors are on the meta device. Raises ValueError naming a file that is none."""
+    """Read a style file; with ``header_only`` the tensors are on the meta device. Raises ValueError naming a file that
+    is none."""
     weights, metadata = read_weights(path, *([lambda key, shape: False] if header_only else []))
     digest, zero_snr = metadata.pop(UNET_DIGEST, ""), metadata.pop(ZERO_SNR, None) == "true"
     try:
@@ -119,7 +122,8 @@ def split(unet: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tens
 
 
 def file_metadata(path: Path, checkpoint: Checkpoint) -> dict[str, str]:
-    """Metadata as ``save_checkpoint`` writes them, and ``ZERO_SNR`` instead of its tensor. Raises ValueError for what cannot be stored."""
+    """Metadata as ``save_checkpoint`` writes them, and ``ZERO_SNR`` instead of its tensor. Raises ValueError for what
+    cannot be stored."""
     try:
         styles = checkpoint.styles or default_styles(checkpoint.num_styles)
         check_styles(styles, checkpoint.num_styles)

@@ -44,10 +44,12 @@ def fitted(
     processes: int = 1,
     begun: int | None = None,
 ) -> tuple[TrainConfig, Plan | None]:
-    """The settings that fit into ``config.memory``, with the same samples per step, and the plan they are from, if one was made.
+    """The settings that fit into ``config.memory``, with the same samples per step, and the plan they are from, if one
+    was made.
 
-    unet: of the teachers; latents_hw: of the largest pictures. processes: of the run, each with such a device; begun: the batch_size
-    with which the run has begun, which it keeps (see ``begun_with``). Raises ValueError when nothing fits.
+    unet: of the teachers; latents_hw: of the largest pictures. processes: of the run, each with such a device; begun:
+    the batch_size with which the run has begun, which it keeps (see ``begun_with``). Raises ValueError when nothing
+    fits.
     """
     budget = budget_bytes(config.memory, device)
     if budget is None:
@@ -76,8 +78,8 @@ def fitted(
 
 
 def begun_with(run_dir: Path) -> int | None:
-    """The batch_size that a run which has states in its folder was begun with: other processes would plan another one, and a run that
-    draws other batches is another run."""
+    """The batch_size that a run which has states in its folder was begun with: other processes would plan another one,
+    and a run that draws other batches is another run."""
     if not any(run_dir.glob("state-*.safetensors")):
         return None
     try:

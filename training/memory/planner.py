@@ -1,4 +1,5 @@
-"""Finds the best settings with which a run fits into a memory budget, from the model's sizes, before anything is loaded.
+"""Finds the best settings with which a run fits into a memory budget, from the model's sizes, before anything is
+loaded.
 
 The order, best first. What comes first is given up last:
 
@@ -28,7 +29,8 @@ GB = 2**30
 """As memory is sold."""
 
 MARGIN = 0.08
-"""Share of the budget that stays free: kernels' scratch memory and the gaps between tensors, which ``footprint`` does not see."""
+"""Share of the budget that stays free: kernels' scratch memory and the gaps between tensors, which ``footprint`` does
+not see."""
 
 CUDA_CONTEXT = 600_000_000
 """Bytes that CUDA and its libraries take on a card before the first tensor (0.4 to 0.7 GB are usual)."""
@@ -47,10 +49,10 @@ OPTIMIZER_NEEDS = {"adamw": None, "adamw8bit": "bitsandbytes", "adafactor": "tra
 class Want:
     """What the user asks for, which a plan does not change.
 
-    batch_size: samples of one optimiser step. features / adversarial: whether lambda_feat / lambda_adv are above 0. ema: whether
-    the weights are averaged. teacher_dtype: "auto" is the precision on CUDA, fp32 elsewhere. device: "cuda" or "cpu".
-    fixed: settings that the user has chosen already, by their names in ``Choice``. processes: that share the samples, each with a
-    device of this size; sharded: each holds a shard of the student only.
+    batch_size: samples of one optimiser step. features / adversarial: whether lambda_feat / lambda_adv are above 0.
+    ema: whether the weights are averaged. teacher_dtype: "auto" is the precision on CUDA, fp32 elsewhere. device:
+    "cuda" or "cpu". fixed: settings that the user has chosen already, by their names in ``Choice``. processes: that
+    share the samples, each with a device of this size; sharded: each holds a shard of the student only.
     """
 
     batch_size: int = 8
@@ -68,8 +70,8 @@ class Want:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a planner may choose. The batch is micro_batch * accumulate, and processes share out the micro_batch; slots: places for
-    teachers that wait in RAM."""
+    """The settings that a planner chooses. The batch is micro_batch * accumulate, and processes share out the
+    micro_batch; slots: places for teachers that wait in RAM."""
 
     trainable: str
     optimizer: str
@@ -83,8 +85,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan(Choice):
-    """Settings and what they need. breakdown: bytes on the device at the worst moment, by what they hold; ram: bytes of teachers and
-    average in RAM beside it; budget: the bytes that were allowed, usable: what is left of them after the margin.
+    """Settings and what they need. breakdown: bytes on the device at the worst moment, by what they hold; ram: bytes of
+    teachers and average in RAM beside it; budget: the bytes that were allowed, usable: what is left of them after the
+    margin.
     """
 
     precision: str
@@ -100,7 +103,8 @@ class Plan(Choice):
         return sum(self.breakdown.values())
 
     def settings(self) -> dict[str, Any]:
-        """As fields of ``TrainConfig``, whose batch_size is the samples of one forward; its ``teacher_slots`` are ``slots``."""
+        """As fields of ``TrainConfig``, whose batch_size is the samples of one forward; its ``teacher_slots`` are
+        ``slots``."""
         return {
             "batch_size": self.micro_batch,
             "accumulate": self.accumulate,
@@ -141,9 +145,10 @@ def plan(
 ) -> Plan:
     """The best settings for ``teachers`` UNets of these sizes and their base within ``budget_bytes`` of device memory.
 
-    latents_hw: the largest latents of the data. measured_peak: measured over estimated activations of an earlier run, which
-    ``tests/benches/memory.py`` prints; the estimate is multiplied by it. Takes seconds to a minute: training steps are run on fake
-    tensors. Raises ValueError with the GB that would do when nothing fits, or for a fixed setting that is no choice.
+    latents_hw: the largest latents of the data. measured_peak: measured over estimated activations of an earlier run,
+    which ``tests/benches/memory.py`` prints; the estimate is multiplied by it. Takes seconds to a minute: training
+    steps are run on fake tensors. Raises ValueError with the GB that would do when nothing fits, or for a fixed setting
+    that is no choice.
     """
     want = want or Want()
     usable = usable_bytes(budget_bytes, want.device)
@@ -182,7 +187,7 @@ def plan(
 
 
 def resident_bytes(each: Sizes, teachers: int, choice: Choice, want: Want) -> dict[str, int]:
-    """Bytes that are on the device for the whole run, by what they hold."""
+    """Bytes that are on the device from the first step to the last, by what they hold."""
     places = teachers + 1  # and the base
     if choice.residency == "offload":  # the discriminator looks through the base, which then stays
         places = min(places, choice.slots + (1 if want.adversarial else 0))
@@ -203,8 +208,8 @@ def rows_at_once(micro_batch: int, want: Want) -> int:
 
 
 def blocks_in_use(config: UNetConfig, want: Want) -> int:
-    """Bytes of the blocks that are gathered at a time where the student is sharded: the one that computes, the next one, and one block's
-    gradients."""
+    """Bytes of the blocks that are gathered at a time where the student is sharded: the one that computes, the next
+    one, and one block's gradients."""
     if not want.sharded:
         return 0
     with torch.device("meta"):
@@ -218,8 +223,8 @@ def blocks_in_use(config: UNetConfig, want: Want) -> int:
 def activation_bytes(step: Step, choice: Choice, want: Want, factor: float = 1.0) -> int:
     """Bytes at the worst moment of a step on top of ``resident_bytes``.
 
-    The peak is convex in the number of samples (the worst of many moments, each linear in it), so the straight line between one
-    sample and many is never too low; two sizes are tried instead of all.
+    The peak is convex in the number of samples (the worst of many moments, each linear in it), so the straight line
+    between one sample and many is never too low; two sizes are tried instead of all.
     """
     rows = rows_at_once(choice.micro_batch, want)
     many = max((n for n in range(1, want.batch_size) if want.batch_size % n == 0), default=1)
@@ -262,7 +267,7 @@ def _importable(package: str | None) -> bool:
 
 
 def usable_bytes(budget: int, device: str) -> int:
-    """What is left of a budget after the margin."""
+    """Bytes of a budget that are left after the margin and CUDA's own memory."""
     return int(budget * (1 - MARGIN)) - _overhead(device)
 
 
@@ -272,7 +277,8 @@ def _overhead(device: str) -> int:
 
 
 def choices(want: Want) -> Iterator[Choice]:
-    """Every setting that is open, best first (see the top of this file). Raises ValueError when ``want.fixed`` leaves none."""
+    """Every setting that is open, best first (see the top of this file). Raises ValueError when ``want.fixed`` leaves
+    none."""
     cuda, fixed = want.device == "cuda", dict(want.fixed)
     # On the CPU "the device" and RAM are one memory: moving things between them saves nothing.
     options: dict[str, Sequence[Any]] = {

@@ -1,4 +1,5 @@
-"""Painting captions whose text states are already there: for teachers, for pictures during a run, and for evaluations."""
+"""Painting captions whose text states are already there: for teachers, for pictures during a run, and for
+evaluations."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ def paint_rows(
 ) -> Tensor:
     """Noise (B, C, h, w) on the UNet's device -> latents (B, C, h, w) there, scaled as the UNet sees them.
 
-    text: the teacher whose text states, parameterisation and noise schedule the UNet has; rows: (B,) captions, as rows of its text states.
-    style: a style row (1, N+1) or None. steps, cfg, sampler, scheduler: as of the host's KSampler.
+    text: the teacher whose text states, parameterisation and noise schedule the UNet has; rows: (B,) captions, as rows
+    of its text states. style: a style row (1, N+1) or None. steps, cfg, sampler, scheduler: as of the host's KSampler.
     """
     schedule, device = NoiseSchedule(text.zero_snr), noise.device
     # One lookup, so that captions and the empty prompt come in one length: (2B, L, d)

@@ -1,4 +1,5 @@
-"""Painting without ComfyUI: prompts and styles to pictures, with the noise and the numbers that ComfyUI's KSampler has."""
+"""Painting without ComfyUI: prompts and styles to pictures, with the noise and the numbers that ComfyUI's KSampler
+has."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from .images import decode_to_pil
 
 @dataclass
 class Settings:
-    """Sampling settings under the host's names. width and height in pixels; ValueError for sizes that are no multiples of 8."""
+    """Sampling settings under the host's names. width and height in pixels; ValueError for sizes that are no multiples
+    of 8."""
 
     steps: int = 20
     cfg: float = 4.0
@@ -41,7 +43,8 @@ class Settings:
 
 @dataclass
 class Painter:
-    """A checkpoint ready to paint. ``text`` and ``vae`` may come from another checkpoint when the model's own file lacks them."""
+    """A checkpoint ready to paint. ``text`` and ``vae`` may come from another checkpoint when the model's own file
+    lacks them."""
 
     unet: UNet
     text: ClipText
@@ -78,10 +81,11 @@ class Painter:
         same_noise: bool = False,
         callback: Callback | None = None,
     ) -> Tensor:
-        """Prompts (B) and style rows (B or 1, N+1), or a Style, which may change over the steps -> latents (B, 4, h, w), scaled.
+        """Prompts (B) and style rows (B or 1, N+1), or a Style, which may change over the steps -> latents (B, 4, h,
+        w), scaled.
 
-        The noise is the host's for an empty latent of batch B and this seed; ``same_noise`` gives every row the first one's.
-        Raises ValueError for an SDXL model with a text encoder that gives no pooled text.
+        The noise is the host's for an empty latent of batch B and this seed; ``same_noise`` gives every row the first
+        one's. Raises ValueError for an SDXL model with a text encoder that gives no pooled text.
         """
         count, config = len(prompts), self.unet.config
         shape = (count, config.in_channels, settings.height // 8, settings.width // 8)

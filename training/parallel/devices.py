@@ -1,4 +1,4 @@
-"""Which device a process works on, and how much of its memory is free."""
+"""Chooses the device that a process works on, and reads how much memory is free."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from .ranks import Ranks
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU; anything else is a torch device name. Raises ValueError for what is none."""
+    """ "auto" is CUDA where there is one, else the CPU; anything else is a torch device name. Raises ValueError for
+    what is none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -22,7 +23,8 @@ def pick_device(name: str) -> torch.device:
 def local_device(device: torch.device, ranks: Ranks) -> torch.device:
     """This process's device: with several processes on "cuda" the ``local``-th GPU of its machine.
 
-    Raises ValueError for more processes than GPUs on the machine, and for one GPU by number, which they would have to share.
+    Raises ValueError for more processes than GPUs on the machine, and for one GPU by number, which they would have to
+    share.
     """
     if ranks.world == 1 or device.type != "cuda":
         return device

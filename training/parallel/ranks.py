@@ -1,7 +1,8 @@
-"""The processes of one run: how many torchrun started, small messages between them, and what happens when one of them ends.
+"""The processes of one run: how many torchrun started, small messages between them, and what happens when one of them
+ends.
 
-Every process draws the same batches and works on its local rows of them. The messages here are small and go over the CPU (gloo);
-gradients are added up in ``sharding``.
+Every process draws the same batches and works on its local rows of them. The messages here are small and go over the
+CPU (gloo); gradients are added up in ``sharding``.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor
 
 TIMEOUT = datetime.timedelta(hours=4)
-"""How long a process waits for the others. One that has ended is noticed at once, as its connections close; this is for slow disks and
-long paintings, which are no reason to end a run."""
+"""How long a process waits for the others. One that has ended is noticed at once, as its connections close; this is for
+slow disks and long paintings, which are no reason to end a run."""
 GRACE = 10.0
 """Seconds in which the processes that are left find each other."""
 
@@ -37,10 +38,11 @@ class AgreedError(ValueError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run: this one is ``rank`` of ``world``, and the ``local``-th on its machine. By default there is one.
+    """The processes of a run: this one is ``rank`` of ``world``, and the ``local``-th on its machine. By default there
+    is one.
 
-    All methods but ``share`` and ``left`` must be called by all processes together; with one process they communicate nothing. Each
-    raises LostProcess when another process has ended.
+    All methods but ``share`` and ``left`` must be called by all processes together; with one process they communicate
+    nothing. Each raises LostProcess when another process has ended.
     """
 
     rank: int = 0
@@ -53,7 +55,8 @@ class Ranks:
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """This process's share of ``count`` consecutive things, as a slice; the sizes of the shares differ by one at most."""
+        """This process's share of ``count`` consecutive things, as a slice; the sizes of the shares differ by one at
+        most."""
         return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -98,7 +101,8 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A block that all processes leave together: a ValueError or OSError in one of them becomes an AgreedError in all."""
+        """A block that all processes leave together: a ValueError or OSError in one of them becomes an AgreedError in
+        all."""
         problem: ValueError | OSError | None = None
         try:
             yield
@@ -121,7 +125,8 @@ class Ranks:
             raise LostProcess("another process of this run has ended") from error
 
     def left(self) -> tuple[list[int], bool]:
-        """After a LostProcess: (ranks of the processes that do not answer, whether this process is the first of those that do)."""
+        """After a LostProcess: (ranks of the processes that do not answer, whether this process is the first of those
+        that do)."""
         try:
             # The launcher's, which outlives its processes and, where it starts them again, serves them again.
             store = torch.distributed.distributed_c10d._get_default_store()
@@ -170,8 +175,8 @@ def joined(
 ) -> Iterator[Ranks]:
     """A context in which the processes are connected. device: the one that this process works on.
 
-    At the end they wait for each other, because the launcher stops all of them when the first one ends. After an exception they do
-    not, except for AgreedError and the types ``raised_by_all``, which every process raises.
+    At the end they wait for each other, because the launcher stops all of them when the first one ends. After an
+    exception they do not, except for AgreedError and the types ``raised_by_all``, which every process raises.
     """
     if ranks.world == 1:
         yield ranks

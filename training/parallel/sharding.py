@@ -1,8 +1,10 @@
-"""The student on several processes: a copy in each (DDP), or a shard of every parameter in each (FSDP2, arXiv:2304.11277).
+"""The student on several processes: a copy in each (DDP), or a shard of every parameter in each (FSDP2,
+arXiv:2304.11277).
 
-With FSDP2, parameters, gradients, the optimiser's moments and the average are cut along their first dimension, and a block has its full
-weights only while it computes. Such a parameter is a DTensor. ``full_tensor``, ``gather_to_main`` and ``local_tensor`` lead from it to
-plain tensors, ``distribute_like`` and ``sharded_from_local`` from plain tensors to it; all of them pass plain tensors through.
+With FSDP2, parameters, gradients, the optimiser's moments and the average are cut along their first dimension, and a
+block has its full weights only while it computes. Such a parameter is a DTensor. ``full_tensor``, ``gather_to_main``
+and ``local_tensor`` lead from it to plain tensors, ``distribute_like`` and ``sharded_from_local`` from plain tensors to
+it; all of them pass plain tensors through.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_parallel(config: TrainConfig, world: int) -> None:
-    """Raises ValueError for what cannot be done by this many processes."""
+    """Raises ValueError for settings that do not work with ``world`` processes."""
     c = config
     if world == 1:
         return
@@ -48,10 +50,11 @@ def check_parallel(config: TrainConfig, world: int) -> None:
 
 
 def shard(student: UNet, precision: str, device: torch.device, world: int) -> None:
-    """Cut a student that is on the CPU into one shard per process, block by block (in place): the device never holds all of it.
+    """Cut a student that is on the CPU into one shard per process, block by block (in place): the device never holds
+    all of it.
 
-    precision: "fp32", "bf16" or "fp16", in which weights are gathered to compute with (autocast would keep cast copies of all blocks);
-    gradients are added up in float32.
+    precision: "fp32", "bf16" or "fp16", in which weights are gathered to compute with (autocast would keep cast copies
+    of all blocks); gradients are added up in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -96,7 +99,8 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def gather_to_main(tensor: Tensor, is_main: bool) -> Tensor:
-    """A sharded tensor in full on the CPU in the main process, an empty tensor in the others; for all processes together.
+    """A sharded tensor in full on the CPU in the main process, an empty tensor in the others; for all processes
+    together.
 
     The device holds one full tensor at a time. A plain tensor is returned as it is.
     """
@@ -113,7 +117,8 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def sharded_from_local(local: Tensor, parameter: Tensor) -> Tensor:
-    """A sharded tensor out of each process's ``local`` shard, cut as ``parameter`` is; ``local`` itself for a plain parameter."""
+    """A sharded tensor out of each process's ``local`` shard, cut as ``parameter`` is; ``local`` itself for a plain
+    parameter."""
     if not is_sharded(parameter):
         return local
     from torch.distributed.tensor import DTensor
@@ -134,7 +139,8 @@ def distribute_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
-    """Replace each gradient by its mean over the processes (in place); a parameter without a gradient counts as zeros."""
+    """Replace each gradient by its mean over the processes (in place); a parameter without a gradient counts as
+    zeros."""
     gradients = []
     for p in parameters:
         if p.grad is None:

@@ -1,4 +1,4 @@
-"""LoRA files folded into a checkpoint: the weights that ComfyUI's LoraLoader paints with, without ComfyUI.
+"""Folds LoRA files into a checkpoint, to the weights that ComfyUI's LoraLoader computes, without ComfyUI.
 
 Where a command takes a model's file, ``sd15.safetensors+ink.safetensors:0.8`` is the model with a LoRA at a strength (1
 where none is given, ``:0.8:0.5`` is another one for the text encoder); more LoRAs follow with more ``+``.
@@ -40,8 +40,8 @@ def apply_loras(checkpoint: Checkpoint, loras: Sequence[LoraSpec], dtype: torch.
     """A checkpoint with LoRAs folded in, in order; only the weights that they change are new tensors.
 
     Computed in float32; the new weights are of ``dtype``, or with None of the dtype that they had. Raises ValueError,
-    naming file and key, for a file that is no safetensors file, of which nothing fits, that holds NaN or wrong shapes, or
-    whose algorithm is not known here; before that, a file of which only some keys fit is logged as a warning.
+    naming file and key, for a file that is no safetensors file, of which nothing fits, that holds NaN or wrong shapes,
+    or whose algorithm is not known here; before that, a file of which only some keys fit is logged as a warning.
     """
     names = lora_names(checkpoint)
     changed: Changed = {}
@@ -91,8 +91,8 @@ def _change(
 def read_lora(path: str | os.PathLike, names: Mapping[str, Target]) -> Mapping[Target, Entries]:
     """The entries of a LoRA file by the weight that they change. names: see ``lora_names``.
 
-    Keys that fit nothing are counted in a warning. Raises ValueError for a file of which nothing fits, for algorithms that
-    are not known here, and for NaN.
+    Keys that fit nothing are counted in a warning. Raises ValueError for a file of which nothing fits, for algorithms
+    that are not known here, and for NaN.
     """
     places: dict[str, tuple[Target, str] | None] = {}
 
@@ -189,7 +189,8 @@ def _spec(file: str, strengths: str) -> LoraSpec:
 
 
 def patched(checkpoint: Checkpoint, loras: Sequence[LoraSpec], base: Checkpoint | None = None) -> Checkpoint:
-    """A checkpoint with LoRAs folded in, changed weights in float32. Where it has no text encoder, they change that of ``base``."""
+    """A checkpoint with LoRAs folded in, changed weights in float32. Where it has no text encoder, they change that of
+    ``base``."""
     if not loras:
         return checkpoint
     text = checkpoint.text or (base.text if base else {})
@@ -197,7 +198,8 @@ def patched(checkpoint: Checkpoint, loras: Sequence[LoraSpec], base: Checkpoint 
 
 
 def recorded(file: str | os.PathLike, loras: Sequence[LoraSpec]) -> tuple[str, str]:
-    """(names, sha256) that a style's metadata record of a teacher: file names without folders; "" for the sha256 of one with LoRAs."""
+    """(names, sha256) that a style's metadata record of a teacher: file names without folders; "" for the sha256 of one
+    with LoRAs."""
     name = Path(file).name
     if not loras:
         return name, model_sha256(file)

@@ -155,7 +155,8 @@ class _Misfit(Exception):
 
 @dataclass
 class _LowRank:
-    """a @ b, of (o, r) and (r, i); with a core (r, s, k, l) Tucker's product of (o, r), core and (s, i): (o, i, k, l)."""
+    """a @ b, of (o, r) and (r, i); with a core (r, s, k, l) Tucker's product of (o, r), core and (s, i): (o, i, k,
+    l)."""
 
     a: Tensor
     b: Tensor
@@ -239,8 +240,8 @@ def _kronecker(w1: Tensor, w2: Tensor) -> Tensor:
 def _decomposed(weight: Tensor, delta: Tensor, dora: tuple[str, Tensor], strength: float) -> Tensor:
     """DoRA: the direction of the changed weight with a learned length (``dora``) along outputs or inputs.
 
-    Along outputs the length is divided by that of the weight before the change: ComfyUI's reading (weight_adapter/base.py),
-    which is what such a file looks like there.
+    Along outputs the length is divided by that of the weight before the change: ComfyUI's reading
+    (weight_adapter/base.py), which is what such a file looks like there.
     """
     key, scale = dora
     changed = weight + delta

@@ -1,8 +1,10 @@
-"""Names of LoRA files -> the weights of a checkpoint that they mean: the names that ComfyUI's LoRA loader knows, and PEFT's.
+"""Names of LoRA files -> the weights of a checkpoint that they mean: the names that ComfyUI's LoRA loader knows, and
+PEFT's.
 
 kohya       lora_unet_input_blocks_1_1_proj_in, lora_unet_down_blocks_0_attentions_0_proj_in, lora_te_text_model_...
-diffusers   unet.down_blocks.0.attentions.0.proj_in, ...attn1.to_q or ...attn1.processor.to_q, text_encoder.text_model...
-plain       diffusion_model.input_blocks.1.1.proj_in, text_encoders.clip_l.transformer.text_model...
+diffusers   unet.down_blocks.0.attentions.0.proj_in, ...attn1.to_q or ...attn1.processor.to_q,
+text_encoder.text_model... plain       diffusion_model.input_blocks.1.1.proj_in,
+text_encoders.clip_l.transformer.text_model...
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ Model = str | os.PathLike | Checkpoint
 
 
 def as_checkpoint(model: Model, base: Checkpoint | None = None) -> Checkpoint:
-    """The model read, with its LoRAs folded in. base: whose text encoder LoRAs change where the model's own file has none.
+    """The model read, with its LoRAs folded in. base: whose text encoder LoRAs change where the model's own file has
+    none.
 
     Raises ValueError naming the file, as ``load_any`` and ``apply_loras`` do.
     """
@@ -24,7 +25,8 @@ def as_checkpoint(model: Model, base: Checkpoint | None = None) -> Checkpoint:
 
 
 def base_with_parts(base: Model, parts_from: Model | None) -> Checkpoint:
-    """The base model, with text encoder and VAE of ``parts_from`` where it has none. Raises ValueError without a text encoder."""
+    """The base model, with text encoder and VAE of ``parts_from`` where it has none. Raises ValueError without a text
+    encoder."""
     base = as_checkpoint(base)
     if parts_from is not None:
         base = add_parts(base, as_checkpoint(parts_from))

@@ -1,8 +1,9 @@
-"""Where frozen UNets live while a student is trained: on the device, or in RAM with one or two places on the device.
+"""``TeacherPool``: keeps frozen UNets on the device, or in RAM with one or two places on the device.
 
-Distilling N teachers on one GPU needs one of them at a time. With "offload" a teacher's weights are ONE flat tensor in RAM (pinned
-when the device is CUDA, so that the copy runs beside the arithmetic) and a place on the device, a ``Slot``, is one flat tensor of
-the same layout: fetching a teacher is a single copy. The next one is copied while this one computes, or while the student trains.
+Distilling N teachers on one GPU needs one of them at a time. With "offload" a teacher's weights are ONE flat tensor in
+RAM (pinned when the device is CUDA, so that the copy runs beside the arithmetic) and a place on the device, a ``Slot``,
+is one flat tensor of the same layout: fetching a teacher is a single copy. The next one is copied while this one
+computes, or while the student trains.
 
 Two rules keep that right, and on CUDA each is an event between the streams:
 - a slot is overwritten only after the work that was queued on its last owner (``Slot.done``);
@@ -46,8 +47,9 @@ class Layout:
 
 
 class Slot:
-    """A place for one teacher on the device. ``holds``: the index of the teacher in it, or None; ``used``: it was given out since it was
-    copied; ``ready``: its copy is done; ``done``: the work that was queued on its last owner is done (None without CUDA)."""
+    """A place for one teacher on the device. ``holds``: the index of the teacher in it, or None; ``used``: it was given
+    out since it was copied; ``ready``: its copy is done; ``done``: the work that was queued on its last owner is done
+    (None without CUDA)."""
 
     def __init__(self, layout: Layout, config: UNetConfig, device: torch.device, dtype: torch.dtype):
         self.flat = torch.empty(layout.size, dtype=dtype, device=device)
@@ -62,21 +64,22 @@ class Slot:
 
 
 class TeacherPool:
-    """Frozen UNets by index (teachers 0..N-1, the base N; one UNet may have several), and where they live. Those that are not
-    resident have one architecture.
+    """Frozen UNets by index (teachers 0..N-1, the base N; one UNet may have several), and where they live. Those that
+    are not resident have one architecture.
 
-    policy: where they live. "device": all of them on the device. "offload": in RAM, at most ``slots`` (2, or 1: no copying ahead while a teacher
-    computes) on the device at a time. "auto": "device" if all of them fit into half of the memory that is free now, so make the
-    pool after the student has moved in. resident: indices that stay on the device whatever the policy is. dtype: of the weights,
-    None for what each UNet has (those that wait: what the first of them has).
+    policy: where they live. "device": all of them on the device. "offload": in RAM, at most ``slots`` (2, or 1: no
+    copying ahead while a teacher computes) on the device at a time. "auto": "device" if all of them fit into half of
+    the memory that is free now, so make the pool after the student has moved in. resident: indices that stay on the
+    device whatever the policy is. dtype: of the weights, None for what each UNet has (those that wait: what the first
+    of them has).
 
-    The pool owns the UNets from now on: they are converted to ``dtype`` IN PLACE, because a second copy of N teachers does not fit into
-    many machines' RAM. So read whatever needs their original values (hashes, the student's start) before. At the most one UNet
-    exists twice, while it is packed. After ``close`` they are on the CPU, in ``dtype``. late: a UNet is converted and
-    packed when it is first asked for, for a process that asks for few of them.
+    The pool owns the UNets from now on: they are converted to ``dtype`` IN PLACE, because a second copy of N teachers
+    does not fit into many machines' RAM. So read whatever needs their original values (hashes, the student's start)
+    before. At the most one UNet exists twice, while it is packed. After ``close`` they are on the CPU, in ``dtype``.
+    late: a UNet is converted and packed when it is first asked for, for a process that asks for few of them.
 
-    A UNet that ``get`` or ``loaded`` gave out holds until the next one is asked for. Gradients may not flow through the weights of
-    one that is not resident: they may be overwritten before the backward pass.
+    A UNet that ``get`` or ``loaded`` gave out holds until the next one is asked for. Gradients may not flow through the
+    weights of one that is not resident: they may be overwritten before the backward pass.
 
     Raises ValueError for an unknown policy or index, or waiting UNets of different sizes.
     """
@@ -116,7 +119,8 @@ class TeacherPool:
         return len(self.unets)
 
     def loaded(self, needed: Sequence[int]) -> Iterator[tuple[int, UNet]]:
-        """(index, UNet on the device) for every index of ``needed``, in that order; the next is copied while this one computes."""
+        """(index, UNet on the device) for every index of ``needed``, in that order; the next is copied while this one
+        computes."""
         order = list(needed)
         for place, index in enumerate(order):
             unet = self.get(index)
@@ -133,7 +137,8 @@ class TeacherPool:
                 self.prefetch(waiting[0])
 
     def prefetch(self, index: int) -> None:
-        """Start to copy a UNet to the device, if there is a slot that the caller does not work with. Only a hint: ``get`` works without."""
+        """Start to copy a UNet to the device, if there is a slot that the caller does not work with. Only a hint:
+        ``get`` works without."""
         self._check_index(index)
         self._settle(index)
         if index in self.resident or self._slot_of(index) is not None:
@@ -143,7 +148,8 @@ class TeacherPool:
             self._copy(index, slot)
 
     def get(self, index: int) -> UNet:
-        """The UNet, on the device now (its copy may still run on the device: work queued on the current stream waits for it)."""
+        """The UNet, on the device now (its copy may still run on the device: work queued on the current stream waits
+        for it)."""
         self._check_index(index)
         self._give_back()
         self._turn += 1
@@ -161,7 +167,8 @@ class TeacherPool:
         return slot.unet
 
     def close(self) -> None:
-        """Give all device memory back; the UNets are plain CPU modules again. May be called twice, and after an error."""
+        """Give all device memory back; the UNets are plain CPU modules again. May be called twice, and after an
+        error."""
         if self._closed:
             return
         self._closed, self._given = True, None
@@ -246,7 +253,8 @@ class TeacherPool:
         return next((slot for slot in self.slots if slot.holds == index), None)
 
     def _room(self, keep_unused: bool) -> Slot | None:
-        """A slot to overwrite: a new one, one that has had its use, or (unless ``keep_unused``) one copied ahead in vain."""
+        """A slot to overwrite: a new one, one that has had its use, or (unless ``keep_unused``) one copied ahead in
+        vain."""
         free = [slot for slot in self.slots if slot is not self._given]
         used = [slot for slot in free if slot.used]
         if used:
@@ -287,7 +295,8 @@ class TeacherPool:
 
 
 def _pin(flat: Tensor) -> None:
-    """Pin memory in place (``Tensor.pin_memory`` would round 5 GB up to 8). Where that fails copies work too, but not beside arithmetic."""
+    """Pin memory in place (``Tensor.pin_memory`` would round 5 GB up to 8). Where that fails copies work too, but not
+    beside arithmetic."""
     if int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.nbytes, 0)) == 0:
         return
     logger.warning("could not pin %.1f GB of memory: copying teachers to the GPU will be slower", flat.nbytes / 2**30)

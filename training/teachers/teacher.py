@@ -1,4 +1,5 @@
-"""``Teacher``: a frozen UNet with its text encoder's states of the captions, how it is called, and checks of several together."""
+"""``Teacher``: a frozen UNet with its text encoder's states of the captions, how it is called, and checks of several
+together."""
 
 from __future__ import annotations
 
@@ -34,8 +35,8 @@ Rows = Tensor | StoredRows
 
 
 class Prediction(NamedTuple):
-    """What a UNet says to a batch. out: (B, C, h, w) float32, eps or v; features: of its blocks, (B, C_j, h_j, w_j) each, [] where they were
-    not asked for."""
+    """What a UNet says to a batch. out: (B, C, h, w) float32, eps or v; features: of its blocks, (B, C_j, h_j, w_j)
+    each, [] where they were not asked for."""
 
     out: Tensor
     features: Sequence[Tensor]
@@ -45,10 +46,11 @@ class Prediction(NamedTuple):
 class Teacher:
     """A frozen UNet with a name.
 
-    contexts: (U, L, d), its text encoder's states of every distinct caption, row 0 of the empty prompt; pooled: (U, p), the pooled
-    text of SDXL's second encoder. prediction: "eps" or "v"; zero_snr: its noise schedule ends in pure noise. style: of a UNet that is
-    itself a DMM model, which of its styles this teacher is, or which mix of them (index: share); None for no style. The remaining
-    fields are recorded in the style's metadata; ``known`` is what an older DMM file says of the style, and is recorded as it is.
+    contexts: (U, L, d), its text encoder's states of every distinct caption, row 0 of the empty prompt; pooled: (U, p),
+    the pooled text of SDXL's second encoder. prediction: "eps" or "v"; zero_snr: its noise schedule ends in pure noise.
+    style: of a UNet that is itself a DMM model, which of its styles this teacher is, or which mix of them (index:
+    share); None for no style. The remaining fields are recorded in the style's metadata; ``known`` is what an older DMM
+    file says of the style, and is recorded as it is.
     """
 
     name: str
@@ -69,7 +71,8 @@ class Teacher:
 
     @property
     def style_row(self) -> Tensor | None:
-        """The style row (1, n+1) with which its UNet is called, n the styles that the UNet has; None for a plain UNet."""
+        """The style row (1, n+1) with which its UNet is called, n the styles that the UNet has; None for a plain
+        UNet."""
         styles = self.unet.config.num_styles
         if not styles:
             return None
@@ -89,7 +92,8 @@ class Teacher:
 
     @cached_property
     def weights_sha256(self) -> str:
-        """``hashing.weights_sha256`` of the UNet at the time of the first call; a run calls it before it converts the weights."""
+        """``hashing.weights_sha256`` of the UNet at the time of the first call; a run calls it before it converts the
+        weights."""
         return weights_sha256(self.unet.state_dict())
 
     # The one place where a teacher is called. What goes in and what comes out:
@@ -112,8 +116,8 @@ class Teacher:
         features: bool = False,
         unet: UNet | None = None,
     ) -> Prediction:
-        """What the teacher predicts, see above. unet: where its weights are now, None for its own; or another UNet of this text encoder
-        and parameterisation."""
+        """What the teacher predicts, see above. unet: where its weights are now, None for its own; or another UNet of
+        this text encoder and parameterisation."""
         unet = unet or self.unet
         if style is None and unet.config.num_styles:
             style = self.style_row
@@ -131,7 +135,8 @@ class Teacher:
         return Prediction(out.float(), blocks)
 
     def conditioning(self, rows: Tensor, size: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """context (B, L, d) and, for SDXL, y (B, adm) of captions (B,) for latents of the size (h, w), on the device."""
+        """context (B, L, d) and, for SDXL, y (B, adm) of captions (B,) for latents of the size (h, w), on the
+        device."""
         rows = rows.cpu()
         context = self.contexts[rows].to(device)
         if self.pooled is None:
@@ -165,7 +170,8 @@ def styled_unet(sd: Mapping[str, Tensor], name: str) -> UNet:
 
 
 def sound_unet(sd: Mapping[str, Tensor], name: str, copy: bool = True, look: bool = True) -> UNet:
-    """A UNet from a state dict; ValueError, naming it, for NaN or a foreign layout. copy, look: as of ``plain_unet``."""
+    """A UNet from a state dict; ValueError, naming it, for NaN or a foreign layout. copy, look: as of
+    ``plain_unet``."""
     try:
         unet = load_unet(sd, copy=copy)
     except ValueError as error:
@@ -182,7 +188,8 @@ def without_styles(config: UNetConfig) -> UNetConfig:
 
 
 def check_architectures(base: UNetConfig, teachers: Sequence[tuple[str, UNetConfig]]) -> None:
-    """Raises ValueError naming every teacher whose sizes differ from the base's, and the sizes that differ; styles aside."""
+    """Raises ValueError naming every teacher whose sizes differ from the base's, and the sizes that differ; styles
+    aside."""
     problems = []
     for name, config in teachers:
         ours, theirs = (dataclasses.asdict(without_styles(c)) for c in (base, config))
@@ -194,8 +201,8 @@ def check_architectures(base: UNetConfig, teachers: Sequence[tuple[str, UNetConf
 
 
 def check_schedules(zero_snr: bool, teachers: Iterable[tuple[str, bool]]) -> None:
-    """Raises ValueError naming every teacher whose noise schedule ends otherwise than the base's (``zero_snr``): the same timestep
-    would mean another noise level to it."""
+    """Raises ValueError naming every teacher whose noise schedule ends otherwise than the base's (``zero_snr``): the
+    same timestep would mean another noise level to it."""
     other = [name for name, theirs in teachers if theirs != zero_snr]
     if other:
         raise ValueError(
@@ -206,8 +213,8 @@ def check_schedules(zero_snr: bool, teachers: Iterable[tuple[str, bool]]) -> Non
 def check_predictions(base: Teacher, teachers: Iterable[Teacher]) -> None:
     """Raises ValueError naming every eps-prediction teacher of a v-prediction base with zero terminal SNR.
 
-    v = (eps - sqrt(1 - abar) x_t) / sqrt(abar), and that schedule ends at 1 / sqrt(abar) = 4519, by which an error of eps would be
-    multiplied.
+    v = (eps - sqrt(1 - abar) x_t) / sqrt(abar), and that schedule ends at 1 / sqrt(abar) = 4519, by which an error of
+    eps would be multiplied.
     """
     if base.zero_snr and base.prediction == "v":
         eps = [teacher.name for teacher in teachers if teacher.prediction == "eps"]
@@ -234,5 +241,6 @@ def check_text(teachers: Iterable[Teacher]) -> None:
 
 
 def soup(teachers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of the teachers' weights in float32 ("model soup", arXiv:2203.05482), a starting point and a baseline."""
+    """The mean of the teachers' weights in float32 ("model soup", arXiv:2203.05482), a starting point and a
+    baseline."""
     return {key: torch.stack([t[key].float() for t in teachers]).mean(0) for key in teachers[0]}

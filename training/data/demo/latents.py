@@ -38,7 +38,8 @@ def captioned_latents(
 
 
 def demo_latents(checkpoint: Checkpoint, count: int, seed: int) -> CaptionedLatents:
-    """Captioned latents of scenes in the looks of base and teachers, encoded by the checkpoint's VAE. Raises ValueError without one."""
+    """Captioned latents of scenes in the looks of base and teachers, encoded by the checkpoint's VAE. Raises ValueError
+    without one."""
     if not checkpoint.vae:
         raise ValueError("no VAE to encode the demo scenes with: name a full checkpoint as parts_from")
     scale = latent_scale(unet_config_from_state_dict(checkpoint.unet))

@@ -226,7 +226,7 @@ def _backdrop(scene: Scene) -> tuple[RGB, list[tuple[RGB, np.ndarray]]]:
 
 @dataclass
 class Layers:
-    """What the looks paint with. float32 in 0..1 unless said otherwise; H = W = SIZE."""
+    """The masks and colours that the looks paint with. float32 in 0..1 unless said otherwise; H = W = SIZE."""
 
     backdrop: np.ndarray  # (H, W, 3) RGB
     mask: np.ndarray  # (H, W, 1) coverage of the object
