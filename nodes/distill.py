@@ -43,9 +43,11 @@ class DistillTeachers(io.ComfyNode):
         parts = training_inputs.clip_and_vae_parts(one["base"], one["clip"], one["vae"])
 
         def gather(say):
-            return training_inputs.gather(one["base"], one["clip"], teachers, latents, captions, config, say)
+            return training_inputs.gather(
+                one["base"], one["clip"], teachers, latents=latents, captions=captions, config=config, say=say
+            )
 
-        return learn(gather, parts, one, cls.hidden.unique_id, comparison)
+        return learn(gather, parts, one=one, node_id=cls.hidden.unique_id, report=comparison)
 
 
 NODES = [DistillTeachers]

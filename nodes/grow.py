@@ -52,9 +52,11 @@ class AddTeacher(io.ComfyNode):
         parts = training_inputs.dmm_parts(one["model"], one["clip"], one["vae"])
 
         def gather(say):
-            return training_inputs.gather_grown(one["model"], one["clip"], teachers, latents, captions, config, say)
+            return training_inputs.gather_grown(
+                one["model"], one["clip"], teachers, latents=latents, captions=captions, config=config, say=say
+            )
 
-        return learn(gather, parts, one, cls.hidden.unique_id, comparison)
+        return learn(gather, parts, one=one, node_id=cls.hidden.unique_id, report=comparison)
 
 
 class ForgetStyle(io.ComfyNode):
@@ -114,14 +116,16 @@ class ForgetStyle(io.ComfyNode):
 
         def gather(say):
             model, clip = one["model"], one["clip"]
-            return training_inputs.gather_forgetting(model, clip, forget, latents, captions, config, attack, say)
+            return training_inputs.gather_forgetting(
+                model, clip, forget, latents=latents, captions=captions, config=config, attack=attack, say=say
+            )
 
         def report(run, say) -> str:
             return (
                 f"{comparison(run, say)}\n\n{run.kind.final_report(run, training_inputs.interruptible(say))}".rstrip()
             )
 
-        return learn(gather, parts, one, cls.hidden.unique_id, report)
+        return learn(gather, parts, one=one, node_id=cls.hidden.unique_id, report=report)
 
 
 def style_names(text: str) -> list[str]:

@@ -84,7 +84,20 @@ def install(model_options: dict) -> None:
 
 
 def blend_styles(layer, x, emb, context, transformer_options, *_):
-    """The host's ResBlock with another time embedding per pixel."""
+    """The host's ResBlock with another time embedding per pixel; a handler of the host's ``forward_timestep_embed_patch``.
+
+    It calls the block's layers itself, in the order of the host's ``ResBlock._forward``, because a style has to come in between the
+    projection of the time embedding and the normalisation, and the host has no patch point there:
+
+    - this patch point and the block patches (input, middle, output) begin and end at whole blocks;
+    - the emb_patch and the block's own argument take one embedding per batch item, none per pixel;
+    - the block run once per style, its outputs mixed, costs K times the convolutions and mixes after them, which is another function;
+    - an object patch or an injection could put a norm of ours in the block's place for one. That norm gets the features alone, so
+      the styles of the forward would have to be kept on the shared model, and torch.compile, LoRAs and offloading find other modules.
+
+    Only the plain block is followed, the one kind in SD1.x, SD2.x and SDXL: no up or down, no scale and shift, a time embedding.
+    tests/host/test_style_map_block.py holds it against the host's own block, in whichever host is there.
+    """
     blender: Blender | None = transformer_options.get(MAP)
     if blender is None:
         return layer(x, emb)

@@ -28,7 +28,9 @@ Say = Callable[[str], None]
 
 
 @torch.no_grad()
-def gather(base, clip, teachers: Sequence[TeacherInput], latents, captions, config: TrainConfig, say: Say) -> Trainer:
+def gather(
+    base, clip, teachers: Sequence[TeacherInput], *, latents, captions, config: TrainConfig, say: Say
+) -> Trainer:
     """Everything a run needs, copied from the host's objects; call it outside of inference mode. say: is told the memory plan.
 
     Raises ValueError naming the input that does not fit.
@@ -36,34 +38,34 @@ def gather(base, clip, teachers: Sequence[TeacherInput], latents, captions, conf
     data = captioned_latents(base, latents, captions)
     foundation = frozen_base(base, clip, plain_unet(unet_weights(base, styles=True), "the base model"), data.prompts)
     frozen = frozen_teachers(teachers, foundation, clip, data.prompts)
-    config, device = ready(config, foundation, len(frozen), data, say)
+    config, device = ready(config, foundation, len(frozen), data=data, say=say)
     return Trainer(foundation, frozen, data, config, device)
 
 
 @torch.no_grad()
 def gather_grown(
-    model, clip, teachers: Sequence[TeacherInput], latents, captions, config: TrainConfig, say: Say
+    model, clip, teachers: Sequence[TeacherInput], *, latents, captions, config: TrainConfig, say: Say
 ) -> Trainer:
     """As ``gather``, for a DMM model whose styles stay and come first. Raises ValueError for a model without styles."""
     data = captioned_latents(model, latents, captions)
     foundation, old = frozen_styles(model, clip, data.prompts)
     new = frozen_teachers(teachers, foundation, clip, data.prompts)
     check_names([teacher.name for teacher in (*old, *new)])
-    config, device = ready(config, foundation, len(new), data, say)
+    config, device = ready(config, foundation, len(new), data=data, say=say)
     return Trainer(foundation, [*old, *new], data, config, device)
 
 
 @torch.no_grad()
 def gather_forgetting(
-    model, clip, forget: Sequence[str], latents, captions, config: TrainConfig, attack: AttackConfig, say: Say
+    model, clip, forget: Sequence[str], *, latents, captions, config: TrainConfig, attack: AttackConfig, say: Say
 ) -> Trainer:
     """As ``gather``, for a DMM model without the styles named in ``forget``. Raises ValueError for names that it does not have."""
     data = captioned_latents(model, latents, captions)
     foundation, old = frozen_styles(model, clip, data.prompts)
     for name in forget:
         named(old, name)
-    config, device = ready(config, foundation, 1, data, say)
-    return forgetting(foundation, old, forget, data, config, device, attack=attack)
+    config, device = ready(config, foundation, 1, data=data, say=say)
+    return forgetting(foundation, old, forget, data, config=config, device=device, attack=attack)
 
 
 def frozen_base(base, clip, unet: UNet, prompts: Sequence[str]) -> Teacher:
@@ -96,7 +98,7 @@ def frozen_teachers(teachers: Sequence[TeacherInput], base: Teacher, clip, promp
 
 
 def ready(
-    config: TrainConfig, base: Teacher, teachers: int, data: CaptionedLatents, say: Say
+    config: TrainConfig, base: Teacher, teachers: int, *, data: CaptionedLatents, say: Say
 ) -> tuple[TrainConfig, torch.device]:
     """The settings that fit the device, and the device, emptied of what the host had there."""
     mm.unload_all_models()  # its copies are not needed while training runs

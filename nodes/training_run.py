@@ -97,6 +97,7 @@ def memory_given_back() -> Iterator[None]:
 def learn(
     gather: Callable[[Say], Trainer],
     parts: Checkpoint,
+    *,
     one: Mapping[str, Any],
     node_id,
     report: Callable[[Trainer, Say], str],
@@ -109,18 +110,20 @@ def learn(
     name = file_stem(one["name"])
     # Nodes run in inference mode, whose tensors autograd refuses.
     with torch.inference_mode(False), memory_given_back():
-        path, losses, text = _learn(gather, parts, name, one["vae"], one["preview_every"], node_id, report)
+        path, losses, text = _learn(
+            gather, parts, name=name, vae=one["vae"], preview_every=one["preview_every"], node_id=node_id, report=report
+        )
     model, *_ = host_model.load(str(path))
     return io.NodeOutput(model, {"loss": losses}, ui=ui.PreviewText(text))
 
 
-def _learn(gather, parts, name, vae, preview_every, node_id, report) -> tuple[Path, list[float], str]:
+def _learn(gather, parts, *, name, vae, preview_every, node_id, report) -> tuple[Path, list[float], str]:
     def say(text: str) -> None:
         send_text(text, node_id)
 
     run = gather(say)
     try:
-        path, losses = distil(run, parts, name, vae, preview_every, node_id)
+        path, losses = distil(run, parts, name=name, vae=vae, preview_every=preview_every, node_id=node_id)
         saved = f"saved dmm/{os.path.relpath(path, paths.output_folder())}"
         if run.step < run.config.all_steps:
             saved += f", stopped after {run.step} of {run.config.all_steps} steps"
@@ -147,12 +150,12 @@ def comparison(run: Trainer, say: Say | None = None) -> str:
     average = None if old else training_inputs.average_unet(run)
     student = training_inputs.student_unet(run)
     teachers = run.teachers[: student.config.num_styles]
-    errors = eps_errors(teachers, run.base, average, student, run.data, pool=run.targets.pool)
+    errors = eps_errors(teachers, run.base, average, student, data=run.data, pool=run.targets.pool)
     against = "each teacher, old styles against the model before" if old else "each teacher"
     return f"eps error against {against}\n{format_table(errors)}"
 
 
-def distil(run: Trainer, base, name: str, vae, preview_every: int, node_id) -> tuple[Path, list[float]]:
+def distil(run: Trainer, base, *, name: str, vae, preview_every: int, node_id) -> tuple[Path, list[float]]:
     """Train and save; returns the checkpoint's path and the losses of this call's steps.
 
     The files' names contain a hash of everything that determines the run: the same graph goes on where it stopped, a changed one
@@ -169,7 +172,7 @@ def distil(run: Trainer, base, name: str, vae, preview_every: int, node_id) -> t
     screen = Screen(run, progress, node_id)
 
     def write_checkpoint() -> None:
-        save_checkpoint(path, student_checkpoint(run, base, name, torch.float16))
+        save_checkpoint(path, student_checkpoint(run, base, name, dtype=torch.float16))
 
     controls = Controls(screen.show_pause)
 

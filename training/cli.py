@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import sys
@@ -17,7 +18,7 @@ from .commands import cache as cache_commands
 from .commands import convert as convert_command
 from .commands import evaluate as evaluation_command
 from .commands import mixing as mixing_command
-from .commands.progress_bar import ProgressBar as PartsBar
+from .commands.progress_bar import ProgressBar, new_bar
 from .parallel.devices import local_device
 from .parallel.ranks import AgreedError, LostProcess, Ranks, joined, launched
 from .run.watch.controls import StopAndSave, signals
@@ -30,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 after an error that was explained, 130 when interrupted."""
     ranks = launched()
     logging.basicConfig(level=logging.INFO if ranks.is_main else logging.WARNING, format="%(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # so that a log has it in order with what goes to stderr
     args = parser().parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -140,16 +143,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 class Bar:
-    """A tqdm progress bar with the smoothed loss of every teacher and the time left; another while teachers paint."""
+    """A progress bar with the smoothed loss of every teacher and the time left; another while teachers paint."""
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
         self.progress = Progress()
-        self.painting = PartsBar()
+        self.painting = ProgressBar()
 
     def __call__(self, run, metrics) -> None:
         if self.bar is None:
-            self.bar = tqdm(total=metrics.steps, initial=metrics.step - 1, unit="step", dynamic_ncols=True)
+            self.bar = new_bar(metrics.steps, initial=metrics.step - 1, unit="step")
         self.progress.update(metrics)
         self.bar.set_postfix_str(self.progress.scores(), refresh=False)
         self.bar.update()
@@ -199,7 +202,7 @@ def run_distill(args) -> None:
         show(run.plan.describe() if run.plan else "memory: nothing planned (see the setting 'memory')")
         return
     with watched(config.picture_every, ranks) as watch, joined(ranks, device, raised_by_all=(StopAndSave,)):
-        distill(config, watch, args.fork and Path(args.fork), bool(args.grown), ranks)
+        distill(config, watch, fork_from=args.fork and Path(args.fork), grown=bool(args.grown), ranks=ranks)
     show(f"wrote {config.output}")
 
 

@@ -97,7 +97,7 @@ class Bench:
         """Of each style against its true teacher; "(no style)" against the base model."""
         teachers = [dataclasses.replace(self.teachers[name], contexts=self.contexts) for name in names]
         base = dataclasses.replace(self.base, contexts=self.contexts)
-        table = eps_errors(teachers, base, None, load_unet(weights), self.held_out, len(self.held_out))
+        table = eps_errors(teachers, base, None, load_unet(weights), data=self.held_out, samples=len(self.held_out))
         return {row.teacher: row.student for row in table}
 
     # --- the two tables -----------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ class Bench:
             def make(attack=attack) -> Trainer:
                 old, styles = self.as_base(seven, everyone)
                 config = self.settings(self.added, init="base", **ADDING)
-                return forgetting(old, styles, [gone], self.data, config, CPU, attack=attack)
+                return forgetting(old, styles, [gone], self.data, config=config, device=CPU, attack=attack)
 
             arms[label] = (self.model(f"forget-{gone}-{label.replace(' ', '-').replace(',', '')}", make), kept)
         arms["never learnt"] = (self.joint(kept), kept)

@@ -118,7 +118,9 @@ def make_cache(kind: str, config: DistillConfig, paths: int | None) -> Path:
 def errors(teachers: list[Teacher], base: Teacher, student: UNet, data) -> dict[str, float]:
     average = UNet(base.unet.config)
     average.load_state_dict(soup([t.unet.state_dict() for t in teachers]))
-    return {row.teacher: row.student for row in eps_errors(teachers, base, average, student, data, len(data))}
+    return {
+        row.teacher: row.student for row in eps_errors(teachers, base, average, student, data=data, samples=len(data))
+    }
 
 
 def row(arm: str, results: list[dict]) -> str:

@@ -254,7 +254,15 @@ def check_teachers(files: list[Path], scale: float, patch=lambda model: model) -
     (model, clip), *others = loaded
     teachers = [TeacherInput(name, *one) for name, one in zip(STYLES, others)]
     config = TrainConfig(steps=1, lambda_adv=0.0)
-    run = gather(model, clip, teachers, [{"samples": latents}], [PROMPT, NEGATIVE], config, lambda text: None)
+    run = gather(
+        model,
+        clip,
+        teachers,
+        latents=[{"samples": latents}],
+        captions=[PROMPT, NEGATIVE],
+        config=config,
+        say=lambda text: None,
+    )
     torch.testing.assert_close(run.data.buckets[0], scale * latents.clone())
     everyone = [run.base, *run.teachers]
     for teacher, (model, clip) in zip(everyone, loaded):

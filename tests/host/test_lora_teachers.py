@@ -267,7 +267,9 @@ def test_three_variants_of_one_base_in_a_graph(host, variants):
     latents = [{"samples": torch.randn(1, 4, 8, 8)} for _ in range(3)]
     config = TrainConfig(steps=1, batch_size=4, device="cpu")
     with torch.inference_mode(False):
-        run = gather(model, clip, wires, latents, [*PROMPTS[1:], "a cat"], config, lambda text: None)
+        run = gather(
+            model, clip, wires, latents=latents, captions=[*PROMPTS[1:], "a cat"], config=config, say=lambda text: None
+        )
     base = run.base.unet
     assert [t.name for t in run.teachers] == list(teachers) and len({t.sha256 for t in [run.base, *run.teachers]}) == 4
     for teacher in run.teachers:

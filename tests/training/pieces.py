@@ -164,7 +164,9 @@ def grow(ranks, forget: bool, **settings) -> dict:
     styles = [old.as_style(i, StyleInfo(f"old {i}")) for i in range(3)]
     cpu = torch.device("cpu")
     if forget:
-        run = forgetting(old, styles, ["old 1"], DATA, config, cpu, attack=AttackConfig(2, 3, 2), ranks=ranks)
+        run = forgetting(
+            old, styles, ["old 1"], DATA, config=config, device=cpu, attack=AttackConfig(2, 3, 2), ranks=ranks
+        )
     else:
         config = dataclasses.replace(config, warm_start=3)
         run = Trainer(old, [*styles, small_teacher("new", 10, DATA)], DATA, config, cpu, ranks=ranks)

@@ -214,6 +214,19 @@ def test_a_signal_ends_the_run_between_steps(folder, number):
     assert step >= 1 and state.name == f"state-{step:08d}.safetensors"
 
 
+def test_a_log_holds_few_lines_in_order(folder):
+    """Both streams in one file: config, progress, result, as in ``dmm ... 2>&1 | tee log``."""
+    write_config(folder, train={**SHORT, "steps": 30})
+    words = ["-m", "comfyui_dmm.training.cli", "--threads", "1", "distill", "--config"]
+    command = [sys.executable, *words, folder / "run.yaml"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    config, after = done.stdout.split("\n}\n")
+    assert json.loads(config + "}")["train"]["steps"] == 30
+    lines = after.splitlines()
+    assert lines[0].startswith("0% 0/30") and lines[-2].startswith("100% 30/30") and len(lines) <= 6, after
+    assert lines[-1] == f"wrote {folder / 'out' / 'dmm.safetensors'}"
+
+
 def nan_teacher(folder):
     weights = unet(1)
     weights["out.2.bias"] = torch.full((4,), float("nan"))

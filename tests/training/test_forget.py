@@ -34,7 +34,9 @@ def forgetting(names=("old 1",), attack=AttackConfig(2, 3, 2), **settings):
         "lambda_adv": 0.0,
         "validation": 8,
     }
-    return forgetting_run(old, styles, names, DATA, TrainConfig(**{**defaults, **settings}), CPU, attack=attack)
+    return forgetting_run(
+        old, styles, names, DATA, config=TrainConfig(**{**defaults, **settings}), device=CPU, attack=attack
+    )
 
 
 def test_the_old_code_must_paint_as_without_a_style_and_the_others_as_before():
@@ -150,7 +152,8 @@ def test_training_against_attacks_leaves_less_to_find_than_deleting_the_code():
     student = load_unet(run.student_weights())
     one = run.kind.forgotten[0]
     before, now = (
-        recover(run, unet, lambda b: ask_old(run, one.teacher, b), 40, 2, 2) for unet in (run.base.unet, student)
+        recover(run, unet, lambda b: ask_old(run, one.teacher, b), 40, tries=2, batches=2)
+        for unet in (run.base.unet, student)
     )
     left = (now.untouched - now.error) / (before.untouched - before.error)
     assert left < 0.6, (before, now)

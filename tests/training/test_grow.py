@@ -109,7 +109,7 @@ def test_the_guard_is_the_old_styles_share_of_the_rows():
 def test_without_steps_nothing_of_the_old_model_is_lost():
     """Its eps errors against itself are zero, and so is the style-less row's against the old model without a style."""
     run = growing(1)
-    table = eps_errors(run.teachers, run.base, None, load_unet(run.student_weights()), DATA, 12)
+    table = eps_errors(run.teachers, run.base, None, load_unet(run.student_weights()), data=DATA, samples=12)
     assert all(row.student < 1e-10 for row in table[:3]) and table[3].student > 1e-4
     assert all(row.wrong > 1e-3 for row in table[:3])
     text = format_table(table)
@@ -121,7 +121,8 @@ def test_the_guard_holds_the_old_styles_while_the_new_one_is_learnt():
         run = growing(1, guard=guard, steps=30, batch_size=8, base_share=0.0, lr=5e-4)
         list(run.run())
         return [
-            row.student for row in eps_errors(run.teachers, run.base, None, load_unet(run.student_weights()), DATA, 12)
+            row.student
+            for row in eps_errors(run.teachers, run.base, None, load_unet(run.student_weights()), data=DATA, samples=12)
         ]
 
     with_guard, without = after(0.5), after(0.0)

@@ -276,7 +276,7 @@ def test_distillation_learns_each_style():
     list(run.run())
     average = UNet(run.base.unet.config)
     average.load_state_dict(soup([t.unet.state_dict() for t in run.teachers]))
-    table = eps_errors(run.teachers, run.base, average, load_unet(run.student_weights()), run.data, samples=32)
+    table = eps_errors(run.teachers, run.base, average, load_unet(run.student_weights()), data=run.data, samples=32)
     for row in table:
         assert row.student < 0.25 * min(row.base, row.soup, row.wrong_best), format_table(table)
 

@@ -171,7 +171,7 @@ def test_captions_are_spread(count, wanted, rows):
 def test_a_sheet_is_a_file_by_step(tmp_path):
     run = small_run(teachers=2)
     run.train_step()
-    image = Pictures(run, Eye(), tmp_path / "pictures").paint()
+    image = Pictures(run, Eye(), folder=tmp_path / "pictures").paint()
     (path,) = tmp_path.rglob("*.*")
     assert path == tmp_path / "pictures" / "step-00000001.png"
     assert np.array_equal(np.asarray(Image.open(path)), np.asarray(image))
@@ -200,7 +200,7 @@ def test_training_is_bitwise_the_same_with_and_without_pictures(tmp_path):
         run.student.unet.middle_block.eval()  # whatever its modes are
         modes = [module.training for module in run.student.unet.modules()]
         torch.manual_seed(5)
-        pictures = Pictures(run, noisy_decoder, tmp_path)
+        pictures = Pictures(run, noisy_decoder, folder=tmp_path)
         if painted:
             pictures.paint()
         train(run, None, Watch(lambda run, metrics, p=pictures, painted=painted: p.paint() if painted else None))
@@ -236,7 +236,7 @@ def test_a_failure_is_reported_once_with_its_step_and_harms_nothing(error, tmp_p
     run, journal = small_run(teachers=1, batch_size=2), Journal(tmp_path)
     run.train_step()
     before = raw(run)
-    pictures = Pictures(run, fails(error), tmp_path / "pictures", journal)
+    pictures = Pictures(run, fails(error), folder=tmp_path / "pictures", journal=journal)
     for _ in range(2):
         assert pictures.paint() is None
     assert same(raw(run), before)
@@ -305,7 +305,7 @@ def test_a_full_disk_costs_the_file_only(tmp_path, monkeypatch, caplog):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    assert Pictures(small_run(teachers=1), Eye(), tmp_path).paint() is not None
+    assert Pictures(small_run(teachers=1), Eye(), folder=tmp_path).paint() is not None
     assert list(tmp_path.iterdir()) == [] and "No space left" in caplog.text
 
 

@@ -48,7 +48,7 @@ def tour(config_path: str, watch: Watch) -> None:
     brush = painter(load_checkpoint(output))
     contexts = brush.text.encode(data.prompts)  # the demo family shares one text encoder
     base, *teachers = (replace(teacher, contexts=contexts) for teacher in (run.base, *run.teachers))
-    table = eps_errors(teachers, base, average, student, data, samples=len(data))
+    table = eps_errors(teachers, base, average, student, data=data, samples=len(data))
     print(f"\neps error against each teacher (mean squared, {len(data)} unseen scenes; smaller is closer)\n")
     print(format_table(table))
 

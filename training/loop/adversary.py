@@ -109,7 +109,7 @@ class Discriminator:
             torch.manual_seed(hash_seed(self.seed, "discriminator"))
             self.head = Head(sizes.channel_mult[-1] * sizes.model_channels, self.num_styles).to(self.device)
 
-    def view(self, batch: Batch, number: int, x_t: Tensor, t: Tensor, backbone: UNet) -> View | None:
+    def view(self, batch: Batch, number: int, *, x_t: Tensor, t: Tensor, backbone: UNet) -> View | None:
         """How it sees the rows of batch ``number`` that have a style; None where no row has one. x_t (B, C, h, w) and t (B,) are the batch's,
         on the device; backbone: the base's UNet there."""
         judged = batch.teacher < self.num_styles

@@ -10,7 +10,9 @@ from ..parallel.sharding import check_parallel
 from ..teachers.teacher import Teacher, check_architectures, check_predictions, check_schedules, check_text
 
 
-def check_run(base: Teacher, teachers: Sequence[Teacher], data: TrainingData, config: TrainConfig, world: int) -> None:
+def check_run(
+    base: Teacher, teachers: Sequence[Teacher], data: TrainingData, *, config: TrainConfig, world: int
+) -> None:
     """Raises ValueError for teachers of another architecture, noise schedule or text width than the base, for bad names, a bad config,
     latents with another number of channels, and for what ``world`` processes cannot do."""
     config.check()

@@ -70,7 +70,7 @@ class Search:
 
 
 def fit_codes(
-    search: Search, start: Tensor, steps: int, lr: float = LR, tick: Callable[[int], None] | None = None
+    search: Search, start: Tensor, steps: int, *, lr: float = LR, tick: Callable[[int], None] | None = None
 ) -> Tensor:
     """Adam on the codes (K, D) alone, with a rate that falls to zero as a cosine; returns the last ones, detached."""
     codes = start.detach().clone().requires_grad_()
@@ -150,6 +150,7 @@ def recover(
     unet: UNet,
     truth: Callable[[Batch], Tensor],
     steps: int,
+    *,
     tries: int = 4,
     batches: int = 8,
     tick: Callable[[int], None] | None = None,

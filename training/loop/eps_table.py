@@ -41,6 +41,7 @@ def eps_errors(
     base: Teacher,
     soup: UNet | None,
     student: UNet,
+    *,
     data: CaptionedLatents,
     samples: int = 64,
     seed: int = 1,

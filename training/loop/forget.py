@@ -143,9 +143,9 @@ def forgetting(
     styles: Sequence[Teacher],
     forget: Sequence[str],
     data: TrainingData,
+    *,
     config: TrainConfig,
     device: torch.device,
-    *,
     attack: AttackConfig | None = None,
     ranks: Ranks | None = None,
 ) -> Trainer:

@@ -13,7 +13,7 @@ from .objective import Losses, Objective
 
 
 def gathered(
-    micro_batches: Sequence[MicroBatch], objective: Objective, step: int, has_discriminator: bool, ranks: Ranks
+    micro_batches: Sequence[MicroBatch], *, objective: Objective, step: int, has_discriminator: bool, ranks: Ranks
 ) -> list[MicroBatch]:
     """Every process's rows in place of this one's, without gradients: what one process alone would have. has_discriminator:
     whether eq. 11 is there. For all processes together; nothing to do where there is one."""

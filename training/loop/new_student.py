@@ -36,13 +36,15 @@ def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) ->
         if teacher.unet is base and teacher.style is not None:
             student.model_embedding.weight.data[row] = codes[teacher.style]
     generator = torch.Generator().manual_seed(hash_seed(config.seed, "lora"))
-    choose_trained(student.float(), config.trainable, config.lora_rank, config.precision, generator)
+    choose_trained(
+        student.float(), config.trainable, lora_rank=config.lora_rank, precision=config.precision, generator=generator
+    )
     student.gradient_checkpointing = config.gradient_checkpointing
     return student
 
 
 def choose_trained(
-    student: UNet, trainable: str, lora_rank: int, precision: str, generator: torch.Generator | None = None
+    student: UNet, trainable: str, *, lora_rank: int, precision: str, generator: torch.Generator | None = None
 ) -> None:
     """Turn off the gradients of what does not learn, and attach low-rank adapters for "lora" (in place).
 

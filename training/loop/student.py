@@ -35,6 +35,7 @@ class Student:
         teachers: Sequence[Teacher],
         config: TrainConfig,
         device: torch.device,
+        *,
         ranks: Ranks,
         autocast: Callable[[], AbstractContextManager],
     ):

@@ -58,7 +58,7 @@ class Trainer:
         ranks: Ranks | None = None,
     ):
         c, ranks = config, ranks or Ranks()
-        check_run(base, teachers, data, c, ranks.world)
+        check_run(base, teachers, data, config=c, world=ranks.world)
         self.base, self.teachers = base, teachers
         self.data, self.config, self.device, self.ranks = data, c, device, ranks
         self.step = 0
@@ -70,7 +70,7 @@ class Trainer:
         self.difficulty = difficulty_of(data, c, self.num_styles, self.schedule)
         shares = self.kind.shares(self.num_styles, c.guard)
         self.draws = Draws(data, c, self.num_styles, self.schedule, shares, self.difficulty, ranks)
-        self.student = Student(base, teachers, c, device, ranks, self.autocast)
+        self.student = Student(base, teachers, c, device, ranks=ranks, autocast=self.autocast)
         self.optimizer = make_optimizer(parameter_groups(self.student.unet, c), c, device)
         self.discriminator: Discriminator | None = None
         self.discriminator_optimizer: torch.optim.Optimizer | None = None
@@ -117,7 +117,13 @@ class Trainer:
                 micro_batches.append(MicroBatch(batch, losses, loss.detach()))
                 if not self.difficulty or k + 1 < c.accumulate:
                     self._look_ahead(number + 1)  # the device is still busy
-        micro_batches = gathered(micro_batches, self.objective, self.step, self.discriminator is not None, self.ranks)
+        micro_batches = gathered(
+            micro_batches,
+            objective=self.objective,
+            step=self.step,
+            has_discriminator=self.discriminator is not None,
+            ranks=self.ranks,
+        )
         for one in micro_batches:
             self._check_finite(one)
         lr = learning_rate(c, self.step)
@@ -137,7 +143,7 @@ class Trainer:
         student = self.student.predict(x_t, t, batch.rows, style_rows(batch.teacher, self.num_styles), features)
         view = None
         if self.discriminator:
-            view = self.discriminator.view(batch, number, x_t, t, self.targets.pool.get(self.num_styles))
+            view = self.discriminator.view(batch, number, x_t=x_t, t=t, backbone=self.targets.pool.get(self.num_styles))
         return self.objective.losses(batch, student, teacher, view)
 
     def _backward(self, loss: Tensor, rows: int, of_all: int) -> None:

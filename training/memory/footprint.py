@@ -197,7 +197,7 @@ def _like_cuda_autocast(unet: UNet) -> None:
 def _student(step: Step) -> UNet:
     """A student as the run's own code makes it, with its trainable parameters chosen."""
     student = UNet(dataclasses.replace(step.config, num_styles=step.styles))
-    choose_trained(student, step.trainable, step.lora_rank, step.precision)
+    choose_trained(student, step.trainable, lora_rank=step.lora_rank, precision=step.precision)
     student.gradient_checkpointing = step.gradient_checkpointing
     return student
 

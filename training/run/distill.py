@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 def distill(
     config: DistillConfig,
     watch: Watch | None = None,
+    *,
     fork_from: Path | None = None,
     grown: bool = False,
     ranks: Ranks | None = None,
@@ -61,7 +62,7 @@ def distill(
         watch.decode = decoder(base, run.base.unet.config, run.device)
     ended_by = None
     try:
-        train(run, run_dir, watch, fork_from)
+        train(run, run_dir, watch, fork_from=fork_from)
         if (report := run.kind.final_report(run, watch.on_paint if watch else None)) and ranks.is_main:
             logger.info("\n%s", report)
             with atomic_write(run_dir / "report.txt") as temporary:

@@ -55,8 +55,8 @@ class Run:
                 self.teachers,
                 self.forget,
                 self.data,
-                self.config,
-                self.device,
+                config=self.config,
+                device=self.device,
                 attack=self.attack,
                 ranks=self.ranks,
             )

@@ -91,7 +91,7 @@ def save_state(run: Trainer, folder: Path, parts: dict[str, str], error: float |
         return path
     tensors = {f"student.{k}": gather_to_main(p.detach(), main) for k, p in run.student.trained.items()}
     metadata = {"dmm.state": FORMAT, "step": str(run.step), "identity": json.dumps(parts)}
-    _add_optimizer(tensors, metadata, "optimizer", run.optimizer, run.student.trained, main)
+    _add_optimizer(tensors, metadata, "optimizer", run.optimizer, named=run.student.trained, is_main=main)
     if run.student.ema:
         average = run.student.ema.average.items()
         tensors.update(
@@ -103,7 +103,7 @@ def save_state(run: Trainer, folder: Path, parts: dict[str, str], error: float |
     if run.discriminator:
         named = dict(run.discriminator.head.named_parameters())
         tensors.update({f"head.{k}": p.detach() for k, p in named.items()})
-        _add_optimizer(tensors, metadata, "head_optimizer", run.discriminator_optimizer, named)
+        _add_optimizer(tensors, metadata, "head_optimizer", run.discriminator_optimizer, named=named)
     if run.difficulty:
         tensors.update({f"difficulty.{k}": v for k, v in run.difficulty.state_dict().items()})
     if run.scaler.is_enabled():
@@ -119,7 +119,7 @@ def save_state(run: Trainer, folder: Path, parts: dict[str, str], error: float |
     return path
 
 
-def _add_optimizer(tensors: dict, metadata: dict, prefix: str, optimizer, named, is_main: bool = True) -> None:
+def _add_optimizer(tensors: dict, metadata: dict, prefix: str, optimizer, *, named, is_main: bool = True) -> None:
     moments, numbers = optimizer_tensors(optimizer, named, is_main)
     tensors.update({f"{prefix}.{k}": v for k, v in moments.items()})
     metadata[prefix] = json.dumps(numbers)

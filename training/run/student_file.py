@@ -14,7 +14,7 @@ from ..loop.trainer import Trainer
 
 
 def student_checkpoint(
-    run: Trainer, base: Checkpoint, title: str, dtype: torch.dtype | None = None, averaged: bool = True
+    run: Trainer, base: Checkpoint, title: str, *, dtype: torch.dtype | None = None, averaged: bool = True
 ) -> Checkpoint:
     """The student as a DMM checkpoint with the base's text encoder and VAE, style names and recipe.
 
@@ -53,10 +53,10 @@ def save_student(run: Trainer, base: Checkpoint, path: Path, title: str) -> None
     main = run.ranks.is_main
     if not main and not run.student.sharded:
         return
-    checkpoint = student_checkpoint(run, base, title, torch.float16)
+    checkpoint = student_checkpoint(run, base, title, dtype=torch.float16)
     if main:
         save_checkpoint(path, checkpoint)
     if run.student.ema and run.student.ema.ready:
-        raw = student_checkpoint(run, base, f"{title} (raw)", torch.float16, averaged=False)
+        raw = student_checkpoint(run, base, f"{title} (raw)", dtype=torch.float16, averaged=False)
         if main:
             save_checkpoint(path.with_name(f"{path.stem}-raw.safetensors"), raw)

@@ -34,7 +34,7 @@ def painted_by_teachers(
     def finish(mine: list[tuple[int, int]]) -> Iterator[tuple[int, Tensor, Tensor]]:
         for done, (i, start) in enumerate(mine):
             rows = caption_rows(run, i, start)
-            yield i, rows, _part(run, i, start, rows, folder)
+            yield i, rows, _part(run, i, start, rows=rows, folder=folder)
             if progress:
                 progress(done + 1, len(mine), f"'{run.teachers[i].name}' paints")
 
@@ -51,7 +51,7 @@ def painted_by_teachers(
     return CaptionedLatents(torch.cat(latents).float(), captions, torch.tensor(owner))
 
 
-def _part(run: Trainer, teacher: int, start: int, rows: Tensor, folder: Path | None) -> Tensor:
+def _part(run: Trainer, teacher: int, start: int, *, rows: Tensor, folder: Path | None) -> Tensor:
     """Latents of some captions by one teacher: out of the folder, or painted now and put there."""
     path = folder / f"{teacher:03d}-{start:06d}.safetensors" if folder else None
     done = read_piece(path, len(rows)) if path else None

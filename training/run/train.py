@@ -24,6 +24,7 @@ def train(
     run: Trainer,
     run_dir: Path | None,
     watch: Watch | None = None,
+    *,
     fork_from: Path | None = None,
     parts: dict[str, str] | None = None,
 ) -> None:

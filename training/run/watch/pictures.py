@@ -45,6 +45,7 @@ class Pictures:
         self,
         run: Trainer,
         decode: Decoder,
+        *,
         folder: Path | None = None,
         journal: Journal | None = None,
         prompts: int = 1,

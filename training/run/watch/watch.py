@@ -53,7 +53,9 @@ class Watching:
         self.pictures = None
         if watch.decode and (run.ranks.is_main or run.student.sharded):
             place = folder / "pictures" if folder else None
-            self.pictures = Pictures(run, watch.decode, place, self.journal, check_interrupt=watch.check_interrupt)
+            self.pictures = Pictures(
+                run, watch.decode, folder=place, journal=self.journal, check_interrupt=watch.check_interrupt
+            )
 
     def begin(self) -> None:
         if self.watch.picture_every:
