@@ -27,7 +27,7 @@ IGNORED_PREFIXES = ("loss.", "model_ema.")
 
 
 def latent_scale(config: UNetConfig) -> float:
-    """What the latents are multiplied by that a UNet of these sizes sees."""
+    """The factor from a VAE's latents to those that a UNet of these sizes sees."""
     return SCALE_SDXL if config.adm_channels else SCALE_SD
 
 
@@ -265,4 +265,4 @@ def load_vae(sd: Mapping[str, Tensor], dtype: torch.dtype | None = torch.float32
     """
     sd = {k: v for k, v in sd.items() if not k.startswith(IGNORED_PREFIXES)}
     config = vae_config_from_state_dict(sd)
-    return load_strictly(lambda: AutoencoderKL(config), sd, "VAE", dtype)
+    return load_strictly(lambda: AutoencoderKL(config), sd, "VAE", dtype=dtype)

@@ -17,7 +17,7 @@ from ..training.data.batches import CaptionedLatents
 from ..training.loop.forget import forgetting, named
 from ..training.loop.trainer import Trainer
 from ..training.memory.fitting import fitted
-from ..training.progress import Tick
+from ..training.progress import ProgressCallback
 from ..training.teachers.teacher import Teacher, check_architectures, plain_unet, soup, styled_unet
 from . import host_model
 from .teacher import TeacherInput
@@ -103,7 +103,7 @@ def ready(
     """The settings that fit the device, and the device, emptied of what the host had there."""
     mm.unload_all_models()  # its copies are not needed while training runs
     device = mm.get_torch_device()
-    config, plan = fitted(config, base.unet.config, data.shape[1:], teachers, device)
+    config, plan = fitted(config, base.unet.config, data.shape[1:], teachers, device=device)
     if plan:
         say(plan.describe())
     return config, device
@@ -142,7 +142,7 @@ def dmm_parts(model, clip, vae) -> Checkpoint:
     return parts
 
 
-def interruptible(say: Say) -> Tick:
+def interruptible(say: Say) -> ProgressCallback:
     """A progress callback that also answers the host's cancel."""
 
     def tick(done: int, total: int, what: str) -> None:

@@ -175,14 +175,14 @@ def test_a_cache_of_pictures_and_rollouts_are_data(folder, capsys):
 
 
 def test_an_interrupt_keeps_what_was_learnt(folder, monkeypatch, capsys):
-    import comfyui_dmm.training.cli as cli
+    import comfyui_dmm.training.commands.watched as watched
 
-    class Impatient(cli.Bar):
+    class Impatient(watched.Bar):
         def __call__(self, run, metrics):
             if metrics.step == 2:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "Bar", Impatient)
+    monkeypatch.setattr(watched, "Bar", Impatient)
     assert dmm("distill", "--config", folder / "run.yaml") == 130
     assert "interrupted" in capsys.readouterr().err
     assert load_checkpoint(folder / "out" / "dmm.safetensors").recipe["steps_done"] == 2

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..parallel.devices import own_device
+from ..parallel.devices import local_device
 from ..parallel.ranks import joined, launched
 from ..run.watch.controls import StopAndSave
 from .watched import watched
@@ -59,7 +59,7 @@ def run_distill(args) -> None:
         config.train.check()
     ranks = launched()
     check_parallel(config.train, ranks.world)
-    device = own_device(pick_device(config.train.device), ranks)
+    device = local_device(pick_device(config.train.device), ranks)
     show = print if ranks.is_main else (lambda text: None)
     show(json.dumps(config.to_dict(), indent=2))
     if args.dry_run:
@@ -67,7 +67,7 @@ def run_distill(args) -> None:
             run = load_run(config, device, bool(args.grown), ranks)
         show(run.plan.describe() if run.plan else "memory: nothing planned (see the setting 'memory')")
         return
-    with watched(config.picture_every, ranks) as watch, joined(ranks, device, goodbye=StopAndSave):
+    with watched(config.picture_every, ranks) as watch, joined(ranks, device, raised_by_all=(StopAndSave,)):
         distill(config, watch, fork_from=args.fork and Path(args.fork), grown=bool(args.grown), ranks=ranks)
     show(f"wrote {config.output}")
 

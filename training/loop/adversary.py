@@ -120,7 +120,7 @@ class Discriminator:
         judged = batch.teacher < self.num_styles
         if not judged.any():
             return None
-        noise = draw_renoise(self.seed, number, tuple(batch.of_all.x_t.shape), self.schedule)
+        noise = draw_renoise(self.seed, number, tuple(batch.global_batch.x_t.shape), self.schedule)
         noise = noise.rows(slice(batch.start, batch.start + len(batch))).rows(judged).to(self.device)
         context, y = self.base.conditioning(batch.rows[judged], x_t.shape[2:], self.device)
         backbone.gradient_checkpointing = self.gradient_checkpointing

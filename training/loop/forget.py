@@ -22,7 +22,7 @@ from ...dmm_core.unet import load_unet
 from ..config import AttackConfig, TrainConfig
 from ..data.batches import Batch, Draw, TrainingData
 from ..parallel.ranks import Ranks
-from ..progress import Tick
+from ..progress import ProgressCallback
 from ..seeds import hash_seed
 from ..teachers.teacher import Teacher
 from .codes import Search, fit_codes, recover
@@ -112,7 +112,7 @@ class Forget(Distil):
 
         return batch_of
 
-    def final_report(self, run: Trainer, tick: Tick | None = None) -> str:
+    def final_report(self, run: Trainer, tick: ProgressCallback | None = None) -> str:
         """What a search of ``attack.check`` steps for each forgotten style brings back, before and after, as a small table.
 
         eps errors against what the old model painted in that style. Deleting the code alone leaves the network as it was *before*; a

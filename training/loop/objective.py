@@ -121,7 +121,7 @@ class Objective:
 
     def loss_importance(self, batch: Batch) -> Tensor | None:
         """What each row counts in the objective (B,); None for all the same."""
-        return batch.weight if self.corrected else None
+        return batch.importance if self.corrected else None
 
 
 def mean(values: Tensor, weight: Tensor | None) -> Tensor:
