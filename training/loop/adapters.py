@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def lora_state_dict(unet: nn.Module, adapters: dict[str, LowRank], rank: int, al
     """Adapters in kohya's layout: lora_down (rank, i, k, k), lora_up (o, rank, 1, 1), alpha."""
     out = {}
     for name, adapter in adapters.items():
-        weight = unet.get_submodule(name).weight
+        weight = cast(Tensor, unet.get_submodule(name).weight)
         key = "lora_unet_" + name.replace(".", "_")
         tail = weight.shape[1:]
         out[f"{key}.lora_down.weight"] = adapter.down.detach().reshape(rank, *tail).contiguous()

@@ -160,7 +160,7 @@ def recover(
     device, c = run.device, run.config
     attacked = with_more_codes(unet, tries).to(device)
 
-    def sample(seed_of: str):
+    def sample(seed_of: str) -> Callable[[int], tuple[Batch, Tensor, Tensor]]:
         draw = Draw(hash_seed(c.seed, seed_of), c.batch_size, 1, 0.0, 0.0, run.schedule)
 
         def one(number: int) -> tuple[Batch, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -129,13 +130,16 @@ class Forget(Distil):
             found = []
             for half, unet in enumerate(networks):
                 done, what = steps * (len(networks) * place + half), f"searching for '{one.teacher.name}'"
-                report = tick and (lambda n, done=done, what=what: tick(done + n, total, what))
-                found.append(
-                    recover(run, unet, lambda batch, one=one: ask_old(run, one.teacher, batch), steps, tick=report)
-                )
+                report = later(tick, done, total, what) if tick else None
+                found.append(recover(run, unet, functools.partial(ask_old, run, one.teacher), steps, tick=report))
             before, now = found
             lines.append(f"{one.teacher.name:<{width}}  {before.error:12.5f}{now.error:12.5f}{now.untouched:17.5f}")
         return "\n".join(lines)
+
+
+def later(tick: ProgressCallback, before: int, total: int, what: str) -> Callable[[int], None]:
+    """A callback that counts from ``before`` on."""
+    return lambda done: tick(before + done, total, what)
 
 
 def forgetting(
@@ -176,8 +180,9 @@ def forgetting(
     run = Trainer(base, places, data, dataclasses.replace(config, warm_start=0), device=device, kind=kind, ranks=ranks)
     with torch.no_grad():
         book, codes = run.student.unet.model_embedding.weight, base.unet.model_embedding.weight
-        for one in kind.forgotten:
-            book[one.rows[0]] = codes[one.teacher.style].to(book)
+        for one, style in zip(kind.forgotten, (old.style for old in gone)):
+            if isinstance(style, int):
+                book[one.rows[0]] = codes[style].to(book)
     return run
 
 

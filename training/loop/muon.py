@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +42,11 @@ class MuonAdamW(torch.optim.AdamW):
     Each matrix keeps one moment in place of AdamW's two. Weight decay is decoupled in both.
     """
 
-    def __init__(self, groups: Sequence[dict], **settings):
+    def __init__(self, groups: Sequence[dict], **settings: Any):
         super().__init__([{"muon": False, **group} for group in groups], fused=False, **settings)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # one of torch's overloads
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -33,7 +33,7 @@ def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) ->
     codes = source.pop(f"{CODEBOOK}.weight", None)
     student.load_state_dict(source, strict=False)  # all but what has no source
     for row, teacher in enumerate(teachers):
-        if teacher.unet is base and teacher.style is not None:
+        if codes is not None and teacher.unet is base and isinstance(teacher.style, int):
             student.model_embedding.weight.data[row] = codes[teacher.style]
     generator = torch.Generator().manual_seed(hash_seed(config.seed, "lora"))
     choose_trained(

@@ -14,12 +14,14 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ...dmm_core.files import atomic_write
 from ...dmm_core.weights_file import read_keys, read_weights
@@ -100,7 +102,7 @@ def save_state(run: Trainer, folder: Path, parts: dict[str, str], error: float |
     if not main:
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    if run.discriminator:
+    if run.discriminator and run.discriminator_optimizer:
         named = dict(run.discriminator.head.named_parameters())
         tensors.update({f"head.{k}": p.detach() for k, p in named.items()})
         _add_optimizer(tensors, metadata, "head_optimizer", run.discriminator_optimizer, named=named)
@@ -119,7 +121,15 @@ def save_state(run: Trainer, folder: Path, parts: dict[str, str], error: float |
     return path
 
 
-def _add_optimizer(tensors: dict, metadata: dict, prefix: str, optimizer, *, named, is_main: bool = True) -> None:
+def _add_optimizer(
+    tensors: dict,
+    metadata: dict,
+    prefix: str,
+    optimizer: Optimizer,
+    *,
+    named: Mapping[str, nn.Parameter],
+    is_main: bool = True,
+) -> None:
     moments, numbers = optimizer_tensors(optimizer, named, is_main)
     tensors.update({f"{prefix}.{k}": v for k, v in moments.items()})
     metadata[prefix] = json.dumps(numbers)
@@ -237,7 +247,7 @@ def _load(run: Trainer, tensors: dict[str, Tensor], metadata: dict[str, str]) ->
     load_optimizer(run.optimizer, run.student.trained, part("optimizer"), json.loads(metadata["optimizer"]))
     if run.student.ema:
         run.student.load_average(part("ema"), run.step)
-    if run.discriminator:
+    if run.discriminator and run.discriminator_optimizer:
         named = dict(run.discriminator.head.named_parameters())
         run.discriminator.head.load_state_dict(part("head"))
         numbers = json.loads(metadata["head_optimizer"])

@@ -83,12 +83,10 @@ def readable(run: Trainer, ended_by: BaseException | None) -> bool:
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Inside, CUDA may round the inputs of float32 products to 10 bits, or not; afterwards what the host had set."""
-    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [kind.allow_tf32 for kind in kinds]
+    matmul, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolutions.allow_tf32
     try:
-        for kind in kinds:
-            kind.allow_tf32 = allowed
+        matmul.allow_tf32 = convolutions.allow_tf32 = allowed
         yield
     finally:
-        for kind, old in zip(kinds, before):
-            kind.allow_tf32 = old
+        matmul.allow_tf32, convolutions.allow_tf32 = before

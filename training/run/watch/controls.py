@@ -6,6 +6,7 @@ import contextlib
 import queue
 import signal
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 from ...parallel.ranks import Ranks
 
@@ -65,10 +66,10 @@ class Controls:
 
     def _look(self, ranks: Ranks, wait: float = 0.0) -> set[str]:
         """What was asked since the last look, of any process; up to ``wait`` seconds for a first request."""
-        asked = self._drain(wait)
-        turns = [action for action in asked if action in ("pause", "resume")]
-        asked = set(asked) - set(turns[:-1])  # the last one counts
-        flags = ranks.any([action in asked for action in ACTIONS])
+        waiting = self._drain(wait)
+        turns = [action for action in waiting if action in ("pause", "resume")]
+        own = set(waiting) - set(turns[:-1])  # the last one counts
+        flags = ranks.any([action in own for action in ACTIONS])
         asked = {action for action, flag in zip(ACTIONS, flags) if flag}
         if asked & {"pause", "resume"}:
             self._waiting = "resume" not in asked
@@ -105,17 +106,20 @@ def signals(controls: Controls) -> Iterator[None]:
 
     heard = False
 
-    def stop(number, frame) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         nonlocal heard
         if heard:  # not controls.stopping, which another process of the run may have brought about
             raise KeyboardInterrupt
         heard = True
         controls.ask("stop")
 
-    handlers = {signal.SIGINT: stop, signal.SIGTERM: stop}
+    def asks(action: str) -> Callable[[int, FrameType | None], None]:
+        return lambda number, frame: controls.ask(action)
+
+    handlers: dict[int, Callable[[int, FrameType | None], None]] = {signal.SIGINT: stop, signal.SIGTERM: stop}
     for name, action in (("SIGUSR1", "sample"), ("SIGUSR2", "save")):
         if hasattr(signal, name):
-            handlers[getattr(signal, name)] = lambda number, frame, action=action: controls.ask(action)
+            handlers[getattr(signal, name)] = asks(action)
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

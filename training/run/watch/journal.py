@@ -8,8 +8,9 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class Journal:
 
     def __init__(self, folder: str | Path, every: int = 1):
         self.folder, self.every = Path(folder), every
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         self._board: Any = None
         self._reported: set[str] = set()
 
@@ -43,8 +44,7 @@ class Journal:
         if run.device.type == "cuda":
             line["peak_bytes"] = torch.cuda.max_memory_allocated(run.device)
         self._write(metrics.step - 1, line)
-        for name, value in scalars(line):
-            self._show(lambda board, name=name, value=value: board.add_scalar(name, value, metrics.step))
+        self._show(lambda board: [board.add_scalar(name, value, metrics.step) for name, value in scalars(line)])
 
     def note(self, step: int, text: str) -> None:
         """Something that happened when ``step`` steps were done."""
@@ -67,19 +67,19 @@ class Journal:
         data = json.dumps(finite(line), ensure_ascii=False).encode() + b"\n"
 
         def write() -> None:
-            self._open(done)
-            end = self._file.seek(0, 2)
-            written = self._file.write(data)  # unbuffered, and fewer bytes than given where the disk has no more room
+            file = self._open(done)
+            end = file.seek(0, 2)
+            written = file.write(data)  # unbuffered, and fewer bytes than given where the disk has no more room
             if written < len(data):
-                self._file.truncate(end)
+                file.truncate(end)
                 raise OSError(errno.ENOSPC, "No space left on device")
 
         self._harmless("the log cannot be written", write)
 
-    def _open(self, done: int) -> None:
+    def _open(self, done: int) -> FileIO:
         """At the first entry: only then is it known how many steps are done, as runs resume after their Journal was made."""
         if self._file:
-            return
+            return self._file
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "log.jsonl"
         file = path.open("ab", buffering=0)
@@ -88,8 +88,9 @@ class Journal:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            return
+            return file
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done + 1)
+        return file
 
     def _show(self, work: Callable[[Any], object]) -> None:
         if self._board:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 from collections.abc import Callable, Sequence
@@ -61,7 +62,7 @@ class Pictures:
         """The sheet of this moment, or None if it could not be made."""
         image = self._safely(self._sheet)
         if image is not None and self.folder is not None:
-            self._safely(lambda: self._write(image))
+            self._safely(functools.partial(self._write, image, self.folder))
         if image is not None and self.journal is not None:
             self.journal.picture(self.run.step, image)
         return image
@@ -115,9 +116,9 @@ class Pictures:
                 steps=STEPS, cfg=CFG, style=style, callback=lambda *_: self.check_interrupt(),
             )  # fmt: skip
 
-    def _write(self, image: Image.Image) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(self.folder / f"step-{self.run.step:08d}.png") as temporary:
+    def _write(self, image: Image.Image, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / f"step-{self.run.step:08d}.png") as temporary:
             image.save(temporary, "PNG")
 
 

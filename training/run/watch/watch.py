@@ -16,7 +16,7 @@ from .journal import Journal
 from .pictures import Decoder, Pictures
 
 
-def nothing(*args) -> None:
+def nothing(*args: object) -> None:
     pass
 
 
