@@ -82,7 +82,7 @@ def one(arm: str, steps: int, seed: int) -> dict:
     table = errors(teachers, base, student, data)
     brush = Painter(student, text, vae, [t.name for t in teachers])
     classifier = load_classifier(ROOT / "models" / "demo-classifier.safetensors")
-    verdicts = [judge(brush, classifier, t.name, brush.style_row(t.name), 25, seed=1) for t in teachers]
+    verdicts = [judge(brush, classifier, t.name, style=brush.style_row(t.name), count=25, seed=1) for t in teachers]
     return {
         "arm": arm,
         "seed": seed,

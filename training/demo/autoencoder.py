@@ -51,7 +51,7 @@ PHASES = ((32, 16, 2500), (64, 8, 1500), (128, 2, 400))
 """(crop in pixels, batch, steps), in this order."""
 
 
-def train_vae(phases=PHASES, lr: float = 2e-3, kl: float = 2e-3, seed: int = 0, progress=None) -> AutoencoderKL:
+def train_vae(phases=PHASES, *, lr: float = 2e-3, kl: float = 2e-3, seed: int = 0, progress=None) -> AutoencoderKL:
     """Returns a trained AutoencoderKL (eval mode). ``progress(step, steps, loss)`` is called every step."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -88,7 +88,14 @@ def train_vae(phases=PHASES, lr: float = 2e-3, kl: float = 2e-3, seed: int = 0, 
 
 
 def refine_decoder(
-    vae: AutoencoderKL, steps: int, batch: int = 4, lr: float = 1e-3, noise: float = 0.45, seed: int = 0, progress=None
+    vae: AutoencoderKL,
+    *,
+    steps: int,
+    batch: int = 4,
+    lr: float = 1e-3,
+    noise: float = 0.45,
+    seed: int = 0,
+    progress=None,
 ):
     """Train the decoder on, with the encoder fixed, on whole pictures whose latents carry noise; in place.
 

@@ -109,7 +109,7 @@ def disturb(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train_classifier(
-    seed: int = 0, samples: int = 32_000, progress=None, batch: int = 64, lr: float = 3e-3
+    seed: int = 0, *, samples: int = 32_000, progress=None, batch: int = 64, lr: float = 3e-3
 ) -> Classifier:
     """Train from scratch, about 3 minutes on one CPU thread; returns it in eval mode.
 

@@ -20,6 +20,7 @@ def fit(
     params: Sequence[tuple[str, nn.Parameter]],
     latents: Tensor,
     context_rows: Tensor,
+    *,
     contexts: Tensor,
     samples: int,
     lr: float,

@@ -36,6 +36,7 @@ def judge(
     painter: Painter,
     classifier: Classifier,
     look: str,
+    *,
     style: Tensor | None = None,
     count: int = 200,
     seed: int = 0,
@@ -64,7 +65,7 @@ def audit(models: Path, count: int = 200) -> str:
     student = painter(load_checkpoint(models / "dmm" / "demo-dmm.safetensors"))
 
     def row(name: str, brush: Painter, look: str, style: Tensor | None = None) -> str:
-        verdict = judge(brush, classifier, look, style, count)
+        verdict = judge(brush, classifier, look, style=style, count=count)
         shares = (verdict.shape, verdict.colour, verdict.both, verdict.look)
         return f"| {name} | " + " | ".join(f"{100 * share:.1f}%" for share in shares) + " |"
 

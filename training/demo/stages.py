@@ -107,7 +107,7 @@ def build_vae(work: Path, budget: Budget) -> None:
 
 def build_decoder(work: Path, budget: Budget) -> None:
     vae = load_vae(load_file(work / "vae.safetensors"))
-    refine_decoder(vae, budget.decoder_steps, progress=_reporter("decoder"))
+    refine_decoder(vae, steps=budget.decoder_steps, progress=_reporter("decoder"))
     save_tensors(work / "decoder.safetensors", vae.state_dict())
 
 
@@ -136,16 +136,16 @@ def _data(work: Path, look: str) -> tuple[CaptionedLatents, Tensor]:
     return data, torch.cat([encoder.encode(data.prompts[i : i + 64]) for i in range(0, len(data.prompts), 64)])
 
 
-def _train_unet(work: Path, look: str, name: str, unet: UNet, samples: int, lr: float, offset: float = 0.0) -> None:
+def _train_unet(work: Path, look: str, name: str, unet: UNet, *, samples: int, lr: float, offset: float = 0.0) -> None:
     data, contexts = _data(work, look)
     average = fit(
         lambda x_t, t, context, index: unet(x_t, t, context),
         list(unet.named_parameters()),
         data.buckets[0],
         data.rows,
-        contexts,
-        samples,
-        lr,
+        contexts=contexts,
+        samples=samples,
+        lr=lr,
         offset=offset,
         progress=_reporter(name),
     )
@@ -154,19 +154,19 @@ def _train_unet(work: Path, look: str, name: str, unet: UNet, samples: int, lr: 
 
 def build_raw(work: Path, budget: Budget) -> None:
     torch.manual_seed(0)
-    _train_unet(work, BASE_LOOK, "base-raw", UNet(DEMO_UNET), budget.base, lr=2e-3)
+    _train_unet(work, BASE_LOOK, "base-raw", UNet(DEMO_UNET), samples=budget.base, lr=2e-3)
 
 
 def build_base(work: Path, budget: Budget) -> None:
     """Go on with offset noise, so that the caption decides the colours."""
     unet = load_unet(load_file(work / "base-raw.safetensors"))
-    _train_unet(work, BASE_LOOK, "base", unet, budget.settle, lr=1e-3, offset=OFFSET)
+    _train_unet(work, BASE_LOOK, "base", unet, samples=budget.settle, lr=1e-3, offset=OFFSET)
 
 
 def build_teacher(work: Path, budget: Budget, look: str) -> None:
     """From the finished base, with offset noise all along: started before it, teachers unlearn what colours mean."""
     unet = load_unet(load_file(work / "base.safetensors"))
-    _train_unet(work, look, look, unet, budget.teacher, lr=1.5e-3, offset=OFFSET)
+    _train_unet(work, look, look, unet, samples=budget.teacher, lr=1.5e-3, offset=OFFSET)
 
 
 def build_lora(work: Path, budget: Budget) -> None:
@@ -176,8 +176,8 @@ def build_lora(work: Path, budget: Budget) -> None:
     params = [(f"{n}.{k}", p) for n, adapter in adapters.items() for k, p in adapter.named_parameters()]
     data, contexts = _data(work, LORA_LOOK)
     average = fit(
-        lambda x_t, t, context, index: unet(x_t, t, context), params, data.buckets[0], data.rows, contexts,
-        budget.lora, lr=3e-3, progress=_reporter("LoRA"),
+        lambda x_t, t, context, index: unet(x_t, t, context), params, data.buckets[0], data.rows, contexts=contexts,
+        samples=budget.lora, lr=3e-3, progress=_reporter("LoRA"),
     )  # fmt: skip
     with torch.no_grad():
         for key, p in params:
@@ -198,7 +198,7 @@ def build_control(work: Path, budget: Budget) -> None:
         return unet(x_t, t, context, control=net(x_t, hint, t, context))
 
     average = fit(
-        predict, list(net.named_parameters()), data.buckets[0], data.rows, contexts, budget.control,
+        predict, list(net.named_parameters()), data.buckets[0], data.rows, contexts=contexts, samples=budget.control,
         lr=1e-3, caption_dropout=0.3, progress=_reporter("ControlNet"),
     )  # fmt: skip
     net.load_state_dict(average)

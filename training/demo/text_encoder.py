@@ -82,7 +82,7 @@ def batch_of_captions(rng: np.random.Generator, size: int) -> tuple[list[str], d
     return captions, {name: torch.tensor(values) for name, values in classes.items()}
 
 
-def train_text_encoder(steps: int = 700, batch: int = 64, lr: float = 2e-3, seed: int = 0, progress=None):
+def train_text_encoder(steps: int = 700, *, batch: int = 64, lr: float = 2e-3, seed: int = 0, progress=None):
     """Returns ({single-file key: tensor} with the full vocabulary, held-out accuracy with every attribute right)."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
