@@ -1,6 +1,7 @@
 """Imports point one way: nodes -> training -> dmm_core, and only nodes may touch ComfyUI."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,15 @@ def test_every_room_of_training_is_in_the_table():
         path.stem for path in (PACK / "training").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     }
     assert found == {"__init__", *TRAINING}
+
+
+def test_every_package_is_installed():
+    """pip installs what pyproject lists."""
+    listed = re.search(r"\npackages = \[(.*?)\]", (PACK / "pyproject.toml").read_text(encoding="utf-8"), re.DOTALL)
+    folders = {path.parent.relative_to(PACK) for room in MAY_USE for path in (PACK / room).rglob("__init__.py")}
+    assert sorted(re.findall(r'"(.*?)"', listed[1])) == sorted(
+        ["comfyui_dmm", *(".".join(("comfyui_dmm", *f.parts)) for f in folders)]
+    )
 
 
 def test_the_pack_imports_without_comfyui():

@@ -713,9 +713,9 @@ def test_the_shipped_controlnet(host):
             assert sorted(call.chunks) == [0, 1]  # (c)
             residuals, middle = net(call.x, cut.expand(4, -1, -1, -1), call.t, call.context)
             row = style_row(len(names), part).expand(4, -1)
-            ours = unet(call.x, call.t, call.context, None, row, ([0.8 * r for r in residuals], 0.8 * middle))
+            ours = unet(call.x, call.t, call.context, style=row, control=([0.8 * r for r in residuals], 0.8 * middle))
             assert_close(call.out, ours)  # (b)
-            assert differ(call.out, unet(call.x, call.t, call.context, None, row))
+            assert differ(call.out, unet(call.x, call.t, call.context, style=row))
         latent = {"samples": torch.zeros(2, 4, 16, 16)}
         assert torch.equal(painted(mixed, 0.0), paint(model, *mixed, latent=latent, steps=2))
 

@@ -76,7 +76,7 @@ def mixture(unet, places, height, width, cfg=4.0, steps=2, seed=0, batch=1):
                 h, w, top, left = place[0] or (height, width, 0, 0)
                 window = (..., slice(top, top + h), slice(left, left + w))
                 context = place[side][0][0].expand(len(x), -1, -1)
-                out = unet(scaled[window].contiguous(), t, context, None, place[4].expand(len(x), -1))
+                out = unet(scaled[window].contiguous(), t, context, style=place[4].expand(len(x), -1))
                 total[window] += out * place[1][window[1:]]
                 norm[window] += place[1][window[1:]]
             eps.append(total / norm)

@@ -39,7 +39,7 @@ def with_style(model, conds, text):
 def assert_equal(call, unet, rows):
     """One recorded call against our UNet with style rows (1 or batch, N+1); and the style must matter."""
     rows = rows.expand(len(call.x), -1)
-    ours = unet(call.x, call.t, call.context, call.y, rows)
+    ours = unet(call.x, call.t, call.context, call.y, style=rows)
     scale = ours.abs().max().item()
     torch.testing.assert_close(call.out, ours, rtol=0, atol=1e-4 * scale)
     if rows[:, -1].any():

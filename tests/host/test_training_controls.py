@@ -182,8 +182,8 @@ def node(host, models, monkeypatch):
     monkeypatch.setattr(distill.DistillTeachers, "hidden", SimpleNamespace(unique_id="7"), raising=False)
     alive, gather = [], training_inputs.gather
 
-    def gathered(*inputs):
-        run = gather(*inputs)
+    def gathered(*inputs, **named):
+        run = gather(*inputs, **named)
         held = [
             run.student.unet,
             run.optimizer,

@@ -67,9 +67,9 @@ def make_optimizer(groups: Sequence[dict], config: TrainConfig, device: torch.de
     return torch.optim.AdamW(groups, lr=c.lr, betas=(c.betas[0], c.betas[1]), weight_decay=c.weight_decay, fused=fused)
 
 
-# torch.distributed.checkpoint.state_dict's get/set_optimizer_state_dict (2.11) were tried in place of the next two functions. They give the same
-# bits with AdamW, Adafactor and Muon, and fail with bitsandbytes' AdamW8bit, whose state nests a dict; and run states written so far would
-# need these functions all the same.
+# torch's own get/set_optimizer_state_dict (torch.distributed.checkpoint.state_dict, 2.11) were measured against the next two functions: the
+# same bits for AdamW, Adafactor and Muon, alone, with DDP and FSDP2. But bitsandbytes' AdamW8bit nests its tensors in a dict, which it
+# loads wrongly without saying so; loading takes a set of gradients' memory; and run states written so far would need these all the same.
 
 
 def optimizer_tensors(
