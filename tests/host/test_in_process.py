@@ -50,17 +50,19 @@ def test_the_names_are_those_that_the_hosts_code_imports():
     assert not names & {"tests", "models", "comfyui_dmm", "torch"}
 
 
-@pytest.mark.parametrize("folder", ["comfyui-dmm", "nodes"])
-def test_folders_that_come_in_front_later(folder, tmp_path):
-    """Tests of the host, then of the core, then of the host: pytest sets up each folder of tests again when it comes to it, and in its
-    default mode puts the checkout (or its parent, when the checkout's name is one for a package) in front of sys.path then. The checkout
-    may be called like a module of the host, and other folders may have its names."""
+@pytest.mark.parametrize(
+    "folder, others", [("comfyui-dmm", ()), ("nodes", ()), ("dmm", top_level_names(HOST) if HOST else ())]
+)
+def test_folders_that_stand_in_front(folder, others, tmp_path):
+    """Tests of the host, then of the core, then of the host: pytest sets up a folder of tests again whenever it comes to it, and in its
+    default mode puts the checkout in front of sys.path then; or the checkout's parent, when the checkout could be a package by its name.
+    The checkout may be called like a module of the host; and ``others`` with such names may stand on PYTHONPATH."""
     checkout = tmp_path / "clone" / folder
     checkout.parent.mkdir()
     checkout.symlink_to(PACK, target_is_directory=True)
-    for name in top_level_names(HOST):
-        (tmp_path / "decoys" / name).mkdir(parents=True)
-        (tmp_path / "decoys" / name / "__init__.py").write_text("raise ImportError(f'{__name__} is not the host')")
+    for name in others:
+        (tmp_path / "others" / name).mkdir(parents=True)
+        (tmp_path / "others" / name / "__init__.py").write_text("raise ImportError(f'{__name__} is not the host')")
     here = f"{checkout}/tests/host/{Path(__file__).name}"
     tests = (
         f"{here}::{test_comfy_is_the_hosts.__name__}",
@@ -80,7 +82,7 @@ def test_folders_that_come_in_front_later(folder, tmp_path):
         "no:xdist",
         *tests,
     ]
-    path = os.pathsep.join(filter(None, (str(tmp_path / "decoys"), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(tmp_path / "others"), os.environ.get("PYTHONPATH"))))
     run = subprocess.run(
         command,
         cwd=checkout,
