@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Where a real ComfyUI may be; the host tests run when one is found, else they skip with one line.
-COMFYUI := $(firstword $(wildcard $(COMFYUI_PATH) $(if $(filter custom_nodes,$(notdir $(abspath ..))),../..) $(HOME)/comfy/ComfyUI))
+# Where a real ComfyUI may be, as training/host_path.py looks for it; the host tests run when one is found, else they skip with one line.
+TOKENIZER := comfy/sd1_tokenizer/vocab.json
+HOSTS := $(COMFYUI_PATH) $(if $(filter custom_nodes,$(notdir $(abspath ..))),../..) $(HOME)/comfy/ComfyUI
+COMFYUI := $(abspath $(patsubst %/$(TOKENIZER),%,$(firstword $(wildcard $(HOSTS:%=%/$(TOKENIZER))))))
 # torchaudio, which ComfyUI imports, was last released for torch 2.11: with a host the three are installed as a set. This is a choice of
 # this test environment, not a requirement of the pack.
 HOST_TORCH ?= torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0
@@ -11,7 +13,11 @@ HOST_TORCH ?= torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0
 # The models of the tests are so small that a second thread only gets in the way; a second process halves the time.
 JOBS ?= 2
 
-.PHONY: check test test-slow demo bench-merge clean
+# Once torch is chosen, nothing that is installed after it may change it: .torch lists the set with its versions.
+INSTALL := $(BIN)/python -m pip install --quiet --constraint $(VENV)/.torch
+
+.PHONY: check test test-slow demo bench-merge clean always
+.DELETE_ON_ERROR:
 
 # Style, types and the tests that need nothing but torch: minutes before a commit instead of a run of everything.
 check: $(VENV)/.check
@@ -22,7 +28,7 @@ check: $(VENV)/.check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/core -n $(JOBS)
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --run-slow --run-browser
@@ -39,26 +45,32 @@ $(VENV)/.created:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	touch $@
 
-$(VENV)/.torch: $(VENV)/.created
+# The host that this environment is made for and what it asks for. Written only when that changes, so that a host which comes later, goes,
+# is updated or gives way to another COMFYUI_PATH sets off what is below, and nothing else does.
+$(VENV)/.host: always | $(VENV)/.created
+	@{ echo '$(or $(COMFYUI),no host)'; $(if $(COMFYUI),echo '$(HOST_TORCH)'; cat '$(COMFYUI)/requirements.txt';) } > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+# Without a host any torch will do: the one that is there, or the newest, with the pack.
+$(VENV)/.torch: $(VENV)/.host
+	rm -f $@
 ifneq ($(COMFYUI),)
 	$(BIN)/python -m pip install --quiet $(HOST_TORCH)
+	$(BIN)/python -m pip list --format=freeze | grep -E '^torch(vision|audio)?==' > $@
 endif
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet -e '.[headless]'
+	$(INSTALL) -e '.[headless]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet -e '.[headless,test]'
-ifneq ($(COMFYUI),)
-	$(BIN)/python -m pip install --quiet -r $(COMFYUI)/requirements.txt
-endif
+	$(INSTALL) -e '.[headless,test]' $(if $(COMFYUI),-r '$(COMFYUI)/requirements.txt')
 	touch $@
 
 # mypy needs a name to import the pack by, whatever the checkout's folder is called.
 $(VENV)/.check: $(VENV)/.test pyproject.toml
-	$(BIN)/python -m pip install --quiet -e '.[headless,test,dev]'
+	$(INSTALL) -e '.[headless,test,dev]'
 	mkdir -p $(VENV)/pack
 	ln -sfn ../.. $(VENV)/pack/comfyui_dmm
 	touch $@

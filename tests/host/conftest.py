@@ -4,12 +4,12 @@ Which one: see ``comfyui_dmm.training.host_path.find_host`` (COMFYUI_PATH first)
 outputs and settings go to temporary folders. Without a host, every test here is skipped.
 """
 
-import sys
 from pathlib import Path
 
 import pytest
 from comfyui_dmm.training.host_path import find_host
 
+from .in_process import claim_names, strangers
 from .server import Server
 
 HERE = Path(__file__).parent
@@ -27,8 +27,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", autouse=True)
 def host(tmp_path_factory):
     """The host's ``comfy`` package in this process, on the CPU, with an empty base folder (``host_folder``)."""
-    sys.path.insert(0, str(HOST))
-    import utils  # noqa: F401  (as main.py does first: comfy/utils.py may be found under this name later)
+    claim_names(HOST)
     from comfy.cli_args import args
 
     args.cpu = True
@@ -37,11 +36,11 @@ def host(tmp_path_factory):
     import folder_paths
     from comfyui_dmm.nodes import paths
 
-    assert Path(folder_paths.base_path) == Path(args.base_directory), "the host was imported before this fixture"
     for name in ("dmm", "checkpoints", "loras"):
         Path(folder_paths.models_dir, name).mkdir(parents=True)
     paths.register()
-    return comfy
+    yield comfy
+    assert not strangers(HOST)
 
 
 @pytest.fixture(scope="session")
