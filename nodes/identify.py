@@ -12,8 +12,8 @@ from PIL import Image
 from ..dmm_core.style_value import Mix, PerItem
 from ..training.data.buckets import fit
 from ..training.evaluation.identify import identify, judged_size
+from ..training.evaluation.model_runner import placed
 from ..training.evaluation.settings import usual_dtype
-from ..training.evaluation.studio import placed
 from ..training.teachers.teacher import styled_unet
 from . import host_model
 from .style_types import StyleType
@@ -99,13 +99,13 @@ def judge(model, clip, caption, draws, with_none, seed, image, vae, latent, node
     names = [style.name for style in styles]
     bar = comfy.utils.ProgressBar(len(latents) * draws * (len(names) + with_none), node_id=node_id)
 
-    def tick(forwards: int) -> None:
+    def on_batch(forwards: int) -> None:
         mm.throw_exception_if_processing_interrupted()
         bar.update(forwards)
 
     rows = torch.full((len(latents),), 1)
     return identify(
-        placed(student, device, usual_dtype(device)), names, latents, rows, draws, seed, with_none, tick=tick
+        placed(student, device, usual_dtype(device)), names, latents, rows, draws, seed, with_none, on_batch=on_batch
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .distances import DISTANCES, Tick, resample
+from .distances import DISTANCES, OnItem, resample
 
 NORMAL_95 = 1.96
 MANY_FEATURES = 512
@@ -81,7 +81,7 @@ class Sets:
     teacher: Sequence[Tensor]
     second: Sequence[Tensor]
     base: Tensor | None = None
-    tick: Tick = field(default=lambda: None, repr=False)
+    on_item: OnItem = field(default=lambda: None, repr=False)
     """Called after each distance."""
 
 
@@ -127,10 +127,10 @@ class Yardstick:
     def _table(self, rows: Sequence[Tensor], weights: Tensor, whole: bool) -> Tensor:
         n, function = len(self.sets.names), DISTANCES[self.metric]
         if len(rows) == 1:
-            values = function(rows, self.sets.second, weights, [(0, j) for j in range(n)], self.sets.tick)  # (R, N)
+            values = function(rows, self.sets.second, weights, [(0, j) for j in range(n)], self.sets.on_item)  # (R, N)
             return values[:, None].expand(-1, n, -1) if whole else torch.diag_embed(values)
         pairs = list(itertools.product(range(n), range(n))) if whole else [(i, i) for i in range(n)]
-        values = function(rows, self.sets.second, weights, pairs, self.sets.tick)
+        values = function(rows, self.sets.second, weights, pairs, self.sets.on_item)
         return values.reshape(-1, n, n) if whole else torch.diag_embed(values)
 
     def measure(self, rows: Sequence[Tensor], base: Tensor | None = None) -> Distances:

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from ...dmm_core.files import atomic_write
-from .agreement import Standing
+from .agreement import PerStyle
 from .evaluate import Compared, Evaluation
 from .heatmap import heatmap, side_by_side
 from .matrix import Distances, Figure
@@ -166,7 +166,7 @@ def per_style(e: Evaluation) -> str:
 
 def everyone(e: Evaluation) -> list[Compared]:
     """Who is compared, the student first."""
-    pair = None if e.pair is None else Standing(e.names, e.pair.own, e.pair.mean)
+    pair = None if e.pair is None else PerStyle(e.names, e.pair.own, e.pair.mean)
     eps, share = (None, None) if e.eps is None else (e.eps.own, e.eps.own_share)
     return [Compared("student", {}, e.fid, e.kid, pair, eps, share), *e.compared]
 
@@ -179,7 +179,7 @@ def compared(e: Evaluation) -> str:
         heads.append(head)
         columns.append(list(texts))
 
-    def worst(d: Distances | Standing, own: Sequence[Figure], digits: int) -> str:
+    def worst(d: Distances | PerStyle, own: Sequence[Figure], digits: int) -> str:
         return f"{e.names[d.worst]}, {own[d.worst].text(digits)}"
 
     if e.fid:

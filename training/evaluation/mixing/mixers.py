@@ -14,7 +14,7 @@ from ....dmm_core.sampling import to_one_length
 from ....dmm_core.style import style_row
 from ....dmm_core.unet import UNet, load_unet
 from ...teachers.teacher import Teacher, without_styles
-from ..studio import Member
+from ..model_runner import ModelRef
 
 
 def blended(student: Teacher, shares: Mapping[int, float]) -> Teacher:
@@ -67,7 +67,7 @@ def merged(first: Teacher, second: Teacher, ratio: float, prompts: int, dtype: t
     )
 
 
-def check_mergeable(first: Member | Teacher, second: Member | Teacher) -> None:
+def check_mergeable(first: ModelRef | Teacher, second: ModelRef | Teacher) -> None:
     if first.prediction != second.prediction:
         raise ValueError(
             f"'{first.name}' predicts {first.prediction} and '{second.name}' {second.prediction}: their weights cannot be merged"
@@ -75,9 +75,9 @@ def check_mergeable(first: Member | Teacher, second: Member | Teacher) -> None:
 
 
 @contextmanager
-def both(first: Member, second: Member) -> Iterator[list[Callable[[], Teacher]]]:
+def both(first: ModelRef, second: ModelRef) -> Iterator[list[Callable[[], Teacher]]]:
     """Inside, a function for each model that loads it at its first call; both are gone afterwards."""
-    loads = [functools.cache(member.open) for member in (first, second)]
+    loads = [functools.cache(ref.open) for ref in (first, second)]
     try:
         yield loads
     finally:
