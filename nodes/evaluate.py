@@ -190,7 +190,7 @@ def possible_baselines(lineup: Lineup, rank: int) -> tuple[list[Comparison], str
     against = obstacles(lineup.teachers, lineup.base)
     names = [name for name in BASELINES if name not in against]
     said = "".join(f"\n- {name}: {why}" for name, why in against.items())
-    made = make_baselines(names, lineup.student, lineup.styles, lineup.teachers, lineup.base, rank)
+    made = make_baselines(names, lineup.student, lineup.styles, lineup.teachers, base=lineup.base, rank=rank)
     return made, f"Baselines that are left out:\n{said}" if said else ""
 
 
@@ -230,7 +230,7 @@ def run(lineup: Lineup, settings: EvaluationSettings, node_id) -> tuple:
         bar.update_absolute(done, total)
         send_text(f"{what}: {100 * done // total}%", node_id)
 
-    result = evaluate(lineup, settings, root / "parts", mm.get_torch_device(), progress)
+    result = evaluate(lineup, settings, folder=root / "parts", device=mm.get_torch_device(), progress=progress)
     result.about = {"title": "A DMM model against its teachers", "torch": torch.__version__}
     folder = root / repr_sha256(sorted(result.members.items()), settings, lineup.prompts)[:8]
     folder.mkdir(parents=True, exist_ok=True)

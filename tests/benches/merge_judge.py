@@ -48,7 +48,7 @@ def judged(weights: Mapping[str, Tensor], parts: Path, count: int, project: int,
     settings = EvaluationSettings(
         count=count, seed=SEED, width=128, height=128, steps=12, cfg=4.0, metrics=("fid", "pair"), project=project, resamples=0
     )  # fmt: skip
-    result = evaluate(lineup, settings, parts, device)
+    result = evaluate(lineup, settings, folder=parts, device=device)
     return {
         "excess": result.fid.excess.value,
         "leak": result.fid.leak.value,

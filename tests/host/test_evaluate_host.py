@@ -235,7 +235,7 @@ def test_merges_are_the_hosts(host):
         student = Teacher("student", random_unet(DMM, 9), states)
         named = [TeacherInput(name, one) for name, one in zip(("base", *NAMES), models)]
         first, *others = [model_ref(one, student, None, PROMPTS) for one in named]
-        found = make_baselines(("soup", "chain", "task-vectors"), ModelRef.of(student, 3), NAMES, others, first)
+        found = make_baselines(("soup", "chain", "task-vectors"), ModelRef.of(student, 3), NAMES, others, base=first)
         made = {one.name: one for one in found}
         made["task vectors"] = made["task vectors"].tuning.merged(0.5)
         for name, theirs in (("chain", chain), ("soup", mean), ("task vectors", tasks)):

@@ -133,7 +133,7 @@ def test_the_base_is_a_baseline():
 def test_pictures_are_those_of_one_prompt_and_one_seed_each(config, prediction):
     """Each picture alone, with the noise of its own seed, against the batch: float16 of values of order 1."""
     student, s = dmm(config, prediction=prediction), settings(count=3, seed=11, steps=3)
-    runner = ModelRunner(PROMPTS, s, None, CPU, WorkCounter(1, None))
+    runner = ModelRunner(PROMPTS, s, folder=None, device=CPU, work=WorkCounter(1, None))
     with runner.loaded(ModelRef.of(student, len(PROMPTS))) as load:
         got = runner.paint(ModelRef.of(student, len(PROMPTS)), load, 1, second=True)
     row = torch.tensor([[0.0, 1.0, 0.0, 1.0]])
@@ -153,7 +153,9 @@ def test_prompts_come_in_turn_and_batches_of_any_size_paint_the_same():
     ref = ModelRef.of(dmm(), len(PROMPTS))
     painted = []
     for batch in (0, 3):
-        runner = ModelRunner(PROMPTS, settings(count=6, batch_size=batch), None, CPU, WorkCounter(1, None))
+        runner = ModelRunner(
+            PROMPTS, settings(count=6, batch_size=batch), folder=None, device=CPU, work=WorkCounter(1, None)
+        )
         assert runner.rows(range(6)).tolist() == [1, 2, 3, 4, 1, 2]
         with runner.loaded(ref) as load:
             painted.append(runner.paint(ref, load, 0))
@@ -161,7 +163,7 @@ def test_prompts_come_in_turn_and_batches_of_any_size_paint_the_same():
 
 
 def test_memory_that_runs_out_halves_the_batch():
-    runner = ModelRunner(PROMPTS, settings(batch_size=8), None, CPU, WorkCounter(1, None))
+    runner = ModelRunner(PROMPTS, settings(batch_size=8), folder=None, device=CPU, work=WorkCounter(1, None))
     asked = []
 
     def work(part: slice) -> torch.Tensor:
@@ -195,7 +197,7 @@ def test_eps_errors_are_in_eps_over_timesteps(prediction):
     student, teacher = dmm(), plain(NAMES[0], 1, prediction=prediction)
     s = settings(metrics=("eps",))
     e = evaluate(lineup(student, [teacher]), s)
-    runner = ModelRunner(PROMPTS, s, None, CPU, WorkCounter(1, None))
+    runner = ModelRunner(PROMPTS, s, folder=None, device=CPU, work=WorkCounter(1, None))
     with runner.loaded(ref := ModelRef.of(teacher, len(PROMPTS))) as load:
         asked = noised(runner, runner.paint(ref, load), False)
     assert asked.t.tolist() == [83, 250, 416, 583, 750, 916]
@@ -283,7 +285,7 @@ def untouchable(lineup: Lineup) -> Lineup:
 )
 def test_settings_are_refused_before_anything_is_loaded(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(untouchable(lineup()), settings(**changes), tmp_path / "parts")
+        evaluate(untouchable(lineup()), settings(**changes), folder=tmp_path / "parts")
     assert not (tmp_path / "parts").exists()
 
 
@@ -333,38 +335,38 @@ def test_an_interrupted_evaluation_goes_on(tmp_path):
             raise Enough
 
     with pytest.raises(Enough):
-        evaluate(lineup(), settings(), tmp_path, progress=stop)
+        evaluate(lineup(), settings(), folder=tmp_path, progress=stop)
     first = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     assert first and not any(name.endswith(".tmp") for name in first)
     damaged = sorted(first)[0]
     (tmp_path / damaged).write_bytes(b"damaged")
     seen.clear()
-    again = evaluate(lineup(), settings(), tmp_path, progress=lambda *a: seen.append(a[:2]))
+    again = evaluate(lineup(), settings(), folder=tmp_path, progress=lambda *a: seen.append(a[:2]))
     assert as_json(again) == as_json(whole)
     kept = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     assert [name for name in first if kept[name] != first[name]] == [damaged]
     assert seen == sorted(seen) and seen[-1] == (seen[0][1], seen[0][1]), "the bar ends where it said it would"
     # With everything there, no model is needed, and no file is written.
-    assert as_json(evaluate(untouchable(lineup()), settings(), tmp_path)) == as_json(whole)
+    assert as_json(evaluate(untouchable(lineup()), settings(), folder=tmp_path)) == as_json(whole)
     assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == kept
 
 
 def test_what_changes_is_painted_anew_and_nothing_else(tmp_path):
     only = settings(metrics=("pair",), count=4)
-    evaluate(lineup(), only, tmp_path)
+    evaluate(lineup(), only, folder=tmp_path)
     before = set(tmp_path.iterdir())
     assert len(before) == 9  # three models, two batches each of the teachers'
     for changes, new in (({"steps": 3}, 9), ({"seed": 1}, 9), ({"resamples": 9}, 0), ({"cfg": 3.0}, 9)):
-        evaluate(lineup(), dataclasses.replace(only, **changes), tmp_path)
+        evaluate(lineup(), dataclasses.replace(only, **changes), folder=tmp_path)
         after = set(tmp_path.iterdir())
         assert len(after - before) == new, changes
         before = after
     teachers = [plain(name, i) for i, name in enumerate(NAMES, start=1)]
     teachers[1] = plain(NAMES[1], 99)
-    evaluate(lineup(teachers=teachers), only, tmp_path)
+    evaluate(lineup(teachers=teachers), only, folder=tmp_path)
     assert len(set(tmp_path.iterdir()) - before) == 2
     before = set(tmp_path.iterdir())
-    evaluate(dataclasses.replace(lineup(), prompts=["", "another", *PROMPTS[2:]]), only, tmp_path)
+    evaluate(dataclasses.replace(lineup(), prompts=["", "another", *PROMPTS[2:]]), only, folder=tmp_path)
     assert len(set(tmp_path.iterdir()) - before) == 9, "other words under the same states are other prompts"
 
 
@@ -402,7 +404,9 @@ def test_figures_that_are_none_leave_no_hole(tmp_path):
 
 
 def test_a_heatmap_is_dark_where_numbers_are_high():
-    picture = heatmap([[0.0, 5.0], [10.0, None]], ["a", "a rather long name of a style"], ["x", "y"], "title", "note")
+    picture = heatmap(
+        [[0.0, 5.0], [10.0, None]], ["a", "a rather long name of a style"], ["x", "y"], "title", note="note"
+    )
     assert picture.width > 2 * 74
     pixels = np.asarray(picture)
     for value, share in ((0.0, 0), (5.0, 0.5), (10.0, 1)):

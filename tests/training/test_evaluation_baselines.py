@@ -67,7 +67,7 @@ def family(config=SMALL, words=None) -> tuple[Teacher, list[Teacher], Teacher]:
 
 def lineup_of(student, teachers, base, names=BASELINES, rank=8, others=(), **changes) -> Lineup:
     who, all_of, first = ModelRef.of(student, len(PROMPTS)), refs(teachers), ModelRef.of(base, len(PROMPTS))
-    made = [*others, *make_baselines(names, who, NAMES, all_of, first, rank)]
+    made = [*others, *make_baselines(names, who, NAMES, all_of, base=first, rank=rank)]
     return Lineup(
         who,
         NAMES,
@@ -88,7 +88,7 @@ def the_model(comparison: Comparison, place: int = 0) -> Teacher:
 
 def made(name: str, student, teachers, base=None, rank=8) -> Comparison:
     first = None if base is None else ModelRef.of(base, len(PROMPTS))
-    (one,) = make_baselines([name], ModelRef.of(student, len(PROMPTS)), NAMES, refs(teachers), first, rank)
+    (one,) = make_baselines([name], ModelRef.of(student, len(PROMPTS)), NAMES, refs(teachers), base=first, rank=rank)
     return one
 
 
@@ -215,7 +215,7 @@ def test_one_teacher_is_in_memory_at_a_time():
 
     who, all_of, first = ModelRef.of(student, len(PROMPTS)), [strict(t) for t in teachers], strict(base)
     for name in ("soup", "chain", "untrained", "low-rank"):
-        (one,) = make_baselines([name], who, NAMES, all_of, first)
+        (one,) = make_baselines([name], who, NAMES, all_of, base=first)
         for place in range(len(one.painters)):
             the_model(one, place)
         assert most[0] == 0, f"{name} still held {most[0]} models when it read the next"
@@ -307,7 +307,7 @@ def test_the_student_also_is_the_student(tmp_path):
     e = evaluate(
         lineup_of(student, teachers, base, (), others=[another_student("again", who, NAMES, NAMES)]),
         settings(),
-        tmp_path,
+        folder=tmp_path,
     )
     row = rows_of(e)["again"]
     assert row.fid == e.fid or dataclasses.replace(row.fid, base=e.fid.base, base_excess=e.fid.base_excess) == e.fid
@@ -318,7 +318,9 @@ def test_the_student_also_is_the_student(tmp_path):
     turned.unet.load_state_dict(student.unet.state_dict())
     turned.unet.model_embedding.weight.copy_(student.unet.model_embedding.weight.flip(0))
     other = another_student("turned", ModelRef.of(turned, len(PROMPTS)), NAMES[::-1], NAMES)
-    e = evaluate(lineup_of(student, teachers, base, (), others=[other]), settings(metrics=("pair", "eps")), tmp_path)
+    e = evaluate(
+        lineup_of(student, teachers, base, (), others=[other]), settings(metrics=("pair", "eps")), folder=tmp_path
+    )
     assert [f.value for f in rows_of(e)["turned"].pair.own] == pytest.approx([f.value for f in e.pair.own], abs=1e-4)
     with pytest.raises(ValueError, match=f"'short' has no style called '{NAMES[2]}'"):
         another_student("short", who, NAMES[:2], NAMES)
@@ -335,9 +337,9 @@ def test_the_scale_is_chosen_on_pictures_of_its_own():
     assert theirs.start == s.seed + TUNING_BATCH and not {*theirs} & {*first}
     assert not {*theirs} & {k + SECOND_BATCH for k in first}
     work = WorkCounter(1, lambda *a: seen.append(a))
-    found = tuning.settle(ModelRunner(PROMPTS, s, None, CPU, work), "task vectors")
+    found = tuning.settle(ModelRunner(PROMPTS, s, folder=None, device=CPU, work=work), "task vectors")
     assert work.done == tuning.work(s) and found.name == "task vectors"
-    runner = ModelRunner(PROMPTS, apart, None, CPU, WorkCounter(1, None))
+    runner = ModelRunner(PROMPTS, apart, folder=None, device=CPU, work=WorkCounter(1, None))
     errors = {}
     for scale in tuning.scales:
         model, total = the_model(tuning.merged(scale)), 0.0
@@ -358,7 +360,7 @@ def test_it_goes_on_where_it_stopped(tmp_path, everything):
     """Everything is kept in parts; a bar that ends where it said; with everything there no model is read."""
     (student, teachers, base), whole = everything
     s, seen = settings(), []
-    evaluate(lineup_of(student, teachers, base), s, tmp_path, progress=lambda *a: seen.append(a[:2]))
+    evaluate(lineup_of(student, teachers, base), s, folder=tmp_path, progress=lambda *a: seen.append(a[:2]))
     assert seen == sorted(seen) and seen[-1] == (seen[0][1], seen[0][1])
     assert sum(done == total for done, total in seen) == 1, "not before the end"
     kept = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
@@ -372,7 +374,7 @@ def test_it_goes_on_where_it_stopped(tmp_path, everything):
             ref.open = fail
     for ref in (again.student, again.base, *again.teachers):
         ref.open = fail
-    e = evaluate(again, s, tmp_path)
+    e = evaluate(again, s, folder=tmp_path)
     assert as_json(e) == as_json(whole) and {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == kept
     # Another teacher in third place is another soup, and the first two paint what they painted.
     torch.manual_seed(99)
@@ -450,7 +452,7 @@ def test_the_report_has_the_table(tmp_path, everything):
 def test_without_features_or_a_base_there_is_still_a_table():
     student, teachers, _ = family()
     who, all_of = ModelRef.of(student, len(PROMPTS)), refs(teachers)
-    others = make_baselines(("soup",), who, NAMES, all_of, None)
+    others = make_baselines(("soup",), who, NAMES, all_of, base=None)
     e = evaluate(Lineup(who, NAMES, all_of, PROMPTS, others=others), settings(metrics=("pair",), resamples=0))
     text = markdown(e)
     assert "## Beside other models" in text and "| soup |" in text and "FID" not in text and "±" not in text
@@ -471,20 +473,20 @@ def test_what_cannot_be_made_is_refused_by_name():
         with pytest.raises(
             ValueError, match=f"{name}: needs the base model.*Possible here: soup, chain, low-rank, teachers"
         ):
-            make_baselines([name], who, NAMES, all_of, None)
+            make_baselines([name], who, NAMES, all_of, base=None)
     mixed = refs([*teachers[:2], dataclasses.replace(teachers[2], prediction="v")])
     assert set(obstacles(mixed, first)) == {"soup", "chain", "task-vectors", "low-rank"}
     with pytest.raises(
         ValueError, match=rf"soup, chain: weights that predict different things.*'{NAMES[2]}' predict v"
     ):
-        make_baselines(["soup", "chain"], who, NAMES, mixed, first)
-    assert len(make_baselines(["teachers", "untrained"], who, NAMES, mixed, first)) == 4
+        make_baselines(["soup", "chain"], who, NAMES, mixed, base=first)
+    assert len(make_baselines(["teachers", "untrained"], who, NAMES, mixed, base=first)) == 4
     all_v = refs([dataclasses.replace(one, prediction="v") for one in teachers])
     assert set(obstacles(all_v, first)) == {"task-vectors"}, "the base predicts eps"
-    assert the_model(make_baselines(["soup"], who, NAMES, all_v, first)[0]).prediction == "v"
+    assert the_model(make_baselines(["soup"], who, NAMES, all_v, base=first)[0]).prediction == "v"
     with pytest.raises(ValueError, match="rank is 0"):
-        make_baselines(["low-rank"], who, NAMES, all_of, first, 0)
-    again = [Comparison("soup", ((first, None),)), *make_baselines(["soup"], who, NAMES, all_of, first)]
+        make_baselines(["low-rank"], who, NAMES, all_of, base=first, rank=0)
+    again = [Comparison("soup", ((first, None),)), *make_baselines(["soup"], who, NAMES, all_of, base=first)]
     with pytest.raises(ValueError, match="two models to compare have one name"):
         evaluate(Lineup(who, NAMES, all_of, PROMPTS, others=again), settings(metrics=("pair",)))
     small = ModelRef.of(plain("small", 1, dataclasses.replace(SMALL, model_channels=32)), len(PROMPTS))

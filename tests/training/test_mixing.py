@@ -37,7 +37,7 @@ from torch import nn
 
 from .families import SMALL
 from .test_evaluation import CPU, DECODER, NAMES, PROMPTS, Enough, as_pixels, dmm, plain, refs, settings
-from .test_evaluation import lineup as evaluation_cast
+from .test_evaluation import lineup as evaluation_lineup
 
 W5 = [0.0, 0.25, 0.5, 0.75, 1.0]
 ONCE = torch.ones(1, 1, dtype=torch.float64)
@@ -214,7 +214,7 @@ def test_known_curves_come_out():
         ModelRef("student", "known", lambda: teacher, teacher.unet.config), NAMES, [], prompts, DECODER, judge()
     )
     w = np.linspace(0, 1, 9)
-    m = judge_mixing(lineup, settings(count=3), [(NAMES[0], NAMES[1])], w.tolist(), ["blend", "predictions"])
+    m = judge_mixing(lineup, settings(count=3), [(NAMES[0], NAMES[1])], w.tolist(), paths=["blend", "predictions"])
     (pair,) = m.pairs
     for path, g in (("blend", (2 * w**2 - 1) / 2), ("predictions", (2 * w - 1) / 2)):
         logits = np.stack([-4 * g, 4 * g, np.full(9, 1.1)])
@@ -263,7 +263,10 @@ def mixing_lineup(student=None, teachers=None, **changes) -> MixingLineup:
 
 
 def painted(teacher: Teacher, s, style=None) -> torch.Tensor:
-    runner, ref = ModelRunner(PROMPTS, s, None, CPU, WorkCounter(1, None)), ModelRef.of(teacher, len(PROMPTS))
+    runner, ref = (
+        ModelRunner(PROMPTS, s, folder=None, device=CPU, work=WorkCounter(1, None)),
+        ModelRef.of(teacher, len(PROMPTS)),
+    )
     with runner.loaded(ref) as load:
         return runner.paint(ref, load, style)
 
@@ -280,7 +283,11 @@ def test_the_ends_are_the_pure_styles_and_teachers_bit_for_bit():
     s, student = settings(count=3), dmm()
     teachers = [plain(name, i) for i, name in enumerate(NAMES, start=1)]
     m = judge_mixing(
-        mixing_lineup(student, teachers), s, [(NAMES[2], NAMES[0])], [0, 0.25, 1], ["blend", "merge", "predictions"]
+        mixing_lineup(student, teachers),
+        s,
+        [(NAMES[2], NAMES[0])],
+        [0, 0.25, 1],
+        paths=["blend", "merge", "predictions"],
     )
     shown = m.shown[(NAMES[2], NAMES[0])]
     for end, index in ((0, 2), (-1, 0)):
@@ -301,7 +308,11 @@ def test_between_the_ends_codes_weights_and_predictions_are_mixed():
     s, student = settings(count=2, seed=3), dmm()
     teachers = [plain(name, i) for i, name in enumerate(NAMES, start=1)]
     m = judge_mixing(
-        mixing_lineup(student, teachers), s, [(NAMES[0], NAMES[2])], [0, 0.25, 1], ["blend", "merge", "predictions"]
+        mixing_lineup(student, teachers),
+        s,
+        [(NAMES[0], NAMES[2])],
+        [0, 0.25, 1],
+        paths=["blend", "merge", "predictions"],
     )
     shown = m.shown[(NAMES[0], NAMES[2])]
     row = style_rows(Blend(mix({NAMES[0]: 1}), mix({NAMES[2]: 1}), 0.25), vocabulary(NAMES))
@@ -331,23 +342,23 @@ def test_equal_codes_are_flat():
     """Codes that are equal: every ratio paints the same (1e-2 of float16 latents), and nothing rises, falls or turns."""
     student = dmm()
     student.unet.model_embedding.weight[1] = student.unet.model_embedding.weight[0]
-    m = judge_mixing(mixing_lineup(student), settings(count=3), [(NAMES[0], NAMES[1])], W5, ["blend"])
+    m = judge_mixing(mixing_lineup(student), settings(count=3), [(NAMES[0], NAMES[1])], W5, paths=["blend"])
     latents = m.shown[(NAMES[0], NAMES[1])]["blend"].float()
     assert (latents - latents[:, :1]).abs().max() < 1e-2 < latents.std()
     f = m.pairs[0].paths["blend"].figures
     # A judge that sees no difference wins half of the draws, but for float noise in its own errors.
     assert f["layout"].value < 1e-4 and m.against == {}
-    other = judge_mixing(mixing_lineup(student), settings(count=3), [(NAMES[0], NAMES[2])], W5, ["blend"])
+    other = judge_mixing(mixing_lineup(student), settings(count=3), [(NAMES[0], NAMES[2])], W5, paths=["blend"])
     assert other.pairs[0].paths["blend"].figures["layout"].value > 100 * f["layout"].value
 
 
 def test_the_student_judges_by_the_sign_of_each_draw():
     """Recomputed from ``identify`` one picture at a time; ties count half."""
     s, student = settings(count=3, own_draws=5), dmm()
-    m = judge_mixing(mixing_lineup(student), s, [(NAMES[1], NAMES[2])], [0, 0.5, 1], ["blend"])
+    m = judge_mixing(mixing_lineup(student), s, [(NAMES[1], NAMES[2])], [0, 0.5, 1], paths=["blend"])
     ends = [painted(student, s, index) for index in (1, 2)]
     for place, latents in ((0, ends[0]), (2, ends[1])):
-        verdicts = identify(student, NAMES, latents, torch.tensor([1, 2, 3]), 5, s.seed)
+        verdicts = identify(student, NAMES, latents, torch.tensor([1, 2, 3]), draws=5, seed=s.seed)
         score = np.mean([(v.errors[:, 1] > v.errors[:, 2]).float().mean().item() for v in verdicts])
         neither = np.mean([v.name not in NAMES[1:] for v in verdicts])
         curve = m.pairs[0].paths["blend"].curves
@@ -368,7 +379,7 @@ def test_merging_needs_one_kind_of_model():
     long = dataclasses.replace(plain("pen", 2), contexts=torch.randn(len(PROMPTS), 14, SMALL.context_dim))
     texts = merged(a, long, 0.5, len(PROMPTS)).contexts
     torch.testing.assert_close(texts, (torch.cat([a.contexts, a.contexts], 1) + long.contexts) / 2)
-    assert merged(a, long, 0.5, len(PROMPTS), torch.float16).unet.dtype == torch.float16
+    assert merged(a, long, 0.5, len(PROMPTS), dtype=torch.float16).unet.dtype == torch.float16
 
 
 # --- refusals, going on -----------------------------------------------------------------------------------------------
@@ -423,17 +434,21 @@ def test_who_does_not_belong_is_refused():
         ),
         ({"teachers": [plain("ink", 1), plain("echo", 2, prediction="v")]}, "'ink' predicts eps and 'echo' v"),
         ({"classifier": strange}, "the classifier does not know echo: it knows ink, oil"),
-        ({"classifier": evaluation_cast().features}, "it knows no looks at all"),
+        ({"classifier": evaluation_lineup().features}, "it knows no looks at all"),
         ({"classifier": judge(), "decoder": None}, "needs a VAE"),
     ):
         with pytest.raises(ValueError, match=message):
             judge_mixing(untouchable(mixing_lineup(**changes)), settings(count=2), PAIR)
     with pytest.raises(ValueError, match="no prompts"):
         judge_mixing(dataclasses.replace(untouchable(mixing_lineup()), prompts=[""]), settings(count=2), PAIR)
-    judge_mixing(mixing_lineup(teachers=[plain("ink", 1)]), settings(count=2), PAIR, [0, 0.5, 1], ["blend"])
+    judge_mixing(mixing_lineup(teachers=[plain("ink", 1)]), settings(count=2), PAIR, [0, 0.5, 1], paths=["blend"])
     with pytest.raises(ValueError, match="named twice"):  # where they are not needed, too
         judge_mixing(
-            mixing_lineup(teachers=[plain("ink", 1), plain("ink", 2)]), settings(count=2), PAIR, [0, 0.5, 1], ["blend"]
+            mixing_lineup(teachers=[plain("ink", 1), plain("ink", 2)]),
+            settings(count=2),
+            PAIR,
+            [0, 0.5, 1],
+            paths=["blend"],
         )
 
 
@@ -478,7 +493,7 @@ def test_the_ends_are_those_of_an_evaluation(tmp_path):
     """In one folder, what ``evaluate`` has painted is not painted again."""
     s, student = settings(count=4, metrics=("pair",)), dmm()
     teachers = [plain(name, i) for i, name in enumerate(NAMES, start=1)]
-    evaluate(evaluation_cast(student, teachers), s, tmp_path)
+    evaluate(evaluation_lineup(student, teachers), s, folder=tmp_path)
     before = len(list(tmp_path.iterdir()))
     judge_mixing(mixing_lineup(student, teachers, classifier=judge()), s, PAIR, [0, 0.5, 1], folder=tmp_path)
     assert len(list(tmp_path.iterdir())) - before == 2 + 6, "two mixes, and what the judge sees of six"
@@ -507,7 +522,7 @@ def test_the_report_says_it_all(tmp_path):
     assert "DMM less weight merging" in text and text.startswith("# a title")
     strip = Image.open(tmp_path / files[-1])
     assert strip.width > 3 * 64 and strip.height > 4 * 64, "two prompts on two paths, three ratios"
-    nothing = judge_mixing(mixing_lineup(), settings(count=2, resamples=0), PAIR, [0, 0.5, 1], ["blend"])
+    nothing = judge_mixing(mixing_lineup(), settings(count=2, resamples=0), PAIR, [0, 0.5, 1], paths=["blend"])
     json.dumps(as_json(dataclasses.replace(nothing, shown={})), allow_nan=False)
     assert "±" not in markdown(nothing) and [p.name for p in write(nothing, tmp_path)][-1] == "curves.png"
 
@@ -523,7 +538,7 @@ def test_a_plot_shows_the_curves():
     teacher = Teacher("student", Known(), torch.zeros(3, 7, SMALL.context_dim))
     ref = ModelRef("student", "known", lambda: teacher, teacher.unet.config)
     lineup = MixingLineup(ref, NAMES, [], ["", "a star", "a green cat"], DECODER, judge())
-    m = judge_mixing(lineup, settings(count=2), [(NAMES[0], NAMES[1])], W5, ["blend"])
+    m = judge_mixing(lineup, settings(count=2), [(NAMES[0], NAMES[1])], W5, paths=["blend"])
     for of_curve in (m.pairs[0].paths["blend"].curves,):
         of_curve.pop("away")
     pixels = np.asarray(plots(m)).astype(int)
@@ -539,7 +554,7 @@ def test_a_plot_shows_the_curves():
 
 
 def test_pictures_of_any_size_fit_a_strip():
-    m = judge_mixing(mixing_lineup(), settings(count=2), PAIR, [0, 0.5, 1], ["blend"])
+    m = judge_mixing(mixing_lineup(), settings(count=2), PAIR, [0, 0.5, 1], paths=["blend"])
     from comfyui_dmm.training.evaluation.mixing.report import strip
 
     large = PixelDecoder(lambda z: as_pixels(z).repeat_interleave(8, 2).repeat_interleave(8, 3), "large")

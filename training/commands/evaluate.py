@@ -72,7 +72,7 @@ def run(args) -> None:
     lineup, settings = gather(args, device)
     folder = Path(args.output)
     with going_on(folder) as (parts, bar):
-        result = evaluate(lineup, settings, parts, device, bar)
+        result = evaluate(lineup, settings, folder=parts, device=device, progress=bar)
     result.about = {
         "title": f"{Path(args.model).name} against its teachers",
         "model": Path(args.model).name,
@@ -106,9 +106,11 @@ def gather(args, device: torch.device):
     text = TextStates(prompts)
     styles = [style.name for style in student.styles]
     painter = model_ref("student", student, student, text, keep=True)
-    teachers = [model_ref(name, as_checkpoint(file, student), student, text, file) for name, file in args.teacher]
-    base = model_ref("base", as_checkpoint(args.base, student), student, text, args.base) if args.base else None
-    others = [another(name, file, student, text, [teacher.name for teacher in teachers]) for name, file in args.also]
+    teachers = [model_ref(name, as_checkpoint(file, student), student, text, file=file) for name, file in args.teacher]
+    base = model_ref("base", as_checkpoint(args.base, student), student, text, file=args.base) if args.base else None
+    others = [
+        another(name, file, student, text, teachers=[teacher.name for teacher in teachers]) for name, file in args.also
+    ]
     lineup = Lineup(
         painter,
         styles,
@@ -117,15 +119,15 @@ def gather(args, device: torch.device):
         base,
         vae_decoder(student, config, device) if needs_features else None,
         load_features(features_file) if needs_features and features_file else None,
-        [*others, *make_baselines(chosen, painter, styles, teachers, base, args.rank)],
+        [*others, *make_baselines(chosen, painter, styles, teachers, base=base, rank=args.rank)],
     )
     return lineup, settings
 
 
-def another(name: str, file: str, student: Checkpoint, text: TextStates, teachers: Sequence[str]):
+def another(name: str, file: str, student: Checkpoint, text: TextStates, *, teachers: Sequence[str]):
     """Of ``--also``."""
     from ..teachers.models import as_checkpoint
 
     checkpoint = as_checkpoint(file, student)
-    one = model_ref(name, checkpoint, student, text, file, styled=True)
+    one = model_ref(name, checkpoint, student, text, file=file, styled=True)
     return another_student(name, one, [style.name for style in checkpoint.styles], teachers)

@@ -92,6 +92,7 @@ def model_ref(
     checkpoint: Checkpoint,
     student: Checkpoint,
     text: TextStates,
+    *,
     file: str = "",
     keep: bool = False,
     styled: bool = False,

@@ -101,7 +101,9 @@ def run(args) -> None:
     lineup, decoder, settings, pairs = gather(args, device)
     folder = Path(args.output)
     with going_on(folder) as (parts, bar):
-        mixing = judge_mixing(lineup, settings, pairs, args.ratios, args.paths, parts, device, bar)
+        mixing = judge_mixing(
+            lineup, settings, pairs, args.ratios, paths=args.paths, folder=parts, device=device, progress=bar
+        )
     mixing.about = {
         "title": f"Style mixing of {Path(args.model).name}",
         "model": Path(args.model).name,
@@ -142,7 +144,7 @@ def gather(args, device: torch.device):
     lineup = MixingLineup(
         model_ref("student", student, student, text, keep=True),
         styles,
-        [model_ref(name, checkpoint, student, text, files[name]) for name, checkpoint in read.items()],
+        [model_ref(name, checkpoint, student, text, file=files[name]) for name, checkpoint in read.items()],
         prompts,
         decoder,
         judge(args.features, is_small(config), pairs, decoder is not None),

@@ -61,6 +61,7 @@ def pair_table(
     names: Sequence[str],
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
+    *,
     second: Sequence[Tensor],
     base: Tensor | None,
     weights: Tensor,
@@ -132,7 +133,7 @@ def noised(runner: ModelRunner, latents: Tensor, zero_snr: bool) -> Noised:
 
 
 @torch.no_grad()
-def eps_of(teacher: Teacher, x_t: Tensor, t: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+def eps_of(teacher: Teacher, x_t: Tensor, t: Tensor, rows: Tensor, *, device: torch.device) -> Tensor:
     """What a model takes for the noise in x_t (B, C, h, w) -> (B, C, h, w) float32 on its device."""
     x_t, t = x_t.to(device), t.to(device)
     out = teacher.predict(x_t, t, rows).out
@@ -140,14 +141,14 @@ def eps_of(teacher: Teacher, x_t: Tensor, t: Tensor, rows: Tensor, device: torch
 
 
 def predictions(
-    runner: ModelRunner, ref: ModelRef, load: Callable[[], Teacher], asked: Noised, style: int | None = None
+    runner: ModelRunner, ref: ModelRef, load: Callable[[], Teacher], asked: Noised, *, style: int | None = None
 ) -> Tensor:
     """A model's eps for all samples of a style (S, C, h, w) float32."""
 
     def build() -> dict[str, Tensor]:
         teacher = in_style(load(), style)
         out = runner.split(
-            lambda part: eps_of(teacher, asked.x_t[part], asked.t[part], asked.rows[part], runner.device).cpu(),
+            lambda part: eps_of(teacher, asked.x_t[part], asked.t[part], asked.rows[part], device=runner.device).cpu(),
             len(asked.t),
         )
         return {"eps": out}

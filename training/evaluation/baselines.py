@@ -94,6 +94,7 @@ def make_baselines(
     student: ModelRef,
     styles: Sequence[str],
     teachers: Sequence[ModelRef],
+    *,
     base: ModelRef | None,
     rank: int = RANK,
 ) -> list[Comparison]:
@@ -150,8 +151,8 @@ def merge(method: str, shares: Sequence[float], parents: Sequence[ModelRef], stu
         method,
         (method, [float(share) for share in shares]),
         parents,
-        student,
-        lambda: load_unet(summed(shares, parents), dtype=None, copy=False),
+        student=student,
+        make=lambda: load_unet(summed(shares, parents), dtype=None, copy=False),
     )
     return Comparison(method, ((ref, None),), {"method": method})
 
@@ -161,7 +162,7 @@ def summed(shares: Sequence[float], parents: Sequence[ModelRef]) -> dict[str, Te
 
 
 def derived(
-    name: str, how: tuple, parents: Sequence[ModelRef], student: ModelRef, make: Callable[[], UNet]
+    name: str, how: tuple, parents: Sequence[ModelRef], *, student: ModelRef, make: Callable[[], UNet]
 ) -> ModelRef:
     """A model made of others: its key follows from theirs, from how it is made, and from whose words it reads."""
     text, first = student.text, parents[0]
@@ -198,7 +199,9 @@ class Tuning:
 
     def settle(self, runner: ModelRunner, name: str) -> Comparison:
         """With the scale that was found, and in ``about`` the error of every scale."""
-        apart = ModelRunner(runner.prompts, self.settings(runner.settings), runner.folder, runner.device, runner.work)
+        apart = ModelRunner(
+            runner.prompts, self.settings(runner.settings), folder=runner.folder, device=runner.device, work=runner.work
+        )
         asked, said = [], []
         for ref in self.teachers:
             with apart.loaded(ref) as load:
@@ -223,7 +226,7 @@ def low_rank_bank(student: ModelRef, teachers: Sequence[ModelRef], rank: int) ->
     """For each teacher the soup with the nearest rank-r adapter to what the teacher has beside it: N adapters, not one model."""
     bank = _Bank(teachers, rank)
     refs = [
-        derived(f"low-rank {one.name}", ("low-rank", rank, i), teachers, student, lambda i=i: bank.unet(i))
+        derived(f"low-rank {one.name}", ("low-rank", rank, i), teachers, student=student, make=lambda i=i: bank.unet(i))
         for i, one in enumerate(teachers)
     ]
     shapes = parameter_shapes(teachers[0].config)
@@ -272,6 +275,6 @@ def untrained(student: ModelRef, styles: Sequence[str], teachers: Sequence[Model
         start = base.open()
         return new_student(start.unet, [start] * len(styles), TrainConfig(init="base", seed=0)).requires_grad_(False)
 
-    ref = derived("untrained", ("untrained", len(styles)), [base], student, make)
+    ref = derived("untrained", ("untrained", len(styles)), [base], student=student, make=make)
     painters = [(ref, list(styles).index(one.name)) for one in teachers]
     return Comparison("untrained", painters, {"method": "untrained"})

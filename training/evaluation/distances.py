@@ -83,7 +83,7 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
 
 
 def fid(
-    rows: Sequence[Tensor], columns: Sequence[Tensor], weights: Tensor, pairs: Pairs, on_item: OnItem = lambda: None
+    rows: Sequence[Tensor], columns: Sequence[Tensor], weights: Tensor, pairs: Pairs, *, on_item: OnItem = lambda: None
 ) -> Tensor:
     """FID of each pair of sets -> (R, pairs) float64. on_item: called after each."""
     out = torch.empty(len(weights), len(pairs), dtype=torch.float64)
@@ -105,7 +105,7 @@ def kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def kid(
-    rows: Sequence[Tensor], columns: Sequence[Tensor], weights: Tensor, pairs: Pairs, on_item: OnItem = lambda: None
+    rows: Sequence[Tensor], columns: Sequence[Tensor], weights: Tensor, pairs: Pairs, *, on_item: OnItem = lambda: None
 ) -> Tensor:
     """KID of each pair of sets -> (R, pairs) float64: the unbiased estimate of MMD^2 with all pictures at once, no subsets.
 

@@ -129,6 +129,7 @@ class Evaluation:
 def evaluate(
     lineup: Lineup,
     settings: EvaluationSettings,
+    *,
     folder: Path | None = None,
     device: torch.device | None = None,
     progress: ProgressCallback | None = None,
@@ -140,7 +141,7 @@ def evaluate(
     """
     lineup.check()
     settings.check(size_multiple(lineup.student.config), lineup.features)
-    return _Run(lineup, settings, folder, device or torch.device("cpu"), progress).all()
+    return _Run(lineup, settings, folder=folder, device=device or torch.device("cpu"), progress=progress).all()
 
 
 @dataclass
@@ -153,7 +154,7 @@ class _Painted:
 
 
 class _Run:
-    def __init__(self, lineup, settings, folder, device, progress):
+    def __init__(self, lineup, settings, *, folder, device, progress):
         self.lineup, self.s = lineup, settings
         self.names = [teacher.name for teacher in lineup.teachers]
         self.index = [list(lineup.styles).index(name) for name in self.names]
@@ -163,7 +164,7 @@ class _Run:
             size = settings.project or (lineup.features.size if lineup.features else 0)
             self.resamples = 200 if size <= MANY_FEATURES else 20
         self.work = WorkCounter(self._work(), progress)
-        self.runner = ModelRunner(lineup.prompts, settings, folder, device, self.work)
+        self.runner = ModelRunner(lineup.prompts, settings, folder=folder, device=device, work=self.work)
         if lineup.features is not None:
             lineup.features.to(device)
         self.known: dict[tuple[str, int | None], Tensor] = {}  # latents of (key of a model, style)
@@ -193,7 +194,7 @@ class _Run:
         self.weights = resample(self.s.count, self.resamples, self.s.seed)
         if "pair" in self.wants:
             latents = None if base is None else base.latents[0]
-            result.pair = pair_table(self.names, painted, self.first, second, latents, self.weights)
+            result.pair = pair_table(self.names, painted, self.first, second=second, base=latents, weights=self.weights)
         if "eps" in self.wants:
             result.eps = eps_agreement(self.names, self.s, eps_errors(answers, self.said), of_base)
         if self.wants & set(OF_FEATURES):
@@ -239,7 +240,7 @@ class _Run:
                 painted.append(runner.paint(student, load, i, name=f"{name}, student"))
                 self.known[student.key, i] = painted[-1]
                 if "eps" in self.wants:
-                    answers.append(predictions(runner, student, load, self.asked[place], i))
+                    answers.append(predictions(runner, student, load, self.asked[place], style=i))
             own = self._own(load, self.first) if "own" in self.wants else None
         return painted, answers, own
 
@@ -264,7 +265,7 @@ class _Run:
                     for k in places:
                         latents.append(self._painted(one, k, load))
                         asked = self.asked if len(one.painters) == 1 else self.asked[k : k + 1]  # none without eps
-                        answers += [predictions(runner, ref, load, a, one.painters[k][1]) for a in asked]
+                        answers += [predictions(runner, ref, load, a, style=one.painters[k][1]) for a in asked]
         finally:
             finish()
         return _Painted(one, latents), eps_errors(answers, self.said) if answers else None
@@ -321,7 +322,13 @@ class _Run:
 
             def build(mine=mine, rows=rows, what=what) -> dict[str, Tensor]:
                 found = identify(
-                    load(), lineup.styles, mine, rows, s.own_draws, s.seed, on_batch=lambda _: self.work(0, what)
+                    load(),
+                    lineup.styles,
+                    mine,
+                    rows,
+                    draws=s.own_draws,
+                    seed=s.seed,
+                    on_batch=lambda _: self.work(0, what),
                 )
                 return {"errors": torch.stack([v.errors for v in found])}
 

@@ -82,6 +82,7 @@ def identify(
     styles: Sequence[str],
     latents: Tensor,
     rows: Tensor,
+    *,
     draws: int = 32,
     seed: int = 0,
     with_none: bool = True,
@@ -107,7 +108,9 @@ def identify(
     for picture, (x0, row) in enumerate(zip(latents.float(), rows)):
         for start in range(0, len(asked), batch):
             k, i = torch.tensor(asked[start : start + batch]).T
-            error = _errors(student, schedule, x0.expand(len(k), -1, -1, -1), t[k], eps[k], row, candidates[i])
+            error = _errors(
+                student, schedule, x0.expand(len(k), -1, -1, -1), t[k], eps=eps[k], row=row, style=candidates[i]
+            )
             errors[picture, k, i] = error.cpu()
             if on_batch:
                 on_batch(len(k))
@@ -115,7 +118,7 @@ def identify(
 
 
 def _errors(
-    student: Teacher, schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor, row: Tensor, style: Tensor
+    student: Teacher, schedule: NoiseSchedule, x0: Tensor, t: Tensor, *, eps: Tensor, row: Tensor, style: Tensor
 ) -> Tensor:
     """Mean squared error in eps (B,), on the model's device; row: the caption of all, one number."""
     device = next(student.unet.parameters()).device

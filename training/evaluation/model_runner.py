@@ -130,6 +130,7 @@ class ModelRunner:
         self,
         prompts: Sequence[str],
         settings: EvaluationSettings,
+        *,
         folder: Path | None,
         device: torch.device,
         work: WorkCounter,
@@ -186,6 +187,7 @@ class ModelRunner:
         ref: ModelRef,
         load: Callable[[], Teacher],
         style: int | None = None,
+        *,
         second: bool = False,
         name: str = "",
     ) -> Tensor:

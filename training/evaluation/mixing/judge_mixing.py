@@ -167,6 +167,7 @@ def judge_mixing(
     settings: EvaluationSettings,
     pairs: Sequence[Pair],
     ratios: Sequence[float] = RATIOS,
+    *,
     paths: Sequence[str] = (BLEND, MERGE),
     folder: Path | None = None,
     device: torch.device | None = None,
@@ -180,16 +181,25 @@ def judge_mixing(
     lineup.check(pairs, ratios, paths)
     settings = dataclasses.replace(settings, metrics=("own",))
     settings.check(size_multiple(lineup.student.config), None)
-    return _Run(lineup, settings, pairs, ratios, paths, folder, device or torch.device("cpu"), progress).all()
+    return _Run(
+        lineup,
+        settings,
+        pairs,
+        ratios=ratios,
+        paths=paths,
+        folder=folder,
+        device=device or torch.device("cpu"),
+        progress=progress,
+    ).all()
 
 
 class _Run:
-    def __init__(self, lineup, settings, pairs, ratios, paths, folder, device, progress):
+    def __init__(self, lineup, settings, pairs, *, ratios, paths, folder, device, progress):
         self.lineup, self.s, self.paths = lineup, settings, list(paths)
         self.pairs, self.ratios = [tuple(pair) for pair in pairs], [float(w) for w in ratios]
         self.teachers = {ref.name: ref for ref in lineup.teachers}
         self.work = WorkCounter(self._work(), progress)
-        self.runner = ModelRunner(lineup.prompts, settings, folder, device, self.work)
+        self.runner = ModelRunner(lineup.prompts, settings, folder=folder, device=device, work=self.work)
         self.rows = self.runner.rows(range(settings.count))
         self.truth = None
         if lineup.classifier is not None:
@@ -279,7 +289,7 @@ class _Run:
 
         def at(w: float) -> Tensor:
             def open_it() -> Teacher:
-                return merged(*(load() for load in loads), w, len(self.lineup.prompts), self.runner.dtype)
+                return merged(*(load() for load in loads), w, len(self.lineup.prompts), dtype=self.runner.dtype)
 
             key = repr_sha256(MERGE, sorted([(first.key, 1 - w), (second.key, w)]))
             one = ModelRef(f"{':'.join(pair)} {w:g}, {PATHS[MERGE]}", key, open_it, first.config, first.zero_snr)
@@ -343,7 +353,13 @@ class _Run:
 
             def build(mine=mine, rows=rows) -> dict[str, Tensor]:
                 found = identify(
-                    load(), self.lineup.styles, mine, rows, s.own_draws, s.seed, on_batch=lambda _: self.work(0, what)
+                    load(),
+                    self.lineup.styles,
+                    mine,
+                    rows,
+                    draws=s.own_draws,
+                    seed=s.seed,
+                    on_batch=lambda _: self.work(0, what),
                 )
                 return {"errors": torch.stack([verdict.errors for verdict in found])}
 

@@ -39,7 +39,7 @@ class MixedPredictions(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None, style: None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None, *, style: None = None) -> Tensor:
         """As of UNet, (B, C, h, w)."""
         total = torch.zeros_like(x)
         for index, share in self.shares.items():
@@ -48,7 +48,9 @@ class MixedPredictions(nn.Module):
         return total
 
 
-def merged(first: Teacher, second: Teacher, ratio: float, prompts: int, dtype: torch.dtype = torch.float32) -> Teacher:
+def merged(
+    first: Teacher, second: Teacher, ratio: float, prompts: int, *, dtype: torch.dtype = torch.float32
+) -> Teacher:
     """Two plain models as one: (1 - w) of the first's weights and w of the second's, computed in float32, and the same of their text
     states of ``prompts`` prompts. As ComfyUI's ModelMergeSimple(first, second, 1 - w); its CLIPMergeSimple merges the encoders instead.
 
