@@ -9,10 +9,11 @@ import torch
 
 from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.unet import unet_config_from_state_dict
+from ..data.text_states import TextStates
 from ..evaluation.baselines import ALL, BASELINES, RANK, another_student, choose_baselines, make_baselines
 from ..evaluation.settings import METRICS, OF_FEATURES, EvaluationSettings
 from .arguments import named_file, size
-from .evaluation_inputs import TextStates, going_on, is_small, model_ref, painting, prompts_of, vae_decoder
+from .evaluation_inputs import going_on, is_small, model_ref, painting, prompts_of, vae_decoder
 
 
 def add_parser(commands) -> None:

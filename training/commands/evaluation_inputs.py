@@ -13,6 +13,7 @@ import torch
 from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.unet import UNetConfig, load_unet, unet_config_from_state_dict
 from ...dmm_core.vae import latent_scale, load_vae
+from ..data.text_states import TextStates
 from ..evaluation.model_runner import ModelRef, PixelDecoder, PromptStates
 from ..evaluation.settings import usual_settings
 from ..files.hashing import repr_sha256, weights_hash
@@ -70,21 +71,6 @@ def demo_prompts(count: int) -> list[str]:
     while len(found) < count:
         found[sample_scene(rng).caption] = None
     return list(found)
-
-
-class TextStates:
-    """The prompts under each text encoder, encoded once."""
-
-    def __init__(self, prompts: Sequence[str]):
-        self.prompts, self._made = list(prompts), {}
-
-    def of(self, weights) -> tuple:
-        from ..text import ClipText
-
-        key = weights_hash(weights)
-        if key not in self._made:
-            self._made[key] = ClipText(weights).encode_pooled(self.prompts)
-        return self._made[key]
 
 
 def model_ref(

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from ...dmm_core.unet import unet_config_from_state_dict
+from ..data.text_states import TextStates
 from ..evaluation.mixing.judge_mixing import BLEND, MERGE, PATHS, RATIOS, Pair
 from ..evaluation.settings import EvaluationSettings
 from .arguments import named_file, size
-from .evaluation_inputs import TextStates, going_on, is_small, model_ref, painting, prompts_of, vae_decoder
+from .evaluation_inputs import going_on, is_small, model_ref, painting, prompts_of, vae_decoder
 
 NUMBERS = {
     "count": (64, "pictures of a pair and ratio"),
