@@ -18,11 +18,11 @@ from ..dmm_core.vae import latent_scale
 from ..training.config import check_names
 from ..training.data.image_folder import clean_caption
 from ..training.evaluation.baselines import BASELINES, RANK, Comparison, make_baselines, obstacles
-from ..training.evaluation.evaluate import Cast, evaluate
+from ..training.evaluation.evaluate import Lineup, evaluate
 from ..training.evaluation.features import DEMO_FILE, FeatureNet, load_features
+from ..training.evaluation.model_runner import ModelRef, PixelDecoder
 from ..training.evaluation.report import markdown, sheet, write
 from ..training.evaluation.settings import METRICS, OF_FEATURES, EvaluationSettings
-from ..training.evaluation.studio import Member, Pictures
 from ..training.files.hashing import repr_sha256, weights_hash
 from ..training.teachers.teacher import Teacher, plain_unet
 from . import host_model
@@ -151,19 +151,19 @@ class EvaluateDMM(io.ComfyNode):
             network, note = feature_network(features, student.unet.config)
             wanted = [m for m in METRICS if m not in OF_FEATURES or (network and m in DISTANCES[distances])]
             settings = EvaluationSettings(**numbers, metrics=tuple(wanted))
-            cast = Cast(
-                Member.of(student, len(lines)),
+            lineup = Lineup(
+                ModelRef.of(student, len(lines)),
                 [style.name for style in own],
-                [member(teacher, student, clip, lines) for teacher in inputs],
+                [model_ref(teacher, student, clip, lines) for teacher in inputs],
                 lines,
-                member(TeacherInput("base", base), student, clip, lines) if base is not None else None,
-                host_pictures(vae, student.unet.config) if network else None,
+                model_ref(TeacherInput("base", base), student, clip, lines) if base is not None else None,
+                host_decoder(vae, student.unet.config) if network else None,
                 network,
             )
             left_out = ""
             if baselines:
-                cast.others, left_out = possible_baselines(cast, rank)
-            result, folder = run(cast, settings, node_id)
+                lineup.others, left_out = possible_baselines(lineup, rank)
+            result, folder = run(lineup, settings, node_id)
             report = "\n\n".join(filter(None, (markdown(result), note, left_out)))
             picture = np.asarray(sheet(result).convert("RGB"), np.float32) / 255
         said = f"saved dmm_evaluations/{folder.name}\n\n{report}"
@@ -185,16 +185,16 @@ def feature_network(choice: str, config: UNetConfig) -> tuple[FeatureNet | None,
     return load_features(folder_paths.get_full_path_or_raise(FEATURES, choice)), ""
 
 
-def possible_baselines(cast: Cast, rank: int) -> tuple[list[Comparison], str]:
+def possible_baselines(lineup: Lineup, rank: int) -> tuple[list[Comparison], str]:
     """All baselines that the connected models allow, and what there is to say about the others."""
-    against = obstacles(cast.teachers, cast.base)
+    against = obstacles(lineup.teachers, lineup.base)
     names = [name for name in BASELINES if name not in against]
     said = "".join(f"\n- {name}: {why}" for name, why in against.items())
-    made = make_baselines(names, cast.student, cast.styles, cast.teachers, cast.base, rank)
+    made = make_baselines(names, lineup.student, lineup.styles, lineup.teachers, base=lineup.base, rank=rank)
     return made, f"Baselines that are left out:\n{said}" if said else ""
 
 
-def member(teacher: TeacherInput, student: Teacher, clip, prompts: list[str]) -> Member:
+def model_ref(teacher: TeacherInput, student: Teacher, clip, prompts: list[str]) -> ModelRef:
     """A connected model, whose weights are copied when its turn comes: the host keeps them anyway."""
     who = f"teacher '{teacher.name}'"
     (once,) = frozen_teachers([teacher], student, clip, prompts)
@@ -204,10 +204,10 @@ def member(teacher: TeacherInput, student: Teacher, clip, prompts: list[str]) ->
     def open_it() -> Teacher:
         return Teacher(teacher.name, plain_unet(unet_weights(teacher.model), who), *rest)
 
-    return dataclasses.replace(Member.of(once, len(prompts)), open=open_it)
+    return dataclasses.replace(ModelRef.of(once, len(prompts)), open=open_it)
 
 
-def host_pictures(vae, config: UNetConfig) -> Pictures:
+def host_decoder(vae, config: UNetConfig) -> PixelDecoder:
     """The host's VAE as the evaluation takes it."""
     scale = latent_scale(config)
 
@@ -215,10 +215,10 @@ def host_pictures(vae, config: UNetConfig) -> Pictures:
         pixels = vae.decode(latents.float().cpu() / scale)  # (B, H, W, 3), 0..1
         return pixels.float().movedim(-1, 1) * 2 - 1
 
-    return Pictures(decode, weights_hash(vae.get_sd()))
+    return PixelDecoder(decode, weights_hash(vae.get_sd()))
 
 
-def run(cast: Cast, settings: EvaluationSettings, node_id) -> tuple:
+def run(lineup: Lineup, settings: EvaluationSettings, node_id) -> tuple:
     """(Evaluation, the folder that its report was written to). What is painted lies in a folder for all evaluations: another model's
     evaluation finds the teachers' pictures there."""
     mm.unload_all_models()  # the host's copies are not needed while this runs
@@ -230,9 +230,9 @@ def run(cast: Cast, settings: EvaluationSettings, node_id) -> tuple:
         bar.update_absolute(done, total)
         send_text(f"{what}: {100 * done // total}%", node_id)
 
-    result = evaluate(cast, settings, root / "parts", mm.get_torch_device(), progress)
+    result = evaluate(lineup, settings, folder=root / "parts", device=mm.get_torch_device(), progress=progress)
     result.about = {"title": "A DMM model against its teachers", "torch": torch.__version__}
-    folder = root / repr_sha256(sorted(result.members.items()), settings, cast.prompts)[:8]
+    folder = root / repr_sha256(sorted(result.members.items()), settings, lineup.prompts)[:8]
     folder.mkdir(parents=True, exist_ok=True)
     write(result, folder)
     return result, folder

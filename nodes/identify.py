@@ -12,8 +12,8 @@ from PIL import Image
 from ..dmm_core.style_value import Mix, PerItem
 from ..training.data.buckets import fit
 from ..training.evaluation.identify import identify, judged_size
+from ..training.evaluation.model_runner import placed
 from ..training.evaluation.settings import usual_dtype
-from ..training.evaluation.studio import placed
 from ..training.teachers.teacher import styled_unet
 from . import host_model
 from .style_types import StyleType
@@ -76,7 +76,18 @@ class IdentifyStyle(io.ComfyNode):
         if image is not None and vae is None:
             raise ValueError("an image needs the vae: connect the one from Load DMM Model")
         with torch.inference_mode(False), torch.no_grad(), memory_given_back():
-            verdicts = judge(model, clip, caption, draws, with_none, seed, image, vae, latent, cls.hidden.unique_id)
+            verdicts = judge(
+                model,
+                clip,
+                caption=caption,
+                draws=draws,
+                with_none=with_none,
+                seed=seed,
+                image=image,
+                vae=vae,
+                latent=latent,
+                node_id=cls.hidden.unique_id,
+            )
         styles = [Mix(((verdict.name, 1.0),)) for verdict in verdicts]
         titles = [f"picture {i}: " if len(verdicts) > 1 else "" for i in range(1, len(verdicts) + 1)]
         report = "\n\n".join(title + verdict.text() for title, verdict in zip(titles, verdicts))
@@ -84,7 +95,7 @@ class IdentifyStyle(io.ComfyNode):
         return io.NodeOutput([verdict.name for verdict in verdicts], style, report, ui=ui.PreviewText(report))
 
 
-def judge(model, clip, caption, draws, with_none, seed, image, vae, latent, node_id) -> list:
+def judge(model, clip, *, caption, draws, with_none, seed, image, vae, latent, node_id) -> list:
     info = host_model.model_info(model)
     weights, styles = host_model.with_blend_codes(unet_weights(model, styles=True), info)
     student = frozen_base(model, clip, styled_unet(weights, "the model"), ["", caption.strip()])
@@ -99,13 +110,20 @@ def judge(model, clip, caption, draws, with_none, seed, image, vae, latent, node
     names = [style.name for style in styles]
     bar = comfy.utils.ProgressBar(len(latents) * draws * (len(names) + with_none), node_id=node_id)
 
-    def tick(forwards: int) -> None:
+    def on_batch(forwards: int) -> None:
         mm.throw_exception_if_processing_interrupted()
         bar.update(forwards)
 
     rows = torch.full((len(latents),), 1)
     return identify(
-        placed(student, device, usual_dtype(device)), names, latents, rows, draws, seed, with_none, tick=tick
+        placed(student, device, usual_dtype(device)),
+        names,
+        latents,
+        rows,
+        draws=draws,
+        seed=seed,
+        with_none=with_none,
+        on_batch=on_batch,
     )
 
 

@@ -120,7 +120,7 @@ class HeldOut:
     def ask(self, teacher: Teacher, device: torch.device) -> Tensor:
         """(S, C, h, w)"""
         teacher = dataclasses.replace(teacher, contexts=self.contexts)
-        return eps_of(teacher, self.x_t, self.t, self.rows, device).cpu()
+        return eps_of(teacher, self.x_t, self.t, self.rows, device=device).cpu()
 
     def answers(self, run: Trainer) -> list[Tensor]:
         """The averaged student's, by style, in float32 and with adapters folded in, as its file has them."""

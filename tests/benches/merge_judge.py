@@ -13,10 +13,10 @@ from ...dmm_core.unet import load_unet
 from ...dmm_core.vae import latent_scale, load_vae
 from ...training.commands.evaluation_inputs import demo_prompts
 from ...training.config import load_config
-from ...training.evaluation.evaluate import Cast, evaluate
+from ...training.evaluation.evaluate import Lineup, evaluate
 from ...training.evaluation.features import DEMO_FILE, load_features
+from ...training.evaluation.model_runner import ModelRef, PixelDecoder
 from ...training.evaluation.settings import EvaluationSettings
-from ...training.evaluation.studio import Member, Pictures
 from ...training.files.hashing import weights_hash
 from ...training.run.load import load_run
 from ...training.teachers.teacher import Teacher
@@ -33,22 +33,22 @@ def judged(weights: Mapping[str, Tensor], parts: Path, count: int, project: int,
     loaded = load_run(config, torch.device("cpu"))
     prompts = ["", *demo_prompts(min(count, 64))]
     contexts = ClipText(loaded.parts.text).encode(prompts)
-    members = [Member.of(dataclasses.replace(teacher, contexts=contexts), len(prompts)) for teacher in loaded.teachers]
-    student = Member.of(Teacher("student", load_unet(dict(weights)), contexts), len(prompts))
+    refs = [ModelRef.of(dataclasses.replace(teacher, contexts=contexts), len(prompts)) for teacher in loaded.teachers]
+    student = ModelRef.of(Teacher("student", load_unet(dict(weights)), contexts), len(prompts))
     vae = load_vae(loaded.parts.vae).to(device)
     scale = latent_scale(loaded.base.unet.config)
-    cast = Cast(
+    lineup = Lineup(
         student,
         [teacher.name for teacher in loaded.teachers],
-        members,
+        refs,
         prompts,
-        pictures=Pictures(lambda latents: vae.decode(latents / scale), weights_hash(loaded.parts.vae)),
+        decoder=PixelDecoder(lambda latents: vae.decode(latents / scale), weights_hash(loaded.parts.vae)),
         features=load_features(DEMO_FILE),
     )
     settings = EvaluationSettings(
         count=count, seed=SEED, width=128, height=128, steps=12, cfg=4.0, metrics=("fid", "pair"), project=project, resamples=0
     )  # fmt: skip
-    result = evaluate(cast, settings, parts, device)
+    result = evaluate(lineup, settings, folder=parts, device=device)
     return {
         "excess": result.fid.excess.value,
         "leak": result.fid.leak.value,

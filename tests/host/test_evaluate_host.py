@@ -10,7 +10,7 @@ import torch
 from comfyui_dmm.dmm_core.checkpoint import load_checkpoint, save_checkpoint
 from comfyui_dmm.training.cli import main
 from comfyui_dmm.training.evaluation.baselines import make_baselines
-from comfyui_dmm.training.evaluation.studio import Member
+from comfyui_dmm.training.evaluation.model_runner import ModelRef
 from comfyui_dmm.training.teachers.teacher import Teacher
 
 from .families import DEMO, NAMES, SMALL_SDXL, checkpoint_of, random_unet
@@ -215,7 +215,7 @@ def test_merges_are_the_hosts(host):
     """ModelMergeSimple in a row; the mean by its ratios 1/2, 2/3; base + lambda * differences by ModelSubtract and ModelAdd: 1e-5."""
     import comfy_extras.nodes_model_merging as merging
     from comfyui_dmm.nodes import host_model
-    from comfyui_dmm.nodes.evaluate import member
+    from comfyui_dmm.nodes.evaluate import model_ref
     from comfyui_dmm.nodes.teacher import TeacherInput
     from comfyui_dmm.nodes.weights import unet_weights
 
@@ -234,8 +234,8 @@ def test_merges_are_the_hosts(host):
     with torch.inference_mode(False), torch.no_grad():
         student = Teacher("student", random_unet(DMM, 9), states)
         named = [TeacherInput(name, one) for name, one in zip(("base", *NAMES), models)]
-        first, *others = [member(one, student, None, PROMPTS) for one in named]
-        found = make_baselines(("soup", "chain", "task-vectors"), Member.of(student, 3), NAMES, others, first)
+        first, *others = [model_ref(one, student, None, PROMPTS) for one in named]
+        found = make_baselines(("soup", "chain", "task-vectors"), ModelRef.of(student, 3), NAMES, others, base=first)
         made = {one.name: one for one in found}
         made["task vectors"] = made["task vectors"].tuning.merged(0.5)
         for name, theirs in (("chain", chain), ("soup", mean), ("task vectors", tasks)):

@@ -12,13 +12,13 @@ from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.dmm_core.unet import UNet, init_style
 from comfyui_dmm.training.evaluation.agreement import noised, pair
 from comfyui_dmm.training.evaluation.distances import resample
-from comfyui_dmm.training.evaluation.evaluate import Cast, evaluate
+from comfyui_dmm.training.evaluation.evaluate import Lineup, evaluate
 from comfyui_dmm.training.evaluation.features import FeatureNet
 from comfyui_dmm.training.evaluation.heatmap import colour_of, heatmap, side_by_side
 from comfyui_dmm.training.evaluation.identify import Verdict, identify
+from comfyui_dmm.training.evaluation.model_runner import ModelRef, ModelRunner, PixelDecoder, WorkCounter
 from comfyui_dmm.training.evaluation.report import as_json, markdown, write
 from comfyui_dmm.training.evaluation.settings import SECOND_BATCH, EvaluationSettings
-from comfyui_dmm.training.evaluation.studio import Member, Meter, Pictures, Studio
 from comfyui_dmm.training.teachers.teacher import Teacher
 from PIL import Image
 from torch import nn
@@ -58,15 +58,15 @@ def plain(name: str, seed: int, config=SMALL, prediction="eps") -> Teacher:
     return Teacher(name, UNet(config), contexts, pooled, prediction)
 
 
-def members(teachers) -> list[Member]:
-    return [Member.of(teacher, len(PROMPTS)) for teacher in teachers]
+def refs(teachers) -> list[ModelRef]:
+    return [ModelRef.of(teacher, len(PROMPTS)) for teacher in teachers]
 
 
 def as_pixels(latents):
     return nn.functional.interpolate(latents[:, :3].clamp(-1, 1), scale_factor=8.0, mode="nearest")
 
 
-PICTURES = Pictures(as_pixels, "upsampled")
+DECODER = PixelDecoder(as_pixels, "upsampled")
 
 
 def small_features() -> FeatureNet:
@@ -76,16 +76,16 @@ def small_features() -> FeatureNet:
     return FeatureNet("regions", 12, 32, "regions", pool, pool)
 
 
-def cast(student=None, teachers=None, base=None, **changes) -> Cast:
+def lineup(student=None, teachers=None, base=None, **changes) -> Lineup:
     student = student or dmm()
     teachers = teachers or [plain(name, i) for i, name in enumerate(NAMES, start=1)]
-    own = {"pictures": PICTURES, "features": small_features(), **changes}
-    return Cast(
-        Member.of(student, len(PROMPTS)),
+    own = {"decoder": DECODER, "features": small_features(), **changes}
+    return Lineup(
+        ModelRef.of(student, len(PROMPTS)),
         NAMES,
-        members(teachers),
+        refs(teachers),
         PROMPTS,
-        base and Member.of(base, len(PROMPTS)),
+        base and ModelRef.of(base, len(PROMPTS)),
         **own,
     )
 
@@ -97,7 +97,7 @@ def test_a_student_that_is_its_teachers_scores_the_floor():
     """The teachers are the student's own styles: no excess, no leak, no distance from the same noise, no eps error; all exactly."""
     student = dmm()
     teachers = [student.as_style(i, StyleInfo(name)) for i, name in enumerate(NAMES)]
-    e = evaluate(cast(student, teachers), settings())
+    e = evaluate(lineup(student, teachers), settings())
     for d in (e.fid, e.kid):
         assert d.m == d.floor and d.excess.value == d.leak.value == 0 and d.count == 20 and d.size == 12
     assert [f.value for f in e.pair.own] == [0, 0, 0] and min(e.pair.other_seed) > 0.1
@@ -110,10 +110,10 @@ def test_the_right_style_meets_the_right_teacher():
     """Teachers in another order than the styles, and only two of them: by name. Shuffled names raise the diagonal."""
     student = dmm()
     styles = [student.as_style(i, StyleInfo(name)) for i, name in enumerate(NAMES)]
-    e = evaluate(cast(student, [styles[2], styles[0]]), settings(metrics=("fid", "pair")))
+    e = evaluate(lineup(student, [styles[2], styles[0]]), settings(metrics=("fid", "pair")))
     assert e.names == [NAMES[2], NAMES[0]] and e.fid.excess.value == 0 and e.eps is e.own is e.kid is None
     swapped = [dataclasses.replace(styles[0], name=NAMES[2]), dataclasses.replace(styles[2], name=NAMES[0])]
-    wrong = evaluate(cast(student, swapped), settings(metrics=("fid", "pair")))
+    wrong = evaluate(lineup(student, swapped), settings(metrics=("fid", "pair")))
     assert wrong.fid.excess.value > 0 and min(f.value for f in wrong.pair.own) > 0.01
 
 
@@ -121,7 +121,7 @@ def test_the_base_is_a_baseline():
     """A student whose first teacher is the base itself: there the base has no distance left."""
     base = plain("base", 7)
     teachers = [dataclasses.replace(base, name=NAMES[0]), plain(NAMES[1], 2)]
-    e = evaluate(cast(dmm(), teachers, base), settings(metrics=("kid", "pair", "eps")))
+    e = evaluate(lineup(dmm(), teachers, base), settings(metrics=("kid", "pair", "eps")))
     assert e.pair.base[0] == 0 and e.pair.base[1] > 0.01
     assert [row[0] for row in e.eps.base] == [0, 0, 0] and e.eps.base[0][1] > 0
     assert e.kid.base[0] == pytest.approx(e.kid.floor[0][0]) and e.kid.base[1] == pytest.approx(e.kid.floor[0][1])
@@ -133,9 +133,9 @@ def test_the_base_is_a_baseline():
 def test_pictures_are_those_of_one_prompt_and_one_seed_each(config, prediction):
     """Each picture alone, with the noise of its own seed, against the batch: float16 of values of order 1."""
     student, s = dmm(config, prediction=prediction), settings(count=3, seed=11, steps=3)
-    studio = Studio(PROMPTS, s, None, CPU, Meter(1, None))
-    with studio.visit(Member.of(student, len(PROMPTS))) as load:
-        got = studio.paint(Member.of(student, len(PROMPTS)), load, 1, second=True)
+    runner = ModelRunner(PROMPTS, s, folder=None, device=CPU, work=WorkCounter(1, None))
+    with runner.loaded(ModelRef.of(student, len(PROMPTS))) as load:
+        got = runner.paint(ModelRef.of(student, len(PROMPTS)), load, 1, second=True)
     row = torch.tensor([[0.0, 1.0, 0.0, 1.0]])
     for k in range(3):
         prompt = torch.tensor([1 + k])
@@ -150,18 +150,20 @@ def test_pictures_are_those_of_one_prompt_and_one_seed_each(config, prediction):
 
 
 def test_prompts_come_in_turn_and_batches_of_any_size_paint_the_same():
-    member = Member.of(dmm(), len(PROMPTS))
+    ref = ModelRef.of(dmm(), len(PROMPTS))
     painted = []
     for batch in (0, 3):
-        studio = Studio(PROMPTS, settings(count=6, batch_size=batch), None, CPU, Meter(1, None))
-        assert studio.rows(range(6)).tolist() == [1, 2, 3, 4, 1, 2]
-        with studio.visit(member) as load:
-            painted.append(studio.paint(member, load, 0))
+        runner = ModelRunner(
+            PROMPTS, settings(count=6, batch_size=batch), folder=None, device=CPU, work=WorkCounter(1, None)
+        )
+        assert runner.rows(range(6)).tolist() == [1, 2, 3, 4, 1, 2]
+        with runner.loaded(ref) as load:
+            painted.append(runner.paint(ref, load, 0))
     torch.testing.assert_close(*painted, atol=4e-3, rtol=4e-3)
 
 
 def test_memory_that_runs_out_halves_the_batch():
-    studio = Studio(PROMPTS, settings(batch_size=8), None, CPU, Meter(1, None))
+    runner = ModelRunner(PROMPTS, settings(batch_size=8), folder=None, device=CPU, work=WorkCounter(1, None))
     asked = []
 
     def work(part: slice) -> torch.Tensor:
@@ -170,7 +172,7 @@ def test_memory_that_runs_out_halves_the_batch():
             raise torch.OutOfMemoryError("no room")
         return torch.arange(part.start, part.stop)
 
-    assert studio.split(work, 7).tolist() == list(range(7)) and asked == [7, 4, 2, 2, 2, 1] and studio.batch == 2
+    assert runner.split(work, 7).tolist() == list(range(7)) and asked == [7, 4, 2, 2, 2, 1] and runner.batch == 2
 
 
 # --- figures without features -----------------------------------------------------------------------------------------
@@ -194,10 +196,10 @@ def test_eps_errors_are_in_eps_over_timesteps(prediction):
     """From the networks' own outputs, one sample at a time: rtol 1e-3."""
     student, teacher = dmm(), plain(NAMES[0], 1, prediction=prediction)
     s = settings(metrics=("eps",))
-    e = evaluate(cast(student, [teacher]), s)
-    studio = Studio(PROMPTS, s, None, CPU, Meter(1, None))
-    with studio.visit(member := Member.of(teacher, len(PROMPTS))) as load:
-        asked = noised(studio, studio.paint(member, load), False)
+    e = evaluate(lineup(student, [teacher]), s)
+    runner = ModelRunner(PROMPTS, s, folder=None, device=CPU, work=WorkCounter(1, None))
+    with runner.loaded(ref := ModelRef.of(teacher, len(PROMPTS))) as load:
+        asked = noised(runner, runner.paint(ref, load), False)
     assert asked.t.tolist() == [83, 250, 416, 583, 750, 916]
     abar = NoiseSchedule().alphas_cumprod.double()
     for k, t in enumerate(asked.t.tolist()):
@@ -253,14 +255,14 @@ def test_a_verdict_is_the_lowest_error_and_knows_how_sure_it_is():
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def untouchable(cast: Cast) -> Cast:
+def untouchable(lineup: Lineup) -> Lineup:
     def fail():
         raise AssertionError("a model was loaded before the settings were checked")
 
-    everyone = [cast.student, *cast.teachers]
-    for member in everyone:
-        member.open = fail
-    return cast
+    everyone = [lineup.student, *lineup.teachers]
+    for ref in everyone:
+        ref.open = fail
+    return lineup
 
 
 @pytest.mark.parametrize(
@@ -283,14 +285,14 @@ def untouchable(cast: Cast) -> Cast:
 )
 def test_settings_are_refused_before_anything_is_loaded(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(untouchable(cast()), settings(**changes), tmp_path / "parts")
+        evaluate(untouchable(lineup()), settings(**changes), folder=tmp_path / "parts")
     assert not (tmp_path / "parts").exists()
 
 
 def test_few_pictures_do_for_fewer_features_and_for_kid():
-    e = evaluate(cast(), settings(count=6, project=5, metrics=("fid",)))
+    e = evaluate(lineup(), settings(count=6, project=5, metrics=("fid",)))
     assert e.fid.size == 5 and e.fid.count == 6 and e.features["project"] == 5
-    assert evaluate(cast(), settings(count=6, metrics=("kid",))).kid.size == 12
+    assert evaluate(lineup(), settings(count=6, metrics=("kid",))).kid.size == 12
 
 
 def test_who_does_not_belong_is_refused():
@@ -300,21 +302,21 @@ def test_who_does_not_belong_is_refused():
         ({"teachers": [plain("ink", 1), plain("ink", 2)]}, "named twice"),
         ({"teachers": [plain("ink", 1, other)]}, "another architecture"),
         ({"teachers": [dataclasses.replace(plain("ink", 1), zero_snr=True)]}, "another noise schedule"),
-        ({"pictures": None}, "need a VAE"),
+        ({"decoder": None}, "need a VAE"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate(untouchable(cast(**changes)), settings())
+            evaluate(untouchable(lineup(**changes)), settings())
     with pytest.raises(ValueError, match="fid, kid need a feature network"):
-        evaluate(untouchable(cast(features=None)), settings())
+        evaluate(untouchable(lineup(features=None)), settings())
     with pytest.raises(ValueError, match="no prompts"):
-        evaluate(dataclasses.replace(untouchable(cast()), prompts=[""]), settings())
+        evaluate(dataclasses.replace(untouchable(lineup()), prompts=[""]), settings())
 
 
 def test_a_teacher_that_paints_nan_is_named():
     bad = plain(NAMES[1], 2)
     bad.unet.out[2].bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="paints NaN"):
-        evaluate(cast(teachers=[plain(NAMES[0], 1), bad]), settings(metrics=("pair",)))
+        evaluate(lineup(teachers=[plain(NAMES[0], 1), bad]), settings(metrics=("pair",)))
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------
@@ -325,7 +327,7 @@ class Enough(BaseException):
 
 
 def test_an_interrupted_evaluation_goes_on(tmp_path):
-    whole, seen = evaluate(cast(), settings()), []
+    whole, seen = evaluate(lineup(), settings()), []
 
     def stop(done, total, what):
         seen.append((done, total))
@@ -333,38 +335,38 @@ def test_an_interrupted_evaluation_goes_on(tmp_path):
             raise Enough
 
     with pytest.raises(Enough):
-        evaluate(cast(), settings(), tmp_path, progress=stop)
+        evaluate(lineup(), settings(), folder=tmp_path, progress=stop)
     first = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     assert first and not any(name.endswith(".tmp") for name in first)
     damaged = sorted(first)[0]
     (tmp_path / damaged).write_bytes(b"damaged")
     seen.clear()
-    again = evaluate(cast(), settings(), tmp_path, progress=lambda *a: seen.append(a[:2]))
+    again = evaluate(lineup(), settings(), folder=tmp_path, progress=lambda *a: seen.append(a[:2]))
     assert as_json(again) == as_json(whole)
     kept = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     assert [name for name in first if kept[name] != first[name]] == [damaged]
     assert seen == sorted(seen) and seen[-1] == (seen[0][1], seen[0][1]), "the bar ends where it said it would"
     # With everything there, no model is needed, and no file is written.
-    assert as_json(evaluate(untouchable(cast()), settings(), tmp_path)) == as_json(whole)
+    assert as_json(evaluate(untouchable(lineup()), settings(), folder=tmp_path)) == as_json(whole)
     assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == kept
 
 
 def test_what_changes_is_painted_anew_and_nothing_else(tmp_path):
     only = settings(metrics=("pair",), count=4)
-    evaluate(cast(), only, tmp_path)
+    evaluate(lineup(), only, folder=tmp_path)
     before = set(tmp_path.iterdir())
     assert len(before) == 9  # three models, two batches each of the teachers'
     for changes, new in (({"steps": 3}, 9), ({"seed": 1}, 9), ({"resamples": 9}, 0), ({"cfg": 3.0}, 9)):
-        evaluate(cast(), dataclasses.replace(only, **changes), tmp_path)
+        evaluate(lineup(), dataclasses.replace(only, **changes), folder=tmp_path)
         after = set(tmp_path.iterdir())
         assert len(after - before) == new, changes
         before = after
     teachers = [plain(name, i) for i, name in enumerate(NAMES, start=1)]
     teachers[1] = plain(NAMES[1], 99)
-    evaluate(cast(teachers=teachers), only, tmp_path)
+    evaluate(lineup(teachers=teachers), only, folder=tmp_path)
     assert len(set(tmp_path.iterdir()) - before) == 2
     before = set(tmp_path.iterdir())
-    evaluate(dataclasses.replace(cast(), prompts=["", "another", *PROMPTS[2:]]), only, tmp_path)
+    evaluate(dataclasses.replace(lineup(), prompts=["", "another", *PROMPTS[2:]]), only, folder=tmp_path)
     assert len(set(tmp_path.iterdir()) - before) == 9, "other words under the same states are other prompts"
 
 
@@ -372,7 +374,7 @@ def test_what_changes_is_painted_anew_and_nothing_else(tmp_path):
 
 
 def test_the_report_says_it_all(tmp_path):
-    e = evaluate(cast(base=plain("base", 7)), settings())
+    e = evaluate(lineup(base=plain("base", 7)), settings())
     e.about = {"title": "a | b"}
     files = write(e, tmp_path)
     names = {p.name for p in files}
@@ -393,7 +395,7 @@ def test_the_report_says_it_all(tmp_path):
 
 def test_figures_that_are_none_leave_no_hole(tmp_path):
     e = evaluate(
-        cast(teachers=[plain(NAMES[0], 1)], features=None, pictures=None), settings(metrics=("pair",), resamples=0)
+        lineup(teachers=[plain(NAMES[0], 1)], features=None, decoder=None), settings(metrics=("pair",), resamples=0)
     )
     text = markdown(e)
     assert "PAIR" in text and "FID" not in text and "±" not in text
@@ -402,7 +404,9 @@ def test_figures_that_are_none_leave_no_hole(tmp_path):
 
 
 def test_a_heatmap_is_dark_where_numbers_are_high():
-    picture = heatmap([[0.0, 5.0], [10.0, None]], ["a", "a rather long name of a style"], ["x", "y"], "title", "note")
+    picture = heatmap(
+        [[0.0, 5.0], [10.0, None]], ["a", "a rather long name of a style"], ["x", "y"], "title", note="note"
+    )
     assert picture.width > 2 * 74
     pixels = np.asarray(picture)
     for value, share in ((0.0, 0), (5.0, 0.5), (10.0, 1)):

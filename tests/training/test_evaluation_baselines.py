@@ -13,7 +13,7 @@ import pytest
 import torch
 from comfyui_dmm.dmm_core.unet import UNet
 from comfyui_dmm.training.config import TrainConfig
-from comfyui_dmm.training.evaluation.agreement import eps_standing, noised, stratified_error
+from comfyui_dmm.training.evaluation.agreement import eps_per_style, noised, stratified_error
 from comfyui_dmm.training.evaluation.baselines import (
     BASELINES,
     NEED_BASE,
@@ -25,16 +25,16 @@ from comfyui_dmm.training.evaluation.baselines import (
     make_baselines,
     obstacles,
 )
-from comfyui_dmm.training.evaluation.evaluate import Cast, evaluate
+from comfyui_dmm.training.evaluation.evaluate import Lineup, evaluate
 from comfyui_dmm.training.evaluation.merges import adapter_size, chain_shares, low_rank
+from comfyui_dmm.training.evaluation.model_runner import ModelRef, ModelRunner, WorkCounter
 from comfyui_dmm.training.evaluation.report import as_json, markdown, write
 from comfyui_dmm.training.evaluation.settings import SECOND_BATCH
-from comfyui_dmm.training.evaluation.studio import Member, Meter, Studio
 from comfyui_dmm.training.loop.new_student import new_student
 from comfyui_dmm.training.teachers.teacher import Teacher, soup
 
 from .families import SMALL, SMALL_XL
-from .test_evaluation import CPU, NAMES, PICTURES, PROMPTS, dmm, members, plain, small_features
+from .test_evaluation import CPU, DECODER, NAMES, PROMPTS, dmm, plain, refs, small_features
 from .test_evaluation import settings as all_settings
 
 FULL = 10_000
@@ -65,16 +65,16 @@ def family(config=SMALL, words=None) -> tuple[Teacher, list[Teacher], Teacher]:
     return everyone[0], everyone[1:4], everyone[4]
 
 
-def cast_of(student, teachers, base, names=BASELINES, rank=8, others=(), **changes) -> Cast:
-    who, all_of, first = Member.of(student, len(PROMPTS)), members(teachers), Member.of(base, len(PROMPTS))
-    made = [*others, *make_baselines(names, who, NAMES, all_of, first, rank)]
-    return Cast(
+def lineup_of(student, teachers, base, names=BASELINES, rank=8, others=(), **changes) -> Lineup:
+    who, all_of, first = ModelRef.of(student, len(PROMPTS)), refs(teachers), ModelRef.of(base, len(PROMPTS))
+    made = [*others, *make_baselines(names, who, NAMES, all_of, base=first, rank=rank)]
+    return Lineup(
         who,
         NAMES,
         all_of,
         PROMPTS,
         first,
-        **{"pictures": PICTURES, "features": small_features(), "others": made, **changes},
+        **{"decoder": DECODER, "features": small_features(), "others": made, **changes},
     )
 
 
@@ -87,8 +87,8 @@ def the_model(comparison: Comparison, place: int = 0) -> Teacher:
 
 
 def made(name: str, student, teachers, base=None, rank=8) -> Comparison:
-    first = None if base is None else Member.of(base, len(PROMPTS))
-    (one,) = make_baselines([name], Member.of(student, len(PROMPTS)), NAMES, members(teachers), first, rank)
+    first = None if base is None else ModelRef.of(base, len(PROMPTS))
+    (one,) = make_baselines([name], ModelRef.of(student, len(PROMPTS)), NAMES, refs(teachers), base=first, rank=rank)
     return one
 
 
@@ -198,8 +198,8 @@ def test_one_teacher_is_in_memory_at_a_time():
     student, teachers, base = family()
     alive, most, opened = [], [0], []
 
-    def strict(teacher: Teacher) -> Member:
-        member = Member.of(teacher, len(PROMPTS))
+    def strict(teacher: Teacher) -> ModelRef:
+        ref = ModelRef.of(teacher, len(PROMPTS))
 
         def open_it() -> Teacher:
             most[0] = max(most[0], sum(ref() is not None for ref in alive))
@@ -211,11 +211,11 @@ def test_one_teacher_is_in_memory_at_a_time():
             alive.extend(weakref.ref(one) for one in (copy.time_embed[0].weight, weights["time_embed.0.weight"]))
             return dataclasses.replace(teacher, unet=copy)
 
-        return dataclasses.replace(member, open=open_it)
+        return dataclasses.replace(ref, open=open_it)
 
-    who, all_of, first = Member.of(student, len(PROMPTS)), [strict(t) for t in teachers], strict(base)
+    who, all_of, first = ModelRef.of(student, len(PROMPTS)), [strict(t) for t in teachers], strict(base)
     for name in ("soup", "chain", "untrained", "low-rank"):
-        (one,) = make_baselines([name], who, NAMES, all_of, first)
+        (one,) = make_baselines([name], who, NAMES, all_of, base=first)
         for place in range(len(one.painters)):
             the_model(one, place)
         assert most[0] == 0, f"{name} still held {most[0]} models when it read the next"
@@ -230,7 +230,7 @@ def test_one_teacher_is_in_memory_at_a_time():
 def everything():
     """(student, teachers, base) and the evaluation of them with all baselines."""
     models = family()
-    e = evaluate(cast_of(*models), settings())
+    e = evaluate(lineup_of(*models), settings())
     return models, e
 
 
@@ -246,7 +246,7 @@ def test_everyone_is_in_one_table(everything):
     ]  # fmt: skip
     # The soup as if it were the base: other code computes its figures there.
     model = the_model(made("soup", student, teachers))
-    alone = evaluate(cast_of(student, teachers, model, ()), s)
+    alone = evaluate(lineup_of(student, teachers, model, ()), s)
     assert [f.value for f in rows["soup"].pair.own] == alone.pair.base
     assert [f.value for f in rows["soup"].fid.own] == pytest.approx(alone.fid.base)
     assert rows["soup"].fid.excess.value == pytest.approx(alone.fid.base_excess)
@@ -267,7 +267,7 @@ def test_everyone_is_in_one_table(everything):
 
 def test_a_teacher_alone_is_perfect_in_its_own_style():
     student, teachers, base = family()
-    e = evaluate(cast_of(student, teachers, base, ("teachers",)), settings(project=6))
+    e = evaluate(lineup_of(student, teachers, base, ("teachers",)), settings(project=6))
     assert e.fid.size == rows_of(e)[f"teacher {NAMES[0]}"].fid.size == 6
     for i, name in enumerate(NAMES):
         row = rows_of(e)[f"teacher {name}"]
@@ -289,11 +289,11 @@ def test_a_full_bank_is_the_teachers():
     """With everyone reading the same words, a bank of full rank scores no excess at all, and less than full some."""
     words = torch.randn(len(PROMPTS), 7, SMALL.context_dim, generator=torch.Generator().manual_seed(1))
     student, teachers, base = family(words=words)
-    e = evaluate(cast_of(student, teachers, base, ("low-rank",), rank=FULL), settings())
+    e = evaluate(lineup_of(student, teachers, base, ("low-rank",), rank=FULL), settings())
     row = rows_of(e)["low-rank bank"]
     assert row.fid.m == e.fid.floor and row.fid.excess.value == row.fid.leak.value == row.kid.excess.value == 0
     assert [f.value for f in (*row.pair.own, *row.eps.own)] == [0] * 6
-    both = cast_of(student, teachers, base, ("soup", "low-rank"), rank=2)
+    both = lineup_of(student, teachers, base, ("soup", "low-rank"), rank=2)
     others = rows_of(evaluate(both, settings(metrics=("pair", "eps"))))
     less, soup_of = others["low-rank bank"], others["soup"]
     assert both.others[1].finish.__self__._soup is None, "the bank's soup is not kept"
@@ -303,9 +303,11 @@ def test_a_full_bank_is_the_teachers():
 def test_the_student_also_is_the_student(tmp_path):
     """Its row by ``another_student`` has the student's figures; another one with the styles in another order is read by name."""
     student, teachers, base = family()
-    who = Member.of(student, len(PROMPTS))
+    who = ModelRef.of(student, len(PROMPTS))
     e = evaluate(
-        cast_of(student, teachers, base, (), others=[another_student("again", who, NAMES, NAMES)]), settings(), tmp_path
+        lineup_of(student, teachers, base, (), others=[another_student("again", who, NAMES, NAMES)]),
+        settings(),
+        folder=tmp_path,
     )
     row = rows_of(e)["again"]
     assert row.fid == e.fid or dataclasses.replace(row.fid, base=e.fid.base, base_excess=e.fid.base_excess) == e.fid
@@ -315,12 +317,14 @@ def test_the_student_also_is_the_student(tmp_path):
     turned.unet = UNet(student.unet.config).requires_grad_(False)
     turned.unet.load_state_dict(student.unet.state_dict())
     turned.unet.model_embedding.weight.copy_(student.unet.model_embedding.weight.flip(0))
-    other = another_student("turned", Member.of(turned, len(PROMPTS)), NAMES[::-1], NAMES)
-    e = evaluate(cast_of(student, teachers, base, (), others=[other]), settings(metrics=("pair", "eps")), tmp_path)
+    other = another_student("turned", ModelRef.of(turned, len(PROMPTS)), NAMES[::-1], NAMES)
+    e = evaluate(
+        lineup_of(student, teachers, base, (), others=[other]), settings(metrics=("pair", "eps")), folder=tmp_path
+    )
     assert [f.value for f in rows_of(e)["turned"].pair.own] == pytest.approx([f.value for f in e.pair.own], abs=1e-4)
     with pytest.raises(ValueError, match=f"'short' has no style called '{NAMES[2]}'"):
         another_student("short", who, NAMES[:2], NAMES)
-    assert another_student("plain", Member.of(base, len(PROMPTS)), [], NAMES).painters[0][1] is None
+    assert another_student("plain", ModelRef.of(base, len(PROMPTS)), [], NAMES).painters[0][1] is None
 
 
 def test_the_scale_is_chosen_on_pictures_of_its_own():
@@ -332,16 +336,16 @@ def test_the_scale_is_chosen_on_pictures_of_its_own():
     theirs, first = range(apart.seed, apart.seed + apart.count), range(s.seed, s.seed + 100_000)
     assert theirs.start == s.seed + TUNING_BATCH and not {*theirs} & {*first}
     assert not {*theirs} & {k + SECOND_BATCH for k in first}
-    meter = Meter(1, lambda *a: seen.append(a))
-    found = tuning.settle(Studio(PROMPTS, s, None, CPU, meter), "task vectors")
-    assert meter.done == tuning.work(s) and found.name == "task vectors"
-    studio = Studio(PROMPTS, apart, None, CPU, Meter(1, None))
+    work = WorkCounter(1, lambda *a: seen.append(a))
+    found = tuning.settle(ModelRunner(PROMPTS, s, folder=None, device=CPU, work=work), "task vectors")
+    assert work.done == tuning.work(s) and found.name == "task vectors"
+    runner = ModelRunner(PROMPTS, apart, folder=None, device=CPU, work=WorkCounter(1, None))
     errors = {}
     for scale in tuning.scales:
         model, total = the_model(tuning.merged(scale)), 0.0
         for teacher in teachers:
-            with studio.visit(member := Member.of(teacher, len(PROMPTS))) as load:
-                asked = noised(studio, studio.paint(member, load), False)
+            with runner.loaded(ref := ModelRef.of(teacher, len(PROMPTS))) as load:
+                asked = noised(runner, runner.paint(ref, load), False)
             ours = model.unet(asked.x_t, asked.t, model.contexts[asked.rows])
             want = teacher.unet(asked.x_t, asked.t, teacher.contexts[asked.rows])
             total += (ours - want).square().mean().item() / 3
@@ -356,7 +360,7 @@ def test_it_goes_on_where_it_stopped(tmp_path, everything):
     """Everything is kept in parts; a bar that ends where it said; with everything there no model is read."""
     (student, teachers, base), whole = everything
     s, seen = settings(), []
-    evaluate(cast_of(student, teachers, base), s, tmp_path, progress=lambda *a: seen.append(a[:2]))
+    evaluate(lineup_of(student, teachers, base), s, folder=tmp_path, progress=lambda *a: seen.append(a[:2]))
     assert seen == sorted(seen) and seen[-1] == (seen[0][1], seen[0][1])
     assert sum(done == total for done, total in seen) == 1, "not before the end"
     kept = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
@@ -364,18 +368,18 @@ def test_it_goes_on_where_it_stopped(tmp_path, everything):
     def fail():
         raise AssertionError("a model was read again")
 
-    again = cast_of(student, teachers, base)
+    again = lineup_of(student, teachers, base)
     for one in again.others:
-        for member, _ in one.painters:
-            member.open = fail
-    for member in (again.student, again.base, *again.teachers):
-        member.open = fail
-    e = evaluate(again, s, tmp_path)
+        for ref, _ in one.painters:
+            ref.open = fail
+    for ref in (again.student, again.base, *again.teachers):
+        ref.open = fail
+    e = evaluate(again, s, folder=tmp_path)
     assert as_json(e) == as_json(whole) and {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == kept
     # Another teacher in third place is another soup, and the first two paint what they painted.
     torch.manual_seed(99)
     changed = [*teachers[:2], dataclasses.replace(teachers[2], unet=UNet(SMALL))]
-    a, b = (cast_of(student, those, base) for those in (teachers, changed))
+    a, b = (lineup_of(student, those, base) for those in (teachers, changed))
     for x, y in zip(a.others, b.others):
         if x.painters:
             same = x.name in ("untrained", f"teacher {NAMES[0]}", f"teacher {NAMES[1]}")
@@ -392,7 +396,7 @@ def test_eps_errors_have_the_spread_of_repeated_experiments():
     student = 0.3 * level * (1 + shared) * (1 + 0.2 * torch.rand(draws, 2, bins * per_bin, generator=g))
     values, spreads, ratios, ratio_spreads, means, mean_spreads = [], [], [], [], [], []
     for x, b in zip(student, base):
-        own, share = eps_standing(["a", "b"], bins, x, b)
+        own, share = eps_per_style(["a", "b"], bins, x, b)
         values.append(own.own[0].value), spreads.append(own.own[0].spread)
         means.append(own.mean.value), mean_spreads.append(own.mean.spread)
         ratios.append(share.mean.value), ratio_spreads.append(share.mean.spread)
@@ -447,12 +451,12 @@ def test_the_report_has_the_table(tmp_path, everything):
 
 def test_without_features_or_a_base_there_is_still_a_table():
     student, teachers, _ = family()
-    who, all_of = Member.of(student, len(PROMPTS)), members(teachers)
-    others = make_baselines(("soup",), who, NAMES, all_of, None)
-    e = evaluate(Cast(who, NAMES, all_of, PROMPTS, others=others), settings(metrics=("pair",), resamples=0))
+    who, all_of = ModelRef.of(student, len(PROMPTS)), refs(teachers)
+    others = make_baselines(("soup",), who, NAMES, all_of, base=None)
+    e = evaluate(Lineup(who, NAMES, all_of, PROMPTS, others=others), settings(metrics=("pair",), resamples=0))
     text = markdown(e)
     assert "## Beside other models" in text and "| soup |" in text and "FID" not in text and "±" not in text
-    assert "## Beside" not in markdown(evaluate(Cast(who, NAMES, all_of, PROMPTS), settings(metrics=("pair",))))
+    assert "## Beside" not in markdown(evaluate(Lineup(who, NAMES, all_of, PROMPTS), settings(metrics=("pair",))))
 
 
 def test_names_of_baselines():
@@ -464,29 +468,29 @@ def test_names_of_baselines():
 
 def test_what_cannot_be_made_is_refused_by_name():
     student, teachers, base = family()
-    who, all_of, first = Member.of(student, len(PROMPTS)), members(teachers), Member.of(base, len(PROMPTS))
+    who, all_of, first = ModelRef.of(student, len(PROMPTS)), refs(teachers), ModelRef.of(base, len(PROMPTS))
     for name in NEED_BASE:
         with pytest.raises(
             ValueError, match=f"{name}: needs the base model.*Possible here: soup, chain, low-rank, teachers"
         ):
-            make_baselines([name], who, NAMES, all_of, None)
-    mixed = members([*teachers[:2], dataclasses.replace(teachers[2], prediction="v")])
+            make_baselines([name], who, NAMES, all_of, base=None)
+    mixed = refs([*teachers[:2], dataclasses.replace(teachers[2], prediction="v")])
     assert set(obstacles(mixed, first)) == {"soup", "chain", "task-vectors", "low-rank"}
     with pytest.raises(
         ValueError, match=rf"soup, chain: weights that predict different things.*'{NAMES[2]}' predict v"
     ):
-        make_baselines(["soup", "chain"], who, NAMES, mixed, first)
-    assert len(make_baselines(["teachers", "untrained"], who, NAMES, mixed, first)) == 4
-    all_v = members([dataclasses.replace(one, prediction="v") for one in teachers])
+        make_baselines(["soup", "chain"], who, NAMES, mixed, base=first)
+    assert len(make_baselines(["teachers", "untrained"], who, NAMES, mixed, base=first)) == 4
+    all_v = refs([dataclasses.replace(one, prediction="v") for one in teachers])
     assert set(obstacles(all_v, first)) == {"task-vectors"}, "the base predicts eps"
-    assert the_model(make_baselines(["soup"], who, NAMES, all_v, first)[0]).prediction == "v"
+    assert the_model(make_baselines(["soup"], who, NAMES, all_v, base=first)[0]).prediction == "v"
     with pytest.raises(ValueError, match="rank is 0"):
-        make_baselines(["low-rank"], who, NAMES, all_of, first, 0)
-    again = [Comparison("soup", ((first, None),)), *make_baselines(["soup"], who, NAMES, all_of, first)]
+        make_baselines(["low-rank"], who, NAMES, all_of, base=first, rank=0)
+    again = [Comparison("soup", ((first, None),)), *make_baselines(["soup"], who, NAMES, all_of, base=first)]
     with pytest.raises(ValueError, match="two models to compare have one name"):
-        evaluate(Cast(who, NAMES, all_of, PROMPTS, others=again), settings(metrics=("pair",)))
-    small = Member.of(plain("small", 1, dataclasses.replace(SMALL, model_channels=32)), len(PROMPTS))
+        evaluate(Lineup(who, NAMES, all_of, PROMPTS, others=again), settings(metrics=("pair",)))
+    small = ModelRef.of(plain("small", 1, dataclasses.replace(SMALL, model_channels=32)), len(PROMPTS))
     with pytest.raises(ValueError, match="another architecture.*'small'"):
         evaluate(
-            Cast(who, NAMES, all_of, PROMPTS, others=[Comparison("x", ((small, None),))]), settings(metrics=("pair",))
+            Lineup(who, NAMES, all_of, PROMPTS, others=[Comparison("x", ((small, None),))]), settings(metrics=("pair",))
         )

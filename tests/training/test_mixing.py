@@ -16,7 +16,7 @@ from comfyui_dmm.training.evaluation.features import FeatureNet
 from comfyui_dmm.training.evaluation.identify import identify
 from comfyui_dmm.training.evaluation.mixing.figures import (
     KINDS,
-    Seen,
+    Observations,
     compare,
     figures,
     layout_distances,
@@ -24,33 +24,33 @@ from comfyui_dmm.training.evaluation.mixing.figures import (
     spearman,
     weights_of,
 )
-from comfyui_dmm.training.evaluation.mixing.judge_mixing import MixingCast, judge_mixing
+from comfyui_dmm.training.evaluation.mixing.judge_mixing import MixingLineup, judge_mixing
 from comfyui_dmm.training.evaluation.mixing.judges import caption_truth, wins
 from comfyui_dmm.training.evaluation.mixing.mixers import blended, merged
 from comfyui_dmm.training.evaluation.mixing.report import COLOURS, figure_text, markdown, plots, write
+from comfyui_dmm.training.evaluation.model_runner import ModelRef, ModelRunner, PixelDecoder, WorkCounter
 from comfyui_dmm.training.evaluation.report import as_json
-from comfyui_dmm.training.evaluation.studio import Member, Meter, Pictures, Studio
 from comfyui_dmm.training.teachers.teacher import Teacher
 from PIL import Image
 from scipy.stats import spearmanr
 from torch import nn
 
 from .families import SMALL
-from .test_evaluation import CPU, NAMES, PICTURES, PROMPTS, Enough, as_pixels, dmm, members, plain, settings
-from .test_evaluation import cast as evaluation_cast
+from .test_evaluation import CPU, DECODER, NAMES, PROMPTS, Enough, as_pixels, dmm, plain, refs, settings
+from .test_evaluation import lineup as evaluation_lineup
 
 W5 = [0.0, 0.25, 0.5, 0.75, 1.0]
 ONCE = torch.ones(1, 1, dtype=torch.float64)
 
 
-def seen(scores, **other) -> Seen:
+def observations(scores, **other) -> Observations:
     scores = torch.tensor(np.array(scores), dtype=torch.float32)
     nothing = torch.zeros_like(scores)
-    return Seen(scores, **{"neither": nothing, "to_first": nothing, "to_second": nothing, **other})
+    return Observations(scores, **{"neither": nothing, "to_first": nothing, "to_second": nothing, **other})
 
 
 def of_curve(values, ratios) -> dict[str, float]:
-    return {name: v.item() for name, v in figures(seen([values]), ratios, ONCE).items()}
+    return {name: v.item() for name, v in figures(observations([values]), ratios, ONCE).items()}
 
 
 # --- figures of known curves ------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_rank_correlations_are_scipys():
 def test_neither_content_and_layout_are_averages_over_the_path():
     """Uneven ratios: the share of the path is an integral, the others means between the ends. Captions that name nothing do not count."""
     ratios, nan = [0.0, 0.1, 1.0], math.nan
-    one = seen(
+    one = observations(
         [[0, 0.5, 1], [0, 0.5, 1], [0, 0.5, 1]],
         neither=torch.tensor([[0.0, 1, 0], [0, 1, 0], [0, 0, 0]]),
         content=torch.tensor([[1.0, 0, 1], [1, 1, 0], [nan, nan, nan]]),
@@ -124,7 +124,7 @@ def test_resamples_draw_prompts():
     assert (weights[1:, 0] != weights[1:, 2]).any() and (weights[1:, 2] != weights[1:, 3]).any()
     g = torch.Generator().manual_seed(0)
     score = torch.rand(40, 1, generator=g) * torch.tensor([[0.0, 0.5, 1.0]])
-    reach = figures(seen(score.tolist()), [0, 0.5, 1], weights_of(range(40), 4000, 1))["reach"]
+    reach = figures(observations(score.tolist()), [0, 0.5, 1], weights_of(range(40), 4000, 1))["reach"]
     want = score[:, -1].double().std(correction=0).item() / 40**0.5
     assert reach[1:].std().item() == pytest.approx(want, rel=0.1)
     assert weights_of([5, 5, 5], 20, 0)[1:].std() > 0.3, "of one prompt the pictures themselves are drawn"
@@ -210,11 +210,11 @@ def test_known_curves_come_out():
     """Through painting, decoding, judging and averaging; pixels have 8 bits, so probabilities are within 0.01."""
     prompts = ["", "a star", "a green cat"]
     teacher = Teacher("student", Known(), torch.zeros(3, 7, SMALL.context_dim))
-    cast = MixingCast(
-        Member("student", "known", lambda: teacher, teacher.unet.config), NAMES, [], prompts, PICTURES, judge()
+    lineup = MixingLineup(
+        ModelRef("student", "known", lambda: teacher, teacher.unet.config), NAMES, [], prompts, DECODER, judge()
     )
     w = np.linspace(0, 1, 9)
-    m = judge_mixing(cast, settings(count=3), [(NAMES[0], NAMES[1])], w.tolist(), ["blend", "predictions"])
+    m = judge_mixing(lineup, settings(count=3), [(NAMES[0], NAMES[1])], w.tolist(), paths=["blend", "predictions"])
     (pair,) = m.pairs
     for path, g in (("blend", (2 * w**2 - 1) / 2), ("predictions", (2 * w - 1) / 2)):
         logits = np.stack([-4 * g, 4 * g, np.full(9, 1.1)])
@@ -251,21 +251,24 @@ def test_captions_are_read_for_shape_and_colour():
 # --- who paints what --------------------------------------------------------------------------------------------------
 
 
-def mixing_cast(student=None, teachers=None, **changes) -> MixingCast:
+def mixing_lineup(student=None, teachers=None, **changes) -> MixingLineup:
     teachers = teachers or [plain(name, i) for i, name in enumerate(NAMES, start=1)]
-    return MixingCast(
-        Member.of(student or dmm(), len(PROMPTS)),
+    return MixingLineup(
+        ModelRef.of(student or dmm(), len(PROMPTS)),
         NAMES,
-        members(teachers),
+        refs(teachers),
         PROMPTS,
-        **{"pictures": PICTURES, **changes},
+        **{"decoder": DECODER, **changes},
     )
 
 
 def painted(teacher: Teacher, s, style=None) -> torch.Tensor:
-    studio, member = Studio(PROMPTS, s, None, CPU, Meter(1, None)), Member.of(teacher, len(PROMPTS))
-    with studio.visit(member) as load:
-        return studio.paint(member, load, style)
+    runner, ref = (
+        ModelRunner(PROMPTS, s, folder=None, device=CPU, work=WorkCounter(1, None)),
+        ModelRef.of(teacher, len(PROMPTS)),
+    )
+    with runner.loaded(ref) as load:
+        return runner.paint(ref, load, style)
 
 
 def by_hand(unet, contexts, s, k: int, row=None) -> torch.Tensor:
@@ -280,7 +283,11 @@ def test_the_ends_are_the_pure_styles_and_teachers_bit_for_bit():
     s, student = settings(count=3), dmm()
     teachers = [plain(name, i) for i, name in enumerate(NAMES, start=1)]
     m = judge_mixing(
-        mixing_cast(student, teachers), s, [(NAMES[2], NAMES[0])], [0, 0.25, 1], ["blend", "merge", "predictions"]
+        mixing_lineup(student, teachers),
+        s,
+        [(NAMES[2], NAMES[0])],
+        [0, 0.25, 1],
+        paths=["blend", "merge", "predictions"],
     )
     shown = m.shown[(NAMES[2], NAMES[0])]
     for end, index in ((0, 2), (-1, 0)):
@@ -301,7 +308,11 @@ def test_between_the_ends_codes_weights_and_predictions_are_mixed():
     s, student = settings(count=2, seed=3), dmm()
     teachers = [plain(name, i) for i, name in enumerate(NAMES, start=1)]
     m = judge_mixing(
-        mixing_cast(student, teachers), s, [(NAMES[0], NAMES[2])], [0, 0.25, 1], ["blend", "merge", "predictions"]
+        mixing_lineup(student, teachers),
+        s,
+        [(NAMES[0], NAMES[2])],
+        [0, 0.25, 1],
+        paths=["blend", "merge", "predictions"],
     )
     shown = m.shown[(NAMES[0], NAMES[2])]
     row = style_rows(Blend(mix({NAMES[0]: 1}), mix({NAMES[2]: 1}), 0.25), vocabulary(NAMES))
@@ -331,23 +342,23 @@ def test_equal_codes_are_flat():
     """Codes that are equal: every ratio paints the same (1e-2 of float16 latents), and nothing rises, falls or turns."""
     student = dmm()
     student.unet.model_embedding.weight[1] = student.unet.model_embedding.weight[0]
-    m = judge_mixing(mixing_cast(student), settings(count=3), [(NAMES[0], NAMES[1])], W5, ["blend"])
+    m = judge_mixing(mixing_lineup(student), settings(count=3), [(NAMES[0], NAMES[1])], W5, paths=["blend"])
     latents = m.shown[(NAMES[0], NAMES[1])]["blend"].float()
     assert (latents - latents[:, :1]).abs().max() < 1e-2 < latents.std()
     f = m.pairs[0].paths["blend"].figures
     # A judge that sees no difference wins half of the draws, but for float noise in its own errors.
     assert f["layout"].value < 1e-4 and m.against == {}
-    other = judge_mixing(mixing_cast(student), settings(count=3), [(NAMES[0], NAMES[2])], W5, ["blend"])
+    other = judge_mixing(mixing_lineup(student), settings(count=3), [(NAMES[0], NAMES[2])], W5, paths=["blend"])
     assert other.pairs[0].paths["blend"].figures["layout"].value > 100 * f["layout"].value
 
 
 def test_the_student_judges_by_the_sign_of_each_draw():
     """Recomputed from ``identify`` one picture at a time; ties count half."""
     s, student = settings(count=3, own_draws=5), dmm()
-    m = judge_mixing(mixing_cast(student), s, [(NAMES[1], NAMES[2])], [0, 0.5, 1], ["blend"])
+    m = judge_mixing(mixing_lineup(student), s, [(NAMES[1], NAMES[2])], [0, 0.5, 1], paths=["blend"])
     ends = [painted(student, s, index) for index in (1, 2)]
     for place, latents in ((0, ends[0]), (2, ends[1])):
-        verdicts = identify(student, NAMES, latents, torch.tensor([1, 2, 3]), 5, s.seed)
+        verdicts = identify(student, NAMES, latents, torch.tensor([1, 2, 3]), draws=5, seed=s.seed)
         score = np.mean([(v.errors[:, 1] > v.errors[:, 2]).float().mean().item() for v in verdicts])
         neither = np.mean([v.name not in NAMES[1:] for v in verdicts])
         curve = m.pairs[0].paths["blend"].curves
@@ -368,19 +379,19 @@ def test_merging_needs_one_kind_of_model():
     long = dataclasses.replace(plain("pen", 2), contexts=torch.randn(len(PROMPTS), 14, SMALL.context_dim))
     texts = merged(a, long, 0.5, len(PROMPTS)).contexts
     torch.testing.assert_close(texts, (torch.cat([a.contexts, a.contexts], 1) + long.contexts) / 2)
-    assert merged(a, long, 0.5, len(PROMPTS), torch.float16).unet.dtype == torch.float16
+    assert merged(a, long, 0.5, len(PROMPTS), dtype=torch.float16).unet.dtype == torch.float16
 
 
 # --- refusals, going on -----------------------------------------------------------------------------------------------
 
 
-def untouchable(cast: MixingCast) -> MixingCast:
+def untouchable(lineup: MixingLineup) -> MixingLineup:
     def fail():
         raise AssertionError("a model was loaded before everything was checked")
 
-    for member in (cast.student, *cast.teachers):
-        member.open = fail
-    return cast
+    for ref in (lineup.student, *lineup.teachers):
+        ref.open = fail
+    return lineup
 
 
 PAIR = [(NAMES[0], NAMES[2])]
@@ -405,7 +416,7 @@ PAIR = [(NAMES[0], NAMES[2])]
 def test_what_makes_no_sense_is_refused_before_anything_is_loaded(tmp_path, changes, message):
     given = {"settings": settings(count=2), "pairs": PAIR, "ratios": W5, "paths": ["blend", "merge"], **changes}
     with pytest.raises(ValueError, match=message):
-        judge_mixing(untouchable(mixing_cast()), **given, folder=tmp_path / "parts")
+        judge_mixing(untouchable(mixing_lineup()), **given, folder=tmp_path / "parts")
     assert not (tmp_path / "parts").exists()
 
 
@@ -423,24 +434,28 @@ def test_who_does_not_belong_is_refused():
         ),
         ({"teachers": [plain("ink", 1), plain("echo", 2, prediction="v")]}, "'ink' predicts eps and 'echo' v"),
         ({"classifier": strange}, "the classifier does not know echo: it knows ink, oil"),
-        ({"classifier": evaluation_cast().features}, "it knows no looks at all"),
-        ({"classifier": judge(), "pictures": None}, "needs a VAE"),
+        ({"classifier": evaluation_lineup().features}, "it knows no looks at all"),
+        ({"classifier": judge(), "decoder": None}, "needs a VAE"),
     ):
         with pytest.raises(ValueError, match=message):
-            judge_mixing(untouchable(mixing_cast(**changes)), settings(count=2), PAIR)
+            judge_mixing(untouchable(mixing_lineup(**changes)), settings(count=2), PAIR)
     with pytest.raises(ValueError, match="no prompts"):
-        judge_mixing(dataclasses.replace(untouchable(mixing_cast()), prompts=[""]), settings(count=2), PAIR)
-    judge_mixing(mixing_cast(teachers=[plain("ink", 1)]), settings(count=2), PAIR, [0, 0.5, 1], ["blend"])
+        judge_mixing(dataclasses.replace(untouchable(mixing_lineup()), prompts=[""]), settings(count=2), PAIR)
+    judge_mixing(mixing_lineup(teachers=[plain("ink", 1)]), settings(count=2), PAIR, [0, 0.5, 1], paths=["blend"])
     with pytest.raises(ValueError, match="named twice"):  # where they are not needed, too
         judge_mixing(
-            mixing_cast(teachers=[plain("ink", 1), plain("ink", 2)]), settings(count=2), PAIR, [0, 0.5, 1], ["blend"]
+            mixing_lineup(teachers=[plain("ink", 1), plain("ink", 2)]),
+            settings(count=2),
+            PAIR,
+            [0, 0.5, 1],
+            paths=["blend"],
         )
 
 
 @pytest.mark.parametrize("classifier", [False, True])
 def test_an_interrupted_run_goes_on(tmp_path, classifier):
     """The same figures, nothing painted twice, no model loaded when all is there; the bar rises to what it announced."""
-    cast = lambda: mixing_cast(classifier=judge() if classifier else None)  # noqa: E731
+    lineup = lambda: mixing_lineup(classifier=judge() if classifier else None)  # noqa: E731
     pairs = [(NAMES[0], NAMES[1]), (NAMES[1], NAMES[2])]
     call = {
         "settings": settings(count=2),
@@ -449,7 +464,7 @@ def test_an_interrupted_run_goes_on(tmp_path, classifier):
         "paths": ["blend", "merge", "predictions"],
     }
     data = lambda m: as_json(dataclasses.replace(m, shown={}))  # noqa: E731
-    whole, done = judge_mixing(cast(), **call), []
+    whole, done = judge_mixing(lineup(), **call), []
 
     def stop(*a):
         done.append(a)
@@ -457,19 +472,19 @@ def test_an_interrupted_run_goes_on(tmp_path, classifier):
             raise Enough
 
     with pytest.raises(Enough):
-        judge_mixing(cast(), **call, folder=tmp_path, progress=stop)
+        judge_mixing(lineup(), **call, folder=tmp_path, progress=stop)
     first = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     assert first
     done.clear()
-    again = judge_mixing(cast(), **call, folder=tmp_path, progress=lambda *a: done.append(a[:2]))
+    again = judge_mixing(lineup(), **call, folder=tmp_path, progress=lambda *a: done.append(a[:2]))
     assert data(again) == data(whole)
     kept = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     assert all(kept[name] == first[name] for name in first)
     assert done == sorted(done) and done[-1] == (done[0][1], done[0][1]) and done[-2][0] == done[-2][1] - 1
-    assert data(judge_mixing(untouchable(cast()), **call, folder=tmp_path)) == data(whole)
+    assert data(judge_mixing(untouchable(lineup()), **call, folder=tmp_path)) == data(whole)
     # Another order of a pair is the same pictures in another order.
     call["pairs"] = [pair[::-1] for pair in pairs]
-    back = judge_mixing(untouchable(cast()), **call, folder=tmp_path)
+    back = judge_mixing(untouchable(lineup()), **call, folder=tmp_path)
     assert not torch.equal(*whole.shown[pairs[0]]["blend"][:, 1:3].unbind(1)), "each ratio has parts of its own"
     assert torch.equal(back.shown[pairs[0][::-1]]["merge"].flip(1), whole.shown[pairs[0]]["merge"])
 
@@ -478,9 +493,9 @@ def test_the_ends_are_those_of_an_evaluation(tmp_path):
     """In one folder, what ``evaluate`` has painted is not painted again."""
     s, student = settings(count=4, metrics=("pair",)), dmm()
     teachers = [plain(name, i) for i, name in enumerate(NAMES, start=1)]
-    evaluate(evaluation_cast(student, teachers), s, tmp_path)
+    evaluate(evaluation_lineup(student, teachers), s, folder=tmp_path)
     before = len(list(tmp_path.iterdir()))
-    judge_mixing(mixing_cast(student, teachers, classifier=judge()), s, PAIR, [0, 0.5, 1], folder=tmp_path)
+    judge_mixing(mixing_lineup(student, teachers, classifier=judge()), s, PAIR, [0, 0.5, 1], folder=tmp_path)
     assert len(list(tmp_path.iterdir())) - before == 2 + 6, "two mixes, and what the judge sees of six"
 
 
@@ -489,9 +504,9 @@ def test_the_ends_are_those_of_an_evaluation(tmp_path):
 
 def test_the_report_says_it_all(tmp_path):
     pairs = [(NAMES[0], NAMES[1]), (NAMES[0], NAMES[2])]
-    m = judge_mixing(mixing_cast(classifier=judge()), settings(count=6), pairs, [0, 0.5, 1])
+    m = judge_mixing(mixing_lineup(classifier=judge()), settings(count=6), pairs, [0, 0.5, 1])
     m.about = {"title": "a title"}
-    files = [p.name for p in write(m, tmp_path, PICTURES)]
+    files = [p.name for p in write(m, tmp_path, DECODER)]
     assert files == ["mixing.json", "mixing.md", "curves.png", "strip-01-ink-p-pe-n.jpg", "strip-02-ink-echo.jpg"]
     found = json.loads((tmp_path / "mixing.json").read_text(encoding="utf-8"))
     assert found["pairs"][1]["second"] == "echo" and found["ratios"] == [0, 0.5, 1] and not found["shown"]
@@ -507,7 +522,7 @@ def test_the_report_says_it_all(tmp_path):
     assert "DMM less weight merging" in text and text.startswith("# a title")
     strip = Image.open(tmp_path / files[-1])
     assert strip.width > 3 * 64 and strip.height > 4 * 64, "two prompts on two paths, three ratios"
-    nothing = judge_mixing(mixing_cast(), settings(count=2, resamples=0), PAIR, [0, 0.5, 1], ["blend"])
+    nothing = judge_mixing(mixing_lineup(), settings(count=2, resamples=0), PAIR, [0, 0.5, 1], paths=["blend"])
     json.dumps(as_json(dataclasses.replace(nothing, shown={})), allow_nan=False)
     assert "±" not in markdown(nothing) and [p.name for p in write(nothing, tmp_path)][-1] == "curves.png"
 
@@ -521,9 +536,9 @@ def test_numbers_that_are_none_are_dashes():
 def test_a_plot_shows_the_curves():
     """The blend's curve is where its numbers are: in columns at a ratio, the middle of what has its colour; 4 pixels of 150."""
     teacher = Teacher("student", Known(), torch.zeros(3, 7, SMALL.context_dim))
-    member = Member("student", "known", lambda: teacher, teacher.unet.config)
-    cast = MixingCast(member, NAMES, [], ["", "a star", "a green cat"], PICTURES, judge())
-    m = judge_mixing(cast, settings(count=2), [(NAMES[0], NAMES[1])], W5, ["blend"])
+    ref = ModelRef("student", "known", lambda: teacher, teacher.unet.config)
+    lineup = MixingLineup(ref, NAMES, [], ["", "a star", "a green cat"], DECODER, judge())
+    m = judge_mixing(lineup, settings(count=2), [(NAMES[0], NAMES[1])], W5, paths=["blend"])
     for of_curve in (m.pairs[0].paths["blend"].curves,):
         of_curve.pop("away")
     pixels = np.asarray(plots(m)).astype(int)
@@ -539,8 +554,8 @@ def test_a_plot_shows_the_curves():
 
 
 def test_pictures_of_any_size_fit_a_strip():
-    m = judge_mixing(mixing_cast(), settings(count=2), PAIR, [0, 0.5, 1], ["blend"])
+    m = judge_mixing(mixing_lineup(), settings(count=2), PAIR, [0, 0.5, 1], paths=["blend"])
     from comfyui_dmm.training.evaluation.mixing.report import strip
 
-    large = Pictures(lambda z: as_pixels(z).repeat_interleave(8, 2).repeat_interleave(8, 3), "large")
+    large = PixelDecoder(lambda z: as_pixels(z).repeat_interleave(8, 2).repeat_interleave(8, 3), "large")
     assert strip(m, m.pairs[0], large).width < 3 * 256 + 200

@@ -9,10 +9,11 @@ import torch
 
 from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.unet import unet_config_from_state_dict
+from ..data.text_states import TextStates
 from ..evaluation.baselines import ALL, BASELINES, RANK, another_student, choose_baselines, make_baselines
 from ..evaluation.settings import METRICS, OF_FEATURES, EvaluationSettings
 from .arguments import named_file, size
-from .evaluation_inputs import TextStates, decoder, going_on, is_small, member, painting, prompts_of
+from .evaluation_inputs import going_on, is_small, model_ref, painting, prompts_of, vae_decoder
 
 
 def add_parser(commands) -> None:
@@ -69,10 +70,10 @@ def run(args) -> None:
     from ..parallel.devices import pick_device
 
     device = pick_device(args.device)
-    cast, settings = gather(args, device)
+    lineup, settings = gather(args, device)
     folder = Path(args.output)
     with going_on(folder) as (parts, bar):
-        result = evaluate(cast, settings, parts, device, bar)
+        result = evaluate(lineup, settings, folder=parts, device=device, progress=bar)
     result.about = {
         "title": f"{Path(args.model).name} against its teachers",
         "model": Path(args.model).name,
@@ -88,8 +89,8 @@ def run(args) -> None:
 
 
 def gather(args, device: torch.device):
-    """(Cast, EvaluationSettings) of a command line. Raises ValueError for files that do not belong together."""
-    from ..evaluation.evaluate import Cast
+    """(Lineup, EvaluationSettings) of a command line. Raises ValueError for files that do not belong together."""
+    from ..evaluation.evaluate import Lineup
     from ..evaluation.features import DEMO_FILE, load_features
     from ..teachers.models import as_checkpoint, base_with_parts
 
@@ -105,27 +106,29 @@ def gather(args, device: torch.device):
     needs_features = bool(set(metrics) & set(OF_FEATURES))
     text = TextStates(prompts)
     styles = [style.name for style in student.styles]
-    painter = member("student", student, student, text, keep=True)
-    teachers = [member(name, as_checkpoint(file, student), student, text, file) for name, file in args.teacher]
-    base = member("base", as_checkpoint(args.base, student), student, text, args.base) if args.base else None
-    others = [another(name, file, student, text, [teacher.name for teacher in teachers]) for name, file in args.also]
-    cast = Cast(
+    painter = model_ref("student", student, student, text, keep=True)
+    teachers = [model_ref(name, as_checkpoint(file, student), student, text, file=file) for name, file in args.teacher]
+    base = model_ref("base", as_checkpoint(args.base, student), student, text, file=args.base) if args.base else None
+    others = [
+        another(name, file, student, text, teachers=[teacher.name for teacher in teachers]) for name, file in args.also
+    ]
+    lineup = Lineup(
         painter,
         styles,
         teachers,
         prompts,
         base,
-        decoder(student, config, device) if needs_features else None,
+        vae_decoder(student, config, device) if needs_features else None,
         load_features(features_file) if needs_features and features_file else None,
-        [*others, *make_baselines(chosen, painter, styles, teachers, base, args.rank)],
+        [*others, *make_baselines(chosen, painter, styles, teachers, base=base, rank=args.rank)],
     )
-    return cast, settings
+    return lineup, settings
 
 
-def another(name: str, file: str, student: Checkpoint, text: TextStates, teachers: Sequence[str]):
+def another(name: str, file: str, student: Checkpoint, text: TextStates, *, teachers: Sequence[str]):
     """Of ``--also``."""
     from ..teachers.models import as_checkpoint
 
     checkpoint = as_checkpoint(file, student)
-    one = member(name, checkpoint, student, text, file, styled=True)
+    one = model_ref(name, checkpoint, student, text, file=file, styled=True)
     return another_student(name, one, [style.name for style in checkpoint.styles], teachers)

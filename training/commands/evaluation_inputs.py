@@ -13,8 +13,9 @@ import torch
 from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.unet import UNetConfig, load_unet, unet_config_from_state_dict
 from ...dmm_core.vae import latent_scale, load_vae
+from ..data.text_states import TextStates
+from ..evaluation.model_runner import ModelRef, PixelDecoder, PromptStates
 from ..evaluation.settings import usual_settings
-from ..evaluation.studio import Member, Pictures, PromptStates
 from ..files.hashing import repr_sha256, weights_hash
 from .progress_bar import ProgressBar
 
@@ -72,30 +73,16 @@ def demo_prompts(count: int) -> list[str]:
     return list(found)
 
 
-class TextStates:
-    """The prompts under each text encoder, encoded once."""
-
-    def __init__(self, prompts: Sequence[str]):
-        self.prompts, self._made = list(prompts), {}
-
-    def of(self, weights) -> tuple:
-        from ..text import ClipText
-
-        key = weights_hash(weights)
-        if key not in self._made:
-            self._made[key] = ClipText(weights).encode_pooled(self.prompts)
-        return self._made[key]
-
-
-def member(
+def model_ref(
     name: str,
     checkpoint: Checkpoint,
     student: Checkpoint,
     text: TextStates,
+    *,
     file: str = "",
     keep: bool = False,
     styled: bool = False,
-) -> Member:
+) -> ModelRef:
     """Of a checkpoint that was read; unless it is to be kept, its file is read again when its turn comes: one teacher is in memory at
     a time. Without a text encoder of its own it reads the prompts with the student's. styled: it may be a DMM model."""
     from ..teachers.models import as_checkpoint
@@ -115,14 +102,14 @@ def member(
         return Teacher(name, load_unet(weights, dtype=None, copy=held is not None), *states, prediction, zero_snr)
 
     words = PromptStates(weights_hash(encoder), *states)
-    return Member(name, key, open_it, config, zero_snr, prediction, words)
+    return ModelRef(name, key, open_it, config, zero_snr, prediction, words)
 
 
-def decoder(checkpoint: Checkpoint, config: UNetConfig, device: torch.device) -> Pictures:
+def vae_decoder(checkpoint: Checkpoint, config: UNetConfig, device: torch.device) -> PixelDecoder:
     """The checkpoint's own VAE."""
     if not checkpoint.vae:
         raise ValueError(
             "no VAE to look at pictures with: name a full checkpoint (--parts-from), or leave out fid and kid"
         )
     vae, scale = load_vae(checkpoint.vae).to(device).eval(), latent_scale(config)
-    return Pictures(lambda latents: vae.decode(latents / scale), weights_hash(checkpoint.vae))
+    return PixelDecoder(lambda latents: vae.decode(latents / scale), weights_hash(checkpoint.vae))

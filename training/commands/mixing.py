@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from ...dmm_core.unet import unet_config_from_state_dict
+from ..data.text_states import TextStates
 from ..evaluation.mixing.judge_mixing import BLEND, MERGE, PATHS, RATIOS, Pair
 from ..evaluation.settings import EvaluationSettings
 from .arguments import named_file, size
-from .evaluation_inputs import TextStates, decoder, going_on, is_small, member, painting, prompts_of
+from .evaluation_inputs import going_on, is_small, model_ref, painting, prompts_of, vae_decoder
 
 NUMBERS = {
     "count": (64, "pictures of a pair and ratio"),
@@ -98,10 +99,12 @@ def run(args) -> None:
     from ..parallel.devices import pick_device
 
     device = pick_device(args.device)
-    cast, pictures, settings, pairs = gather(args, device)
+    lineup, decoder, settings, pairs = gather(args, device)
     folder = Path(args.output)
     with going_on(folder) as (parts, bar):
-        mixing = judge_mixing(cast, settings, pairs, args.ratios, args.paths, parts, device, bar)
+        mixing = judge_mixing(
+            lineup, settings, pairs, args.ratios, paths=args.paths, folder=parts, device=device, progress=bar
+        )
     mixing.about = {
         "title": f"Style mixing of {Path(args.model).name}",
         "model": Path(args.model).name,
@@ -109,15 +112,15 @@ def run(args) -> None:
         "torch": torch.__version__,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    files = write(mixing, folder, pictures)
+    files = write(mixing, folder, decoder)
     print(markdown(mixing))
     print("\n" + "\n".join(f"wrote {file}" for file in files))
 
 
 def gather(args, device: torch.device):
-    """(MixingCast, Pictures or None, EvaluationSettings, pairs) of a command line. Raises ValueError for files that do not belong
+    """(MixingLineup, PixelDecoder or None, EvaluationSettings, pairs) of a command line. Raises ValueError for files that do not belong
     together."""
-    from ..evaluation.mixing.judge_mixing import MixingCast
+    from ..evaluation.mixing.judge_mixing import MixingLineup
     from ..teachers.models import as_checkpoint, base_with_parts
 
     student = base_with_parts(args.model, args.parts_from)
@@ -138,24 +141,24 @@ def gather(args, device: torch.device):
     names = [name.replace("-", "_") for name in NUMBERS]
     settings = EvaluationSettings(**painting(args, names, student, device))
     text = TextStates(prompts)
-    pictures = decoder(student, config, device) if student.vae else None
-    cast = MixingCast(
-        member("student", student, student, text, keep=True),
+    decoder = vae_decoder(student, config, device) if student.vae else None
+    lineup = MixingLineup(
+        model_ref("student", student, student, text, keep=True),
         styles,
-        [member(name, checkpoint, student, text, files[name]) for name, checkpoint in read.items()],
+        [model_ref(name, checkpoint, student, text, file=files[name]) for name, checkpoint in read.items()],
         prompts,
-        pictures,
-        judge(args.features, is_small(config), pairs, pictures is not None),
+        decoder,
+        judge(args.features, is_small(config), pairs, decoder is not None),
     )
-    return cast, pictures, settings, pairs
+    return lineup, decoder, settings, pairs
 
 
-def judge(file: str | None, small: bool, pairs: Sequence[Pair], has_pictures: bool):
+def judge(file: str | None, small: bool, pairs: Sequence[Pair], has_decoder: bool):
     """The classifier that is named; the demo family's, where it knows every style; else None, for the student."""
     from ..evaluation.features import DEMO_FILE, load_features
     from ..evaluation.mixing.judge_mixing import looks_of
 
-    if file == "none" or not file and not (small and has_pictures):
+    if file == "none" or not file and not (small and has_decoder):
         return None
     network = load_features(file or DEMO_FILE)
     if not file and not {name for pair in pairs for name in pair} <= set(looks_of(network)):

@@ -14,12 +14,12 @@ from ..loop.losses import score_loss
 from ..seeds import hash_seed
 from ..teachers.teacher import Teacher
 from .matrix import Figure
+from .model_runner import ModelRef, ModelRunner, in_style
 from .settings import TIMESTEPS, EvaluationSettings
-from .studio import Member, Studio, in_style
 
 
 @dataclass
-class Standing:
+class PerStyle:
     """One figure for each style, and their mean."""
 
     names: list[str]
@@ -35,7 +35,7 @@ class Standing:
 
 
 @dataclass
-class Pairing(Standing):
+class PairTable(PerStyle):
     """table[i][j]: student in style i beside teacher j, from the same noise. own: the diagonal. other_seed: two pictures of the same
     teacher and prompt from other noise, which is what chance gives (towards 2). base[j]: of the base."""
 
@@ -57,14 +57,15 @@ def pair(latents: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
     return error / variance
 
 
-def pairing(
+def pair_table(
     names: Sequence[str],
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
+    *,
     second: Sequence[Tensor],
     base: Tensor | None,
     weights: Tensor,
-) -> Pairing:
+) -> PairTable:
     """From latents by style. weights: resamples (R, n); none leave the spread out."""
     n = len(names)
     once = torch.ones(1, len(teacher[0]), dtype=torch.float64)
@@ -72,17 +73,17 @@ def pairing(
     own = own_pairs(names, student, teacher, weights)
     other = [pair(second[j], teacher[j], once).item() for j in range(n)]
     of_base = None if base is None else [pair(base, t, once).item() for t in teacher]
-    return Pairing(own.names, own.own, own.mean, table, other, of_base)
+    return PairTable(own.names, own.own, own.mean, table, other, of_base)
 
 
-def own_pairs(names: Sequence[str], latents: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor) -> Standing:
+def own_pairs(names: Sequence[str], latents: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor) -> PerStyle:
     """PAIR of latents by style to the teacher of each style. weights: resamples (R, n); none leave the spread out."""
     once = torch.ones(1, len(teacher[0]), dtype=torch.float64)
     values = [pair(z, t, once).item() for z, t in zip(latents, teacher)]
     many = torch.stack([pair(z, t, weights) for z, t in zip(latents, teacher)], 1) if len(weights) > 1 else None
     own = [Figure(v, None if many is None else many[:, i].std().item()) for i, v in enumerate(values)]
     mean = Figure(sum(values) / len(values), None if many is None else many.mean(1).std().item())
-    return Standing(list(names), own, mean)
+    return PerStyle(list(names), own, mean)
 
 
 # --- eps --------------------------------------------------------------------------------------------------------------
@@ -102,8 +103,8 @@ class EpsAgreement:
     base: list[list[float]] | None
     mean: list[float]
     share: list[float] | None
-    own: Standing
-    own_share: Standing | None
+    own: PerStyle
+    own_share: PerStyle | None
 
 
 @dataclass
@@ -119,20 +120,20 @@ class Noised:
         return tensor_sha256(self.x_t), tuple(self.t.tolist())
 
 
-def noised(studio: Studio, latents: Tensor, zero_snr: bool) -> Noised:
+def noised(runner: ModelRunner, latents: Tensor, zero_snr: bool) -> Noised:
     """``bin_samples`` samples a bin, spread evenly over its timesteps; which pictures and what noise follow from the seed."""
-    s = studio.settings
+    s = runner.settings
     count = s.bins * s.bin_samples
     g = torch.Generator().manual_seed(hash_seed(s.seed, "eps agreement"))
     t = ((torch.arange(count) + 0.5) * TIMESTEPS / count).long()
     places = torch.cat([torch.randperm(len(latents), generator=g) for _ in range(-(-count // len(latents)))])[:count]
     x0 = latents[places].float()
     eps = torch.randn(x0.shape, generator=g)
-    return Noised(NoiseSchedule(zero_snr).add_noise(x0, eps, t), t, studio.rows(places.tolist()))
+    return Noised(NoiseSchedule(zero_snr).add_noise(x0, eps, t), t, runner.rows(places.tolist()))
 
 
 @torch.no_grad()
-def eps_of(teacher: Teacher, x_t: Tensor, t: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+def eps_of(teacher: Teacher, x_t: Tensor, t: Tensor, rows: Tensor, *, device: torch.device) -> Tensor:
     """What a model takes for the noise in x_t (B, C, h, w) -> (B, C, h, w) float32 on its device."""
     x_t, t = x_t.to(device), t.to(device)
     out = teacher.predict(x_t, t, rows).out
@@ -140,21 +141,21 @@ def eps_of(teacher: Teacher, x_t: Tensor, t: Tensor, rows: Tensor, device: torch
 
 
 def predictions(
-    studio: Studio, member: Member, load: Callable[[], Teacher], asked: Noised, style: int | None = None
+    runner: ModelRunner, ref: ModelRef, load: Callable[[], Teacher], asked: Noised, *, style: int | None = None
 ) -> Tensor:
     """A model's eps for all samples of a style (S, C, h, w) float32."""
 
     def build() -> dict[str, Tensor]:
         teacher = in_style(load(), style)
-        out = studio.split(
-            lambda part: eps_of(teacher, asked.x_t[part], asked.t[part], asked.rows[part], studio.device).cpu(),
+        out = runner.split(
+            lambda part: eps_of(teacher, asked.x_t[part], asked.t[part], asked.rows[part], device=runner.device).cpu(),
             len(asked.t),
         )
         return {"eps": out}
 
-    prompts = [studio.prompts[row] for row in asked.rows.tolist()]
-    out = studio.part(("eps", member.key, style, str(studio.dtype), prompts, *asked.key), len(asked.t), build)["eps"]
-    studio.meter(len(asked.t), f"asking '{member.name}'")
+    prompts = [runner.prompts[row] for row in asked.rows.tolist()]
+    out = runner.part(("eps", ref.key, style, str(runner.dtype), prompts, *asked.key), len(asked.t), build)["eps"]
+    runner.work(len(asked.t), f"asking '{ref.name}'")
     return out
 
 
@@ -175,13 +176,13 @@ def eps_agreement(
     mean = torch.tensor(errors).mean(0)
     share = None if of_base is None else (mean / torch.tensor(of_base).mean(0)).tolist()
     starts = [i * TIMESTEPS // settings.bins for i in range(settings.bins)]
-    standings = eps_standing(names, settings.bins, student, base)
-    return EpsAgreement(list(names), starts, errors, of_base, mean.tolist(), share, *standings)
+    per_style = eps_per_style(names, settings.bins, student, base)
+    return EpsAgreement(list(names), starts, errors, of_base, mean.tolist(), share, *per_style)
 
 
-def eps_standing(
+def eps_per_style(
     names: Sequence[str], bins: int, errors: Tensor, base: Tensor | None
-) -> tuple[Standing, Standing | None]:
+) -> tuple[PerStyle, PerStyle | None]:
     """Mean error by style, and over the base's error, from errors (N, S) whose samples go up in t.
 
     The spread is the standard error of a stratified mean: within each bin of timesteps the samples are taken as independent draws. Sample
@@ -189,19 +190,19 @@ def eps_standing(
     ratio's is that of its linearisation, mean(e - R e_base) / mean(e_base).
     """
     x = errors.double()
-    own = _standing(names, x.mean(1), x, bins)
+    own = _per_style(names, x.mean(1), x, bins)
     if base is None:
         return own, None
     b = base.double()
     scale = b.mean(1, keepdim=True)
     share = x.mean(1, keepdim=True) / scale
-    return own, _standing(names, share[:, 0], (x - share * b) / scale, bins)
+    return own, _per_style(names, share[:, 0], (x - share * b) / scale, bins)
 
 
-def _standing(names: Sequence[str], values: Tensor, samples: Tensor, bins: int) -> Standing:
+def _per_style(names: Sequence[str], values: Tensor, samples: Tensor, bins: int) -> PerStyle:
     spreads = [*stratified_error(samples, bins), *stratified_error(samples.mean(0, keepdim=True), bins)]
     figures = [Figure(v, s) for v, s in zip([*values.tolist(), values.mean().item()], spreads)]
-    return Standing(list(names), figures[:-1], figures[-1])
+    return PerStyle(list(names), figures[:-1], figures[-1])
 
 
 def stratified_error(samples: Tensor, bins: int) -> list[float | None]:

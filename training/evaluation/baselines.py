@@ -21,8 +21,8 @@ from ..loop.new_student import new_student
 from ..teachers.teacher import Teacher, without_styles
 from .agreement import noised, predictions
 from .merges import adapter_size, chain_shares, is_full, low_rank, soup_shares, task_vector_shares, weighted_sum
+from .model_runner import ModelRef, ModelRunner, painting_cost
 from .settings import EvaluationSettings
-from .studio import Member, Studio, painting_cost
 
 ALL = "all"
 BASELINES = ("base", "untrained", "soup", "chain", "task-vectors", "low-rank", "teachers")
@@ -38,7 +38,7 @@ TUNING_PICTURES, TUNING_SAMPLES = 8, 4
 TIMES_THE_MEAN = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 """Scales of task vectors that are tried, times 1 / N (with which they are the soup); the scale 1 is tried too."""
 
-Painter = tuple[Member, int | None]
+Painter = tuple[ModelRef, int | None]
 """A model, and which of its styles; None for a model without any."""
 
 
@@ -58,7 +58,7 @@ class Comparison:
     @property
     def key(self) -> str:
         """A hash of all its painters."""
-        keys = [(member.key, style) for member, style in self.painters]
+        keys = [(ref.key, style) for ref, style in self.painters]
         return keys[0][0] if len(keys) == 1 else repr_sha256("comparison", keys)
 
 
@@ -75,7 +75,7 @@ def choose_baselines(text: str) -> tuple[str, ...]:
     return tuple(name for name in BASELINES if name in names)
 
 
-def obstacles(teachers: Sequence[Member], base: Member | None) -> dict[str, str]:
+def obstacles(teachers: Sequence[ModelRef], base: ModelRef | None) -> dict[str, str]:
     """Baselines that these models do not allow, and why."""
     found = {}
     if base is None:
@@ -91,10 +91,11 @@ def obstacles(teachers: Sequence[Member], base: Member | None) -> dict[str, str]
 
 def make_baselines(
     names: Sequence[str],
-    student: Member,
+    student: ModelRef,
     styles: Sequence[str],
-    teachers: Sequence[Member],
-    base: Member | None,
+    teachers: Sequence[ModelRef],
+    *,
+    base: ModelRef | None,
     rank: int = RANK,
 ) -> list[Comparison]:
     """The named baselines, without the base itself, which an evaluation has as its ``base``. styles: of the student.
@@ -126,41 +127,43 @@ def make_baselines(
     return out
 
 
-def another_student(name: str, member: Member, has: Sequence[str], teachers: Sequence[str]) -> Comparison:
+def another_student(name: str, ref: ModelRef, has: Sequence[str], teachers: Sequence[str]) -> Comparison:
     """A further model: a DMM model in the style of each teacher, found by name; a plain one paints the same for all.
 
     Raises ValueError for a DMM model that lacks a style.
     """
-    if not member.config.num_styles:
-        return Comparison(name, ((member, None),), {"method": "also"})
+    if not ref.config.num_styles:
+        return Comparison(name, ((ref, None),), {"method": "also"})
     missing = [style for style in teachers if style not in has]
     if missing:
         raise ValueError(
             f"'{name}' has no style called {', '.join(map(repr, missing))}: its styles are {', '.join(has)}"
         )
-    return Comparison(name, [(member, list(has).index(style)) for style in teachers], {"method": "also"})
+    return Comparison(name, [(ref, list(has).index(style)) for style in teachers], {"method": "also"})
 
 
 # --- merges -----------------------------------------------------------------------------------------------------------
 
 
-def merge(method: str, shares: Sequence[float], parents: Sequence[Member], student: Member) -> Comparison:
+def merge(method: str, shares: Sequence[float], parents: Sequence[ModelRef], student: ModelRef) -> Comparison:
     """sum_i share_i * parent_i as one model for all styles."""
-    member = derived(
+    ref = derived(
         method,
         (method, [float(share) for share in shares]),
         parents,
-        student,
-        lambda: load_unet(summed(shares, parents), dtype=None, copy=False),
+        student=student,
+        make=lambda: load_unet(summed(shares, parents), dtype=None, copy=False),
     )
-    return Comparison(method, ((member, None),), {"method": method})
+    return Comparison(method, ((ref, None),), {"method": method})
 
 
-def summed(shares: Sequence[float], parents: Sequence[Member]) -> dict[str, Tensor]:
+def summed(shares: Sequence[float], parents: Sequence[ModelRef]) -> dict[str, Tensor]:
     return weighted_sum((share, lambda p=parent: p.open().unet.state_dict()) for share, parent in zip(shares, parents))
 
 
-def derived(name: str, how: tuple, parents: Sequence[Member], student: Member, make: Callable[[], UNet]) -> Member:
+def derived(
+    name: str, how: tuple, parents: Sequence[ModelRef], *, student: ModelRef, make: Callable[[], UNet]
+) -> ModelRef:
     """A model made of others: its key follows from theirs, from how it is made, and from whose words it reads."""
     text, first = student.text, parents[0]
     key = repr_sha256("derived", *how, [parent.key for parent in parents], text.key)
@@ -168,13 +171,13 @@ def derived(name: str, how: tuple, parents: Sequence[Member], student: Member, m
     def open_it() -> Teacher:
         return Teacher(name, make(), text.contexts, text.pooled, first.prediction, first.zero_snr)
 
-    return Member(name, key, open_it, without_styles(first.config), first.zero_snr, first.prediction, text)
+    return ModelRef(name, key, open_it, without_styles(first.config), first.zero_snr, first.prediction, text)
 
 
 class Tuning:
     """The scale of task vectors: the one with the least mean eps error on pictures that the teachers paint for this alone."""
 
-    def __init__(self, student: Member, teachers: Sequence[Member], base: Member):
+    def __init__(self, student: ModelRef, teachers: Sequence[ModelRef], base: ModelRef):
         self.student, self.teachers, self.base = student, teachers, base
         n = len(teachers)
         self.scales = sorted({times / n for times in TIMES_THE_MEAN} | {1.0})
@@ -194,19 +197,21 @@ class Tuning:
             settings, seed=settings.seed + TUNING_BATCH, count=TUNING_PICTURES, bin_samples=TUNING_SAMPLES
         )
 
-    def settle(self, studio: Studio, name: str) -> Comparison:
+    def settle(self, runner: ModelRunner, name: str) -> Comparison:
         """With the scale that was found, and in ``about`` the error of every scale."""
-        apart = Studio(studio.prompts, self.settings(studio.settings), studio.folder, studio.device, studio.meter)
+        apart = ModelRunner(
+            runner.prompts, self.settings(runner.settings), folder=runner.folder, device=runner.device, work=runner.work
+        )
         asked, said = [], []
-        for member in self.teachers:
-            with apart.visit(member) as load:
-                asked.append(noised(apart, apart.paint(member, load), member.zero_snr))
-                said.append(predictions(apart, member, load, asked[-1]))
+        for ref in self.teachers:
+            with apart.loaded(ref) as load:
+                asked.append(noised(apart, apart.paint(ref, load), ref.zero_snr))
+                said.append(predictions(apart, ref, load, asked[-1]))
         errors = {}
         for scale in self.scales:
-            ((member, _),) = self.merged(scale).painters
-            with apart.visit(member) as load:
-                guesses = [predictions(apart, member, load, one) for one in asked]
+            ((ref, _),) = self.merged(scale).painters
+            with apart.loaded(ref) as load:
+                guesses = [predictions(apart, ref, load, one) for one in asked]
             errors[scale] = torch.stack([score_loss(a, b) for a, b in zip(guesses, said)]).mean().item()
         best = min(errors, key=errors.get)
         tried = [{"scale": scale, "eps_error": error} for scale, error in errors.items()]
@@ -217,11 +222,11 @@ class Tuning:
 # --- a bank of adapters -----------------------------------------------------------------------------------------------
 
 
-def low_rank_bank(student: Member, teachers: Sequence[Member], rank: int) -> Comparison:
+def low_rank_bank(student: ModelRef, teachers: Sequence[ModelRef], rank: int) -> Comparison:
     """For each teacher the soup with the nearest rank-r adapter to what the teacher has beside it: N adapters, not one model."""
     bank = _Bank(teachers, rank)
-    members = [
-        derived(f"low-rank {one.name}", ("low-rank", rank, i), teachers, student, lambda i=i: bank.unet(i))
+    refs = [
+        derived(f"low-rank {one.name}", ("low-rank", rank, i), teachers, student=student, make=lambda i=i: bank.unet(i))
         for i, one in enumerate(teachers)
     ]
     shapes = parameter_shapes(teachers[0].config)
@@ -232,13 +237,13 @@ def low_rank_bank(student: Member, teachers: Sequence[Member], rank: int) -> Com
         "adapter_parameters": adapter_size(shapes.values(), rank),
         "unet_parameters": sum(shape.numel() for shape in shapes.values()),
     }
-    return Comparison("low-rank bank", [(member, None) for member in members], about, finish=bank.forget)
+    return Comparison("low-rank bank", [(ref, None) for ref in refs], about, finish=bank.forget)
 
 
 class _Bank:
     """Keeps the soup while the adapters take turns, so that it is made once."""
 
-    def __init__(self, teachers: Sequence[Member], rank: int):
+    def __init__(self, teachers: Sequence[ModelRef], rank: int):
         self.teachers, self.rank, self._soup = teachers, rank, None
 
     def forget(self) -> None:
@@ -263,13 +268,13 @@ def parameter_shapes(config: UNetConfig) -> Mapping[str, torch.Size]:
 # --- a student before its training ------------------------------------------------------------------------------------
 
 
-def untrained(student: Member, styles: Sequence[str], teachers: Sequence[Member], base: Member) -> Comparison:
+def untrained(student: ModelRef, styles: Sequence[str], teachers: Sequence[ModelRef], base: ModelRef) -> Comparison:
     """The base with a random code for every style and a random style MLP, as a distillation with seed 0 begins."""
 
     def make() -> UNet:
         start = base.open()
         return new_student(start.unet, [start] * len(styles), TrainConfig(init="base", seed=0)).requires_grad_(False)
 
-    member = derived("untrained", ("untrained", len(styles)), [base], student, make)
-    painters = [(member, list(styles).index(one.name)) for one in teachers]
+    ref = derived("untrained", ("untrained", len(styles)), [base], student=student, make=make)
+    painters = [(ref, list(styles).index(one.name)) for one in teachers]
     return Comparison("untrained", painters, {"method": "untrained"})

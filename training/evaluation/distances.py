@@ -20,7 +20,7 @@ BLOCK = 1024
 
 Pairs = Sequence[tuple[int, int]]
 """(index of a row's set, index of a column's set)"""
-Tick = Callable[[], None]
+OnItem = Callable[[], None]
 """What it raises ends the work."""
 
 
@@ -83,16 +83,16 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
 
 
 def fid(
-    rows: Sequence[Tensor], columns: Sequence[Tensor], weights: Tensor, pairs: Pairs, tick: Tick = lambda: None
+    rows: Sequence[Tensor], columns: Sequence[Tensor], weights: Tensor, pairs: Pairs, *, on_item: OnItem = lambda: None
 ) -> Tensor:
-    """FID of each pair of sets -> (R, pairs) float64. tick: called after each."""
+    """FID of each pair of sets -> (R, pairs) float64. on_item: called after each."""
     out = torch.empty(len(weights), len(pairs), dtype=torch.float64)
     for r, weight in enumerate(weights):
         left = {i: gaussian(rows[i], weight) for i in {i for i, _ in pairs}}
         right = {j: gaussian(columns[j], weight) for j in {j for _, j in pairs}}
         for place, (i, j) in enumerate(pairs):
             out[r, place] = frechet(left[i], right[j])
-            tick()
+            on_item()
     return out
 
 
@@ -105,7 +105,7 @@ def kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def kid(
-    rows: Sequence[Tensor], columns: Sequence[Tensor], weights: Tensor, pairs: Pairs, tick: Tick = lambda: None
+    rows: Sequence[Tensor], columns: Sequence[Tensor], weights: Tensor, pairs: Pairs, *, on_item: OnItem = lambda: None
 ) -> Tensor:
     """KID of each pair of sets -> (R, pairs) float64: the unbiased estimate of MMD^2 with all pictures at once, no subsets.
 
@@ -116,7 +116,7 @@ def kid(
     out = torch.empty(len(weights), len(pairs), dtype=torch.float64)
     for place, (i, j) in enumerate(pairs):
         out[:, place] = alone_left[i] + alone_right[j] - 2 * _mean_across(rows[i], columns[j], weights)
-        tick()
+        on_item()
     return out
 
 

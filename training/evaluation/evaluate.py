@@ -20,14 +20,14 @@ from ..files.hashing import tensor_sha256
 from ..progress import ProgressCallback
 from .agreement import (
     EpsAgreement,
-    Pairing,
-    Standing,
+    PairTable,
+    PerStyle,
     eps_agreement,
     eps_errors,
-    eps_standing,
+    eps_per_style,
     noised,
     own_pairs,
-    pairing,
+    pair_table,
     predictions,
 )
 from .baselines import Comparison
@@ -35,24 +35,33 @@ from .distances import principal_axes, resample
 from .features import FeatureNet
 from .identify import Confusion, Verdict, confusion, identify
 from .matrix import MANY_FEATURES, Distances, Sets, Yardstick
+from .model_runner import (
+    FEATURE_COST,
+    ModelRef,
+    ModelRunner,
+    PixelDecoder,
+    WorkCounter,
+    check_lineup,
+    check_same_kind,
+    painting_cost,
+)
 from .settings import OF_FEATURES, EvaluationSettings
-from .studio import FEATURE_COST, Member, Meter, Pictures, Studio, check_invited, check_same_kind, painting_cost
 
 
 @dataclass
-class Cast:
+class Lineup:
     """Everyone who takes part. styles: the student's, in the order of its codebook; teachers: each has the name of a style.
 
     base: what the student was trained from, a baseline. prompts: what all text states are of, ``prompts[0]`` the empty one. others: who
     else is compared with the teachers.
     """
 
-    student: Member
+    student: ModelRef
     styles: Sequence[str]
-    teachers: Sequence[Member]
+    teachers: Sequence[ModelRef]
     prompts: Sequence[str]
-    base: Member | None = None
-    pictures: Pictures | None = None
+    base: ModelRef | None = None
+    decoder: PixelDecoder | None = None
     features: FeatureNet | None = None
     others: Sequence[Comparison] = ()
 
@@ -64,7 +73,7 @@ class Cast:
 
     def check(self) -> None:
         """Raises ValueError for teachers without a style, twice, or not at all, for models of different kinds, for no prompts, and for
-        features without pictures."""
+        features without a decoder."""
         names = [teacher.name for teacher in self.teachers]
         unknown = [name for name in names if name not in self.styles]
         if unknown or not names:
@@ -72,12 +81,12 @@ class Cast:
                 f"no style of the student is called {', '.join(map(repr, unknown)) or '(no teacher was named)'}: its styles are "
                 f"{', '.join(self.styles) or 'none at all (a plain checkpoint)'}"
             )
-        check_invited(self.teachers, self.prompts)
+        check_lineup(self.teachers, self.prompts)
         rows = ["student", *(one.name for one in self.compared)]
         if len(set(rows)) < len(rows):
             raise ValueError(f"two models to compare have one name: {', '.join(rows)}")
         check_same_kind(self.student, [*self.teachers, *(m for one in self.compared for m, _ in one.painters)])
-        if self.features is not None and self.pictures is None:
+        if self.features is not None and self.decoder is None:
             raise ValueError("features need a VAE that turns latents into pictures")
 
 
@@ -92,9 +101,9 @@ class Compared:
     about: dict = field(default_factory=dict)
     fid: Distances | None = None
     kid: Distances | None = None
-    pair: Standing | None = None
-    eps: Standing | None = None
-    eps_share: Standing | None = None
+    pair: PerStyle | None = None
+    eps: PerStyle | None = None
+    eps_share: PerStyle | None = None
 
 
 @dataclass
@@ -108,7 +117,7 @@ class Evaluation:
     features: dict | None
     fid: Distances | None = None
     kid: Distances | None = None
-    pair: Pairing | None = None
+    pair: PairTable | None = None
     eps: EpsAgreement | None = None
     own: Confusion | None = None
     compared: list[Compared] = field(default_factory=list)
@@ -118,8 +127,9 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    cast: Cast,
+    lineup: Lineup,
     settings: EvaluationSettings,
+    *,
     folder: Path | None = None,
     device: torch.device | None = None,
     progress: ProgressCallback | None = None,
@@ -129,13 +139,13 @@ def evaluate(
     folder: where finished parts are kept, so that the same call goes on after an interruption; None for nowhere. Raises ValueError before
     anything is painted for settings that make no sense, too few pictures for FID among them, and for models that do not belong together.
     """
-    cast.check()
-    settings.check(size_multiple(cast.student.config), cast.features)
-    return _Run(cast, settings, folder, device or torch.device("cpu"), progress).all()
+    lineup.check()
+    settings.check(size_multiple(lineup.student.config), lineup.features)
+    return _Run(lineup, settings, folder=folder, device=device or torch.device("cpu"), progress=progress).all()
 
 
 @dataclass
-class _Met:
+class _Painted:
     """What a comparison painted: latents by style, or of one set for all."""
 
     comparison: Comparison
@@ -144,47 +154,47 @@ class _Met:
 
 
 class _Run:
-    def __init__(self, cast, settings, folder, device, progress):
-        self.cast, self.s = cast, settings
-        self.names = [teacher.name for teacher in cast.teachers]
-        self.index = [list(cast.styles).index(name) for name in self.names]
+    def __init__(self, lineup, settings, *, folder, device, progress):
+        self.lineup, self.s = lineup, settings
+        self.names = [teacher.name for teacher in lineup.teachers]
+        self.index = [list(lineup.styles).index(name) for name in self.names]
         self.wants = set(settings.metrics)
         self.resamples = settings.resamples
         if self.resamples < 0:
-            size = settings.project or (cast.features.size if cast.features else 0)
+            size = settings.project or (lineup.features.size if lineup.features else 0)
             self.resamples = 200 if size <= MANY_FEATURES else 20
-        self.meter = Meter(self._work(), progress)
-        self.studio = Studio(cast.prompts, settings, folder, device, self.meter)
-        if cast.features is not None:
-            cast.features.to(device)
+        self.work = WorkCounter(self._work(), progress)
+        self.runner = ModelRunner(lineup.prompts, settings, folder=folder, device=device, work=self.work)
+        if lineup.features is not None:
+            lineup.features.to(device)
         self.known: dict[tuple[str, int | None], Tensor] = {}  # latents of (key of a model, style)
         self.yardsticks: dict[str, Yardstick] = {}
         self.axes: Tensor | None = None
 
     def _work(self) -> int:
         """Forwards, or what takes as long."""
-        s, n, others = self.s, len(self.names), self.cast.compared
+        s, n, others = self.s, len(self.names), self.lineup.compared
         batches = 3 * n + sum(len(one.painters) or 1 for one in others)
         total = batches * s.count * (painting_cost(s) + FEATURE_COST * bool(self.wants & set(OF_FEATURES)))
         if "eps" in self.wants:
             total += (2 + len(others)) * n * s.bins * s.bin_samples
         total += sum(one.tuning.work(s) for one in others if one.tuning)
         if "own" in self.wants:
-            total += n * min(s.own_pictures, s.count) * s.own_draws * (len(self.cast.styles) + 1)
+            total += n * min(s.own_pictures, s.count) * s.own_draws * (len(self.lineup.styles) + 1)
         return total + 1  # the figures, at the end
 
     def all(self) -> Evaluation:
-        cast = self.cast
+        lineup = self.lineup
         second = self._ask_teachers()
         painted, answers, own = self._ask_student()
-        others = cast.compared
-        base, of_base = self._meet(others.pop(0)) if cast.base else (None, None)
+        others = lineup.compared
+        base, of_base = self._paint_comparison(others.pop(0)) if lineup.base else (None, None)
 
-        result = Evaluation(self.names, self.s, len(cast.prompts) - 1, {}, self._about_features(), own=own)
+        result = Evaluation(self.names, self.s, len(lineup.prompts) - 1, {}, self._about_features(), own=own)
         self.weights = resample(self.s.count, self.resamples, self.s.seed)
         if "pair" in self.wants:
             latents = None if base is None else base.latents[0]
-            result.pair = pairing(self.names, painted, self.first, second, latents, self.weights)
+            result.pair = pair_table(self.names, painted, self.first, second=second, base=latents, weights=self.weights)
         if "eps" in self.wants:
             result.eps = eps_agreement(self.names, self.s, eps_errors(answers, self.said), of_base)
         if self.wants & set(OF_FEATURES):
@@ -200,98 +210,100 @@ class _Run:
             result.compared.append(self._measured(base, of_base, of_base))
         members = self._members()
         for one in others:
-            met, errors = self._meet(one)
-            result.compared.append(self._measured(met, errors, of_base))
-            members[met.comparison.name] = met.comparison.key
+            theirs, errors = self._paint_comparison(one)
+            result.compared.append(self._measured(theirs, errors, of_base))
+            members[theirs.comparison.name] = theirs.comparison.key
         result.members = members
-        self.meter(1, "finished")
+        self.work(1, "finished")
         return result
 
     def _ask_teachers(self) -> list[Tensor]:
         """Both batches, of which the second is returned, and their eps."""
-        studio, second = self.studio, []
+        runner, second = self.runner, []
         self.first, self.asked, self.said = [], [], []
-        for member in self.cast.teachers:
-            with studio.visit(member) as load:
-                self.first.append(studio.paint(member, load))
-                second.append(studio.paint(member, load, second=True))
+        for ref in self.lineup.teachers:
+            with runner.loaded(ref) as load:
+                self.first.append(runner.paint(ref, load))
+                second.append(runner.paint(ref, load, second=True))
                 if "eps" in self.wants:
-                    self.asked.append(noised(studio, self.first[-1], member.zero_snr))
-                    self.said.append(predictions(studio, member, load, self.asked[-1]))
-            self.known[member.key, None] = self.first[-1]
+                    self.asked.append(noised(runner, self.first[-1], ref.zero_snr))
+                    self.said.append(predictions(runner, ref, load, self.asked[-1]))
+            self.known[ref.key, None] = self.first[-1]
         return second
 
     def _ask_student(self) -> tuple[list[Tensor], list[Tensor], Confusion | None]:
         """Its pictures and its eps in every style, and what it takes the teachers' pictures for."""
-        studio, student = self.studio, self.cast.student
+        runner, student = self.runner, self.lineup.student
         painted, answers = [], []
-        with studio.visit(student) as load:
+        with runner.loaded(student) as load:
             for place, (i, name) in enumerate(zip(self.index, self.names)):
-                painted.append(studio.paint(student, load, i, name=f"{name}, student"))
+                painted.append(runner.paint(student, load, i, name=f"{name}, student"))
                 self.known[student.key, i] = painted[-1]
                 if "eps" in self.wants:
-                    answers.append(predictions(studio, student, load, self.asked[place], i))
+                    answers.append(predictions(runner, student, load, self.asked[place], style=i))
             own = self._own(load, self.first) if "own" in self.wants else None
         return painted, answers, own
 
     def _members(self) -> dict[str, str]:
-        cast = self.cast
-        everyone = {"student": cast.student, **{f"teacher {m.name}": m for m in cast.teachers}}
-        return {name: m.key for name, m in {**everyone, **({"base": cast.base} if cast.base else {})}.items()}
+        lineup = self.lineup
+        everyone = {"student": lineup.student, **{f"teacher {m.name}": m for m in lineup.teachers}}
+        return {name: m.key for name, m in {**everyone, **({"base": lineup.base} if lineup.base else {})}.items()}
 
     # --- whoever else is compared -------------------------------------------------------------------------------------
 
-    def _meet(self, one: Comparison) -> tuple[_Met, Tensor | None]:
+    def _paint_comparison(self, one: Comparison) -> tuple[_Painted, Tensor | None]:
         """Its latents, for each style or one set for all, and its eps errors (N, S)."""
-        studio, finish = self.studio, one.finish
+        runner, finish = self.runner, one.finish
         try:
             if one.tuning:
-                one = one.tuning.settle(studio, one.name)
+                one = one.tuning.settle(runner, one.name)
             latents, answers = [], []
             for _, group in itertools.groupby(range(len(one.painters)), key=lambda k: id(one.painters[k][0])):
                 places = list(group)
-                member = one.painters[places[0]][0]
-                with studio.visit(member) as load:
+                ref = one.painters[places[0]][0]
+                with runner.loaded(ref) as load:
                     for k in places:
                         latents.append(self._painted(one, k, load))
                         asked = self.asked if len(one.painters) == 1 else self.asked[k : k + 1]  # none without eps
-                        answers += [predictions(studio, member, load, a, one.painters[k][1]) for a in asked]
+                        answers += [predictions(runner, ref, load, a, style=one.painters[k][1]) for a in asked]
         finally:
             finish()
-        return _Met(one, latents), eps_errors(answers, self.said) if answers else None
+        return _Painted(one, latents), eps_errors(answers, self.said) if answers else None
 
     def _painted(self, one: Comparison, place: int, load) -> Tensor:
-        member, style = one.painters[place]
-        known = self.known.get((member.key, style))
+        ref, style = one.painters[place]
+        known = self.known.get((ref.key, style))
         if known is None:
             name = one.name if len(one.painters) == 1 else f"{self.names[place]}, {one.name}"
-            return self.studio.paint(member, load, style, name=name)
-        self.meter(painting_cost(self.s) * self.s.count, f"'{one.name}' has painted")
+            return self.runner.paint(ref, load, style, name=name)
+        self.work(painting_cost(self.s) * self.s.count, f"'{one.name}' has painted")
         return known
 
-    def _features(self, met: _Met) -> list[Tensor]:
-        names = self.names if len(met.latents) > 1 else [""]
-        looks = [f"{name}, {met.comparison.name}".removeprefix(", ") for name in names]
-        cast = self.cast
-        found = [self.studio.features(z, cast.features, cast.pictures, look) for z, look in zip(met.latents, looks)]
+    def _features(self, painted: _Painted) -> list[Tensor]:
+        names = self.names if len(painted.latents) > 1 else [""]
+        looks = [f"{name}, {painted.comparison.name}".removeprefix(", ") for name in names]
+        lineup = self.lineup
+        found = [
+            self.runner.features(z, lineup.features, lineup.decoder, look) for z, look in zip(painted.latents, looks)
+        ]
         return found if self.axes is None else [x.double() @ self.axes for x in found]
 
-    def _measured(self, met: _Met, errors: Tensor | None, of_base: Tensor | None) -> Compared:
-        row = Compared(met.comparison.name, met.comparison.about)
+    def _measured(self, painted: _Painted, errors: Tensor | None, of_base: Tensor | None) -> Compared:
+        row = Compared(painted.comparison.name, painted.comparison.about)
         if self.yardsticks:
-            features = self._features(met) if met.features is None else met.features
+            features = self._features(painted) if painted.features is None else painted.features
             for metric, yardstick in self.yardsticks.items():
                 setattr(row, metric, yardstick.measure(features))
         if "pair" in self.wants:
             n = len(self.names)
-            latents = met.latents * n if len(met.latents) == 1 else met.latents
+            latents = painted.latents * n if len(painted.latents) == 1 else painted.latents
             row.pair = own_pairs(self.names, latents, self.first, self.weights)
         if errors is not None:
-            row.eps, row.eps_share = eps_standing(self.names, self.s.bins, errors, of_base)
+            row.eps, row.eps_share = eps_per_style(self.names, self.s.bins, errors, of_base)
         return row
 
     def _about_features(self) -> dict | None:
-        network = self.cast.features
+        network = self.lineup.features
         if network is None or not self.wants & set(OF_FEATURES):
             return None
         return {"network": network.name, "sha256": network.key, "size": network.size, "project": self.s.project}
@@ -299,36 +311,42 @@ class _Run:
     # --- parts of it --------------------------------------------------------------------------------------------------
 
     def _own(self, load, latents: list[Tensor]) -> Confusion:
-        s, studio, cast = self.s, self.studio, self.cast
+        s, runner, lineup = self.s, self.runner, self.lineup
         verdicts = []
         for name, pictures in zip(self.names, latents):
             mine = pictures[: s.own_pictures]
-            rows = studio.rows(range(len(mine)))
-            prompts = [cast.prompts[row] for row in rows.tolist()]
-            identity = ("own", cast.student.key, tensor_sha256(mine), prompts, s.own_draws, s.seed, str(studio.dtype))
+            rows = runner.rows(range(len(mine)))
+            prompts = [lineup.prompts[row] for row in rows.tolist()]
+            identity = ("own", lineup.student.key, tensor_sha256(mine), prompts, s.own_draws, s.seed, str(runner.dtype))
             what = f"whose are the pictures by '{name}'?"
 
             def build(mine=mine, rows=rows, what=what) -> dict[str, Tensor]:
                 found = identify(
-                    load(), cast.styles, mine, rows, s.own_draws, s.seed, tick=lambda _: self.meter(0, what)
+                    load(),
+                    lineup.styles,
+                    mine,
+                    rows,
+                    draws=s.own_draws,
+                    seed=s.seed,
+                    on_batch=lambda _: self.work(0, what),
                 )
                 return {"errors": torch.stack([v.errors for v in found])}
 
-            errors = studio.part(identity, len(mine), build)["errors"]
-            candidates = [*cast.styles, NO_STYLE]
+            errors = runner.part(identity, len(mine), build)["errors"]
+            candidates = [*lineup.styles, NO_STYLE]
             verdicts.append([Verdict(candidates, one) for one in errors])
-            self.meter(len(mine) * s.own_draws * len(candidates), what)
+            self.work(len(mine) * s.own_draws * len(candidates), what)
         return confusion(self.names, verdicts)
 
     def _sets(self, student, teacher, second) -> Sets:
-        network, pictures, studio = self.cast.features, self.cast.pictures, self.studio
+        network, decoder, runner = self.lineup.features, self.lineup.decoder, self.runner
 
         def look(latents: list[Tensor], who: str) -> list[Tensor]:
-            return [studio.features(z, network, pictures, f"{name}, {who}") for name, z in zip(self.names, latents)]
+            return [runner.features(z, network, decoder, f"{name}, {who}") for name, z in zip(self.names, latents)]
 
         groups = [look(student, "student"), look(teacher, "teacher"), look(second, "teacher again")]
         if self.s.project:
             # The axes are the teachers', so that every student is compared in the same space.
             self.axes = principal_axes(torch.cat([*groups[1], *groups[2]]), self.s.project)
             groups = [[x.double() @ self.axes for x in group] for group in groups]
-        return Sets(self.names, *groups, tick=lambda: self.meter(0, "comparing"))
+        return Sets(self.names, *groups, on_item=lambda: self.work(0, "comparing"))

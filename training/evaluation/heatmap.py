@@ -22,6 +22,7 @@ def heatmap(
     rows: Sequence[str],
     columns: Sequence[str],
     title: str,
+    *,
     note: str = "",
     log: bool = False,
     digits: int = 2,

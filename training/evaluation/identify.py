@@ -82,15 +82,16 @@ def identify(
     styles: Sequence[str],
     latents: Tensor,
     rows: Tensor,
+    *,
     draws: int = 32,
     seed: int = 0,
     with_none: bool = True,
     batch: int = 32,
-    tick: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], None] | None = None,
 ) -> list[Verdict]:
     """Judge latents (B, C, h, w), as the UNet sees them, by a DMM model on its device. rows: their captions in its text states.
 
-    batch: rows of one forward. tick: called with their number after each; what it raises passes through.
+    batch: rows of one forward. on_batch: called with their number after each; what it raises passes through.
     """
     count = student.unet.config.num_styles
     if len(styles) != count:
@@ -107,15 +108,17 @@ def identify(
     for picture, (x0, row) in enumerate(zip(latents.float(), rows)):
         for start in range(0, len(asked), batch):
             k, i = torch.tensor(asked[start : start + batch]).T
-            error = _errors(student, schedule, x0.expand(len(k), -1, -1, -1), t[k], eps[k], row, candidates[i])
+            error = _errors(
+                student, schedule, x0.expand(len(k), -1, -1, -1), t[k], eps=eps[k], row=row, style=candidates[i]
+            )
             errors[picture, k, i] = error.cpu()
-            if tick:
-                tick(len(k))
+            if on_batch:
+                on_batch(len(k))
     return [Verdict(list(names), one) for one in errors]
 
 
 def _errors(
-    student: Teacher, schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor, row: Tensor, style: Tensor
+    student: Teacher, schedule: NoiseSchedule, x0: Tensor, t: Tensor, *, eps: Tensor, row: Tensor, style: Tensor
 ) -> Tensor:
     """Mean squared error in eps (B,), on the model's device; row: the caption of all, one number."""
     device = next(student.unet.parameters()).device

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .distances import DISTANCES, Tick, resample
+from .distances import DISTANCES, OnItem, resample
 
 NORMAL_95 = 1.96
 MANY_FEATURES = 512
@@ -81,18 +81,18 @@ class Sets:
     teacher: Sequence[Tensor]
     second: Sequence[Tensor]
     base: Tensor | None = None
-    tick: Tick = field(default=lambda: None, repr=False)
+    on_item: OnItem = field(default=lambda: None, repr=False)
     """Called after each distance."""
 
 
 def compare(metric: str, sets: Sets, resamples: int, seed: int) -> Distances:
     """The matrix M, its floor M_ref and what follows from both, of the student of ``sets``."""
     count, size = sets.teacher[0].shape
-    check_features("student", sets.student, len(sets.names), count, size)
+    check_features("student", sets.student, n=len(sets.names), count=count, size=size)
     return Yardstick(metric, sets, resamples, seed).measure(sets.student, sets.base)
 
 
-def check_features(name: str, group: Sequence[Tensor], n: int, count: int, size: int) -> None:
+def check_features(name: str, group: Sequence[Tensor], *, n: int, count: int, size: int) -> None:
     """Raises ValueError for features that are not n sets of (count, size) finite numbers."""
     bad = [i for i, x in enumerate(group) if tuple(x.shape) != (count, size) or not torch.isfinite(x).all()]
     if len(group) != n or bad:
@@ -110,7 +110,7 @@ class Yardstick:
         self.metric, self.sets, self.resamples = metric, sets, resamples
         self.count, self.size = sets.teacher[0].shape
         for name, group in (("teacher", sets.teacher), ("second", sets.second)):
-            check_features(name, group, len(sets.names), self.count, self.size)
+            check_features(name, group, n=len(sets.names), count=self.count, size=self.size)
         self.whole = self.size <= MANY_FEATURES
         self.once = torch.ones(1, self.count, dtype=torch.float64)
         self.weights = resample(self.count, resamples, seed) if resamples > 1 else None
@@ -127,16 +127,18 @@ class Yardstick:
     def _table(self, rows: Sequence[Tensor], weights: Tensor, whole: bool) -> Tensor:
         n, function = len(self.sets.names), DISTANCES[self.metric]
         if len(rows) == 1:
-            values = function(rows, self.sets.second, weights, [(0, j) for j in range(n)], self.sets.tick)  # (R, N)
+            values = function(
+                rows, self.sets.second, weights, [(0, j) for j in range(n)], on_item=self.sets.on_item
+            )  # (R, N)
             return values[:, None].expand(-1, n, -1) if whole else torch.diag_embed(values)
         pairs = list(itertools.product(range(n), range(n))) if whole else [(i, i) for i in range(n)]
-        values = function(rows, self.sets.second, weights, pairs, self.sets.tick)
+        values = function(rows, self.sets.second, weights, pairs, on_item=self.sets.on_item)
         return values.reshape(-1, n, n) if whole else torch.diag_embed(values)
 
     def measure(self, rows: Sequence[Tensor], base: Tensor | None = None) -> Distances:
         """Of features (n, d) by style, or of one set that stands for every style."""
         sets, n = self.sets, len(self.sets.names)
-        check_features("a model", rows, 1 if len(rows) == 1 else n, self.count, self.size)
+        check_features("a model", rows, n=1 if len(rows) == 1 else n, count=self.count, size=self.size)
         m, drawn = self._matrices(rows)
         of_base = None if base is None else self._table([base], self.once, True)[0, 0].tolist()
         spread = spreads(drawn, self.floor_drawn)

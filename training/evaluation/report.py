@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from ...dmm_core.files import atomic_write
-from .agreement import Standing
+from .agreement import PerStyle
 from .evaluate import Compared, Evaluation
 from .heatmap import heatmap, side_by_side
 from .matrix import Distances, Figure
@@ -166,7 +166,7 @@ def per_style(e: Evaluation) -> str:
 
 def everyone(e: Evaluation) -> list[Compared]:
     """Who is compared, the student first."""
-    pair = None if e.pair is None else Standing(e.names, e.pair.own, e.pair.mean)
+    pair = None if e.pair is None else PerStyle(e.names, e.pair.own, e.pair.mean)
     eps, share = (None, None) if e.eps is None else (e.eps.own, e.eps.own_share)
     return [Compared("student", {}, e.fid, e.kid, pair, eps, share), *e.compared]
 
@@ -179,7 +179,7 @@ def compared(e: Evaluation) -> str:
         heads.append(head)
         columns.append(list(texts))
 
-    def worst(d: Distances | Standing, own: Sequence[Figure], digits: int) -> str:
+    def worst(d: Distances | PerStyle, own: Sequence[Figure], digits: int) -> str:
         return f"{e.names[d.worst]}, {own[d.worst].text(digits)}"
 
     if e.fid:
@@ -275,11 +275,11 @@ def heatmaps(e: Evaluation) -> dict[str, Image.Image]:
             values, rows = [*values, d.base], [*rows, "(base)"]
         name = d.metric.lower()
         out[f"{name}.png"] = heatmap(
-            values, rows, e.names, f"{d.metric}: student's style (row) to teacher", f"n = {d.count}. EXCESS {d.excess.text(digits)}"
+            values, rows, e.names, f"{d.metric}: student's style (row) to teacher", note=f"n = {d.count}. EXCESS {d.excess.text(digits)}"
             + (f", LEAK {d.leak.text(digits)}" if d.leak else ""), log=d.metric == "FID", digits=digits,
         )  # fmt: skip
         out[f"{name}-floor.png"] = heatmap(
-            d.floor, e.names, e.names, f"{d.metric}: the floor, teacher to teacher", f"n = {d.count}, other seeds",
+            d.floor, e.names, e.names, f"{d.metric}: the floor, teacher to teacher", note=f"n = {d.count}, other seeds",
             log=d.metric == "FID", digits=digits,
         )  # fmt: skip
     if e.pair:
@@ -287,7 +287,7 @@ def heatmaps(e: Evaluation) -> dict[str, Image.Image]:
         if e.pair.base:
             values, rows = [*values, e.pair.base], [*rows, "(base)"]
         note = "0: the teacher itself; the same noise for all"
-        out["pair.png"] = heatmap(values, rows, e.names, "PAIR: student's style (row) beside teacher", note)
+        out["pair.png"] = heatmap(values, rows, e.names, "PAIR: student's style (row) beside teacher", note=note)
     if e.eps:
         rows = [f"t {t}.." for t in e.eps.starts]
         out["eps.png"] = heatmap(e.eps.errors, rows, e.names, "eps error of the student", log=True, digits=4)
@@ -295,7 +295,7 @@ def heatmaps(e: Evaluation) -> dict[str, Image.Image]:
     if e.own:
         note = "row: who painted; column: what the student takes it for"
         out["own.png"] = heatmap(
-            e.own.counts, e.names, e.own.candidates, "The student as its own classifier", note, digits=0
+            e.own.counts, e.names, e.own.candidates, "The student as its own classifier", note=note, digits=0
         )
     return out
 
@@ -309,7 +309,7 @@ def heatmaps_compared(e: Evaluation) -> dict[str, Image.Image]:
     if e.pair:
         values = [[f.value for f in row.pair.own] for row in rows]
         title, note = "PAIR of everyone in each style", "0: the teacher itself"
-        out["pair-compared.png"] = heatmap(values, names, e.names, title, note)
+        out["pair-compared.png"] = heatmap(values, names, e.names, title, note=note)
     if e.eps:
         values = [[f.value for f in row.eps.own] for row in rows]
         title = "eps error of everyone in each style"

@@ -16,7 +16,8 @@ from ..data.batches import TrainingData, load_latents
 from ..data.cache import ImageCache
 from ..data.open_cache import open_cache
 from ..data.rollout_data import Rollouts
-from ..files.hashing import weights_hash, weights_sha256
+from ..data.text_states import TextStates
+from ..files.hashing import weights_sha256
 from ..files.model_files import load_any, load_any_info
 from ..loop.forget import forgetting
 from ..loop.trainer import Trainer
@@ -25,8 +26,7 @@ from ..memory.planner import Plan
 from ..parallel.ranks import Ranks
 from ..teachers.lora_files import patched, recorded, with_loras
 from ..teachers.models import base_with_parts
-from ..teachers.teacher import Rows, Teacher, check_architectures, check_text, plain_unet, styled_unet
-from ..text import ClipText
+from ..teachers.teacher import Teacher, check_architectures, check_text, plain_unet, styled_unet
 
 Named = Mapping[str, tuple[Checkpoint, str]]
 """(checkpoint, file) by teacher name."""
@@ -75,12 +75,12 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
     unets = teacher_unets(config, files, ranks)
     check_architectures(base_unet.config, [(name, unet.config) for name, unet in unets.items()])
     data = load_data(config, base, files)
-    text = Texts(base, data)
+    text = TextStates(data.prompts, data.text_of if isinstance(data, (ImageCache, Rollouts)) else None)
     frozen = {
         name: Teacher(
             name,
             unets.get(name, base_unet),
-            *text.of(checkpoint, name, file),
+            *text.of(checkpoint.text or base.text, f"teacher '{name}'" if name else "the base model", file),
             checkpoint.prediction,
             checkpoint.zero_snr,
         )
@@ -171,21 +171,3 @@ def load_data(config: DistillConfig, base: Checkpoint, teachers: Named) -> Train
     from ..data.demo.latents import demo_latents
 
     return demo_latents(base, config.data.count, config.data.seed)
-
-
-class Texts:
-    """The captions' states under each model's text encoder: out of the data's cache, or encoded once per encoder."""
-
-    def __init__(self, base: Checkpoint, data: TrainingData):
-        self.base, self.data = base, data
-        self._made: dict[str, tuple[Tensor, Tensor | None]] = {}
-
-    def of(self, checkpoint: Checkpoint, name: str, file: str) -> tuple[Rows, Rows | None]:
-        """Contexts and, for SDXL, pooled texts; a model without a text encoder uses the base's."""
-        weights = checkpoint.text or self.base.text
-        if isinstance(self.data, (ImageCache, Rollouts)):
-            return self.data.text_of(weights, f"teacher '{name}'" if name else "the base model", file)
-        key = weights_hash(weights)  # most fine-tunes share the base's
-        if key not in self._made:
-            self._made[key] = ClipText(weights).encode_pooled(self.data.prompts)
-        return self._made[key]

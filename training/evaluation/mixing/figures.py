@@ -62,7 +62,7 @@ KINDS = {
 
 
 @dataclass
-class Seen:
+class Observations:
     """What was seen along one path, each (n, R), the first ratio 0 and the last 1.
 
     score: 0 to 1, how much a picture is of the second style; away: the same from the first style's side (1 less its probability), or
@@ -98,28 +98,28 @@ def mean_curve(values: Tensor, weights: Tensor) -> Tensor:
     return (weights @ values.double().nan_to_num()) / (weights @ known.double())
 
 
-def curves(seen: Seen, weights: Tensor) -> dict[str, Tensor]:
+def curves(observed: Observations, weights: Tensor) -> dict[str, Tensor]:
     """Every mean curve (W, R)."""
-    named = {name: getattr(seen, name) for name in ("score", "away", "neither", "content", "to_first", "to_second")}
+    named = {name: getattr(observed, name) for name in ("score", "away", "neither", "content", "to_first", "to_second")}
     return {name: mean_curve(values, weights) for name, values in named.items() if values is not None}
 
 
-def figures(seen: Seen, ratios: Sequence[float], weights: Tensor) -> dict[str, Tensor]:
+def figures(observed: Observations, ratios: Sequence[float], weights: Tensor) -> dict[str, Tensor]:
     """Every figure (W,), see ``KINDS``; NaN where it makes no sense."""
     w = torch.tensor(ratios, dtype=torch.float64)
-    mean = curves(seen, weights)
+    mean = curves(observed, weights)
     score = mean["score"]
     inner = slice(1, -1)
     width, half = transition(score, w)
     out = {
         "reach": score[:, -1] - score[:, 0],
-        "spearman": mean_curve(spearman(seen.score, w), weights),
-        "monotone": mean_curve((falls(seen.score.double()) <= SLIP).double(), weights),
+        "spearman": mean_curve(spearman(observed.score, w), weights),
+        "monotone": mean_curve((falls(observed.score.double()) <= SLIP).double(), weights),
         "fall": falls(score),
         "width": width,
         "half": half,
         "neither": torch.trapezoid(mean["neither"], w),
-        "layout": mean_curve(torch.minimum(seen.to_first, seen.to_second)[:, inner].double().mean(1), weights),
+        "layout": mean_curve(torch.minimum(observed.to_first, observed.to_second)[:, inner].double().mean(1), weights),
     }
     if "content" in mean:
         out["content"] = mean["content"][:, inner].mean(1)

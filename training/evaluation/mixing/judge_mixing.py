@@ -27,9 +27,29 @@ from ...teachers.teacher import Teacher
 from ..features import FeatureNet
 from ..identify import identify
 from ..matrix import Figure
+from ..model_runner import (
+    FEATURE_COST,
+    ModelRef,
+    ModelRunner,
+    PixelDecoder,
+    WorkCounter,
+    check_lineup,
+    check_same_kind,
+    painting_cost,
+)
 from ..settings import EvaluationSettings
-from ..studio import FEATURE_COST, Member, Meter, Pictures, Studio, check_invited, check_same_kind, painting_cost
-from .figures import KINDS, Comparison, Seen, as_figure, compare, curves, figures, layout_distances, mean_of, weights_of
+from .figures import (
+    KINDS,
+    Comparison,
+    Observations,
+    as_figure,
+    compare,
+    curves,
+    figures,
+    layout_distances,
+    mean_of,
+    weights_of,
+)
 from .judges import answers_of, caption_truth, is_neither, looks_of, wins
 from .mixers import blended, both, check_mergeable, merged, with_mixed_predictions
 
@@ -44,18 +64,18 @@ Pair = tuple[str, str]
 
 
 @dataclass
-class MixingCast:
+class MixingLineup:
     """Everyone who takes part. styles: the student's, in the order of its codebook; teachers: named like styles, for merging.
 
     prompts: what all text states are of, ``prompts[0]`` the empty one. classifier: the demo classifier, which knows looks, shapes and
     colours; without one the student judges (``identify``), and content by the latents alone.
     """
 
-    student: Member
+    student: ModelRef
     styles: Sequence[str]
-    teachers: Sequence[Member]
+    teachers: Sequence[ModelRef]
     prompts: Sequence[str]
-    pictures: Pictures | None = None
+    decoder: PixelDecoder | None = None
     classifier: FeatureNet | None = None
 
     def check(self, pairs: Sequence[Pair], ratios: Sequence[float], paths: Sequence[str]) -> None:
@@ -81,7 +101,7 @@ class MixingCast:
                     f"'{':'.join(pair)}' is no pair of two styles of the student: they are "
                     f"{', '.join(self.styles) or 'none at all (a plain checkpoint)'}"
                 )
-        check_invited(self.teachers, self.prompts)
+        check_lineup(self.teachers, self.prompts)
         names = [teacher.name for teacher in self.teachers]
         lacking = sorted({name for pair in pairs for name in pair} - set(names))
         if MERGE in paths and lacking:
@@ -93,7 +113,7 @@ class MixingCast:
             for pair in pairs:
                 check_mergeable(*(self.teachers[names.index(name)] for name in pair))
         if self.classifier is not None:
-            if self.pictures is None:
+            if self.decoder is None:
                 raise ValueError("the classifier needs a VAE that turns latents into pictures")
             looks = looks_of(self.classifier)
             strange = sorted({name for pair in pairs for name in pair} - set(looks))
@@ -143,10 +163,11 @@ class Mixing:
 
 @torch.no_grad()
 def judge_mixing(
-    cast: MixingCast,
+    lineup: MixingLineup,
     settings: EvaluationSettings,
     pairs: Sequence[Pair],
     ratios: Sequence[float] = RATIOS,
+    *,
     paths: Sequence[str] = (BLEND, MERGE),
     folder: Path | None = None,
     device: torch.device | None = None,
@@ -157,24 +178,33 @@ def judge_mixing(
     folder: where finished parts are kept, so that the same call goes on after an interruption; None for nowhere. Raises ValueError
     before anything is painted for what makes no sense. Up to two teachers and their merger are in memory at a time.
     """
-    cast.check(pairs, ratios, paths)
+    lineup.check(pairs, ratios, paths)
     settings = dataclasses.replace(settings, metrics=("own",))
-    settings.check(size_multiple(cast.student.config), None)
-    return _Run(cast, settings, pairs, ratios, paths, folder, device or torch.device("cpu"), progress).all()
+    settings.check(size_multiple(lineup.student.config), None)
+    return _Run(
+        lineup,
+        settings,
+        pairs,
+        ratios=ratios,
+        paths=paths,
+        folder=folder,
+        device=device or torch.device("cpu"),
+        progress=progress,
+    ).all()
 
 
 class _Run:
-    def __init__(self, cast, settings, pairs, ratios, paths, folder, device, progress):
-        self.cast, self.s, self.paths = cast, settings, list(paths)
+    def __init__(self, lineup, settings, pairs, *, ratios, paths, folder, device, progress):
+        self.lineup, self.s, self.paths = lineup, settings, list(paths)
         self.pairs, self.ratios = [tuple(pair) for pair in pairs], [float(w) for w in ratios]
-        self.teachers = {member.name: member for member in cast.teachers}
-        self.meter = Meter(self._work(), progress)
-        self.studio = Studio(cast.prompts, settings, folder, device, self.meter)
-        self.rows = self.studio.rows(range(settings.count))
+        self.teachers = {ref.name: ref for ref in lineup.teachers}
+        self.work = WorkCounter(self._work(), progress)
+        self.runner = ModelRunner(lineup.prompts, settings, folder=folder, device=device, work=self.work)
+        self.rows = self.runner.rows(range(settings.count))
         self.truth = None
-        if cast.classifier is not None:
-            cast.classifier.to(device)
-            self.truth = [caption_truth(cast.prompts[row], cast.classifier) for row in self.rows.tolist()]
+        if lineup.classifier is not None:
+            lineup.classifier.to(device)
+            self.truth = [caption_truth(lineup.prompts[row], lineup.classifier) for row in self.rows.tolist()]
 
     def _sets(self) -> dict[str, int]:
         """How many batches of pictures differ, by path: the ends are painted once for all pairs."""
@@ -186,7 +216,7 @@ class _Run:
     def _work(self) -> int:
         """Forwards, or what takes as long."""
         s, sets = self.s, self._sets()
-        look = FEATURE_COST if self.cast.classifier is not None else s.own_draws * (len(self.cast.styles) + 1)
+        look = FEATURE_COST if self.lineup.classifier is not None else s.own_draws * (len(self.lineup.styles) + 1)
         # Every pair's ends are looked at, though mostly in the folder's or the memory's copy.
         looks = len(self.pairs) * len(self.ratios) * len(self.paths)
         painted = sum(n * (2 if path == PREDICTIONS else 1) for path, n in sets.items())
@@ -194,7 +224,7 @@ class _Run:
 
     def all(self) -> Mixing:
         painted = {path: [] for path in self.paths}
-        with self.studio.visit(self.cast.student) as load:
+        with self.runner.loaded(self.lineup.student) as load:
             ends = functools.cache(lambda name: self._style(load, name))
             for path in self.paths:
                 if path != MERGE:
@@ -206,16 +236,16 @@ class _Run:
             for pair in self.pairs:
                 with both(*(self.teachers[name] for name in pair)) as loads:
                     painted[MERGE].append(self._between(pair, ends, self._merged_at(pair, loads)))
-        if self.cast.classifier is not None:
-            seen = self._by_classifier(painted)
+        if self.lineup.classifier is not None:
+            observed = self._by_classifier(painted)
         else:
-            with self.studio.visit(self.cast.student) as load:
-                seen = self._by_student(painted, load)
-        result = self._result(seen)
+            with self.runner.loaded(self.lineup.student) as load:
+                observed = self._by_student(painted, load)
+        result = self._result(observed)
         result.shown = {
             pair: {path: painted[path][k][:SHOWN] for path in self.paths} for k, pair in enumerate(self.pairs)
         }
-        self.meter(1, "finished")
+        self.work(1, "finished")
         return result
 
     # --- painting -----------------------------------------------------------------------------------------------------
@@ -226,15 +256,15 @@ class _Run:
         return torch.stack([end(pair[0]), *inner, end(pair[1])], 1)
 
     def _style(self, load: Callable[[], Teacher], name: str) -> Tensor:
-        index = list(self.cast.styles).index(name)
-        return self.studio.paint(self.cast.student, load, index, name=f"{name}, student")
+        index = list(self.lineup.styles).index(name)
+        return self.runner.paint(self.lineup.student, load, index, name=f"{name}, student")
 
     def _teacher(self, name: str) -> Tensor:
-        with self.studio.visit(self.teachers[name]) as load:
-            return self.studio.paint(self.teachers[name], load)
+        with self.runner.loaded(self.teachers[name]) as load:
+            return self.runner.paint(self.teachers[name], load)
 
     def _student_at(self, path: str, pair: Pair, load: Callable[[], Teacher]) -> Callable[[float], Tensor]:
-        student = self.cast.student
+        student = self.lineup.student
 
         def at(w: float) -> Tensor:
             shares = self._shares(pair, w)
@@ -242,16 +272,16 @@ class _Run:
             name = f"{':'.join(pair)} {w:g}, {PATHS[path]}"
             make = blended if path == BLEND else with_mixed_predictions
             one = dataclasses.replace(student, name=name, key=key)
-            latents = self.studio.paint(one, lambda: make(load(), shares))
+            latents = self.runner.paint(one, lambda: make(load(), shares))
             if path == PREDICTIONS:
-                self.meter(self.s.count * painting_cost(self.s), f"'{name}' paints")
+                self.work(self.s.count * painting_cost(self.s), f"'{name}' paints")
             return latents
 
         return at
 
     def _shares(self, pair: Pair, w: float) -> dict[int, float]:
         """Style -> its share, for a ratio between 0 and 1."""
-        first, second = (list(self.cast.styles).index(name) for name in pair)
+        first, second = (list(self.lineup.styles).index(name) for name in pair)
         return {first: 1 - w, second: w}
 
     def _merged_at(self, pair: Pair, loads: Sequence[Callable[[], Teacher]]) -> Callable[[float], Tensor]:
@@ -259,26 +289,26 @@ class _Run:
 
         def at(w: float) -> Tensor:
             def open_it() -> Teacher:
-                return merged(*(load() for load in loads), w, len(self.cast.prompts), self.studio.dtype)
+                return merged(*(load() for load in loads), w, len(self.lineup.prompts), dtype=self.runner.dtype)
 
             key = repr_sha256(MERGE, sorted([(first.key, 1 - w), (second.key, w)]))
-            one = Member(f"{':'.join(pair)} {w:g}, {PATHS[MERGE]}", key, open_it, first.config, first.zero_snr)
-            with self.studio.visit(one) as load:
-                return self.studio.paint(one, load)
+            one = ModelRef(f"{':'.join(pair)} {w:g}, {PATHS[MERGE]}", key, open_it, first.config, first.zero_snr)
+            with self.runner.loaded(one) as load:
+                return self.runner.paint(one, load)
 
         return at
 
     # --- judging ------------------------------------------------------------------------------------------------------
 
-    def _by_classifier(self, painted: dict[str, list[Tensor]]) -> dict[str, list[Seen]]:
-        judge, looks = self.cast.classifier, looks_of(self.cast.classifier)
+    def _by_classifier(self, painted: dict[str, list[Tensor]]) -> dict[str, list[Observations]]:
+        judge, looks = self.lineup.classifier, looks_of(self.lineup.classifier)
 
-        def see(pair: Pair, path: str, latents: Tensor) -> Seen:
+        def observe(pair: Pair, path: str, latents: Tensor) -> Observations:
             first, second = (looks.index(name) for name in pair)
             score, away, neither, content = ([] for _ in range(4))
             for w, one in zip(self.ratios, latents.unbind(1)):
                 name = f"{':'.join(pair)} {w:g}, {PATHS[path]}"
-                answers = answers_of(judge, self.studio.features(one, judge, self.cast.pictures, name))
+                answers = answers_of(judge, self.runner.features(one, judge, self.lineup.decoder, name))
                 look = answers["look"].softmax(1)
                 score.append(look[:, second])
                 away.append(1 - look[:, first])
@@ -287,9 +317,9 @@ class _Run:
             known = any(truth is not None for truth in self.truth)
             distances = layout_distances(latents.float())
             columns = [torch.stack(values, 1) for values in (score, neither)]
-            return Seen(*columns, *distances, torch.stack(away, 1), torch.stack(content, 1) if known else None)
+            return Observations(*columns, *distances, torch.stack(away, 1), torch.stack(content, 1) if known else None)
 
-        return self._each(painted, see)
+        return self._each(painted, observe)
 
     def _content(self, answers: Mapping[str, Tensor]) -> Tensor:
         """(n,) 1 where every word of the caption is seen, NaN for captions without any."""
@@ -299,54 +329,62 @@ class _Run:
             right.append(math.nan if truth is None else float(said))
         return torch.tensor(right)
 
-    def _by_student(self, painted: dict[str, list[Tensor]], load: Callable[[], Teacher]) -> dict[str, list[Seen]]:
-        def see(pair: Pair, path: str, latents: Tensor) -> Seen:
-            first, second = (list(self.cast.styles).index(name) for name in pair)
+    def _by_student(
+        self, painted: dict[str, list[Tensor]], load: Callable[[], Teacher]
+    ) -> dict[str, list[Observations]]:
+        def observe(pair: Pair, path: str, latents: Tensor) -> Observations:
+            first, second = (list(self.lineup.styles).index(name) for name in pair)
             score, neither = [], []
             for w, one in zip(self.ratios, latents.unbind(1)):
                 errors = self._errors(one, load, f"whose are '{':'.join(pair)} {w:g}, {PATHS[path]}'?")
                 score.append(wins(errors, first, second))
                 neither.append(is_neither(errors.mean(1).argmin(1), first, second))
-            return Seen(torch.stack(score, 1), torch.stack(neither, 1), *layout_distances(latents.float()))
+            return Observations(torch.stack(score, 1), torch.stack(neither, 1), *layout_distances(latents.float()))
 
-        return self._each(painted, see)
+        return self._each(painted, observe)
 
     def _errors(self, latents: Tensor, load: Callable[[], Teacher], what: str) -> Tensor:
         """(n, draws, styles and "none"), see ``identify``."""
-        s, student, parts = self.s, self.cast.student, []
-        for places in self.studio.batches(len(latents)):
+        s, student, parts = self.s, self.lineup.student, []
+        for places in self.runner.batches(len(latents)):
             mine, rows = latents[places], self.rows[places]
-            prompts = [self.cast.prompts[row] for row in rows.tolist()]
-            identity = ("own", student.key, tensor_sha256(mine), prompts, s.own_draws, s.seed, str(self.studio.dtype))
+            prompts = [self.lineup.prompts[row] for row in rows.tolist()]
+            identity = ("own", student.key, tensor_sha256(mine), prompts, s.own_draws, s.seed, str(self.runner.dtype))
 
             def build(mine=mine, rows=rows) -> dict[str, Tensor]:
                 found = identify(
-                    load(), self.cast.styles, mine, rows, s.own_draws, s.seed, tick=lambda _: self.meter(0, what)
+                    load(),
+                    self.lineup.styles,
+                    mine,
+                    rows,
+                    draws=s.own_draws,
+                    seed=s.seed,
+                    on_batch=lambda _: self.work(0, what),
                 )
                 return {"errors": torch.stack([verdict.errors for verdict in found])}
 
-            parts.append(self.studio.part(identity, len(places), build)["errors"])
-            self.meter(len(places) * s.own_draws * (len(self.cast.styles) + 1), what)
+            parts.append(self.runner.part(identity, len(places), build)["errors"])
+            self.work(len(places) * s.own_draws * (len(self.lineup.styles) + 1), what)
         return torch.cat(parts)
 
-    def _each(self, painted: dict[str, list[Tensor]], see: Callable) -> dict[str, list[Seen]]:
+    def _each(self, painted: dict[str, list[Tensor]], observe: Callable) -> dict[str, list[Observations]]:
         return {
-            path: [see(pair, path, latents) for pair, latents in zip(self.pairs, every)]
+            path: [observe(pair, path, latents) for pair, latents in zip(self.pairs, every)]
             for path, every in painted.items()
         }
 
     # --- figures ------------------------------------------------------------------------------------------------------
 
-    def _result(self, seen: dict[str, list[Seen]]) -> Mixing:
-        s, cast = self.s, self.cast
+    def _result(self, observed: dict[str, list[Observations]]) -> Mixing:
+        s, lineup = self.s, self.lineup
         weights = weights_of(self.rows.tolist(), RESAMPLES if s.resamples < 0 else s.resamples, s.seed)
-        found = {path: [figures(one, self.ratios, weights) for one in every] for path, every in seen.items()}
+        found = {path: [figures(one, self.ratios, weights) for one in every] for path, every in observed.items()}
         names = list(found[self.paths[0]][0])
         results = []
         for k, pair in enumerate(self.pairs):
             of_paths = {
                 path: PathResult(
-                    {name: list(map(as_figure, curve.T)) for name, curve in curves(seen[path][k], weights).items()},
+                    {name: list(map(as_figure, curve.T)) for name, curve in curves(observed[path][k], weights).items()},
                     {name: as_figure(found[path][k][name]) for name in names},
                 )
                 for path in self.paths
@@ -357,9 +395,9 @@ class _Run:
             path: {name: as_figure(mean_of([KINDS[name].measure(one[name]) for one in found[path]])) for name in names}
             for path in self.paths
         }
-        members = {"student": cast.student.key, **{f"teacher {m.name}": m.key for m in cast.teachers}}
+        members = {"student": lineup.student.key, **{f"teacher {m.name}": m.key for m in lineup.teachers}}
         return Mixing(
-            s, self.ratios, self.paths, len(cast.prompts) - 1, self._captioned(), members, self._judge(), results, mean,
+            s, self.ratios, self.paths, len(lineup.prompts) - 1, self._captioned(), members, self._judge(), results, mean,
             self._against(found, names, everything),
         )  # fmt: skip
 
@@ -378,7 +416,7 @@ class _Run:
         return sum(truth is not None for truth in self.truth or ())
 
     def _judge(self) -> dict:
-        network = self.cast.classifier
+        network = self.lineup.classifier
         if network is None:
             return {"name": "the student as its own classifier", "draws": self.s.own_draws}
         return {"name": network.name, "sha256": network.key}

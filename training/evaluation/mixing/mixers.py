@@ -14,7 +14,7 @@ from ....dmm_core.sampling import to_one_length
 from ....dmm_core.style import style_row
 from ....dmm_core.unet import UNet, load_unet
 from ...teachers.teacher import Teacher, without_styles
-from ..studio import Member
+from ..model_runner import ModelRef
 
 
 def blended(student: Teacher, shares: Mapping[int, float]) -> Teacher:
@@ -39,7 +39,7 @@ class MixedPredictions(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None, style: None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None, *, style: None = None) -> Tensor:
         """As of UNet, (B, C, h, w)."""
         total = torch.zeros_like(x)
         for index, share in self.shares.items():
@@ -48,7 +48,9 @@ class MixedPredictions(nn.Module):
         return total
 
 
-def merged(first: Teacher, second: Teacher, ratio: float, prompts: int, dtype: torch.dtype = torch.float32) -> Teacher:
+def merged(
+    first: Teacher, second: Teacher, ratio: float, prompts: int, *, dtype: torch.dtype = torch.float32
+) -> Teacher:
     """Two plain models as one: (1 - w) of the first's weights and w of the second's, computed in float32, and the same of their text
     states of ``prompts`` prompts. As ComfyUI's ModelMergeSimple(first, second, 1 - w); its CLIPMergeSimple merges the encoders instead.
 
@@ -67,7 +69,7 @@ def merged(first: Teacher, second: Teacher, ratio: float, prompts: int, dtype: t
     )
 
 
-def check_mergeable(first: Member | Teacher, second: Member | Teacher) -> None:
+def check_mergeable(first: ModelRef | Teacher, second: ModelRef | Teacher) -> None:
     if first.prediction != second.prediction:
         raise ValueError(
             f"'{first.name}' predicts {first.prediction} and '{second.name}' {second.prediction}: their weights cannot be merged"
@@ -75,9 +77,9 @@ def check_mergeable(first: Member | Teacher, second: Member | Teacher) -> None:
 
 
 @contextmanager
-def both(first: Member, second: Member) -> Iterator[list[Callable[[], Teacher]]]:
+def both(first: ModelRef, second: ModelRef) -> Iterator[list[Callable[[], Teacher]]]:
     """Inside, a function for each model that loads it at its first call; both are gone afterwards."""
-    loads = [functools.cache(member.open) for member in (first, second)]
+    loads = [functools.cache(ref.open) for ref in (first, second)]
     try:
         yield loads
     finally:

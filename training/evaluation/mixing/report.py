@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from ....dmm_core.files import atomic_write
 from ...paint.images import GAP, INK, PAPER, grid, line_height, share_label
 from ..matrix import NORMAL_95, Figure
+from ..model_runner import PixelDecoder
 from ..report import as_json, table
-from ..studio import Pictures
 from .figures import KINDS, Kind
 from .judge_mixing import PATHS, Mixing, PairResult
 
@@ -29,12 +29,12 @@ LARGEST = 256
 """Pixels a side of a strip's pictures."""
 
 
-def write(mixing: Mixing, folder: Path, pictures: Pictures | None = None) -> list[Path]:
+def write(mixing: Mixing, folder: Path, decoder: PixelDecoder | None = None) -> list[Path]:
     """mixing.json, mixing.md, curves.png and, with a VAE, a strip of each pair, in a folder that exists; returns the files."""
     drawn = {"curves.png": plots(mixing)}
-    if pictures is not None:
+    if decoder is not None:
         for number, pair in enumerate(mixing.pairs, start=1):
-            drawn[strip_name(number, pair)] = strip(mixing, pair, pictures)
+            drawn[strip_name(number, pair)] = strip(mixing, pair, decoder)
     as_data = json.dumps(as_json(dataclasses.replace(mixing, shown={})), indent=1, ensure_ascii=False)
     texts = {"mixing.json": as_data, "mixing.md": markdown(mixing, list(drawn))}
     written = []
@@ -217,18 +217,18 @@ def dashed(draw: ImageDraw.ImageDraw, points: Sequence[tuple[float, float]], col
             draw.line(ends, colour, FINE)
 
 
-def strip(m: Mixing, pair: PairResult, pictures: Pictures) -> Image.Image:
+def strip(m: Mixing, pair: PairResult, decoder: PixelDecoder) -> Image.Image:
     """The first pictures of a pair: a row for each path, a column for each ratio."""
     shown = m.shown[(pair.first, pair.second)]
     count = len(shown[m.paths[0]])
-    rows = [[as_picture(z, pictures) for z in shown[path][k]] for k in range(count) for path in m.paths]
+    rows = [[as_picture(z, decoder) for z in shown[path][k]] for k in range(count) for path in m.paths]
     labels = [PATHS[path] for _ in range(count) for path in m.paths]
     return grid(rows, labels, [share_label(w, pair.first, pair.second) for w in m.ratios])
 
 
-def as_picture(latent, pictures: Pictures) -> Image.Image:
+def as_picture(latent, decoder: PixelDecoder) -> Image.Image:
     """(C, h, w) -> a picture of at most ``LARGEST`` pixels a side."""
-    pixels = pictures.decode(latent[None].float())[0].float().cpu()
+    pixels = decoder.decode(latent[None].float())[0].float().cpu()
     values = ((pixels + 1) * 127.5).round().clamp(0, 255).byte()
     image = Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())  # (3, H, W) -> (H, W, 3)
     image.thumbnail((LARGEST, LARGEST))

@@ -46,7 +46,7 @@ class PromptStates:
 
 
 @dataclass
-class Member:
+class ModelRef:
     """Who takes part: a model that is loaded when it is needed. key: a hash that differs for models that paint differently.
 
     open: its UNet and its text states of the evaluation's prompts, row 0 of the empty one. config, zero_snr, prediction, text: what they
@@ -62,7 +62,7 @@ class Member:
     text: PromptStates | None = None
 
     @classmethod
-    def of(cls, teacher: Teacher, prompts: int) -> Member:
+    def of(cls, teacher: Teacher, prompts: int) -> ModelRef:
         """A model that is in memory already. prompts: how many it has text states of."""
         rows = torch.arange(prompts)
         texts = [tensor_sha256(teacher.contexts[rows])]
@@ -73,7 +73,7 @@ class Member:
         return cls(teacher.name, key, lambda: teacher, teacher.unet.config, teacher.zero_snr, teacher.prediction, text)
 
 
-def check_invited(teachers: Sequence[Member], prompts: Sequence[str]) -> None:
+def check_lineup(teachers: Sequence[ModelRef], prompts: Sequence[str]) -> None:
     """Raises ValueError for a teacher that comes twice, and for no prompts to paint (the first one is the empty one)."""
     names = [teacher.name for teacher in teachers]
     if len(set(names)) < len(names):
@@ -82,14 +82,14 @@ def check_invited(teachers: Sequence[Member], prompts: Sequence[str]) -> None:
         raise ValueError("no prompts to paint were given")
 
 
-def check_same_kind(student: Member, others: Sequence[Member]) -> None:
+def check_same_kind(student: ModelRef, others: Sequence[ModelRef]) -> None:
     """Raises ValueError for models of another architecture or noise schedule than the student's."""
-    check_architectures(student.config, [(member.name, member.config) for member in others])
-    check_schedules(student.zero_snr, [(member.name, member.zero_snr) for member in others])
+    check_architectures(student.config, [(ref.name, ref.config) for ref in others])
+    check_schedules(student.zero_snr, [(ref.name, ref.zero_snr) for ref in others])
 
 
 @dataclass
-class Pictures:
+class PixelDecoder:
     """How latents become pictures: decode takes (B, C, h, w) as the UNet sees them and gives (B, 3, H, W) in about [-1, 1].
 
     key: a hash of the decoder.
@@ -111,7 +111,7 @@ def placed(teacher: Teacher, device: torch.device, dtype: torch.dtype) -> Teache
     return dataclasses.replace(teacher, unet=load_unet(teacher.unet.state_dict(), dtype).to(device))
 
 
-class Meter:
+class WorkCounter:
     """Counts work in forwards of a UNet, whether they are computed or read."""
 
     def __init__(self, total: int, progress: ProgressCallback | None):
@@ -123,18 +123,19 @@ class Meter:
             self.progress(min(self.done, self.total), self.total, what)
 
 
-class Studio:
+class ModelRunner:
     """Where an evaluation's models work. folder: for finished parts, None for nowhere. prompts: ``prompts[0]`` is the empty one."""
 
     def __init__(
         self,
         prompts: Sequence[str],
         settings: EvaluationSettings,
+        *,
         folder: Path | None,
         device: torch.device,
-        meter: Meter,
+        work: WorkCounter,
     ):
-        self.prompts, self.settings, self.meter = list(prompts), settings, meter
+        self.prompts, self.settings, self.work = list(prompts), settings, work
         self.folder, self.device = folder, device
         self.dtype = settings.dtype(device)
         one = device.type == "cpu" and settings.width * settings.height > SMALL_PICTURE
@@ -143,12 +144,12 @@ class Studio:
     # --- models -------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def visit(self, member: Member) -> Iterator[Callable[[], Teacher]]:
+    def loaded(self, ref: ModelRef) -> Iterator[Callable[[], Teacher]]:
         """Inside, a function that gives the model on the device; it is loaded at its first call, and gone afterwards."""
 
         @functools.cache
         def load() -> Teacher:
-            teacher = member.open()
+            teacher = ref.open()
             check_text([teacher])
             return placed(teacher, self.device, self.dtype)
 
@@ -183,9 +184,10 @@ class Studio:
 
     def paint(
         self,
-        member: Member,
+        ref: ModelRef,
         load: Callable[[], Teacher],
         style: int | None = None,
+        *,
         second: bool = False,
         name: str = "",
     ) -> Tensor:
@@ -195,7 +197,7 @@ class Studio:
         for places in self.batches(s.count):
             rows, seeds = self.rows(places), self.seeds(places, second)
             texts = [self.prompts[row] for row in rows.tolist()]
-            identity = ("paint", member.key, style, second, places, texts, s.painting, str(self.dtype))
+            identity = ("paint", ref.key, style, second, places, texts, s.painting, str(self.dtype))
 
             def build(rows=rows, seeds=seeds) -> dict[str, Tensor]:
                 teacher = in_style(load(), style)
@@ -203,13 +205,13 @@ class Studio:
                 latents = painted.half()
                 if not torch.isfinite(latents).all():
                     raise ValueError(
-                        f"'{name or member.name}' paints NaN or infinite numbers: use precision fp32, or look at what it paints in "
+                        f"'{name or ref.name}' paints NaN or infinite numbers: use precision fp32, or look at what it paints in "
                         "ComfyUI"
                     )
                 return {"latents": latents}
 
             parts.append(self.part(identity, len(places), build)["latents"])
-            self.meter(painting_cost(s) * len(places), f"'{name or member.name}' paints")
+            self.work(painting_cost(s) * len(places), f"'{name or ref.name}' paints")
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -241,23 +243,23 @@ class Studio:
 
     # --- features -----------------------------------------------------------------------------------------------------
 
-    def features(self, latents: Tensor, network: FeatureNet, pictures: Pictures, name: str) -> Tensor:
+    def features(self, latents: Tensor, network: FeatureNet, decoder: PixelDecoder, name: str) -> Tensor:
         """Latents (n, C, h, w) -> feature vectors (n, size) float32."""
         parts = []
         for places in self.batches(len(latents)):
             mine = latents[places[0] : places[-1] + 1]
-            identity = ("features", tensor_sha256(mine), pictures.key, network.key, network.name)
+            identity = ("features", tensor_sha256(mine), decoder.key, network.key, network.name)
 
             def build(mine=mine) -> dict[str, Tensor]:
-                return {"features": self.split(lambda part: network(self.decoded(mine[part], pictures)), len(mine))}
+                return {"features": self.split(lambda part: network(self.decoded(mine[part], decoder)), len(mine))}
 
             parts.append(self.part(identity, len(places), build)["features"])
-            self.meter(FEATURE_COST * len(places), f"looking at '{name}'")
+            self.work(FEATURE_COST * len(places), f"looking at '{name}'")
         return torch.cat(parts)
 
     @torch.no_grad()
-    def decoded(self, latents: Tensor, pictures: Pictures) -> Tensor:
-        return pictures.decode(latents.float().to(self.device))
+    def decoded(self, latents: Tensor, decoder: PixelDecoder) -> Tensor:
+        return decoder.decode(latents.float().to(self.device))
 
 
 FEATURE_COST = 4
