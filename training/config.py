@@ -91,7 +91,7 @@ class TrainConfig:
     accumulate: int = setting(1, "Forwards of batch_size pictures in one step.", unit="forwards", low=1)
     lr: float = setting(1e-5, "Learning rate of the network.", above=0)
     style_lr_scale: float = setting(
-        1.0, "Learning rate of the style side (codebook and MLP), as a multiple of lr.", above=0
+        1.0, "Learning rate of the style side (codebook and MLP), as a multiple of the network's.", above=0
     )
     lr_schedule: str = setting("constant", "How the learning rate goes on after the warm-up.", choices=LR_SCHEDULES)
     warmup: int = setting(0, "Steps in which the learning rate rises to its full value.", unit="steps", low=0)
@@ -107,7 +107,11 @@ class TrainConfig:
     grad_clip: float = setting(1.0, "Longest norm of the gradient; 0: not limited.", low=0)
 
     # --- the losses ---
-    lambda_feat: float = setting(0.001, "Weight of the feature loss (eq. 10).", low=0)
+    lambda_feat: float = setting(
+        0.001,
+        "Weight of the feature loss (eq. 10): how much the inside of the network counts beside its result.",
+        low=0,
+    )
     lambda_adv: float = setting(
         0.01, "Weight of the adversarial loss (eq. 11; 0.01 in the paper); 0: no discriminator.", low=0
     )
@@ -157,7 +161,7 @@ class TrainConfig:
     # --- growing and forgetting ---
     guard: float = setting(
         0.5,
-        "When a DMM model grows or forgets: share of the rows with a style that repeat the styles which stay, as the frozen old "
+        "When a DMM model grows or forgets: share of the training with a style that repeats the styles which stay, as the frozen old "
         "model paints them (Sec. 3.5); 0: they are forgotten.",
         unit="share",
         low=0,
@@ -172,7 +176,7 @@ class TrainConfig:
 
     # --- the final stage ---
     final_steps: int = setting(
-        0, "More steps after steps, on pictures that the teachers paint then.", unit="steps", low=0
+        0, "More steps at the end, on pictures that the teachers paint then.", unit="steps", low=0
     )
     final_images: int = setting(1500, "Pictures that each teacher paints for the final steps.", unit="pictures", low=1)
     final_lr: float | None = setting(None, "Learning rate of the final steps; null: lr.", above=0)
@@ -196,14 +200,17 @@ class TrainConfig:
     ema_device: str = setting("auto", "Where the average is kept; auto: with the student.", choices=EMA_DEVICES)
 
     # --- memory and speed ---
-    precision: str = setting("fp32", "Of the arithmetic; the student's weights stay in fp32.", choices=PRECISIONS)
+    precision: str = setting(
+        "fp32",
+        "Of the arithmetic: bf16 for newer graphics cards, fp32 if in doubt. The student's weights stay in fp32.",
+        choices=PRECISIONS,
+    )
     teacher_dtype: str = setting(
         "auto", "Of the teachers' weights; auto: precision on a GPU, fp32 elsewhere.", choices=TEACHER_DTYPES
     )
     residency: str = setting(
         "auto",
-        "Where the teachers wait: device, all on the GPU; offload, in RAM, with teacher_slots places on the GPU; auto: as memory "
-        "allows.",
+        "Where the teachers wait: device, all on the GPU; offload, in RAM, one or two at a time on the GPU; auto: as memory allows.",
         choices=RESIDENCIES,
     )
     teacher_slots: int = setting(
