@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from .fields import about, check_fields, is_number, setting
+from .fields import about, check_fields, is_number, setting, table
 from .presets import preset
 
 INITS = ("base", "soup")
@@ -218,8 +218,8 @@ class TrainConfig:
     )
     memory: float | str = setting(
         "auto",
-        "Memory of the GPU that the run may use; auto: all of it. The run is fitted into it where settings are left at their defaults: "
-        "forwards are split, teachers wait in RAM, blocks are recomputed. off: nothing is planned.",
+        "Memory of the GPU that the run may use; auto: all of it, and no plan without a GPU. The run is fitted into it where settings are "
+        "left at their defaults: forwards are split, teachers wait in RAM, blocks are recomputed. off: nothing is planned.",
         unit="GB",
         above=0,
         choices=("auto", "off"),
@@ -287,7 +287,10 @@ class DistillConfig:
     output: str = field(metadata=about("The student's file, .safetensors."))
     run_dir: str = field(metadata=about("Folder of the run: its states, log and pictures."))
     teachers: list[TeacherSpec] = field(
-        default_factory=list, metadata=about("The teachers, one for each style.", expected="a list, see teachers")
+        default_factory=list,
+        metadata=about(
+            "The teachers, one for each style; none where styles are forgotten.", expected="a list, see teachers"
+        ),
     )
     forget: list[str] = field(
         default_factory=list, metadata=about("dmm forget: the styles that go.", expected="a list of style names")
@@ -309,7 +312,8 @@ class DistillConfig:
         default_factory=TrainConfig, metadata=about("What training does.", expected="settings, see train")
     )
     attack: AttackConfig = field(
-        default_factory=AttackConfig, metadata=about("dmm forget: the search.", expected="settings, see attack")
+        default_factory=AttackConfig,
+        metadata=about("dmm forget: the search for codes that bring a style back.", expected="settings, see attack"),
     )
 
     def check(self) -> None:
@@ -439,3 +443,18 @@ def _number(kind: str, value: Any) -> Any:
     if kind.startswith("tuple") and isinstance(value, list):
         return tuple(_number("float", v) for v in value)
     return value
+
+
+SECTIONS = {
+    "The file": DistillConfig,
+    "`teachers`, each": TeacherSpec,
+    "`loras` of a teacher, each": LoraSpec,
+    "`data`": DataSpec,
+    "`train`": TrainConfig,
+    "`attack`": AttackConfig,
+}
+
+
+def settings_tables() -> str:
+    """All settings of a config file as Markdown, a table for each part of the file: what ``dmm distill --list-settings`` prints."""
+    return "\n\n".join(f"### {title}\n\n{table(cls)}" for title, cls in SECTIONS.items())

@@ -144,7 +144,9 @@ def describe(cls: type) -> list[Row]:
     for f in dataclasses.fields(cls):
         known = f.metadata[KEY]
         values = ", ".join(known.choices) if known.choices and not known.expected else expectation(f).split(":")[0]
-        rows.append(Row(f.name, _default_text(f), known.unit, values.removeprefix("expected "), known.doc))
+        rows.append(
+            Row(f.name, _default_text(f), known.unit, values.removeprefix("expected ").removeprefix("a "), known.doc)
+        )
     return rows
 
 

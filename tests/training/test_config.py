@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
+from comfyui_dmm.training.cli import main
 from comfyui_dmm.training.config import (
+    SECTIONS,
     AttackConfig,
     DataSpec,
     DistillConfig,
@@ -212,3 +215,14 @@ def test_nothing_behind_a_key_is_the_empty_text(tmp_path, good):
     teachers = [{**good["teachers"][0], "description": None}]
     config = load_config(write(tmp_path, {**good, "teachers": teachers, "parts_from": None}))
     assert config.parts_from == "" and config.teachers[0].description == ""
+
+
+def test_the_tables_of_the_docs_are_those_of_the_fields(capsys):
+    """When this fails: paste what `dmm distill --list-settings` prints between the two marks in docs/training.md."""
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (inside,) = re.findall(r"<!-- dmm distill --list-settings -->\n(.*)\n<!-- end -->", page, re.DOTALL)
+    with pytest.raises(SystemExit) as end:
+        main(["distill", "--list-settings"])
+    assert end.value.code in (None, 0) and capsys.readouterr().out.strip() == inside.strip()
+    rows = {line.split("`")[1] for line in inside.splitlines() if line.startswith("| `")}
+    assert rows == {f.name for cls in SECTIONS.values() for f in dataclasses.fields(cls)}
