@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from comfyui_dmm.training.cli import main
+from comfyui_dmm.training.cli import main, parser
 from comfyui_dmm.training.config import (
     SECTIONS,
     AttackConfig,
@@ -19,6 +19,7 @@ from comfyui_dmm.training.config import (
     check_names,
     load_config,
 )
+from comfyui_dmm.training.data.rollout_paths import RolloutSettings
 from comfyui_dmm.training.fields import describe
 from comfyui_dmm.training.presets import PRESETS
 
@@ -141,7 +142,9 @@ def test_the_json_of_a_configuration_stays():
     assert json.dumps(dataclasses.asdict(DataSpec())) == '{"kind": "demo_scenes", "file": "", "count": 600, "seed": 0}'
 
 
-@pytest.mark.parametrize("cls", [DistillConfig, TeacherSpec, LoraSpec, DataSpec, TrainConfig, AttackConfig])
+@pytest.mark.parametrize(
+    "cls", [RolloutSettings, DistillConfig, TeacherSpec, LoraSpec, DataSpec, TrainConfig, AttackConfig]
+)
 def test_every_field_says_what_it_is(cls):
     for row in describe(cls):
         assert row.doc.endswith(".") and row.values and "|" not in row.doc + row.values + row.unit
@@ -226,3 +229,29 @@ def test_the_tables_of_the_docs_are_those_of_the_fields(capsys):
     assert end.value.code in (None, 0) and capsys.readouterr().out.strip() == inside.strip()
     rows = {line.split("`")[1] for line in inside.splitlines() if line.startswith("| `")}
     assert rows == {f.name for cls in SECTIONS.values() for f in dataclasses.fields(cls)}
+
+
+def test_the_options_of_rollouts_are_their_settings():
+    command = [
+        "cache",
+        "rollouts",
+        "--captions",
+        "c.txt",
+        "--base",
+        "b",
+        "--output",
+        "o",
+        "--teacher",
+        "a=a.safetensors",
+    ]
+    found = vars(parser().parse_args(command))
+    plain = dataclasses.asdict(RolloutSettings())
+    assert plain.pop("sizes") == () and found["size"] is None
+    assert {name: found[name] for name in plain} == plain
+    given = parser().parse_args([*command, "--base-share", "0.2", "--batch-size", "3", "--sampler", "ddim"])
+    assert (given.base_share, given.batch_size, given.sampler) == (0.2, 3, "ddim")
+    json_before = (
+        '{"paths": 400, "base_share": 0.05, "states": 5, "sizes": [], "steps": 25, "cfg": 7.0, "sampler": "dpmpp_2m", '
+        '"scheduler": "sgm_uniform", "seed": 0, "batch_size": 8, "precision": "fp32"}'
+    )
+    assert json.dumps(dataclasses.asdict(RolloutSettings())) == json_before, "caches name their settings"
