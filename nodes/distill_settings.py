@@ -1,27 +1,23 @@
-"""The settings of Distill Teachers: its inputs, and what of the trainer's configuration each of them is."""
+"""The settings of Distill Teachers: its inputs, and what of the trainer's configuration each of them is.
+
+Tooltips, choices and lower bounds are those of the configuration's fields. Upper bounds and steps are of the node's controls only.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..training.config import (
-    INITS,
-    LR_SCHEDULES,
-    OPTIMIZERS,
-    PRECISIONS,
-    RESIDENCIES,
-    SAMPLINGS,
-    TRAINABLE,
-    TrainConfig,
-)
+from ..training.config import TrainConfig
+from ..training.fields import about_field
 from ..training.presets import PRESETS, preset
 
 DEFAULTS = TrainConfig(
     steps=1000, batch_size=8, lr=1e-5, lambda_adv=0.0, ema_gamma=6.94, final_images=300, save_every=250
 )
+"""Where the node starts from, which is not the paper's recipe: short runs on one card."""
 CUSTOM = "custom"
 GIGABYTES = (8, 12, 16, 24, 48)
 MEMORY = ("auto", "off", *(f"{size} GB" for size in GIGABYTES))
@@ -65,17 +61,40 @@ def field_of(name: str) -> str:
     return {**FIELDS, **GROWING}[name]
 
 
-def whole(name: str, low: int, high: int, tooltip: str | None = None, **more):
-    return io.Int.Input(name, default=getattr(DEFAULTS, field_of(name)), min=low, max=high, tooltip=tooltip, **more)
+def doc(name: str) -> str:
+    return about_field(TrainConfig, field_of(name)).doc
 
 
-def number(name: str, low: float, high: float, step: float, tooltip: str | None = None, **more):
+def int_input(name: str, high: int, *, config: Any = DEFAULTS, field: str = "", low: float | None = None, **more):
+    """An input with the default, tooltip and lower bound of a field: of ``config``'s ``field``, or the one that FIELDS names."""
+    field = field or field_of(name)
+    known = about_field(type(config), field)
+    low = known.low if low is None else low
+    return io.Int.Input(name, default=getattr(config, field), min=low, max=high, tooltip=known.doc, **more)
+
+
+def number(name: str, high: float, step: float, *, low: float | None = None, tooltip: str = "", **more):
+    known = about_field(TrainConfig, field_of(name))
+    return io.Float.Input(
+        name,
+        default=getattr(DEFAULTS, field_of(name)),
+        min=known.low if low is None else low,
+        max=high,
+        step=step,
+        round=False,
+        tooltip=tooltip or known.doc,
+        **more,
+    )
+
+
+def choice(name: str, options: Sequence[str] = (), **more):
+    known = about_field(TrainConfig, field_of(name))
     default = getattr(DEFAULTS, field_of(name))
-    return io.Float.Input(name, default=default, min=low, max=high, step=step, round=False, tooltip=tooltip, **more)
+    return io.Combo.Input(name, options=list(options or known.choices), default=default, tooltip=known.doc, **more)
 
 
-def choice(name: str, options, tooltip: str | None = None, **more):
-    return io.Combo.Input(name, options=list(options), default=getattr(DEFAULTS, FIELDS[name]), tooltip=tooltip, **more)
+def switch(name: str, **more):
+    return io.Boolean.Input(name, default=getattr(DEFAULTS, field_of(name)), tooltip=doc(name), **more)
 
 
 def setting_inputs() -> list:
@@ -83,17 +102,17 @@ def setting_inputs() -> list:
     seldom = {"advanced": True}
     new = {"advanced": True, "optional": True}
     return [
-        whole("steps", 1, 10_000_000),
-        whole("batch_size", 1, 4096, "Pictures a step, shared by all teachers."),
-        number("learning_rate", 1e-8, 0.1, 1e-8),
-        io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False),
-        choice("start_from", INITS, "soup: the teachers' average.", **seldom),
-        number("style_rate", 0.01, 100, 0.1, "Times the learning rate, for the style vectors.", **seldom),
-        number("feature_weight", 0, 1, 1e-4, **seldom),
-        number("caption_dropout", 0, 0.9, 0.01, **seldom),
-        number("no_style_share", 0, 0.9, 0.01, "Share of the pictures that teach 'no style' = the base.", **seldom),
-        choice("precision", PRECISIONS, **seldom),
-        io.Boolean.Input("gradient_checkpointing", default=False, tooltip="Less memory, a third slower.", **seldom),
+        int_input("steps", 10_000_000),
+        int_input("batch_size", 4096),
+        number("learning_rate", 0.1, 1e-8, low=1e-8),
+        int_input("seed", 2**32 - 1, low=0, control_after_generate=False),
+        choice("start_from", **seldom),
+        number("style_rate", 100, 0.1, low=0.01, **seldom),
+        number("feature_weight", 1, 1e-4, **seldom),
+        number("caption_dropout", 0.9, 0.01, **seldom),
+        number("no_style_share", 0.9, 0.01, **seldom),
+        choice("precision", **seldom),
+        switch("gradient_checkpointing", **seldom),
         io.Int.Input(
             "preview_every",
             default=100,
@@ -102,7 +121,7 @@ def setting_inputs() -> list:
             tooltip="Steps between pictures of the student beside its teachers; 0 for none.",
             **seldom,
         ),
-        whole("save_every", 1, 1_000_000, "Steps between saved run states.", **seldom),
+        int_input("save_every", 1_000_000, **seldom),
         io.Combo.Input(
             "preset",
             options=[CUSTOM, *PRESETS],
@@ -110,27 +129,23 @@ def setting_inputs() -> list:
             optional=True,
             tooltip="Fills in the settings for models of Stable Diffusion's size; changing one of them makes it 'custom'.",
         ),
-        choice(
-            "memory",
-            MEMORY,
-            "Of the GPU. The run is fitted into it: forwards are split, teachers wait in RAM, blocks are recomputed.",
-            optional=True,
-        ),
-        whole("accumulate", 1, 4096, "Forwards of batch_size pictures a step.", **new),
-        choice("rate_schedule", LR_SCHEDULES, **new),
-        whole("warmup", 0, 1_000_000, "Steps.", **new),
-        number("adversarial_weight", 0, 10, 1e-3, "The paper's third loss (0.01 there); 0: no discriminator.", **new),
-        number("adversarial_rate", 1e-8, 0.1, 1e-8, "Learning rate of the discriminator.", **new),
-        number("average", 0, 100, 0.01, "Of the weights: 6.94 looks back over a tenth of the run; 0: none.", **new),
-        whole("final_steps", 0, 10_000_000, "More steps, on pictures that the teachers paint then.", **new),
-        whole("final_images", 1, 1_000_000, "Pictures that each teacher paints for the final steps.", **new),
-        choice("trainable", TRAINABLE, "lora: adapters and styles, in little memory; saved as a whole model.", **new),
-        whole("lora_rank", 1, 1024, **new),
-        choice("optimizer", OPTIMIZERS, "adafactor, adamw8bit and muon need less memory.", **new),
-        choice("teachers_wait", RESIDENCIES, "offload: in RAM, two at a time on the GPU.", **new),
-        whole("validation", 0, 100_000, "Samples of the fixed check that finds the best state.", **new),
-        io.Boolean.Input("compile", default=False, tooltip="torch.compile: slow to start, then faster.", **new),
-        choice("sampling", SAMPLINGS, "adaptive: more of the styles and noise levels that are still bad.", **new),
+        choice("memory", MEMORY, optional=True),
+        int_input("accumulate", 4096, **new),
+        choice("rate_schedule", **new),
+        int_input("warmup", 1_000_000, **new),
+        number("adversarial_weight", 10, 1e-3, **new),
+        number("adversarial_rate", 0.1, 1e-8, low=1e-8, **new),
+        # a number's control has no null: 0 stands for it
+        number("average", 100, 0.01, low=0, tooltip=doc("average").replace("null:", "0:"), **new),
+        int_input("final_steps", 10_000_000, **new),
+        int_input("final_images", 1_000_000, **new),
+        choice("trainable", **new),
+        int_input("lora_rank", 1024, **new),
+        choice("optimizer", **new),
+        choice("teachers_wait", **new),
+        int_input("validation", 100_000, **new),
+        switch("compile", **new),
+        choice("sampling", **new),
     ]
 
 
@@ -140,14 +155,11 @@ def growing_inputs() -> list:
 
 
 def guard_input():
-    return number(
-        "guard", 0, 0.95, 0.05, "Share of the training that repeats the styles which stay. 0: they are forgotten."
-    )
+    return number("guard", 0.95, 0.05)
 
 
 def warm_start_input():
-    tooltip = "Steps that first look for the new style's vector with the network frozen; 0: it begins at random."
-    return whole("warm_start", 0, 100_000, tooltip)
+    return int_input("warm_start", 100_000)
 
 
 def train_config(given: Mapping[str, Any]) -> TrainConfig:

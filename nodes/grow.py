@@ -7,8 +7,15 @@ from comfy_api.latest import io
 from ..dmm_core.style_value import NO_STYLE, Mix, parse_style
 from ..training.config import AttackConfig
 from . import training_inputs
-from .distill_settings import growing_inputs, guard_input, warm_start_input
+from .distill_settings import growing_inputs, guard_input, int_input, warm_start_input
 from .training_run import comparison, connected, data_inputs, given, learn, outputs, teachers_input
+
+ATTACK = {"attack_codes": "codes", "attack_every": "every", "attack_steps": "steps", "check_steps": "check"}
+"""Input of Forget Style -> field of AttackConfig."""
+
+
+def attack_input(name: str, high: int, **more):
+    return int_input(name, high, config=AttackConfig(), field=ATTACK[name], **more)
 
 
 def model_inputs(goes_on: str) -> list:
@@ -79,26 +86,10 @@ class ForgetStyle(io.ComfyNode):
                 ),
                 *data_inputs("my-dmm-less"),
                 guard_input(),
-                io.Int.Input(
-                    "attack_codes",
-                    default=3,
-                    min=0,
-                    max=64,
-                    tooltip="Vectors that search for the style while it is forgotten, so that it cannot be found again. 0: none.",
-                ),
-                io.Int.Input(
-                    "attack_every", default=25, min=1, max=100_000, tooltip="Steps between searches.", advanced=True
-                ),
-                io.Int.Input(
-                    "attack_steps", default=10, min=1, max=10_000, tooltip="Steps of a search.", advanced=True
-                ),
-                io.Int.Input(
-                    "check_steps",
-                    default=100,
-                    min=0,
-                    max=100_000,
-                    tooltip="At the end the style is searched for in the model before and after, for so many steps; 0: it is not.",
-                ),
+                attack_input("attack_codes", 64),
+                attack_input("attack_every", 100_000, advanced=True),
+                attack_input("attack_steps", 10_000, advanced=True),
+                attack_input("check_steps", 100_000),
                 *growing_inputs(),
             ],
             outputs=outputs(),
@@ -109,7 +100,7 @@ class ForgetStyle(io.ComfyNode):
     @classmethod
     def execute(cls, latents, captions, **lists) -> io.NodeOutput:
         one, config = given(lists)
-        attack = AttackConfig(one["attack_every"], one["attack_steps"], one["attack_codes"], one["check_steps"])
+        attack = AttackConfig(**{field: one[name] for name, field in ATTACK.items()})
         attack.validate()
         forget = style_names(one["styles"])
         parts = training_inputs.dmm_parts(one["model"], one["clip"], one["vae"])

@@ -39,7 +39,10 @@ Say = Callable[[str], None]
 
 
 def teachers_input():
-    template = io.Autogrow.TemplatePrefix(TeacherType.Input("teacher"), prefix="teacher", min=1, max=100)
+    one = TeacherType.Input(
+        "teacher", tooltip="A DMM Teacher, for one style. A new socket appears when you use the last one."
+    )
+    template = io.Autogrow.TemplatePrefix(one, prefix="teacher", min=1, max=100)
     return io.Autogrow.Input("teachers", template=template)
 
 

@@ -1,10 +1,12 @@
-"""The configuration of a distillation run: one dataclass, read from YAML, checked before anything is loaded or written."""
+"""The configuration of a distillation run, read from YAML, checked before anything is loaded or written.
+
+What each setting means, and which values it may have, stands beside it (``fields``); docs/training.md has the same as tables.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from .fields import about, check_fields, is_number, setting, table
 from .presets import preset
 
 INITS = ("base", "soup")
@@ -32,9 +35,9 @@ LOSS_WEIGHTS = ("plain", "eps", "v", "x0", "min_snr")
 class LoraSpec:
     """A LoRA file and how strongly it is applied: to the UNet, and to the text encoder (None: as to the UNet)."""
 
-    file: str
-    strength: float = 1.0
-    clip_strength: float | None = None
+    file: str = field(metadata=about("The LoRA, a .safetensors file."))
+    strength: float = setting(1.0, "How strongly it is applied to the UNet.")
+    clip_strength: float | None = setting(None, "How strongly it is applied to the text encoder; null: as to the UNet.")
 
     @property
     def text_strength(self) -> float:
@@ -45,120 +48,198 @@ class LoraSpec:
         if not isinstance(self.file, str) or not self.file:
             raise ValueError(f"a LoRA's file is {self.file!r}: expected the name of a .safetensors file")
         for name, value in (("strength", self.strength), ("clip_strength", self.text_strength)):
-            if not _finite(value):
+            if not is_number(value):
                 raise ValueError(f"LoRA '{self.file}': {name} is {value!r}, expected a number")
 
 
 @dataclass
 class TeacherSpec:
-    """One teacher of a headless run: the name its style gets, its checkpoint file ("" for the run's base), the LoRAs on top of
-    it, and what to tell users about it."""
+    """One teacher of a headless run."""
 
-    name: str
-    file: str = ""
-    loras: list[LoraSpec] = field(default_factory=list)
-    description: str = ""
-    licence: str = ""
+    name: str = field(metadata=about("The name that its style gets."))
+    file: str = setting("", "Its checkpoint; empty: the run's base.")
+    loras: list[LoraSpec] = field(
+        default_factory=list,
+        metadata=about("LoRAs on top of it.", expected="a list of {file, strength, clip_strength}"),
+    )
+    description: str = setting("", "What to tell users about the style.")
+    licence: str = setting("", "The licence of the teacher, kept in the student's file.")
 
 
 @dataclass
 class DataSpec:
-    """Captioned latents. ``demo_scenes`` renders ``count`` procedural scenes; ``latents`` reads a safetensors ``file``; ``cache``
-    is a folder that ``dmm cache`` made, named as ``file``."""
+    """Captioned latents."""
 
-    kind: str = "demo_scenes"
-    file: str = ""
-    count: int = 600
-    seed: int = 0
+    kind: str = setting(
+        "demo_scenes",
+        "demo_scenes renders procedural scenes; latents reads a .safetensors file; cache reads a folder that dmm cache made.",
+        choices=DATA_KINDS,
+    )
+    file: str = setting("", "The file or folder with the data; demo_scenes needs none.")
+    count: int = setting(600, "Scenes that demo_scenes renders.", low=1, unit="scenes")
+    seed: int = setting(0, "Of the scenes that are rendered.")
 
 
 @dataclass
 class TrainConfig:
-    """What training does, whatever the models and the data are. The defaults are the recipe of arXiv:2504.12364.
+    """What training does, whatever the models and the data are. The defaults are the recipe of arXiv:2504.12364,
+    whose equations and sections are meant below."""
 
-    steps: optimiser steps. batch_size: samples of one forward, shared by all teachers; accumulate: forwards a step.
-    lr: of the optimiser, style_lr_scale multiplies it for codebook and MLP; warmup: steps; grad_clip: 0 for none.
-    optimizer: see ``make_optimizer``; betas and weight_decay are of AdamW's kind.
+    # --- the step ---
+    steps: int = setting(100_000, "Optimiser steps.", unit="steps", low=1)
+    batch_size: int = setting(8, "Pictures in one forward, shared by all teachers.", unit="pictures", low=1)
+    accumulate: int = setting(1, "Forwards of batch_size pictures in one step.", unit="forwards", low=1)
+    lr: float = setting(1e-5, "Learning rate of the network.", above=0)
+    style_lr_scale: float = setting(
+        1.0, "Learning rate of the style side (codebook and MLP), as a multiple of the network's.", above=0
+    )
+    lr_schedule: str = setting("constant", "How the learning rate goes on after the warm-up.", choices=LR_SCHEDULES)
+    warmup: int = setting(0, "Steps in which the learning rate rises to its full value.", unit="steps", low=0)
+    optimizer: str = setting(
+        "adamw",
+        "adafactor, adamw8bit and muon need less memory; adamw8bit needs the package bitsandbytes and a GPU, adafactor transformers.",
+        choices=OPTIMIZERS,
+    )
+    betas: tuple[float, float] = setting(
+        (0.9, 0.999), "Decay of AdamW's two running averages.", low=0, below=1, expected="two from 0 to 1"
+    )
+    weight_decay: float = setting(0.01, "Decoupled weight decay, as AdamW's.", low=0)
+    grad_clip: float = setting(1.0, "Longest norm of the gradient; 0: not limited.", low=0)
 
-    lambda_feat: weight of eq. 10. lambda_adv: weight of eq. 11, 0 for no discriminator; adv_lr: of its own optimiser;
-    adv_start: the step from which the student listens to it. caption_dropout: share of empty prompts. base_share: share of samples
-    without a style, distilled to the base model.
+    # --- the losses ---
+    lambda_feat: float = setting(
+        0.001,
+        "Weight of the feature loss (eq. 10): how much the inside of the network counts beside its result.",
+        low=0,
+    )
+    lambda_adv: float = setting(
+        0.01, "Weight of the adversarial loss (eq. 11; 0.01 in the paper); 0: no discriminator.", low=0
+    )
+    adv_lr: float = setting(1e-5, "Learning rate of the discriminator, which has an optimiser of its own.", above=0)
+    adv_start: int = setting(0, "Step from which the student listens to the discriminator.", unit="steps", low=0)
 
-    loss_weight: what eq. 9 counts at each timestep, see ``losses.timestep_weights``; loss_clamp: of those weights. sampling: "uniform"
-    draws teachers in turn and timesteps evenly, "adaptive" more of the (teacher, timestep bin) cells whose running loss is high, by
-    loss ** adaptive_power, but a share of adaptive_floor of the rows evenly (``difficulty``). adaptive_correct: importance weights
-    keep the objective what it is with "uniform"; without them the hard cells count for more.
+    # --- the rows: captions, timesteps, teachers ---
+    caption_dropout: float = setting(
+        0.1,
+        "Share of the pictures that are shown with an empty prompt, so that CFG works.",
+        unit="share",
+        low=0,
+        below=1,
+    )
+    base_share: float = setting(
+        0.05,
+        "Share of the pictures that teach 'no style', which is what the base paints.",
+        unit="share",
+        low=0,
+        below=1,
+    )
+    loss_weight: str = setting(
+        "plain", "In which quantity eq. 9 measures the squared error at each timestep.", choices=LOSS_WEIGHTS
+    )
+    loss_clamp: float = setting(5.0, "Largest weight that loss_weight gives a timestep, before scaling.", above=0)
+    sampling: str = setting(
+        "uniform",
+        "uniform: teachers in turn and timesteps evenly; adaptive: more of the styles and noise levels that are still bad.",
+        choices=SAMPLINGS,
+    )
+    adaptive_power: float = setting(
+        1.0, "Adaptive sampling: a cell is drawn by its running loss to this power.", above=0
+    )
+    adaptive_floor: float = setting(
+        0.25,
+        "Adaptive sampling: share of the rows that are drawn evenly.",
+        unit="share",
+        above=0,
+        high=1,
+        why="with 0, cells that went well once would never be seen again",
+    )
+    adaptive_correct: bool = setting(
+        True,
+        "Adaptive sampling: importance weights keep the objective that of even draws; false: hard cells count for more.",
+    )
 
-    guard: only when a DMM model grows or forgets: the share of the rows with a style that repeat the styles that stay, as the frozen
-    old model paints them (Sec. 3.5). warm_start: steps that look for each new style's code, all else frozen, before training begins.
+    # --- growing and forgetting ---
+    guard: float = setting(
+        0.5,
+        "When a DMM model grows or forgets: share of the training with a style that repeats the styles which stay, as the frozen old "
+        "model paints them (Sec. 3.5); 0: they are forgotten.",
+        unit="share",
+        low=0,
+        below=1,
+    )
+    warm_start: int = setting(
+        0,
+        "Steps that first look for each new style's code with the network frozen; 0: it begins at random.",
+        unit="steps",
+        low=0,
+    )
 
-    final_steps: steps after ``steps`` on pictures that the teachers painted ("synthesised fine-tune"), ``final_images`` each, with
-    final_lr (None: lr), painted with final_cfg in final_sampling_steps steps.
+    # --- the final stage ---
+    final_steps: int = setting(
+        0, "More steps at the end, on pictures that the teachers paint then.", unit="steps", low=0
+    )
+    final_images: int = setting(1500, "Pictures that each teacher paints for the final steps.", unit="pictures", low=1)
+    final_lr: float | None = setting(None, "Learning rate of the final steps; null: lr.", above=0)
+    final_cfg: float = setting(7.0, "Guidance with which the teachers paint for the final steps.", above=0)
+    final_sampling_steps: int = setting(25, "Sampling steps of those pictures.", unit="steps", low=1)
 
-    init: where the student starts, "base" or "soup" (the teachers' mean). trainable: "all" weights, "lora" (low-rank adapters of
-    rank lora_rank and the style side; folded into the file) or "style" (the style side only). ema_gamma: power-function average of
-    the weights (arXiv:2312.02696), None for none; ema_device: where it is kept, "auto" is with the student.
+    # --- the student ---
+    init: str = setting("base", "Where the student starts: base, or soup, the teachers' average.", choices=INITS)
+    trainable: str = setting(
+        "all",
+        "What learns: all weights; lora, low-rank adapters and the style side, in little memory; style, the style side only. The saved "
+        "model is whole in every case.",
+        choices=TRAINABLE,
+    )
+    lora_rank: int = setting(32, "Rank of the adapters of trainable lora.", low=1)
+    ema_gamma: float | None = setting(
+        None,
+        "Power-function average of the weights (arXiv:2312.02696): 6.94 looks back over a tenth of the run; null: none.",
+        above=0,
+    )
+    ema_device: str = setting("auto", "Where the average is kept; auto: with the student.", choices=EMA_DEVICES)
 
-    memory: GB that the run may use of its device; batch_size and accumulate (their product stays), optimizer, trainable, ema_device,
-    gradient_checkpointing and residency are then chosen to fit, where they are left at their defaults. "auto" is all of a GPU, and
-    no plan without one; "off" plans nothing.
+    # --- memory and speed ---
+    precision: str = setting(
+        "fp32",
+        "Of the arithmetic: bf16 for newer graphics cards, fp32 if in doubt. The student's weights stay in fp32.",
+        choices=PRECISIONS,
+    )
+    teacher_dtype: str = setting(
+        "auto", "Of the teachers' weights; auto: precision on a GPU, fp32 elsewhere.", choices=TEACHER_DTYPES
+    )
+    residency: str = setting(
+        "auto",
+        "Where the teachers wait: device, all on the GPU; offload, in RAM, one or two at a time on the GPU; auto: as memory allows.",
+        choices=RESIDENCIES,
+    )
+    teacher_slots: int = setting(
+        2, "Teachers on the GPU at a time with residency offload.", low=1, high=2, unit="teachers", expected="1 or 2"
+    )
+    memory: float | str = setting(
+        "auto",
+        "Memory of the GPU that the run may use; auto: all of it, and no plan without a GPU. The run is fitted into it where settings are "
+        "left at their defaults: forwards are split, teachers wait in RAM, blocks are recomputed. off: nothing is planned.",
+        unit="GB",
+        above=0,
+        choices=("auto", "off"),
+        expected="GB, auto or off",
+    )
+    gradient_checkpointing: bool = setting(False, "Recompute activations: less memory, a third slower.")
+    compile: bool = setting(False, "torch.compile the student: slow to start, then faster.")
+    parallel: str = setting(
+        "ddp", "With several processes: ddp, a copy of the student in each; fsdp, a share of it.", choices=PARALLELS
+    )
+    tf32: bool = setting(True, "TensorFloat-32 for what a GPU multiplies in fp32.")
 
-    precision: of the arithmetic; weights stay in fp32. teacher_dtype: the teachers' weights, "auto" is the precision on a GPU and
-    fp32 elsewhere. residency: the teachers wait on the "device", or in RAM with ``teacher_slots`` places on the device ("offload").
-    compile: torch.compile the student. parallel: with several processes a copy of the student in each ("ddp") or a share of it
-    ("fsdp"). save_every: steps between run states, keep: how many of them stay; validation: samples of the
-    fixed check at each save that finds the best state, 0 for none.
-    """
-
-    steps: int = 100_000
-    batch_size: int = 8
-    accumulate: int = 1
-    lr: float = 1e-5
-    style_lr_scale: float = 1.0
-    lr_schedule: str = "constant"
-    warmup: int = 0
-    optimizer: str = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.01
-    grad_clip: float = 1.0
-    lambda_feat: float = 0.001
-    lambda_adv: float = 0.01
-    adv_lr: float = 1e-5
-    adv_start: int = 0
-    caption_dropout: float = 0.1
-    base_share: float = 0.05
-    loss_weight: str = "plain"
-    loss_clamp: float = 5.0
-    sampling: str = "uniform"
-    adaptive_power: float = 1.0
-    adaptive_floor: float = 0.25
-    adaptive_correct: bool = True
-    guard: float = 0.5
-    warm_start: int = 0
-    final_steps: int = 0
-    final_images: int = 1500
-    final_lr: float | None = None
-    final_cfg: float = 7.0
-    final_sampling_steps: int = 25
-    init: str = "base"
-    trainable: str = "all"
-    lora_rank: int = 32
-    ema_gamma: float | None = None
-    ema_device: str = "auto"
-    precision: str = "fp32"
-    teacher_dtype: str = "auto"
-    residency: str = "auto"
-    teacher_slots: int = 2
-    memory: float | str = "auto"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    parallel: str = "ddp"
-    tf32: bool = True
-    seed: int = 0
-    device: str = "auto"
-    save_every: int = 500
-    keep: int = 2
-    validation: int = 64
+    # --- the run ---
+    seed: int = setting(0, "Of all randomness: same settings and seed, same training.")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:0.")
+    save_every: int = setting(500, "Steps between saved run states.", unit="steps", low=1)
+    keep: int = setting(2, "Run states that stay, the newest ones.", unit="states", low=1)
+    validation: int = setting(
+        64, "Samples of the fixed check at each save that finds the best state; 0: none.", unit="samples", low=0
+    )
 
     @property
     def all_steps(self) -> int:
@@ -166,112 +247,78 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises ValueError naming the first setting that makes no sense."""
-
-        def need(ok: bool, name: str, what: str) -> None:
-            if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: {what}")
-
-        whole = (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "save_every",
-            "keep",
-            "lora_rank",
-            "final_images",
-            "final_sampling_steps",
-        )
-        for name in whole:
-            need(_whole(getattr(self, name)) and getattr(self, name) >= 1, name, "expected a whole number from 1")
-        for name in ("warmup", "adv_start", "warm_start", "final_steps", "validation"):
-            need(_whole(getattr(self, name)) and getattr(self, name) >= 0, name, "expected a whole number from 0")
-        for name in ("lr", "style_lr_scale", "adv_lr", "final_cfg", "loss_clamp", "adaptive_power"):
-            need(_finite(getattr(self, name)) and getattr(self, name) > 0, name, "expected a positive number")
-        for name in ("weight_decay", "grad_clip", "lambda_feat", "lambda_adv"):
-            need(_finite(getattr(self, name)) and getattr(self, name) >= 0, name, "expected 0 or more")
-        for name in ("caption_dropout", "base_share", "guard"):
-            need(
-                _finite(getattr(self, name)) and 0 <= getattr(self, name) < 1,
-                name,
-                "expected a share from 0 to below 1",
-            )
-        need(
-            _finite(self.adaptive_floor) and 0 < self.adaptive_floor <= 1,
-            "adaptive_floor",
-            "expected a share from above 0 to 1: with 0, cells that went well once would never be seen again",
-        )
-        need(isinstance(self.adaptive_correct, bool), "adaptive_correct", "expected true or false")
-        need(_whole(self.seed), "seed", "expected a whole number")
-        choices = {
-            "init": INITS,
-            "precision": PRECISIONS,
-            "lr_schedule": LR_SCHEDULES,
-            "trainable": TRAINABLE,
-            "optimizer": OPTIMIZERS,
-            "residency": RESIDENCIES,
-            "teacher_dtype": TEACHER_DTYPES,
-            "ema_device": EMA_DEVICES,
-            "parallel": PARALLELS,
-            "sampling": SAMPLINGS,
-            "loss_weight": LOSS_WEIGHTS,
-        }
-        for name, known in choices.items():
-            need(getattr(self, name) in known, name, f"choose one of {', '.join(known)}")
-        need(
-            len(self.betas) == 2 and all(_finite(b) and 0 <= b < 1 for b in self.betas),
-            "betas",
-            "expected two from 0 to 1",
-        )
-        need(self.teacher_slots in (1, 2), "teacher_slots", "expected 1 or 2")
-        own = self.memory in ("auto", "off") or (_finite(self.memory) and self.memory > 0)
-        need(own, "memory", "expected GB, auto or off")
-        for name in ("ema_gamma", "final_lr"):
-            value = getattr(self, name)
-            need(value is None or (_finite(value) and value > 0), name, "expected > 0 or null")
+        check_fields(self)
 
 
 @dataclass
 class AttackConfig:
-    """The adversary of a run that forgets a style: every ``every`` steps it looks, for ``steps`` steps, for ``codes`` codes that bring
-    the style back. codes 0: none, the style is only painted over where its own code was. check: steps of the search that, at the end,
-    shows what is left in the network; 0: none."""
+    """The adversary of a run that forgets a style: it looks for codes that bring the style back."""
 
-    every: int = 25
-    steps: int = 10
-    codes: int = 3
-    check: int = 100
+    every: int = setting(25, "Steps between searches.", unit="steps", low=1)
+    steps: int = setting(10, "Steps of a search.", unit="steps", low=1)
+    codes: int = setting(
+        3,
+        "Style vectors that search for the style while it is forgotten, so that it cannot be found again; 0: none, it is only painted "
+        "over where its own code was.",
+        unit="vectors",
+        low=0,
+    )
+    check: int = setting(
+        100,
+        "At the end the style is searched for in the model before and after, for so many steps; 0: it is not.",
+        unit="steps",
+        low=0,
+    )
 
     def validate(self) -> None:
         """Raises ValueError naming the setting that makes no sense."""
-        for name, low in (("every", 1), ("steps", 1), ("codes", 0), ("check", 0)):
-            value = getattr(self, name)
-            if not _whole(value) or value < low:
-                raise ValueError(f"attack.{name} is {value!r}: expected a whole number from {low}")
+        check_fields(self, "attack.")
 
 
 @dataclass
 class DistillConfig:
     """A headless run: ``dmm distill --config FILE``. Paths in the file are relative to the file.
 
-    For ``dmm add-teacher`` the base is a DMM model and the teachers are the new ones; for ``dmm forget`` it is one too, there are no
-    teachers, and ``forget`` names the styles that go. parts_from: a full checkpoint of the same family, whose VAE (and text encoder) the
-    result gets where the base has none. picture_every: steps between contact sheets of student and teachers in the run folder, 0 for none.
+    For ``dmm add-teacher`` the base is a DMM model and the teachers are the new ones; for ``dmm forget`` it is one too, and there are
+    no teachers.
     """
 
-    base: str
-    output: str
-    run_dir: str
-    teachers: list[TeacherSpec] = field(default_factory=list)
-    forget: list[str] = field(default_factory=list)
-    parts_from: str = ""
-    title: str = "DMM"
-    picture_every: int = 500
-    data: DataSpec = field(default_factory=DataSpec)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    attack: AttackConfig = field(default_factory=AttackConfig)
+    base: str = field(metadata=about("The checkpoint that the student starts from; to grow or forget, the DMM model."))
+    output: str = field(metadata=about("The student's file, .safetensors."))
+    run_dir: str = field(metadata=about("Folder of the run: its states, log and pictures."))
+    teachers: list[TeacherSpec] = field(
+        default_factory=list,
+        metadata=about(
+            "The teachers, one for each style; none where styles are forgotten.", expected="a list, see teachers"
+        ),
+    )
+    forget: list[str] = field(
+        default_factory=list, metadata=about("dmm forget: the styles that go.", expected="a list of style names")
+    )
+    parts_from: str = setting(
+        "", "A full checkpoint of the same family, for the VAE and the text encoder where the base has none."
+    )
+    title: str = setting("DMM", "The model's title in its file.")
+    picture_every: int = setting(
+        500,
+        "Steps between contact sheets of student and teachers in the run folder; 0: none.",
+        unit="steps",
+        low=0,
+    )
+    data: DataSpec = field(
+        default_factory=DataSpec, metadata=about("What the run trains on.", expected="settings, see data")
+    )
+    train: TrainConfig = field(
+        default_factory=TrainConfig, metadata=about("What training does.", expected="settings, see train")
+    )
+    attack: AttackConfig = field(
+        default_factory=AttackConfig,
+        metadata=about("dmm forget: the search for codes that bring a style back.", expected="settings, see attack"),
+    )
 
     def check(self) -> None:
         """Raises ValueError naming the first setting that makes no sense."""
+        check_fields(self)
         if self.forget and self.teachers:
             raise ValueError("forget and teachers are both given: a run either learns or forgets")
         if not isinstance(self.forget, list) or not all(isinstance(name, str) for name in self.forget):
@@ -279,8 +326,7 @@ class DistillConfig:
         if not self.forget:
             check_names([teacher.name for teacher in self.teachers])
         self.attack.validate()
-        if self.data.kind not in DATA_KINDS:
-            raise ValueError(f"data.kind is {self.data.kind!r}: choose one of {', '.join(DATA_KINDS)}")
+        check_fields(self.data, "data.")
         if not self.output.endswith(".safetensors"):
             raise ValueError(f"output is {self.output!r}: the file name must end in .safetensors")
         if self.data.kind != "demo_scenes" and not self.data.file:
@@ -299,8 +345,6 @@ class DistillConfig:
         for role, path in files:  # a model may be a folder of diffusers
             if path and not Path(path).exists():
                 raise ValueError(f"{role}: there is no file '{path}'")
-        if not _whole(self.picture_every) or self.picture_every < 0:
-            raise ValueError(f"picture_every is {self.picture_every!r}: expected a whole number from 0")
         self.train.check()
 
     def to_dict(self) -> dict[str, Any]:
@@ -334,6 +378,10 @@ def load_config(path: str | Path) -> DistillConfig:
         raise ValueError(f"'{path}' is not a YAML file: {error}") from error
     try:
         config = _build(DistillConfig, raw, "config")
+        check_fields(config)  # before paths are made of texts
+        check_fields(config.data, "data.")
+        for i, teacher in enumerate(config.teachers):
+            check_fields(teacher, f"teachers[{i}].")
         for name in ("base", "output", "run_dir", "parts_from"):
             if getattr(config, name):
                 setattr(config, name, str((path.parent / getattr(config, name)).resolve()))
@@ -348,7 +396,7 @@ def load_config(path: str | Path) -> DistillConfig:
     return config
 
 
-def _build(cls, raw: Any, where: str):
+def _build(cls: Any, raw: Any, where: str) -> Any:
     """A dataclass from a mapping; unknown and missing keys are named, with the nearest known one."""
     if not isinstance(raw, Mapping):
         raise ValueError(f"{where} must be a mapping of settings, got {type(raw).__name__}")
@@ -374,7 +422,9 @@ def _build(cls, raw: Any, where: str):
     if cls is TrainConfig:
         if "preset" in values:
             values = {**preset(values.pop("preset")), **values}
-        values = {k: _number(fields[k].type, v) for k, v in values.items()}
+        values = {k: _number(str(fields[k].type), v) for k, v in values.items()}
+    # "description:" with nothing behind it is null in YAML
+    values = {k: "" if v is None and fields[k].default == "" else v for k, v in values.items()}
     required = {
         n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     }
@@ -395,9 +445,16 @@ def _number(kind: str, value: Any) -> Any:
     return value
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+SECTIONS = {
+    "The file": DistillConfig,
+    "`teachers`, each": TeacherSpec,
+    "`loras` of a teacher, each": LoraSpec,
+    "`data`": DataSpec,
+    "`train`": TrainConfig,
+    "`attack`": AttackConfig,
+}
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def settings_tables() -> str:
+    """All settings of a config file as Markdown, a table for each part of the file: what ``dmm distill --list-settings`` prints."""
+    return "\n\n".join(f"### {title}\n\n{table(cls)}" for title, cls in SECTIONS.items())

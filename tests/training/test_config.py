@@ -1,8 +1,26 @@
 """Configs: what is read, and that every mistake is named before anything is loaded."""
 
+import dataclasses
+import json
+import re
+from pathlib import Path
+
 import pytest
 import yaml
-from comfyui_dmm.training.config import TrainConfig, check_names, load_config
+from comfyui_dmm.training.cli import main, parser
+from comfyui_dmm.training.config import (
+    SECTIONS,
+    AttackConfig,
+    DataSpec,
+    DistillConfig,
+    LoraSpec,
+    TeacherSpec,
+    TrainConfig,
+    check_names,
+    load_config,
+)
+from comfyui_dmm.training.data.rollout_paths import RolloutSettings
+from comfyui_dmm.training.fields import describe
 from comfyui_dmm.training.presets import PRESETS
 
 
@@ -101,3 +119,139 @@ def test_the_shipped_demo_config_is_complete():
 def test_names():
     check_names(["x", "y"])
     TrainConfig().check()
+
+
+# --- the fields -------------------------------------------------------------------------------------------------------
+
+TRAIN_JSON = (
+    '{"steps": 100000, "batch_size": 8, "accumulate": 1, "lr": 1e-05, "style_lr_scale": 1.0, "lr_schedule": "constant", "warmup": 0, '
+    '"optimizer": "adamw", "betas": [0.9, 0.999], "weight_decay": 0.01, "grad_clip": 1.0, "lambda_feat": 0.001, "lambda_adv": 0.01, '
+    '"adv_lr": 1e-05, "adv_start": 0, "caption_dropout": 0.1, "base_share": 0.05, "loss_weight": "plain", "loss_clamp": 5.0, '
+    '"sampling": "uniform", "adaptive_power": 1.0, "adaptive_floor": 0.25, "adaptive_correct": true, "guard": 0.5, "warm_start": 0, '
+    '"final_steps": 0, "final_images": 1500, "final_lr": null, "final_cfg": 7.0, "final_sampling_steps": 25, "init": "base", '
+    '"trainable": "all", "lora_rank": 32, "ema_gamma": null, "ema_device": "auto", "precision": "fp32", "teacher_dtype": "auto", '
+    '"residency": "auto", "teacher_slots": 2, "memory": "auto", "gradient_checkpointing": false, "compile": false, "parallel": "ddp", '
+    '"tf32": true, "seed": 0, "device": "auto", "save_every": 500, "keep": 2, "validation": 64}'
+)
+"""What the defaults were in runs that were written before the fields had their documentation."""
+
+
+def test_the_json_of_a_configuration_stays():
+    assert json.dumps(dataclasses.asdict(TrainConfig())) == TRAIN_JSON
+    assert json.dumps(dataclasses.asdict(AttackConfig())) == '{"every": 25, "steps": 10, "codes": 3, "check": 100}'
+    assert json.dumps(dataclasses.asdict(DataSpec())) == '{"kind": "demo_scenes", "file": "", "count": 600, "seed": 0}'
+
+
+@pytest.mark.parametrize(
+    "cls", [RolloutSettings, DistillConfig, TeacherSpec, LoraSpec, DataSpec, TrainConfig, AttackConfig]
+)
+def test_every_field_says_what_it_is(cls):
+    for row in describe(cls):
+        assert row.doc.endswith(".") and row.values and "|" not in row.doc + row.values + row.unit
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(TrainConfig)])
+def test_every_setting_refuses_what_is_no_value_of_it(name):
+    """Of every field: an object, and what is false in YAML ("no") where that is not meant."""
+    for wrong in ({"a": 1}, [], float("nan"), *(() if isinstance(getattr(TrainConfig(), name), bool) else (False,))):
+        with pytest.raises(ValueError, match=f"^{name} is {re.escape(repr(wrong))}: (expected|choose one of) "):
+            TrainConfig(**{name: wrong}).check()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"steps": True}, "steps is True: expected a whole number from 1"),
+        ({"warmup": -1}, "warmup is -1: expected a whole number from 0"),
+        ({"seed": 1.5}, "seed is 1.5: expected a whole number"),
+        ({"lr": 0}, "lr is 0: expected a positive number"),
+        ({"grad_clip": -1}, "grad_clip is -1: expected 0 or more"),
+        ({"guard": 1}, "guard is 1: expected a share from 0 to below 1"),
+        (
+            {"adaptive_floor": 1.1},
+            "adaptive_floor is 1.1: expected a share from above 0 to 1: with 0, cells that went well once would never be seen again",
+        ),
+        ({"betas": (0.9, 1)}, "betas is (0.9, 1): expected two from 0 to 1"),
+        ({"betas": (0.9,)}, "betas is (0.9,): expected two from 0 to 1"),
+        ({"betas": 0.9}, "betas is 0.9: expected two from 0 to 1"),
+        ({"teacher_slots": 3}, "teacher_slots is 3: expected 1 or 2"),
+        ({"memory": "8"}, "memory is '8': expected GB, auto or off"),
+        ({"ema_gamma": 0}, "ema_gamma is 0: expected > 0 or null"),
+        ({"compile": 1}, "compile is 1: expected true or false"),
+        ({"tf32": "yes"}, "tf32 is 'yes': expected true or false"),
+        ({"optimizer": None}, "optimizer is None: choose one of adamw, adamw8bit, adafactor, muon"),
+    ],
+)
+def test_the_words_of_an_error(settings, message):
+    with pytest.raises(ValueError) as error:
+        TrainConfig(**settings).check()
+    assert str(error.value) == message
+
+
+def test_what_is_within_the_bounds_passes():
+    TrainConfig(adaptive_floor=1, guard=0, grad_clip=0, betas=(0, 0.5), memory=0.5, final_lr=1e-9, seed=-3).check()
+    AttackConfig(1, 1, 0, 0).validate()
+    with pytest.raises(ValueError, match="^attack.steps is 0: expected a whole number from 1$"):
+        AttackConfig(steps=0).validate()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"base": 5}, "base is 5: expected text"),
+        ({"title": 2024}, "title is 2024: expected text"),
+        ({"teachers": None}, "teachers is None: expected a list, see teachers"),
+        ({"teachers": [{"name": 5, "file": "a.safetensors"}]}, r"teachers\[0\].name is 5: expected text"),
+        ({"data": {"count": 0}}, "data.count is 0: expected a whole number from 1"),
+        ({"data": {"kind": "cache", "file": 7}}, "data.file is 7: expected text"),
+        ({"attack": {"codes": -1}}, "attack.codes is -1: expected a whole number from 0"),
+        ({"train": {"tf32": "maybe"}}, "tf32 is 'maybe': expected true or false"),
+    ],
+)
+def test_values_of_a_wrong_kind_in_a_file(tmp_path, good, change, message):
+    with pytest.raises(ValueError, match=f"^run.yaml: {message}$"):
+        load_config(write(tmp_path, {**good, **change}))
+
+
+def test_nothing_behind_a_key_is_the_empty_text(tmp_path, good):
+    """As "parts_from:" in a file."""
+    teachers = [{**good["teachers"][0], "description": None}]
+    config = load_config(write(tmp_path, {**good, "teachers": teachers, "parts_from": None}))
+    assert config.parts_from == "" and config.teachers[0].description == ""
+
+
+def test_the_tables_of_the_docs_are_those_of_the_fields(capsys):
+    """When this fails: paste what `dmm distill --list-settings` prints between the two marks in docs/training.md."""
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (inside,) = re.findall(r"<!-- dmm distill --list-settings -->\n(.*)\n<!-- end -->", page, re.DOTALL)
+    with pytest.raises(SystemExit) as end:
+        main(["distill", "--list-settings"])
+    assert end.value.code in (None, 0) and capsys.readouterr().out.strip() == inside.strip()
+    rows = {line.split("`")[1] for line in inside.splitlines() if line.startswith("| `")}
+    assert rows == {f.name for cls in SECTIONS.values() for f in dataclasses.fields(cls)}
+
+
+def test_the_options_of_rollouts_are_their_settings():
+    command = [
+        "cache",
+        "rollouts",
+        "--captions",
+        "c.txt",
+        "--base",
+        "b",
+        "--output",
+        "o",
+        "--teacher",
+        "a=a.safetensors",
+    ]
+    found = vars(parser().parse_args(command))
+    plain = dataclasses.asdict(RolloutSettings())
+    assert plain.pop("sizes") == () and found["size"] is None
+    assert {name: found[name] for name in plain} == plain
+    given = parser().parse_args([*command, "--base-share", "0.2", "--batch-size", "3", "--sampler", "ddim"])
+    assert (given.base_share, given.batch_size, given.sampler) == (0.2, 3, "ddim")
+    json_before = (
+        '{"paths": 400, "base_share": 0.05, "states": 5, "sizes": [], "steps": 25, "cfg": 7.0, "sampler": "dpmpp_2m", '
+        '"scheduler": "sgm_uniform", "seed": 0, "batch_size": 8, "precision": "fp32"}'
+    )
+    assert json.dumps(dataclasses.asdict(RolloutSettings())) == json_before, "caches name their settings"

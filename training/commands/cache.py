@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from ..data.rollout_paths import RolloutSettings
+from ..fields import about_field, default_of, describe
 from .arguments import named_file, size
 from .progress_bar import ProgressBar
 
@@ -44,19 +46,17 @@ def add_parsers(commands) -> None:
     rollouts.add_argument(
         "--size", action="append", type=size, metavar="WxH", help="in pixels, repeatable (default: the family's)"
     )
-    for name, default, text in (
-        ("paths", 400, "paintings by each teacher"),
-        ("states", 5, "states kept of each painting"),
-        ("base-share", 0.05, "share of the base's own paintings"),
-        ("steps", 25, "sampling steps"),
-        ("cfg", 7.0, "guidance"),
-        ("sampler", "dpmpp_2m", "dpmpp_2m, ddim or euler"),
-        ("scheduler", "sgm_uniform", "noise levels"),
-        ("precision", "fp32", "fp32, bf16 or fp16"),
-        ("seed", 0, "of all randomness"),
-        ("batch-size", 8, "paintings at a time"),
-    ):
-        rollouts.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default: {default})")
+    for row in describe(RolloutSettings):
+        if row.name == "sizes":  # --size
+            continue
+        default = default_of(RolloutSettings, row.name)
+        allowed = f" {row.values}" if about_field(RolloutSettings, row.name).choices else ""
+        rollouts.add_argument(
+            f"--{row.name.replace('_', '-')}",
+            type=type(default),
+            default=default,
+            help=f"{row.doc}{allowed} (default: {row.default})",
+        )
     rollouts.set_defaults(run=run_rollouts)
 
     text = actions.add_parser("text", help="add teachers' text encoders to a finished cache of either kind")
@@ -102,26 +102,14 @@ def run_images(args) -> None:
 
 def run_rollouts(args) -> None:
     from ..data.image_folder import read_caption_file
-    from ..data.rollout_paths import RolloutSettings
     from ..data.rollouts import build_rollouts
     from ..parallel.devices import pick_device
 
     names = [name for name, _ in args.teacher]
     if len(set(names)) < len(names):
         raise ValueError(f"two teachers of one name: {', '.join(names)}")
-    settings = RolloutSettings(
-        paths=args.paths,
-        base_share=args.base_share,
-        states=args.states,
-        sizes=tuple(args.size or ()),
-        steps=args.steps,
-        cfg=args.cfg,
-        sampler=args.sampler,
-        scheduler=args.scheduler,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        precision=args.precision,
-    )
+    options = {row.name: getattr(args, row.name) for row in describe(RolloutSettings) if row.name != "sizes"}
+    settings = RolloutSettings(sizes=tuple(args.size or ()), **options)
     captions = read_caption_file(args.captions)
     counts = build_rollouts(
         args.output,

@@ -6,10 +6,25 @@ import argparse
 import json
 from pathlib import Path
 
+from ..config import TrainConfig, settings_tables
+from ..fields import about_field
 from ..parallel.devices import local_device
 from ..parallel.ranks import joined, launched
 from ..run.watch.controls import StopAndSave
 from .watched import watched
+
+MEMORY_HELP = "GB, auto or off. " + about_field(TrainConfig, "memory").doc
+
+
+class ListSettings(argparse.Action):
+    """An option that prints the settings of a config and ends, as --help does."""
+
+    def __init__(self, option_strings, dest, **more):
+        super().__init__(option_strings, dest, nargs=0, **more)
+
+    def __call__(self, parser, *_):
+        print(settings_tables())
+        parser.exit()
 
 
 def add_parsers(commands) -> None:
@@ -21,12 +36,13 @@ def add_parsers(commands) -> None:
     distill.add_argument(
         "--dry-run", action="store_true", help="check all files, print config and memory plan, train nothing"
     )
-    distill.add_argument("--memory", type=memory, help="GB that the run may use, auto or off (default: the config's)")
+    distill.add_argument("--memory", type=memory, help=f"{MEMORY_HELP} (default: the config's)")
     distill.add_argument(
         "--fork",
         metavar="RUN",
         help="begin a new run with the weights of another: its run folder or a state file of it",
     )
+    distill.add_argument("--list-settings", action=ListSettings, help="print all settings of a config, and exit")
     distill.set_defaults(run=run_distill, grown="")
 
     for name, what in (
@@ -36,7 +52,7 @@ def add_parsers(commands) -> None:
         grow = commands.add_parser(name, help=what)
         grow.add_argument("--config", required=True, help="YAML file as for distill; its base is the DMM model")
         grow.add_argument("--dry-run", action="store_true", help="check all files, print config and memory plan")
-        grow.add_argument("--memory", type=memory, help="GB that the run may use, auto or off")
+        grow.add_argument("--memory", type=memory, help=f"{MEMORY_HELP} (default: the config's)")
         grow.set_defaults(run=run_distill, fork=None, grown=name)
 
 

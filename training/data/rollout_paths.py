@@ -7,7 +7,6 @@ batch to batch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ...dmm_core.sampling import SAMPLERS, SCHEDULERS, choose, sample, sigmas_for
 from ...dmm_core.schedule import NoiseSchedule, predicted_x0
+from ..fields import check_fields, setting
 from ..files.hashing import repr_sha256
 from ..seeds import hash_seed
 from ..teachers.teacher import Teacher
@@ -31,40 +31,34 @@ SHORTEST_FIRST_STEP = 0.25
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """The settings that the states depend on, besides models and captions.
+    """The settings that the states depend on, besides models and captions. ``dmm cache rollouts`` has an option for each."""
 
-    paths: paintings by each teacher; base_share: share of all paintings that are the base's; states: kept of each
-    painting; sizes: (width, height) in pixels, in turn, none for the model family's own; batch_size: paintings at a
-    time, which changes the states a little. steps, cfg, sampler, scheduler: as of the host's KSampler. "sgm_uniform"
-    spaces timesteps evenly, so that they are as frequent as when pictures are noised. precision: "fp32", "bf16" or
-    "fp16", of the UNets.
-    """
-
-    paths: int = 400
-    base_share: float = 0.05
-    states: int = 5
-    sizes: tuple[tuple[int, int], ...] = ()
-    steps: int = 25
-    cfg: float = 7.0
-    sampler: str = "dpmpp_2m"
-    scheduler: str = "sgm_uniform"
-    seed: int = 0
-    batch_size: int = 8
-    precision: str = "fp32"
+    paths: int = setting(400, "Paintings by each teacher.", unit="paintings", low=1)
+    base_share: float = setting(0.05, "Share of all paintings that are the base's own.", unit="share", low=0, below=1)
+    states: int = setting(5, "States kept of each painting.", unit="states", low=1)
+    sizes: tuple[tuple[int, int], ...] = setting(
+        (), "Of the paintings, in turn; none: the model family's own.", unit="pixels", expected="(width, height), ..."
+    )
+    steps: int = setting(25, "Sampling steps.", unit="steps", low=1)
+    cfg: float = setting(7.0, "Guidance.")
+    sampler: str = setting("dpmpp_2m", "Sampler, as ComfyUI's KSampler has it.", choices=tuple(SAMPLERS))
+    scheduler: str = setting(
+        "sgm_uniform",
+        "Noise levels, as ComfyUI's KSampler has them; sgm_uniform spaces timesteps evenly, so that they are as frequent as when pictures "
+        "are noised.",
+        choices=tuple(SCHEDULERS),
+    )
+    seed: int = setting(0, "Of all randomness.")
+    batch_size: int = setting(8, "Paintings at a time, which changes the states a little.", unit="paintings", low=1)
+    precision: str = setting("fp32", "Of the teachers' UNets.", choices=tuple(PRECISIONS))
 
     def check(self, multiple: int) -> None:
         """Raises ValueError naming the first setting that makes no sense for models whose sizes are multiples of
         ``multiple``."""
-        for name in ("paths", "states", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected a whole number from 1")
-        if not 0 <= self.base_share < 1:
-            raise ValueError(f"base_share is {self.base_share}: expected a share from 0 to below 1")
-        if not math.isfinite(self.cfg):
-            raise ValueError(f"cfg is {self.cfg}: expected a number")
         choose(SAMPLERS, "sampler", self.sampler)
         choose(SCHEDULERS, "scheduler", self.scheduler)
         choose(PRECISIONS, "precision", self.precision)
+        check_fields(self)
         if self.paths < len(self.sizes) or len(set(self.sizes)) < len(self.sizes):
             raise ValueError(
                 f"{self.paths} paths of the sizes {self.sizes}: expected different sizes, and a path for each"

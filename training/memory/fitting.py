@@ -10,14 +10,12 @@ import torch
 
 from ...dmm_core.unet import UNetConfig
 from ..config import TrainConfig
+from ..fields import default_of
 from .planner import GB, Plan, Want, plan
 
 OPEN = {
-    "optimizer": "adamw",
-    "trainable": "all",
-    "ema_device": "auto",
-    "gradient_checkpointing": False,
-    "residency": "auto",
+    name: default_of(TrainConfig, name)
+    for name in ("optimizer", "trainable", "ema_device", "gradient_checkpointing", "residency")
 }
 """Settings that the planner may change, and the value that leaves them to it: any other is the user's own choice."""
 
