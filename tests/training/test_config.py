@@ -1,9 +1,12 @@
 """Configs: what is read, and that every mistake is named before anything is loaded."""
 
 import pytest
+import torch
 import yaml
 from comfyui_dmm.training.config import TrainConfig, check_names, load_config
+from comfyui_dmm.training.parallel.sharding import check_parallel
 from comfyui_dmm.training.presets import PRESETS
+from torch.torch_version import TorchVersion
 
 
 @pytest.fixture
@@ -101,3 +104,13 @@ def test_the_shipped_demo_config_is_complete():
 def test_names():
     check_names(["x", "y"])
     TrainConfig().check()
+
+
+def test_several_processes_need_a_newer_torch_than_one(monkeypatch):
+    def with_torch(version, processes):
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        check_parallel(TrainConfig(), processes)
+
+    with_torch("2.4.0", 1), with_torch("2.8.0+cu128", 2), with_torch("2.11.0", 2)
+    with pytest.raises(ValueError, match="torch is 2.7.1.cu126.*use torch 2.8 or newer, or one process"):
+        with_torch("2.7.1+cu126", 2)
