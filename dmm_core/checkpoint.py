@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints: one safetensors file with UNet, styles, and text encoder and VAE where it has them.
+"""Reads and writes checkpoints: one safetensors file with UNet, styles, and text encoder and VAE where it has them.
 
 The layout is the single file that ComfyUI users know. A DMM UNet (Song et al., arXiv:2504.12364) has two more modules:
 the codebook ``model_embedding`` [N, D] and the style MLP. Style names, the recipe and so on are metadata.
@@ -29,7 +29,7 @@ V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
 """Empty tensors by which ComfyUI marks v-prediction and a noise schedule rescaled to end in pure noise."""
 
 MAX_STYLES = 4096
-"""A bound for files of strangers: of every style a name is made, and all names are compared with each other."""
+"""A bound for untrusted files: every style gets a name, and all names are compared with each other."""
 
 _SD2_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _DECISIVE = (_SD2_BIAS, UNET_PREFIX + _SD2_BIAS, "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias", IDS)
@@ -84,19 +84,19 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 
 def read_info(path: str | os.PathLike) -> Checkpoint:
-    """The same as ``load_checkpoint``, but with the weights left on disk: every tensor is on the meta device."""
+    """As ``load_checkpoint``, but every tensor is on the meta device: sizes and dtypes without values."""
     return on_meta(read_checkpoint(path, header_only=True))
 
 
 def is_decisive(key: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor's values are needed to tell what a file is; never those of a large one."""
+    """Whether the values of this tensor are needed to tell what a file is; never for a large tensor."""
     return key in _DECISIVE and len(shape) == 1 and shape[0] <= NUM_TOKENS
 
 
 def on_meta(checkpoint: Checkpoint) -> Checkpoint:
-    """``checkpoint`` with its last weights given up too (in place)."""
-    for part in (checkpoint.unet, checkpoint.text, checkpoint.vae, checkpoint.other):
-        part.update({key: tensor.to("meta") for key, tensor in part.items()})
+    """``checkpoint`` with every tensor on the meta device: sizes and dtypes without values (in place)."""
+    for weights in (checkpoint.unet, checkpoint.text, checkpoint.vae, checkpoint.other):
+        weights.update({key: tensor.to("meta") for key, tensor in weights.items()})
     return checkpoint
 
 
@@ -117,7 +117,9 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: Checkpoint, extra: Mapp
             raise ValueError(f"the prediction is {checkpoint.prediction!r}, expected 'eps' or 'v'")
         config = unet_config_from_state_dict(checkpoint.unet)
         rest = {**checkpoint.metadata, **(extra or {})}
-        metadata = write_metadata(styles, checkpoint.recipe, checkpoint.prediction, rest, config, path.stem)
+        metadata = write_metadata(
+            styles, checkpoint.recipe, checkpoint.prediction, rest=rest, config=config, title=path.stem
+        )
         tensors = checkpoint.tensors
         marks = {V_MARK: checkpoint.prediction == "v", ZERO_SNR_MARK: checkpoint.zero_snr}
         tensors.update({key: torch.empty(0) for key, on in marks.items() if on})
@@ -128,6 +130,8 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: Checkpoint, extra: Mapp
 
 
 def read_checkpoint(path: str | os.PathLike, header_only: bool) -> Checkpoint:
+    """As ``load_checkpoint``; with ``header_only`` all but the few tensors of ``is_decisive`` are on the meta
+    device."""
     tensors, metadata = read_weights(path, *([is_decisive] if header_only else []))
     try:
         return assemble(tensors, metadata)
@@ -136,7 +140,8 @@ def read_checkpoint(path: str | os.PathLike, header_only: bool) -> Checkpoint:
 
 
 def assemble(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Checkpoint:
-    """A file's tensors, sorted into the parts of a checkpoint; ``tensors`` is used up. Raises ValueError when they make none."""
+    """A ``Checkpoint`` from a file's tensors, which are taken out of ``tensors``. Raises ValueError when they are
+    none."""
     edm = [key for key in tensors if key in ("edm_mean", "edm_std") or key.startswith("edm_vpred.")]
     if edm:
         raise ValueError(f"this is an EDM model (key '{edm[0]}'); only eps- and v-prediction models are supported")
@@ -174,12 +179,16 @@ def count_styles(unet: Mapping[str, Tensor]) -> int:
         raise ValueError(f"two style MLPs ({', '.join(mlps)}), expected one (SDXL's own add_embedding is label_emb)")
     time_embed = unet.get("time_embed.2.weight")
     codebook = style.get(f"{CODEBOOK}.weight")
-    if any(weight is None or weight.ndim != 2 or not all(weight.shape) for weight in (time_embed, codebook)):
+    if (
+        time_embed is None
+        or codebook is None
+        or any(weight.ndim != 2 or not all(weight.shape) for weight in (time_embed, codebook))
+    ):
         raise ValueError(f"style weights without a codebook '{CODEBOOK}.weight' [styles, width], or without time_embed")
     if codebook.shape[0] > MAX_STYLES:
         raise ValueError(f"the codebook declares {codebook.shape[0]} styles, at most {MAX_STYLES} are read")
     dim, mlp = time_embed.shape[0], (mlps or MLP_NAMES)[0]
-    wanted = {f"{CODEBOOK}.weight": (codebook.shape[0], dim)}
+    wanted: dict[str, tuple[int, ...]] = {f"{CODEBOOK}.weight": (codebook.shape[0], dim)}
     for linear in (f"{mlp}.linear_1", f"{mlp}.linear_2"):
         wanted |= {f"{linear}.weight": (dim, dim), f"{linear}.bias": (dim,)}
     if wanted.keys() != style.keys():
@@ -224,8 +233,9 @@ _LOOKALIKES = {
 
 
 def _lookalike(keys: Iterable[str]) -> str:
+    """A guess at what a file with these keys is, for an error message."""
     keys = list(keys)
-    for part, guess in _LOOKALIKES.items():
-        if any(part in key for key in keys):
+    for piece, guess in _LOOKALIKES.items():
+        if any(piece in key for key in keys):
             return guess
     return "choose a Stable Diffusion 1.x, 2.x or XL checkpoint"

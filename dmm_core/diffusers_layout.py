@@ -1,8 +1,8 @@
-"""The other layout of the same weights: diffusers' UNet and VAE key names and config, from and to the single file's.
+"""Key names and config of diffusers' UNet and VAE, from and to those of the single file.
 
 No table of keys: the names follow from how many blocks there are, which either side's keys tell. A DMM UNet in the
-diffusers layout (as the authors of arXiv:2504.12364 publish theirs) has ``model_embedding`` and ``add_embedding`` beside
-diffusers' modules; in an SDXL one ``add_embedding`` is SDXL's own MLP (``label_emb``), and the style's is
+diffusers layout (as the authors of arXiv:2504.12364 publish theirs) has ``model_embedding`` and ``add_embedding``
+beside diffusers' modules; in an SDXL one ``add_embedding`` is SDXL's own MLP (``label_emb``), and the style's is
 ``add_embedding2``.
 """
 
@@ -35,6 +35,7 @@ Pairs = Iterator[tuple[str, str]]
 
 
 def is_diffusers_unet(keys: Iterable[str]) -> bool:
+    """Whether these are the keys of a UNet in the diffusers layout."""
     return {"conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"} <= set(keys)
 
 
@@ -42,7 +43,7 @@ def is_diffusers_unet(keys: Iterable[str]) -> bool:
 
 
 def unet_to_diffusers(unet: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under diffusers' names; ``unet``: LDM names without ``model.diffusion_model.``.
+    """A UNet's tensors under diffusers' names. unet: under LDM names without ``model.diffusion_model.``.
 
     Raises ValueError for sizes that diffusers' ``UNet2DConditionModel`` cannot have, and for keys of neither.
     """
@@ -52,7 +53,8 @@ def unet_to_diffusers(unet: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def diffusers_names(unet: Mapping[str, Tensor]) -> dict[str, str]:
-    """The single file's key (without prefix) -> diffusers' key, of every weight of a UNet that diffusers has a name for.
+    """The single file's key (without prefix) -> diffusers' key, of every weight of a UNet that diffusers has a name
+    for.
 
     Also for sizes that ``unet_to_diffusers`` refuses: LoRA files name weights this way, whatever the UNet.
     """
@@ -62,7 +64,7 @@ def diffusers_names(unet: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def unet_from_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under LDM names without prefix. Raises ValueError for keys that are no such UNet's."""
+    """A UNet's tensors under LDM names without prefix. Raises ValueError for keys that such a UNet does not have."""
     if not is_diffusers_unet(weights):
         raise ValueError("not a UNet in the diffusers layout: 'conv_in' or 'down_blocks.0' is missing")
     if any(key.startswith("class_embedding.") for key in weights):
@@ -85,8 +87,8 @@ def unet_from_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def unet_config_to_diffusers(config: UNetConfig, sample_size: int | None = None) -> dict[str, Any]:
     """The config.json of a UNet's folder; ``sample_size``: latent pixels a side that the model was made for.
 
-    A DMM UNet's says ``addition_embed_type: model_merge`` (SDXL: ``model_merge_xl``) and ``num_models``, as the authors'.
-    Raises ValueError for a UNet that diffusers cannot describe.
+    A DMM UNet's says ``addition_embed_type: model_merge`` (SDXL: ``model_merge_xl``) and ``num_models``, as the
+    authors'. Raises ValueError for a UNet that diffusers cannot describe.
     """
     levels = len(config.channel_mult)
     down = _per_level(config.depth_input, config.num_res_blocks)
@@ -263,7 +265,8 @@ def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def _renamed(weights: Mapping[str, Tensor], modules: Mapping[str, str]) -> dict[str, Tensor]:
-    """Every key with its module's new name. Raises ValueError for keys of modules that are not listed, and collisions."""
+    """Every key with its module's new name. Raises ValueError for keys of modules that are not listed, and
+    collisions."""
     renamed, unknown = {}, []
     for key, tensor in weights.items():
         name = _new_name(key, modules)

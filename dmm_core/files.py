@@ -1,4 +1,4 @@
-"""Files that are either the old version or the new one, never half of each."""
+"""Atomic writing of files, and their SHA-256."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def file_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a whole file as 64 lower-case hexadecimal digits: how recipes and style lists name a teacher."""
+    """SHA-256 of a file as 64 lower-case hexadecimal digits, by which recipes and style lists identify a teacher."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""Strict loading of a network whose sizes were read from the weights themselves."""
+"""Strict loading of a network whose sizes were read from its weights."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def load_strictly(
-    build: Callable[[], Network], sd: Mapping[str, Tensor], what: str, dtype: torch.dtype | None, copy: bool = True
+    build: Callable[[], Network], sd: Mapping[str, Tensor], what: str, *, dtype: torch.dtype | None, copy: bool = True
 ) -> Network:
-    """``build()`` with copies of the weights, cast to ``dtype`` (None keeps the file's); ``sd`` is left alone. Without ``copy`` it has the
-    very tensors, as they are, which may be views of a file.
+    """``build()`` with copies of the weights, cast to ``dtype`` (None keeps the file's); ``sd`` is left alone. Without
+    ``copy`` it has the very tensors, as they are, which may be views of a file.
 
     Raises ValueError, naming ``what``, with the sorted missing / unexpected / misshapen keys.
     """

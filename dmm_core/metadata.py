@@ -1,6 +1,6 @@
-"""The words inside a DMM checkpoint: what its styles are called, how it was made, and the common ``modelspec.*`` keys.
+"""Reads and writes the metadata of a DMM checkpoint: its styles, its recipe, and the common ``modelspec.*`` keys.
 
-safetensors metadata are strings, so lists and dictionaries travel as JSON. The words come from strangers' files: they
+safetensors metadata are strings, so lists and dictionaries are stored as JSON. They may come from untrusted files: they
 are checked both when read and when written, and are only ever data, never a path, a format string or markup.
 """
 
@@ -47,7 +47,7 @@ _STALE_HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 @dataclass(frozen=True)
 class StyleInfo:
-    """What a person should know about one style of a checkpoint; every field but the name may be empty.
+    """The description of one style of a checkpoint; every field but the name may be empty.
 
     thumbnail: ``data:image/jpeg;base64,...`` or ``image/webp``; teacher: file name of the model that the style was
     learned from, and sha256 its digest; recommended: sampling settings such as ``{"cfg": 7, "sampler": "dpmpp_2m"}``.
@@ -135,6 +135,7 @@ def write_metadata(
     styles: Sequence[StyleInfo],
     recipe: Mapping[str, Any],
     prediction: str,
+    *,
     rest: Mapping[str, str],
     config: UNetConfig,
     title: str,
@@ -162,7 +163,7 @@ def write_metadata(
 
 
 def modelspec_prediction(metadata: Mapping[str, str]) -> str | None:
-    """What the community's keys say about the prediction: "eps", "v" or None."""
+    """The prediction by the community's ``modelspec.*`` keys: "eps", "v", or None where they do not say."""
     said = metadata.get("modelspec.prediction_type", metadata.get("modelspec.predict_key", "")).lower()
     if said in ("v", "v_prediction", "v-prediction") or metadata.get("modelspec.architecture", "").endswith("-768-v"):
         return "v"
@@ -222,7 +223,9 @@ def _check_text(key: str, value: Any, breaks: bool) -> None:
         raise ValueError(f"a style's {key} holds the control character {bad[0]!r}: remove it")
 
 
-def _from_json(key: str, text: str, kind: type) -> Any:
+def _from_json(key: str, text: str, expected: type) -> Any:
+    """The value of a metadata entry. Raises ValueError naming its key for what is no JSON, too large or of another
+    type."""
     try:
         _check_size(text)
         # NaN and infinity, which Python reads and JSON does not have, could not be written again.
@@ -234,8 +237,8 @@ def _from_json(key: str, text: str, kind: type) -> Any:
         level = [child for v in level if isinstance(v, (dict, list)) for child in _children(v)]
     if level:
         raise ValueError(f"metadata '{key}' is nested deeper than {MAX_DEPTH} levels: the file is damaged")
-    if not isinstance(value, kind):
-        raise ValueError(f"metadata '{key}' is a JSON {type(value).__name__}, expected a {kind.__name__}")
+    if not isinstance(value, expected):
+        raise ValueError(f"metadata '{key}' is a JSON {type(value).__name__}, expected a {expected.__name__}")
     return value
 
 

@@ -1,8 +1,9 @@
-"""Where on a canvas each prompt and style counts, and how much: the weights of Mixture of Diffusers (arXiv:2302.02412).
+"""Regions of a canvas and the weights with which their prompts and styles are mixed: Mixture of Diffusers
+(arXiv:2302.02412).
 
-The noise predictions of all regions are averaged with these weights, ``eps = sum_k w_k eps_k / sum_k w_k``. A box may be
-denoised on its own crop of the canvas, a mask on the whole of it. Positions are fractions of the canvas, so that a region means
-the same at every size; areas are in latents, (height, width, top, left), the order of the host's "area".
+The noise predictions of all regions are averaged with these weights, ``eps = sum_k w_k eps_k / sum_k w_k``. A box may
+be denoised on its own crop of the canvas, a mask on the whole of it. Positions are fractions of the canvas, so that a
+region means the same at every size; areas are in latents, (height, width, top, left), the order of the host's "area".
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ MOD_VARIANCE = 0.01
 """Variance of the tiles' gaussian in units of the tile's side, as in arXiv:2302.02412's published implementation."""
 
 BOX_VARIANCE = 0.0625
-"""Variance of a box's gaussian over a background: a standard deviation of a quarter of the side; 0.13 is left at an edge."""
+"""Variance of a box's gaussian over a background: a standard deviation of a quarter of the side; 0.13 is left at an
+edge."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,12 @@ def _blur(mask: Tensor, radius: float) -> Tensor:
 
 
 def background(coverages: Sequence[Tensor]) -> Tensor:
-    """What regions with these coverages (B or 1, H, W) in 0..1 leave to the background: ``max(0, 1 - sum)``."""
-    return (1 - sum(coverages)).clamp(min=0)
+    """Coverage of the background (B or 1, H, W): ``max(0, 1 - sum)`` of the regions' coverages (B or 1, H, W) in
+    0..1."""
+    return (1 - sum(coverages, start=torch.zeros(1, 1, 1))).clamp(min=0)
 
 
-def tiles(height: int, width: int, tile_height: int, tile_width: int, overlap: float) -> list[list[Area]]:
+def tiles(height: int, width: int, tile_height: int, tile_width: int, *, overlap: float) -> list[list[Area]]:
     """Rows of overlapping tiles that cover a canvas; all have one size, so that they fit into one batch.
 
     overlap: the least share of a tile that it has in common with the next, 0 <= overlap < 1.
@@ -154,15 +157,15 @@ def tiles(height: int, width: int, tile_height: int, tile_width: int, overlap: f
 # --- what a prompt or a style is given: its place -----------------------------------------------------------------------
 
 Placement = tuple[Area | None, Tensor]
-"""(crop, or None for the whole canvas; weights (B or 1, height, width) on the whole canvas)"""
+"""(crop, or None for the full canvas; weights (B or 1, height, width) on the full canvas)"""
 
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """One region: a box or a painted mask.
+    """One region of the canvas: a box or a painted mask.
 
-    mask: (H, W) or (B, H, W) in 0..1, at any size. fall_off: "feather" or "gaussian" (boxes only). feather: width of the
-    soft edge in latents. weight: how much it counts where regions overlap. crop: a box is denoised on its own crop.
+    mask: (H, W) or (B, H, W) in 0..1, at any size. fall_off: "feather" or "gaussian" (boxes only). feather: width of
+    the soft edge in latents. weight: how much it counts where regions overlap. crop: a box is denoised on its own crop.
     """
 
     box: Box | None = None
@@ -186,6 +189,7 @@ class Region:
         """(B or 1, height, width) in 0..1, the weight left aside."""
         if self.mask is not None:
             return painted(self.mask, height, width, self.feather)
+        assert self.box is not None, "a region has a box or a mask"
         area = self.box.area(height, width)
         if self.fall_off == "gaussian":
             return gaussian(area, height, width, BOX_VARIANCE)[None].float()
@@ -198,7 +202,7 @@ class Region:
 
 @dataclass(frozen=True, eq=False)
 class Rest:
-    """The background: what regions leave uncovered. Without any, the whole canvas."""
+    """The background: the canvas without the regions."""
 
     regions: tuple[Region, ...]
 
@@ -221,14 +225,14 @@ class TileShare:
     overlap: float = 0.5
 
     def placed(self, height: int, width: int) -> list[Placement]:
-        rows = tiles(height, width, self.tile_height, self.tile_width, self.overlap)
+        rows = tiles(height, width, self.tile_height, self.tile_width, overlap=self.overlap)
         if len(rows[0]) < self.count:
             raise ValueError(
                 f"a canvas {8 * width} pixels wide has {len(rows[0])} tiles of {8 * self.tile_width} in a row, too few for "
                 f"{self.count} parts: take a wider canvas, narrower tiles or more overlap"
             )
-        own = [area for row in rows for i, area in enumerate(row) if i * self.count // len(row) == self.part]
-        return [(area, gaussian(area, height, width, MOD_VARIANCE)[None].float()) for area in own]
+        areas = [area for row in rows for i, area in enumerate(row) if i * self.count // len(row) == self.part]
+        return [(area, gaussian(area, height, width, MOD_VARIANCE)[None].float()) for area in areas]
 
 
 def style_map(regions: Sequence[Region], height: int, width: int) -> Tensor:

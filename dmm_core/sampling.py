@@ -10,8 +10,9 @@ and a network's own parameterisation (scaled input, timesteps, eps or v) ends in
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from .schedule import NoiseSchedule, check_prediction, predicted_x0
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-Callback = Callable[[int, Tensor, Tensor, int], None]
+StyleRows = Tensor | Callable[[Tensor], Tensor]
+"""Style rows (B or 1, N+1), or a function of the timesteps (B,) that gives them."""
+Callback = Callable[[int, Tensor, Tensor, int], object]
 """(step from 0, denoised, x, number of steps): the host's argument order. It may raise to stop the sampling."""
 
 
@@ -76,19 +79,23 @@ def sigmas_for(schedule: NoiseSchedule, steps: int, scheduler: str) -> Tensor:
 # --- samplers ---------------------------------------------------------------------------------------------------------
 
 
-def euler_step(x: Tensor, denoised: Tensor, sigmas: Sequence[float], i: int, last: Tensor | None) -> Tensor:
+# A step takes x (B, C, h, w) from noise level sigmas[i] to sigmas[i + 1]. denoised: the model's answer at sigmas[i];
+# last: its answer at sigmas[i - 1], None in the first step.
+
+
+def euler_step(x: Tensor, denoised: Tensor, sigmas: Sequence[float], i: int, *, last: Tensor | None) -> Tensor:
     """Euler on dx/dsigma = (x - denoised) / sigma, which is deterministic DDIM (eq. 13 and 14 of arXiv:2010.02502)."""
     ratio = sigmas[i + 1] / sigmas[i]
     return ratio * x + (1 - ratio) * denoised
 
 
-def dpmpp_2m_step(x: Tensor, denoised: Tensor, sigmas: Sequence[float], i: int, last: Tensor | None) -> Tensor:
+def dpmpp_2m_step(x: Tensor, denoised: Tensor, sigmas: Sequence[float], i: int, *, last: Tensor | None) -> Tensor:
     """DPM-Solver++(2M) (Algorithm 2 of arXiv:2211.01095) with lambda = -log sigma; first order at both ends."""
     if last is not None and sigmas[i + 1] > 0:
         h_last, h = math.log(sigmas[i - 1] / sigmas[i]), math.log(sigmas[i] / sigmas[i + 1])
         denoised = denoised + (denoised - last) * (h / (2 * h_last))
     # alpha is 1 in this space, so the exponential integrator's weights exp(-h) and 1 - exp(-h) are Euler's.
-    return euler_step(x, denoised, sigmas, i, None)
+    return euler_step(x, denoised, sigmas, i, last=None)
 
 
 SAMPLERS = {"dpmpp_2m": dpmpp_2m_step, "ddim": euler_step, "euler": euler_step}
@@ -100,6 +107,7 @@ def sample(
     schedule: NoiseSchedule,
     noise: Tensor,
     sigmas: Tensor,
+    *,
     sampler: str = "dpmpp_2m",
     callback: Callback | None = None,
 ) -> Tensor:
@@ -110,7 +118,7 @@ def sample(
     """
     choose(SAMPLERS, "sampler", sampler)
     levels = sigmas.tolist()
-    if len(levels) < 2 or any(not low < high for high, low in zip(levels, levels[1:])):
+    if len(levels) < 2 or any(not low < high for high, low in itertools.pairwise(levels)):
         raise ValueError(f"sigmas must be at least two falling noise levels, got {levels[:8]}")
     # From the schedule's top x_t is the noise itself, and x = x_t / sqrt(abar); from below, x is empty latents + noise.
     from_the_top = levels[0] > schedule.sigma_max or math.isclose(levels[0], schedule.sigma_max, rel_tol=1e-5)
@@ -120,7 +128,7 @@ def sample(
         denoised = model_fn(x, sigmas[i].to(x.device).expand(len(x)))
         if callback is not None:
             callback(i, denoised, x, steps)
-        x = SAMPLERS[sampler](x, denoised, levels, i, last)
+        x = SAMPLERS[sampler](x, denoised, levels, i, last=last)
         last = denoised
     return x
 
@@ -133,9 +141,10 @@ def cfg_denoiser(
     schedule: NoiseSchedule,
     context: Tensor,
     uncond_context: Tensor | None = None,
+    *,
     cfg: float = 1.0,
-    style: Tensor | Callable[[Tensor], Tensor] | None = None,
-    uncond_style: Tensor | Callable[[Tensor], Tensor] | None = None,
+    style: StyleRows | None = None,
+    uncond_style: StyleRows | None = None,
     y: Tensor | None = None,
     uncond_y: Tensor | None = None,
     prediction: str = "eps",
@@ -143,26 +152,29 @@ def cfg_denoiser(
     """The denoiser of a UNet under classifier-free guidance (arXiv:2207.12598), with one forward of the UNet a call.
 
     context and uncond_context: (B, L, d), of any two lengths; y and uncond_y: (B, adm), SDXL only; style and
-    uncond_style: (B, N+1) style rows, or a function of the timesteps (B,) that gives them; each also as one row for all of
-    the batch. uncond_style defaults to style, as in the DMM paper (pass ``no_style_row`` for none). cfg 1 leaves the
-    unconditional half out.
+    uncond_style: ``StyleRows``. Each may also be one row for all of the batch. uncond_style defaults to style, as in
+    the DMM paper (pass ``no_style_row`` for none). cfg 1 leaves the unconditional half out.
 
     The UNet gets its own dtype; guidance happens in the dtype of x. Raises ValueError for an unknown prediction, for
     missing unconditional inputs, and, when called, for rows that do not fit the batch.
     """
     check_prediction(prediction)
     guided = not math.isclose(cfg, 1.0)
-    if guided and uncond_context is None:
-        raise ValueError(f"cfg {cfg} needs an unconditional context: pass the empty prompt's, or cfg 1")
-    if guided and y is not None and uncond_y is None:
-        raise ValueError(f"cfg {cfg} with a pooled conditioning needs uncond_y: pass the empty prompt's, or cfg 1")
+    if guided:
+        if uncond_context is None:
+            raise ValueError(f"cfg {cfg} needs an unconditional context: pass the empty prompt's, or cfg 1")
+        if y is not None and uncond_y is None:
+            raise ValueError(f"cfg {cfg} with a pooled conditioning needs uncond_y: pass the empty prompt's, or cfg 1")
+        context, uncond_context = to_one_length(context, uncond_context)
     if uncond_style is None:
         uncond_style = style
     elif style is None and guided:
         style = functools.partial(_no_styles, uncond_style)
-    if guided:
-        context, uncond_context = to_one_length(context, uncond_context)
-    halves = {"context": (context, uncond_context), "style": (style, uncond_style), "y": (y, uncond_y)}
+    halves: dict[str, tuple[StyleRows | None, ...]] = {
+        "context": (context, uncond_context),
+        "style": (style, uncond_style),
+        "y": (y, uncond_y),
+    }
     dtype = next(unet.parameters()).dtype
 
     def rows(name: str, t: Tensor) -> Tensor | None:
@@ -170,7 +182,8 @@ def cfg_denoiser(
         used = halves[name] if guided else halves[name][:1]
         if used[0] is None:
             return None
-        return torch.cat([fit_rows(name, half(t) if callable(half) else half, len(t)) for half in used]).to(dtype)
+        values = [half(t) if callable(half) else half for half in used if half is not None]
+        return torch.cat([fit_rows(name, value, len(t)) for value in values]).to(dtype)
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         t = schedule.t_from_sigma(sigma)
@@ -183,12 +196,13 @@ def cfg_denoiser(
         if guided:
             cond, uncond = out.chunk(2)
             out = uncond + cfg * (cond - uncond)
-        return predicted_x0(out, x_t, signal, sigma * signal, prediction)
+        return predicted_x0(out, x_t, signal, sigma * signal, prediction=prediction)
 
     return denoise
 
 
-def _no_styles(like: Tensor | Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+def _no_styles(like: StyleRows, t: Tensor) -> Tensor:
+    """Rows of "no style" in the shape of other style rows."""
     return torch.zeros_like(like(t) if callable(like) else like)
 
 
@@ -202,8 +216,7 @@ def fit_rows(name: str, value: Tensor, batch: int) -> Tensor:
 def to_one_length(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Contexts (B, L, d) of two lengths, each repeated to a common one: attention to repeated tokens is unchanged."""
     length = math.lcm(a.shape[1], b.shape[1])
-    a, b = (c.repeat(1, length // c.shape[1], 1) for c in (a, b))
-    return a, b
+    return a.repeat(1, length // a.shape[1], 1), b.repeat(1, length // b.shape[1], 1)
 
 
 def host_noise(shape: Sequence[int], seed: int) -> Tensor:
@@ -216,6 +229,7 @@ def host_noise(shape: Sequence[int], seed: int) -> Tensor:
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
-def choose(known: dict, what: str, name: str) -> None:
+def choose(known: Collection[str], what: str, name: str) -> None:
+    """Raises ValueError that lists the known names for one that is not among them; what: what they are names of."""
     if name not in known:
         raise ValueError(f"unknown {what} '{name}': choose one of {', '.join(known)}")

@@ -1,4 +1,5 @@
-"""Stable Diffusion's noise schedule: its 1000 timesteps, the noise levels between them, and what a network may predict.
+"""Stable Diffusion's noise schedule (1000 timesteps and the noise levels between them) and the parameterisations eps, v
+and x0.
 
 DDPM (Ho et al., arXiv:2006.11239) with the betas of latent diffusion (arXiv:2112.10752). Two spaces are in use:
 
@@ -40,10 +41,12 @@ class NoiseSchedule:
 
     @property
     def sigma_min(self) -> float:
+        """The noise level of timestep 0."""
         return self.sigmas[0].item()
 
     @property
     def sigma_max(self) -> float:
+        """The noise level of timestep 999."""
         return self.sigmas[-1].item()
 
     def t_from_sigma(self, sigma: Tensor) -> Tensor:
@@ -69,43 +72,50 @@ class NoiseSchedule:
         signal, noise = self.coefficients(t, x0)
         return (signal * x0 + noise * eps).to(x0.dtype)
 
-    def to_x0(self, out: Tensor, x_t: Tensor, t: Tensor, kind: str) -> Tensor:
-        """A network's output of this kind -> the clean latents it stands for (eq. 12 of arXiv:2504.12364), out's dtype.
+    def to_x0(self, out: Tensor, x_t: Tensor, t: Tensor, prediction: str) -> Tensor:
+        """A network's output of this parameterisation -> the clean latents it stands for (eq. 12 of arXiv:2504.12364),
+        in the dtype of ``out``.
 
-        Raises ValueError for a kind that is not one of ``PREDICTIONS``.
+        Raises ValueError for a prediction that is not one of ``PREDICTIONS``.
         """
-        return predicted_x0(out, x_t, *self.coefficients(t, x_t), kind).to(out.dtype)
+        return predicted_x0(out, x_t, *self.coefficients(t, x_t), prediction=prediction).to(out.dtype)
 
-    def to_eps(self, out: Tensor, x_t: Tensor, t: Tensor, kind: str) -> Tensor:
-        """A network's output of this kind -> the noise it stands for, likewise."""
-        check_prediction(kind)
-        if kind == "eps":
+    def to_eps(self, out: Tensor, x_t: Tensor, t: Tensor, prediction: str) -> Tensor:
+        """A network's output of this parameterisation -> the noise it stands for, in the dtype of ``out``. ValueError
+        as in ``to_x0``."""
+        check_prediction(prediction)
+        if prediction == "eps":
             return out
         signal, noise = self.coefficients(t, x_t)
-        eps = noise * x_t + signal * out if kind == "v" else (x_t - signal * out) / noise
+        eps = noise * x_t + signal * out if prediction == "v" else (x_t - signal * out) / noise
         return eps.to(out.dtype)
 
-    def to_v(self, out: Tensor, x_t: Tensor, t: Tensor, kind: str) -> Tensor:
-        """A network's output of this kind -> v = sqrt(abar) eps - sqrt(1 - abar) x0 (arXiv:2202.00512), likewise."""
-        check_prediction(kind)
-        if kind == "v":
+    def to_v(self, out: Tensor, x_t: Tensor, t: Tensor, prediction: str) -> Tensor:
+        """A network's output of this parameterisation -> v = sqrt(abar) eps - sqrt(1 - abar) x0 (arXiv:2202.00512), in
+        the dtype of ``out``.
+
+        Raises ValueError as ``to_x0`` does.
+        """
+        check_prediction(prediction)
+        if prediction == "v":
             return out
         signal, noise = self.coefficients(t, x_t)
-        v = (out - noise * x_t) / signal if kind == "eps" else (signal * x_t - out) / noise
+        v = (out - noise * x_t) / signal if prediction == "eps" else (signal * x_t - out) / noise
         return v.to(out.dtype)
 
 
-def predicted_x0(out: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor, kind: str) -> Tensor:
+def predicted_x0(out: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor, *, prediction: str) -> Tensor:
     """x0 from a prediction at any noise level: x_t = signal * x0 + noise * eps with signal^2 + noise^2 = 1."""
-    check_prediction(kind)
-    if kind == "eps":
+    check_prediction(prediction)
+    if prediction == "eps":
         return (x_t - noise * out) / signal
-    return signal * x_t - noise * out if kind == "v" else out
+    return signal * x_t - noise * out if prediction == "v" else out
 
 
-def check_prediction(kind: str) -> None:
-    if kind not in PREDICTIONS:
-        raise ValueError(f"unknown prediction '{kind}': choose one of {', '.join(PREDICTIONS)}")
+def check_prediction(prediction: str) -> None:
+    """Raises ValueError for anything but "eps", "v" and "x0"."""
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"unknown prediction '{prediction}': choose one of {', '.join(PREDICTIONS)}")
 
 
 def rescale_to_zero_snr(abar: Tensor) -> Tensor:

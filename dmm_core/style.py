@@ -1,4 +1,5 @@
-"""The style side of DMM: a codebook of learned styles and the MLP that turns a mix of them into a time-embedding offset.
+"""The style side of DMM: a codebook of learned styles and the MLP that turns a mix of them into a time-embedding
+offset.
 
 Song et al., arXiv:2504.12364, Sec. 3.2 and Suppl. A.1: ``emb = time_embed(t) + MLP(sum_i w_i e_i)``.
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +21,26 @@ MLP_NAMES = ("add_embedding", "add_embedding2")
 """Module names of the style MLP: SD1.x / SD2.x, and SDXL (whose ``add_embedding`` is taken in the diffusers layout)."""
 
 
+class Operations(Protocol):
+    """Where the class of a layer comes from: ``torch.nn``, or a host's module of the same names."""
+
+    @property
+    def Linear(self) -> type[nn.Linear]: ...
+
+
 class StyleMLP(nn.Module):
     """Linear(D, D) -> SiLU -> Linear(D, D), under the key names of the authors' files (``linear_1``, ``linear_2``).
 
-    ``operations`` is where the Linear class comes from: ``torch.nn``, or the host's ops so that its casting and offloading
-    reach these layers too.
+    operations: ``torch.nn``, or the host's ops, so that its casting and offloading reach these layers too.
     """
 
-    def __init__(self, dim: int, operations=nn, dtype=None, device=None):
+    def __init__(
+        self,
+        dim: int,
+        operations: Operations = nn,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ):
         super().__init__()
         self.linear_1 = operations.Linear(dim, dim, dtype=dtype, device=device)
         self.linear_2 = operations.Linear(dim, dim, dtype=dtype, device=device)
@@ -35,7 +49,7 @@ class StyleMLP(nn.Module):
         return self.linear_2(nn.functional.silu(self.linear_1(e)))
 
 
-def style_delta(model_embedding: nn.Module, add_embedding: nn.Module, style_rows: Tensor) -> Tensor:
+def style_delta(model_embedding: nn.Embedding, add_embedding: nn.Module, style_rows: Tensor) -> Tensor:
     """Style rows (B, N+1) -> time-embedding offsets (B, D): ``s * MLP(w @ codebook)``.
 
     Calls only the modules' ``forward`` because a host may keep their weights elsewhere until they are called.

@@ -1,11 +1,11 @@
-"""A style as a value: what to paint with, said in names, so that it fits every model that knows them.
+"""Styles as values, by name, so that they fit every model that knows the names; and their text form.
 
-Every style comes down to *masses* m (N,), one number per style of the model: ``sum(m)`` is the strength s and ``m / s`` are the
-weights w of arXiv:2504.12364, Sec. 3.2. "No style" has no mass. Blends, fades and strengths are linear in m, so fading from a
-style to none keeps the style and lowers its strength.
+Every style comes down to *masses* m (N,), one number per style of the model: ``sum(m)`` is the strength s and ``m / s``
+are the weights w of arXiv:2504.12364, Sec. 3.2. "No style" has no mass. Blends, fades and strengths are linear in m, so
+fading from a style to none keeps the style and lowers its strength.
 
-A style may change over the sampling *progress*: 0 at the noisiest timestep (t = 999), 1 at t = 0, the same percentage that the
-host's "start_percent" inputs mean.
+A style may change over the sampling *progress*: 0 at the noisiest timestep (t = 999), 1 at t = 0, the same percentage
+that the host's "start_percent" inputs mean.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor
 NO_STYLE = "none"
 
 Vocabulary = Mapping[str, Sequence[float]]
-"""Name of a style -> its weights over the N codes of a model: one-hot for a learned style, several for a named blend."""
+"""Name of a style -> its weights over the N codes of a model: one-hot for a learned style, several for a named
+blend."""
 
 
 def vocabulary(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
@@ -38,9 +39,11 @@ def find_style(known: Sequence[str], wanted: str) -> str:
     if wanted in known:
         return wanted
     alike = [name for name in known if name.strip().casefold() == wanted.strip().casefold()]
-    if not alike and re.fullmatch(r"\s*[0-9]{1,4}\s*", wanted) and int(wanted) < len(known):
-        if not any(name.strip().isdecimal() for name in known):  # else a number is a name, if a wrong one
-            return known[int(wanted)]
+    is_number = re.fullmatch(r"\s*[0-9]{1,4}\s*", wanted) and int(wanted) < len(known)
+    if (
+        not alike and is_number and not any(name.strip().isdecimal() for name in known)
+    ):  # else a number is a name, if a wrong one
+        return known[int(wanted)]
     if len(alike) != 1:
         names = ", ".join([*known, NO_STYLE]) if known else f"none at all (a plain checkpoint); only '{NO_STYLE}' works"
         raise ValueError(f"unknown style '{wanted}'. The styles of this model: {names}")
@@ -64,7 +67,8 @@ class Style:
     """Base of all styles; values, never changed once made."""
 
     def masses(self, known: Vocabulary, progress: float = 0.0, index: int = 0) -> list[float]:
-        """(N,) masses at a ``progress`` for item ``index`` of a batch. Raises ValueError for names that are not ``known``."""
+        """(N,) masses at a ``progress`` for item ``index`` of a batch. Raises ValueError for names that are not
+        ``known``."""
         raise NotImplementedError
 
     def parts(self) -> Iterator[Style]:
@@ -72,12 +76,12 @@ class Style:
         yield self
 
     def renamed(self, rename: Callable[[str], str]) -> Style:
-        """The same style, said in the names that ``rename`` gives for these."""
+        """The same style with each name replaced by ``rename(name)``."""
         raise NotImplementedError
 
     @property
     def items(self) -> int:
-        """How many different pictures of a batch it describes; 1 when all are painted alike."""
+        """Number of styles for the items of a batch; 1 when all items have the same."""
         return max((len(part.styles) for part in self.parts() if isinstance(part, PerItem)), default=1)
 
     @property
@@ -142,7 +146,8 @@ class Strength(Style):
 
 @dataclass(frozen=True)
 class Blend(Style):
-    """``share`` of ``second`` in ``first``: 0 is the first, 1 the second; beyond, the one exaggerates its difference."""
+    """``share`` of ``second`` in ``first``: 0 is the first, 1 the second; beyond, the one exaggerates its
+    difference."""
 
     first: Style
     second: Style
@@ -283,7 +288,8 @@ def style_rows(style: Style, known: Vocabulary, progress: float = 0.0, batch: in
 
 
 def progress_at(t: float) -> float:
-    """Timestep 999 .. 0 -> sampling progress from 0 to just under 1: what begins at 100% never begins, as in the host."""
+    """Timestep 999 .. 0 -> sampling progress from 0 to just under 1: what begins at 100% never begins, as in the
+    host."""
     return min(1 - t / 999, 1 - 1e-9)
 
 

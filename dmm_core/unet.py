@@ -1,8 +1,9 @@
 """The Stable Diffusion UNet with a style input, for training and headless sampling.
 
-Rombach et al., arXiv:2112.10752 (SD1.x, SD2.x) and Podell et al., arXiv:2307.01952 (SDXL), in the key names of the single
-files (time_embed, label_emb, input_blocks, middle_block, output_blocks, out), so no key is ever renamed. All sizes are read
-from a state dict. The style enters as in DMM (arXiv:2504.12364, Sec. 3.2): an offset to the time embedding.
+Rombach et al., arXiv:2112.10752 (SD1.x, SD2.x) and Podell et al., arXiv:2307.01952 (SDXL), in the key names of the
+single files (time_embed, label_emb, input_blocks, middle_block, output_blocks, out), so no key is ever renamed. All
+sizes are read from a state dict. The style enters as in DMM (arXiv:2504.12364, Sec. 3.2): an offset to the time
+embedding.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from .loading import load_strictly
 from .style import CODEBOOK, MLP_NAMES, StyleMLP, style_delta
 
 MAX_LAYERS = 1000
-"""Transformer layers in a UNet; SDXL's has 70. A file of a few megabytes could name any number, and each takes time to build."""
+"""Transformer layers in a UNet; SDXL's has 70. A file of a few megabytes could name any number, and each takes time to
+build."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    def __init__(self, channels: int, context_dim: int, heads: int, depth: int, linear: bool):
+    def __init__(self, channels: int, context_dim: int, *, heads: int, depth: int, linear: bool):
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
@@ -176,14 +178,16 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
 class Block(nn.Sequential):
     """One numbered entry of input_blocks / middle_block / output_blocks; ``size`` is where an Upsample must land."""
 
-    def forward(self, h: Tensor, emb: Tensor, context: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(  # type: ignore[override]  # a Sequential takes one input, and these layers more
+        self, h: Tensor, emb: Tensor, context: Tensor, size: torch.Size
+    ) -> Tensor:
         for layer in self:
             if isinstance(layer, (ResBlock, SpatialTransformer)):
                 h = layer(h, emb, context)
@@ -212,18 +216,22 @@ def encoder_blocks(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
 
 
 def middle_block(config: UNetConfig) -> Block:
+    """Residual block, transformer, residual block, at the lowest resolution."""
     ch = config.channel_mult[-1] * config.model_channels
     attention = transformer(config, ch, config.depth_middle)
     return Block(ResBlock(ch, config.embed_dim, ch), *attention, ResBlock(ch, config.embed_dim, ch))
 
 
 def transformer(config: UNetConfig, channels: int, depth: int) -> list[nn.Module]:
+    """The transformer behind a residual block, as a list of one; empty for depth 0."""
     if depth == 0:
         return []
-    return [SpatialTransformer(channels, config.context_dim, config.heads(channels), depth, config.linear_proj)]
+    heads = config.heads(channels)
+    return [SpatialTransformer(channels, config.context_dim, heads=heads, depth=depth, linear=config.linear_proj)]
 
 
 def time_embed(config: UNetConfig) -> nn.Sequential:
+    """Sinusoidal features (B, model_channels) -> time embedding (B, D)."""
     embed_dim = config.embed_dim
     return nn.Sequential(nn.Linear(config.model_channels, embed_dim), nn.SiLU(), nn.Linear(embed_dim, embed_dim))
 
@@ -231,9 +239,11 @@ def time_embed(config: UNetConfig) -> nn.Sequential:
 class UNet(nn.Module):
     """eps (or v) prediction network with an optional style per row.
 
-    With ``gradient_checkpointing`` set, every block is recomputed in the backward pass: the activations kept are one tensor
-    per block.
+    With ``gradient_checkpointing`` set, every block is recomputed in the backward pass: the activations kept are one
+    tensor per block.
     """
+
+    model_embedding: nn.Embedding  # of a config with styles, as is the MLP under the name ``config.style_mlp``
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -264,13 +274,14 @@ class UNet(nn.Module):
         self.out = nn.Sequential(nn.GroupNorm(32, ch), nn.SiLU(), nn.Conv2d(ch, config.out_channels, 3, padding=1))
 
     @property
-    def style_mlp(self) -> nn.Module:
+    def style_mlp(self) -> StyleMLP:
+        """The module under the name that the config gives it; AttributeError for a network without styles."""
         return getattr(self, self.config.style_mlp)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, which its inputs must have too (outside of autocast)."""
-        return self.time_embed[0].weight.dtype
+        """The dtype of the weights; outside of autocast the inputs must have it too."""
+        return next(self.parameters()).dtype
 
     def style_parameters(self) -> list[nn.Parameter]:
         """Codebook and MLP: the parameters that plain teachers do not have."""
@@ -284,17 +295,18 @@ class UNet(nn.Module):
         t: Tensor,
         context: Tensor,
         y: Tensor | None = None,
+        *,
         style: Tensor | None = None,
         control: tuple[list[Tensor], Tensor] | None = None,
         features: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Predict the noise (or v) in x_t.
 
-        x: (B, C, h, w) noisy latents in the model's scaled space; t: (B,) timesteps 0..999; context: (B, L, context_dim)
-        text states; y: (B, adm_channels) pooled text and sizes (SDXL only); style: (B, N+1) style rows or None for no style;
-        control: residuals for the skip connections (one per input block) and for the middle block, as a ControlNet gives.
-        Returns (B, C, h, w), and with ``features`` also the outputs of all blocks in order (eq. 10 of arXiv:2504.12364).
-        Raises ValueError for a style or a y that the model has no place for.
+        x: (B, C, h, w) noisy latents in the model's scaled space; t: (B,) timesteps 0..999; context: (B, L,
+        context_dim) text states; y: (B, adm_channels) pooled text and sizes (SDXL only); style: (B, N+1) style rows or
+        None for no style; control: residuals for the skip connections (one per input block) and for the middle block,
+        as a ControlNet gives. Returns (B, C, h, w), and with ``features`` also the outputs of all blocks in order (eq.
+        10 of arXiv:2504.12364). Raises ValueError for a style or a y that the model has no place for.
         """
         emb = self._embed(x, t, y, style)
         h, skips = self._encode(x, emb, context)
@@ -306,13 +318,13 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
             size = skips[-1].shape[2:] if skips else h.shape[2:]
-            h = self._run(block, h, emb, context, size)
+            h = self._run(block, h, emb, context, size=size)
             outputs.append(h)
         out = self.out(h)
         return (out, outputs) if features else out
 
     def middle(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
-        """What the middle block gives without a style, (B, C, h', w'): inputs as in ``forward``, at half of its cost."""
+        """The middle block's output (B, C, h', w') without a style; inputs as of ``forward``, at half of its cost."""
         return self._encode(x, self._embed(x, t, y, None), context)[0]
 
     def _embed(self, x: Tensor, t: Tensor, y: Tensor | None, style: Tensor | None) -> Tensor:
@@ -329,14 +341,17 @@ class UNet(nn.Module):
         return emb
 
     def _encode(self, h: Tensor, emb: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The middle block's output, and those of the input blocks."""
+        """The middle block's output (B, C', h', w'), and those of the input blocks."""
         skips = []
         for block in self.input_blocks:
             h = self._run(block, h, emb, context)
             skips.append(h)
         return self._run(self.middle_block, h, emb, context), skips
 
-    def _run(self, block: Block, h: Tensor, emb: Tensor, context: Tensor, size=None) -> Tensor:
+    def _run(
+        self, block: nn.Module, h: Tensor, emb: Tensor, context: Tensor, *, size: torch.Size | None = None
+    ) -> Tensor:
+        """A ``Block``'s output; size: (h, w) of it where the block is one that enlarges."""
         size = h.shape[2:] if size is None else size
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, h, emb, context, size, use_reentrant=False)
@@ -414,12 +429,13 @@ def unet_config_from_state_dict(sd: Mapping[str, Tensor]) -> UNetConfig:
 
 
 def load_unet(sd: Mapping[str, Tensor], dtype: torch.dtype | None = torch.float32, copy: bool = True) -> UNet:
-    """Build the UNet that a state dict describes and load it strictly (copies; ``sd`` is left alone; see ``load_strictly``).
+    """Build the UNet that a state dict describes and load it strictly (copies; ``sd`` is left alone; see
+    ``load_strictly``).
 
     Raises ValueError with the sorted missing / unexpected / misshapen keys.
     """
     config = unet_config_from_state_dict(sd)
-    return load_strictly(lambda: UNet(config), sd, "UNet", dtype, copy)
+    return load_strictly(lambda: UNet(config), sd, "UNet", dtype=dtype, copy=copy)
 
 
 def init_style(unet: UNet, generator: torch.Generator | None = None) -> None:

@@ -9,6 +9,7 @@ Latents here are UNSCALED. What a UNet sees is ``SCALE_SD * latent`` (``SCALE_SD
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ IGNORED_PREFIXES = ("loss.", "model_ema.")
 
 
 def latent_scale(config: UNetConfig) -> float:
-    """What the latents are multiplied by that a UNet of these sizes sees."""
+    """The factor from a VAE's latents to those that a UNet of these sizes sees."""
     return SCALE_SDXL if config.adm_channels else SCALE_SD
 
 
@@ -136,7 +137,7 @@ class Level(nn.Module):
     def __init__(self, channels: int, out_channels: int, blocks: int, resample: tuple[str, nn.Module] | None):
         super().__init__()
         widths = [channels] + [out_channels] * blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in zip(widths, widths[1:]))
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in itertools.pairwise(widths))
         self.resample = resample[0] if resample else None
         if resample:
             self.add_module(*resample)
@@ -264,4 +265,4 @@ def load_vae(sd: Mapping[str, Tensor], dtype: torch.dtype | None = torch.float32
     """
     sd = {k: v for k, v in sd.items() if not k.startswith(IGNORED_PREFIXES)}
     config = vae_config_from_state_dict(sd)
-    return load_strictly(lambda: AutoencoderKL(config), sd, "VAE", dtype)
+    return load_strictly(lambda: AutoencoderKL(config), sd, "VAE", dtype=dtype)

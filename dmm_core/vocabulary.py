@@ -1,4 +1,4 @@
-"""A token table of which only the rows that training ever touched are stored.
+"""Compact storage of a token table: only the rows that training changed.
 
 CLIP's vocabulary has 49408 rows; a text encoder trained on a small vocabulary leaves most of them equal. Such a table
 is stored as its distinct rows and then the one row that stands for all others; the distinct rows' token ids lie beside.

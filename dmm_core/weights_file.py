@@ -1,7 +1,8 @@
-"""safetensors files of strangers: opened with bounds on all that they declare, refusals in the user's words; and how they are written.
+"""Reads untrusted safetensors files, with bounds on all that they declare and readable errors, and writes safetensors
+files.
 
-Only safetensors is ever read: a pickle can run code. The bounds are far above every real model and below what would make
-the libraries run out of memory or time on a file of a few megabytes.
+Only safetensors is ever read: a pickle can run code. The bounds are far above every real model and below what would
+make the libraries run out of memory or time on a file of a few megabytes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +23,8 @@ from .files import atomic_write
 HEADER_LIMIT = 32 * 2**20
 """Bytes; SDXL's header has 0.3 MB, and a style's thumbnail at most 0.2 MB more. (safetensors' own limit is 100 MB.)"""
 MAX_BRACES = 300_000
-"""Opening braces in a header: one per tensor, the others in metadata. safetensors needs 700 bytes of memory a tensor."""
+"""Opening braces in a header: one per tensor, the others in metadata. safetensors needs 700 bytes of memory a
+tensor."""
 MAX_TENSORS = 20_000
 """SDXL's checkpoint has 2515."""
 LONGEST_KEY = 500
@@ -50,7 +51,8 @@ def read_keys(path: str | os.PathLike) -> list[str]:
 def read_weights(
     path: str | os.PathLike, load: Callable[[str, tuple[int, ...]], bool] = lambda key, shape: True
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file. Those that ``load`` (key, shape) declines stay on disk: shape and dtype, on the meta device.
+    """Tensors and metadata of a file. Those that ``load`` (key, shape) declines stay on disk: shape and dtype, on the
+    meta device.
 
     Raises ValueError naming the file for one that is damaged, no safetensors file, or declares absurd sizes.
     """
@@ -64,7 +66,7 @@ def read_weights(
     return tensors, metadata
 
 
-def _declared(header, key: str) -> Tensor:
+def _declared(header: safe_open, key: str) -> Tensor:
     """A tensor of the shape and dtype that a header declares, on the meta device."""
     entry = header.get_slice(key)
     shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
@@ -78,8 +80,9 @@ def _declared(header, key: str) -> Tensor:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """For the header. What goes wrong with the file, here or while it is used, becomes an error that names it."""
+def _opened(path: Path) -> Iterator[safe_open]:
+    """A safetensors file, opened to read its header. Errors here or while it is used become ValueError or OSError that
+    name it."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the .safetensors file itself")
     if path.exists() and not path.is_file():
@@ -164,15 +167,15 @@ def _declared_end(header: bytes) -> int:
 
 
 def write_weights(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file completely or not at all. Raises ValueError for NaN and for metadata that could not be read back, OSError when
-    the disk refuses."""
+    """Write a file completely or not at all. Raises ValueError for NaN and for metadata that could not be read back,
+    OSError when the disk refuses."""
     check_writable(path, tensors, metadata)
     with refusal_explained(path), atomic_write(path) as temporary:
         save_file(storable(tensors), temporary, metadata=dict(metadata))
 
 
 def check_writable(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Raise ValueError for what must not, or could not, be read back."""
+    """Raise ValueError for weights that must not be saved (NaN) and metadata that could not be read back (too long)."""
     try:
         check_finite(tensors)
         length = len(json.dumps(metadata, ensure_ascii=False).encode()) + sum(len(key) + 200 for key in tensors)
@@ -198,6 +201,7 @@ def refusal_explained(path: str | os.PathLike) -> Iterator[None]:
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError naming the first tensor that holds NaN or infinity."""
     for key, tensor in tensors.items():
         if tensor.is_floating_point():
             values = tensor.float() if tensor.element_size() == 1 else tensor  # torch has no isfinite for float8

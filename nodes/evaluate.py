@@ -23,7 +23,7 @@ from ..training.evaluation.features import DEMO_FILE, FeatureNet, load_features
 from ..training.evaluation.report import markdown, sheet, write
 from ..training.evaluation.settings import METRICS, OF_FEATURES, EvaluationSettings
 from ..training.evaluation.studio import Member, Pictures
-from ..training.files.hashing import text_hash, weights_hash
+from ..training.files.hashing import repr_sha256, weights_hash
 from ..training.teachers.teacher import Teacher, plain_unet
 from . import host_model
 from .preview import send_text
@@ -232,7 +232,7 @@ def run(cast: Cast, settings: EvaluationSettings, node_id) -> tuple:
 
     result = evaluate(cast, settings, root / "parts", mm.get_torch_device(), progress)
     result.about = {"title": "A DMM model against its teachers", "torch": torch.__version__}
-    folder = root / text_hash(sorted(result.members.items()), settings, cast.prompts)[:8]
+    folder = root / repr_sha256(sorted(result.members.items()), settings, cast.prompts)[:8]
     folder.mkdir(parents=True, exist_ok=True)
     write(result, folder)
     return result, folder

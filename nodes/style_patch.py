@@ -135,7 +135,7 @@ def progress(model, sigma: Tensor) -> float:
     return progress_at(float(model.model_sampling.timestep(sigma[:1])))
 
 
-def compute_delta(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+def compute_delta(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):  # noqa: B006, as the host has it; it is not written to
     """APPLY_MODEL wrapper: style rows -> time-embedding offsets, left where ``add_delta`` finds them.
 
     The offset is always there (zero for no style): a compiled UNet must meet the same options on every call.

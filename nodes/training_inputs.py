@@ -17,7 +17,7 @@ from ..training.data.batches import CaptionedLatents
 from ..training.loop.forget import forgetting, named
 from ..training.loop.trainer import Trainer
 from ..training.memory.fitting import fitted
-from ..training.progress import Tick
+from ..training.progress import ProgressCallback
 from ..training.teachers.teacher import Teacher, check_architectures, plain_unet, soup, styled_unet
 from . import host_model
 from .teacher import TeacherInput
@@ -39,7 +39,7 @@ def gather(
     foundation = frozen_base(base, clip, plain_unet(unet_weights(base, styles=True), "the base model"), data.prompts)
     frozen = frozen_teachers(teachers, foundation, clip, data.prompts)
     config, device = ready(config, foundation, len(frozen), data=data, say=say)
-    return Trainer(foundation, frozen, data, config, device)
+    return Trainer(foundation, frozen, data, config, device=device)
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def gather_grown(
     new = frozen_teachers(teachers, foundation, clip, data.prompts)
     check_names([teacher.name for teacher in (*old, *new)])
     config, device = ready(config, foundation, len(new), data=data, say=say)
-    return Trainer(foundation, [*old, *new], data, config, device)
+    return Trainer(foundation, [*old, *new], data, config, device=device)
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def ready(
     """The settings that fit the device, and the device, emptied of what the host had there."""
     mm.unload_all_models()  # its copies are not needed while training runs
     device = mm.get_torch_device()
-    config, plan = fitted(config, base.unet.config, data.shape[1:], teachers, device)
+    config, plan = fitted(config, base.unet.config, data.shape[1:], teachers, device=device)
     if plan:
         say(plan.describe())
     return config, device
@@ -142,7 +142,7 @@ def dmm_parts(model, clip, vae) -> Checkpoint:
     return parts
 
 
-def interruptible(say: Say) -> Tick:
+def interruptible(say: Say) -> ProgressCallback:
     """A progress callback that also answers the host's cancel."""
 
     def tick(done: int, total: int, what: str) -> None:

@@ -150,7 +150,7 @@ def comparison(run: Trainer, say: Say | None = None) -> str:
     average = None if old else training_inputs.average_unet(run)
     student = training_inputs.student_unet(run)
     teachers = run.teachers[: student.config.num_styles]
-    errors = eps_errors(teachers, run.base, average, student, data=run.data, rack=run.targets.pool)
+    errors = eps_errors(teachers, run.base, average, student, data=run.data, pool=run.targets.pool)
     against = "each teacher, old styles against the model before" if old else "each teacher"
     return f"eps error against {against}\n{format_table(errors)}"
 

@@ -1,4 +1,4 @@
-"""Where ComfyUI lives on this machine, if anywhere: only to read its tokenizer files. Nothing of it is imported."""
+"""Finds the ComfyUI folder on this machine, to read its tokenizer files; nothing of it is imported."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def find_host() -> Path | None:
 
 
 def candidates() -> list[Path]:
+    """Folders that may be ComfyUI's, in the order in which ``find_host`` tries them."""
     found = []
     if os.environ.get("COMFYUI_PATH"):
         found.append(Path(os.environ["COMFYUI_PATH"]))

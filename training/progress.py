@@ -1,8 +1,8 @@
-"""How long work says how far it is."""
+"""The callback by which long work reports its progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-Tick = Callable[[int, int, str], None]
-"""(done, total, what): called after every part; what it raises ends the work."""
+ProgressCallback = Callable[[int, int, str], None]
+"""(done, total, what), what in words for people. Called after every item; an exception that it raises ends the work."""

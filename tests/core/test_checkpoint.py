@@ -144,7 +144,7 @@ def test_other_readers_see_the_common_layout(tmp_path):
 def test_modelspec_names_the_architecture(config, prediction, architecture, resolution):
     from comfyui_dmm.dmm_core.metadata import write_metadata
 
-    metadata = write_metadata([], {}, prediction, {"modelspec.hash_sha256": "0xold"}, config, "title")
+    metadata = write_metadata([], {}, prediction, rest={"modelspec.hash_sha256": "0xold"}, config=config, title="title")
     assert metadata["modelspec.architecture"] == architecture
     assert metadata.get("modelspec.resolution") == resolution
     assert "modelspec.hash_sha256" not in metadata  # the digest of other weights

@@ -77,7 +77,7 @@ def test_diffusers_computes_the_same(config):
     row = style_row(N, {0: 0.3, 2: 0.7}).repeat(2, 1)
     delta = style_delta(unet.model_embedding, unet.style_mlp, row)
     theirs.time_embedding.register_forward_hook(lambda module, inputs, out: out + delta)
-    styled = unet(x, t, context, y, row)
+    styled = unet(x, t, context, y, style=row)
     assert (theirs(x, t, context, added_cond_kwargs=added).sample - styled).abs().max() < 1e-4
     assert (styled - ours).abs().max() > 1e-2
 

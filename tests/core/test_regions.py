@@ -1,5 +1,6 @@
 """Weights of regions against their formulas, written out pixel by pixel, and against arXiv:2302.02412's tiles."""
 
+import itertools
 import math
 
 import pytest
@@ -35,7 +36,7 @@ from comfyui_dmm.dmm_core.regions import (
 def test_boxes_on_canvases(box, size, area):
     assert box.area(*size) == area
     h, w, top, left = area
-    assert 0 <= top and top + h <= size[0] and 0 <= left and left + w <= size[1]
+    assert top >= 0 and top + h <= size[0] and left >= 0 and left + w <= size[1]
 
 
 def test_boxes_that_are_none():
@@ -147,7 +148,7 @@ def test_crops_are_for_boxes():
 @pytest.mark.parametrize("size", [(16, 16), (16, 48), (17, 61), (40, 33), (8, 100)])
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.9])
 def test_tiles_cover_the_canvas_and_have_one_size(size, overlap):
-    rows = tiles(*size, 16, 16, overlap)
+    rows = tiles(*size, 16, 16, overlap=overlap)
     covered = torch.zeros(size)
     for area in (area for row in rows for area in row):
         h, w, top, left = area
@@ -155,16 +156,16 @@ def test_tiles_cover_the_canvas_and_have_one_size(size, overlap):
         covered[top : top + h, left : left + w] += 1
     assert covered.min() >= 1
     for row in rows:
-        for before, after in zip(row, row[1:]):
+        for before, after in itertools.pairwise(row):
             assert before[3] + 16 - after[3] >= math.floor(16 * overlap)
     for wrong in (-0.1, 1.0):
         with pytest.raises(ValueError, match="overlap of tiles"):
-            tiles(*size, 16, 16, wrong)
+            tiles(*size, 16, 16, overlap=wrong)
 
 
 def test_parts_of_a_panorama_share_the_tiles_from_left_to_right():
     shares = [[area for area, _ in TileShare(i, 3, 16, 16).placed(16, 64)] for i in range(3)]
-    row = tiles(16, 64, 16, 16, 0.5)[0]
+    row = tiles(16, 64, 16, 16, overlap=0.5)[0]
     assert [area for share in shares for area in share] == row
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     with pytest.raises(ValueError, match="a canvas 128 pixels wide has 1 tiles of 128 in a row, too few for 2 parts"):

@@ -1,5 +1,6 @@
 """The samplers against closed forms and diffusers; guidance against separate calls of the same UNet."""
 
+import itertools
 import math
 
 import pytest
@@ -105,7 +106,7 @@ def test_bad_names_and_steps():
             sigmas_for(SCHEDULE, steps, "normal")
     noise, sigmas = torch.zeros(1, 4, 2, 2), sigmas_for(SCHEDULE, 2, "normal")
     with pytest.raises(ValueError, match="unknown sampler 'heun': choose one of dpmpp_2m, ddim, euler"):
-        sample(two_peaks, SCHEDULE, noise, sigmas, "heun")
+        sample(two_peaks, SCHEDULE, noise, sigmas, sampler="heun")
     for bad in (sigmas[:1], sigmas.flip(0), torch.tensor([5.0, 5.0, 0.0]), torch.tensor([5.0, float("nan"), 0.0])):
         with pytest.raises(ValueError, match="falling noise levels"):
             sample(two_peaks, SCHEDULE, noise, bad)
@@ -131,14 +132,14 @@ def gaussian_error(sampler, steps):
     top = sigmas[0].item()
     start = noise * math.sqrt(1 + top**2)
     exact = mu + (start - mu) * c / math.sqrt(c**2 + top**2)  # dx/dsigma = (x - D) / sigma integrated from top to 0
-    return (sample(denoise, SCHEDULE, noise, sigmas, sampler) - exact).abs().max().item()
+    return (sample(denoise, SCHEDULE, noise, sigmas, sampler=sampler) - exact).abs().max().item()
 
 
 @pytest.mark.parametrize("sampler, order", [("euler", 1), ("ddim", 1), ("dpmpp_2m", 2)])
 def test_convergence_to_the_exact_solution(sampler, order):
     """Halving the steps' length divides the error by 2^order (within 15%)."""
     errors = [gaussian_error(sampler, steps) for steps in (100, 200, 400)]
-    for coarse, fine in zip(errors, errors[1:]):
+    for coarse, fine in itertools.pairwise(errors):
         assert coarse / fine == pytest.approx(2**order, rel=0.15)
     assert errors[-1] < {1: 2e-2, 2: 1e-4}[order]
 
@@ -149,7 +150,7 @@ def test_one_point_of_data_is_hit(sampler, scheduler):
     """The last step to sigma 0 gives the denoiser's own value, bit for bit."""
     point = torch.randn(1, 4, 6, 5)
     sigmas = sigmas_for(SCHEDULE, 7, scheduler)
-    result = sample(lambda x, sigma: point.expand_as(x), SCHEDULE, torch.randn(3, 4, 6, 5), sigmas, sampler)
+    result = sample(lambda x, sigma: point.expand_as(x), SCHEDULE, torch.randn(3, 4, 6, 5), sigmas, sampler=sampler)
     assert torch.equal(result, point.expand(3, 4, 6, 5))
 
 
@@ -173,7 +174,9 @@ def test_ddim_equals_diffusers(steps):
     # Below the schedule's top the host adds the noise to empty latents, diffusers takes it as x_t.
     scale = (1 + sigmas[0] ** 2).sqrt() / sigmas[0]
     expected = in_diffusers(theirs, noise, sigmas)
-    torch.testing.assert_close(sample(two_peaks, SCHEDULE, noise * scale, sigmas, "ddim"), expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(
+        sample(two_peaks, SCHEDULE, noise * scale, sigmas, sampler="ddim"), expected, rtol=0, atol=2e-4
+    )
     assert expected.std() > 1
 
 
@@ -189,7 +192,7 @@ def test_dpmpp_2m_equals_diffusers(steps, karras):
     sigmas[0] = max(sigmas[0].item(), SCHEDULE.sigma_max)
     noise = torch.randn(2, 4, 8, 8)
     expected = in_diffusers(theirs, noise, theirs.sigmas)
-    ours = sample(two_peaks, SCHEDULE, noise, sigmas, "dpmpp_2m")
+    ours = sample(two_peaks, SCHEDULE, noise, sigmas, sampler="dpmpp_2m")
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-4)
 
 
@@ -221,7 +224,7 @@ def test_callback_sees_every_step_and_can_stop(sampler):
         evaluated.append((x, sigma))
         return two_peaks(x, sigma)
 
-    result = sample(denoise, SCHEDULE, noise, sigmas, sampler, callback=lambda *args: calls.append(args))
+    result = sample(denoise, SCHEDULE, noise, sigmas, sampler=sampler, callback=lambda *args: calls.append(args))
     assert [(i, total) for i, _, _, total in calls] == [(i, 6) for i in range(6)]
     for i, (_, denoised, x, _) in enumerate(calls):
         assert torch.equal(x, evaluated[i][0]) and evaluated[i][1].tolist() == [sigmas[i].item()] * 2
@@ -234,7 +237,7 @@ def test_callback_sees_every_step_and_can_stop(sampler):
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        sample(denoise, SCHEDULE, noise, sigmas, sampler, callback=stop)
+        sample(denoise, SCHEDULE, noise, sigmas, sampler=sampler, callback=stop)
     assert len(evaluated) == 3
 
 
@@ -295,9 +298,9 @@ def test_guidance_and_prediction(unet, kind, zero_snr):
     schedule = NoiseSchedule(zero_snr)
     x, sigma, context, other = inputs(4)
     cond, uncond = (by_hand(unet, x, sigma, c, kind=kind, schedule=schedule) for c in (context, other))
-    denoise = cfg_denoiser(unet, schedule, context, other, 4.5, prediction=kind)
+    denoise = cfg_denoiser(unet, schedule, context, other, cfg=4.5, prediction=kind)
     close(denoise(x, sigma), uncond + 4.5 * (cond - uncond))
-    close(cfg_denoiser(unet, schedule, context, other, 0.0, prediction=kind)(x, sigma), uncond)
+    close(cfg_denoiser(unet, schedule, context, other, cfg=0.0, prediction=kind)(x, sigma), uncond)
     close(cfg_denoiser(unet, schedule, context, prediction=kind)(x, sigma), cond)
     assert (cond - uncond).abs().max() > 0.01
 
@@ -306,11 +309,11 @@ def test_guidance_and_prediction(unet, kind, zero_snr):
 def test_one_forward_a_step(unet, forwards, sampler):
     x, _, context, other = inputs(3)
     sigmas = sigmas_for(SCHEDULE, 5, "karras")
-    sample(cfg_denoiser(unet, SCHEDULE, context, other, 3.0), SCHEDULE, x, sigmas, sampler)
+    sample(cfg_denoiser(unet, SCHEDULE, context, other, cfg=3.0), SCHEDULE, x, sigmas, sampler=sampler)
     assert forwards == [6] * 5
     forwards.clear()
-    sample(cfg_denoiser(unet, SCHEDULE, context, other, 1.0), SCHEDULE, x, sigmas, sampler)
-    sample(cfg_denoiser(unet, SCHEDULE, context), SCHEDULE, x, sigmas, sampler)
+    sample(cfg_denoiser(unet, SCHEDULE, context, other, cfg=1.0), SCHEDULE, x, sigmas, sampler=sampler)
+    sample(cfg_denoiser(unet, SCHEDULE, context), SCHEDULE, x, sigmas, sampler=sampler)
     assert forwards == [3] * 10
 
 
@@ -325,7 +328,7 @@ def test_each_picture_keeps_its_style(unet):
         return uncond + 3 * (cond - uncond)
 
     def ours(**styles):
-        return cfg_denoiser(unet, SCHEDULE, context, other, 3.0, **styles)(x, sigma)
+        return cfg_denoiser(unet, SCHEDULE, context, other, cfg=3.0, **styles)(x, sigma)
 
     close(ours(style=rows), guided(rows, rows))
     close(ours(style=rows, uncond_style=reverse), guided(rows, reverse))
@@ -345,13 +348,13 @@ def test_pooled_conditioning():
     x, sigma, context, other = inputs(3)
     y, other_y, rows = 20 * torch.randn(3, 12), 20 * torch.randn(3, 12), torch.cat([style_row(3, i) for i in range(3)])
     cond, uncond = by_hand(unet, x, sigma, context, rows, y), by_hand(unet, x, sigma, other, rows, other_y)
-    denoise = cfg_denoiser(unet, SCHEDULE, context, other, 5.0, style=rows, y=y, uncond_y=other_y)
+    denoise = cfg_denoiser(unet, SCHEDULE, context, other, cfg=5.0, style=rows, y=y, uncond_y=other_y)
     close(denoise(x, sigma), uncond + 5 * (cond - uncond))
     close(cfg_denoiser(unet, SCHEDULE, context, style=rows, y=y)(x, sigma), cond)
     swapped = by_hand(unet, x, sigma, context, rows, other_y)
     assert (cond - swapped).abs().max() > 0.01 * cond.abs().max()
     with pytest.raises(ValueError, match="needs uncond_y"):
-        cfg_denoiser(unet, SCHEDULE, context, other, 5.0, y=y)
+        cfg_denoiser(unet, SCHEDULE, context, other, cfg=5.0, y=y)
 
 
 def test_contexts_of_two_lengths_share_a_forward(unet, forwards):
@@ -359,7 +362,7 @@ def test_contexts_of_two_lengths_share_a_forward(unet, forwards):
     for length in (10, 7):
         x, sigma, context, _ = inputs(2, length)
         other = torch.randn(1, 5, 16)
-        denoised = cfg_denoiser(unet, SCHEDULE, context, other, 2.0)(x, sigma)
+        denoised = cfg_denoiser(unet, SCHEDULE, context, other, cfg=2.0)(x, sigma)
         assert forwards == [4]
         cond, uncond = by_hand(unet, x, sigma, context), by_hand(unet, x, sigma, other.expand(2, -1, -1))
         close(denoised, uncond + 2 * (cond - uncond))
@@ -369,7 +372,7 @@ def test_contexts_of_two_lengths_share_a_forward(unet, forwards):
 def test_one_row_serves_the_batch(unet):
     x, sigma, context, other = inputs(1)
     x, sigma = x.repeat(3, 1, 1, 1), sigma.repeat(3)
-    denoised = cfg_denoiser(unet, SCHEDULE, context, other, 2.0, style=style_row(3, 0))(x, sigma)
+    denoised = cfg_denoiser(unet, SCHEDULE, context, other, cfg=2.0, style=style_row(3, 0))(x, sigma)
     close(denoised[1:], denoised[:1].expand(2, -1, -1, -1))
 
 
@@ -416,7 +419,7 @@ def test_guidance_is_not_rounded_to_the_unets_precision():
     half, outputs = tiny_unet().bfloat16(), []
     half.register_forward_hook(lambda module, args, out: outputs.append(out))
     x, sigma, context, other = inputs(2)
-    denoised = cfg_denoiser(half, SCHEDULE, context, other, 30.0)(x, sigma)
+    denoised = cfg_denoiser(half, SCHEDULE, context, other, cfg=30.0)(x, sigma)
     cond, uncond = outputs[0].double().chunk(2)
     expected = x - sigma[:, None, None, None] * (uncond + 30 * (cond - uncond))
     torch.testing.assert_close(denoised.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())

@@ -56,7 +56,7 @@ def mixture(unet, places: list[Place], prediction: str, zero_snr: bool, cfg=4.0,
         return sides[1] + cfg * (sides[0] - sides[1])
 
     noise = host_noise((1, unet.config.in_channels, *SIZE), seed)
-    return our_sample(denoise, schedule, noise, sigmas_for(schedule, steps, "normal"), "euler")
+    return our_sample(denoise, schedule, noise, sigmas_for(schedule, steps, "normal"), sampler="euler")
 
 
 def check_regions(model, unet, prompts: list, scale: float, prediction: str, zero_snr: bool = False) -> None:
@@ -78,7 +78,7 @@ def check_regions(model, unet, prompts: list, scale: float, prediction: str, zer
     assert_same(scale * paint(model, mixed, *SIZE), mixture(unet, places, prediction, zero_snr), zero_snr)
 
     places = []
-    for areas in tiles(*SIZE, 8, 8, 0.5):
+    for areas in tiles(*SIZE, 8, 8, overlap=0.5):
         for i, area in enumerate(areas):
             part = (own, own_negative, rows[0]) if i < len(areas) / 2 else (positive, negative, rows[1])
             places.append(Place(area, gaussian(area, *SIZE, MOD_VARIANCE).float(), *part))

@@ -3,8 +3,8 @@
 The oracle is a twin: the same UNet without its style weights, loaded by the host alone, whose torch modules get the style that a
 rule, written down by hand, gives to each row of the batch: added to the time embedding, or for a style map normalised per style in
 every ResBlock and mixed per pixel. Regions are the host's own areas and masks there, and hints are cut by hand. A feature is a function
-that paints with either side, so it needs no oracle of its own: whatever it does to the twin, it must do to the pack's MODEL, at every call of
-the UNet and in as many forwards.
+that paints with either side, so it needs no oracle of its own: whatever it does to the twin, it must do to the pack's MODEL, at every
+call of the UNet and in as many forwards.
 
 Tolerance: 2e-4 of the largest output of each call, and of the painting (float32 sums in another order; seen: under 2e-5).
 """
@@ -157,7 +157,10 @@ def per_picture(model):
     """Another style for each of three pictures, the last one twice as strong."""
     each = (parse_style(NAMES[2]), parse_style("none"), Strength(parse_style(NAMES[3]), 2.0))
     rows = [ROWS[2], NONE, style_row(4, 3, 2.0)[0]]
-    prompts = lambda h, w: (POSITIVE, NEGATIVE)
+
+    def prompts(h, w):
+        return (POSITIVE, NEGATIVE)
+
     return apply(model, PerItem(each)), prompts, rule_of({}, lambda p, i: rows[i % 3]), prompts
 
 
@@ -236,7 +239,10 @@ def scene(request, model, unet):
     with torch.inference_mode():
         styled, prompts, rule, by_hand = SCENES[request.param](model)
         plain = twin(unet, rule)
-    restyle = lambda prompt: with_style(model, prompt, NAMES[3])
+
+    def restyle(prompt):
+        return with_style(model, prompt, NAMES[3])
+
     return request.param, Side(styled, prompts, restyle), Side(plain, by_hand, lambda prompt: prompt)
 
 

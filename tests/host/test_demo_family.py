@@ -79,7 +79,10 @@ def test_the_controlnet_gives_the_shape(server):
         g["hint"] = {"class_type": "LoadImage", "inputs": {"image": f"{shape}.png"}}
         g["control"] = {
             "class_type": "ControlNetApplyAdvanced",
-            "inputs": {"positive": ["text", 0], "negative": ["none", 0], "control_net": ["net", 0], "image": ["hint", 0], "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0},
+            "inputs": {
+                "positive": ["text", 0], "negative": ["none", 0], "control_net": ["net", 0], "image": ["hint", 0],
+                "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0,
+            },
         }  # fmt: skip
         g["sample"]["inputs"]["negative"] = ["control", 1]
         right += answers(pictures(server, g), "shape").count(shape)

@@ -71,7 +71,10 @@ def graph(steps=4, names=TEACHERS, models=("a", "b"), name="trial", count=8, **s
     g["empty"] = {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}}
     g["sample"] = {
         "class_type": "KSampler",
-        "inputs": {"model": ["style", 0], "seed": 1, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal", "positive": ["text", 0], "negative": ["text", 0], "latent_image": ["empty", 0], "denoise": 1.0},
+        "inputs": {
+            "model": ["style", 0], "seed": 1, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal",
+            "positive": ["text", 0], "negative": ["text", 0], "latent_image": ["empty", 0], "denoise": 1.0,
+        },
     }  # fmt: skip
     g["decode"] = {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 0], "vae": ["whole", 2]}}
     g["show"] = {"class_type": "PreviewImage", "inputs": {"images": ["decode", 0]}}

@@ -145,7 +145,7 @@ def test_what_is_refused(path, arguments, message):
 
 
 def test_only_the_letters_of_a_name_may_change(path):
-    assert list(info_of(edit(load(path)[0], "ink", "INK")).known)[0] == "INK"
+    assert next(iter(info_of(edit(load(path)[0], "ink", "INK")).known)) == "INK"
 
 
 def test_a_plain_model_has_nothing_to_edit(models, tmp_path):

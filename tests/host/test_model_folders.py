@@ -191,7 +191,7 @@ def served(server):
     convert(dmm / "good.safetensors", dmm / "styles.safetensors", "style")
     entry = '{"dtype":"F16","shape":[%d,0],"data_offsets":[0,0]}'
     for name, header in {
-        "huge": "{%s}" % ",".join(f'"{key}":{entry % 2**63}' for key in ("a", "b")),
+        "huge": "{{{}}}".format(",".join(f'"{key}":{entry % 2**63}' for key in ("a", "b"))),
         "nothing": '{"model_embedding.weight":' + entry % 10**9 + "}",
         "many": "{" + ",".join(f'"{i}":{entry % 1}' for i in range(400_000)) + "}",
     }.items():

@@ -84,7 +84,7 @@ def mixture(unet, places, height, width, cfg=4.0, steps=2, seed=0, batch=1):
         return x - sigma[:, None, None, None] * guided
 
     noise = host_noise((batch, 4, height, width), seed)
-    return our_sample(denoise, schedule, noise, sigmas_for(schedule, steps, "normal"), "euler")
+    return our_sample(denoise, schedule, noise, sigmas_for(schedule, steps, "normal"), sampler="euler")
 
 
 def assert_same_painting(model, host, ours):
@@ -125,7 +125,7 @@ def test_panoramas_are_mixture_of_diffusers(model, unet, size, overlap):
         model, region(NAMES[0], positive=LEFT), region(NAMES[3]), region(NAMES[2], positive=RIGHT), overlap=overlap
     )
     places = []
-    for row in tiles(*size, 8, 8, overlap):
+    for row in tiles(*size, 8, 8, overlap=overlap):
         for i, area in enumerate(row):
             part = i * 3 // len(row)
             prompt, style = [(LEFT, ROWS[0]), (POSITIVE, ROWS[3]), (RIGHT, ROWS[2])][part]

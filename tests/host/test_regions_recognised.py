@@ -114,7 +114,7 @@ def test_a_panorama_shows_its_styles(demo):
     width = 320
     prompts = StylePanorama.execute(demo.model, demo.text(""), demo.text(""), SIZE, SIZE, 0.25, parts).args
     canvases = [demo.paint(prompts, width, seed=seed) for seed in range(SEEDS)]
-    (row,) = tiles(16, width // 8, 16, 16, 0.25)
+    (row,) = tiles(16, width // 8, 16, 16, overlap=0.25)
     right = 0
     for i, (_, _, _, left) in enumerate(row):
         squares = [canvas[..., 8 * left : 8 * left + SIZE] for canvas in canvases]

@@ -74,7 +74,7 @@ def test_samplers_equal_the_host(host, sampler, scheduler, steps):
     schedule, noise = NoiseSchedule(), host_noise((2, 4, SIZE, SIZE), 5)
     sigmas = sigmas_for(schedule, steps, scheduler)
     ours, theirs = [], []
-    result = sample(denoise, schedule, noise, sigmas, sampler, lambda *args: ours.append(args))
+    result = sample(denoise, schedule, noise, sigmas, sampler=sampler, callback=lambda *args: ours.append(args))
     expected = comfy.samplers.sampler_object(sampler).sample(
         *(Wrap(), sigmas, {}, lambda *args: theirs.append(args), noise.clone()),
         latent_image=torch.zeros_like(noise),
@@ -140,13 +140,15 @@ def test_a_whole_painting_equals_the_host(models, family, prediction, zero_snr, 
 
     def paint(style):
         denoise = cfg_denoiser(
-            *(unet, schedule, positive[0][0], negative[0][0], cfg, style),
+            *(unet, schedule, positive[0][0], negative[0][0]),
+            cfg=cfg,
+            style=style,
             y=y_of(positive),
             uncond_y=y_of(negative),
             prediction=prediction,
         )
         noise = host_noise((batch, 4, SIZE, SIZE), seed)
-        return sample(denoise, schedule, noise, sigmas_for(schedule, steps, scheduler), sampler)
+        return sample(denoise, schedule, noise, sigmas_for(schedule, steps, scheduler), sampler=sampler)
 
     scale = expected.abs().max().item()
     torch.testing.assert_close(paint(rows), expected, rtol=0, atol=2e-4 * scale)

@@ -215,7 +215,7 @@ def node(host, models, monkeypatch):
                 lists = {key: [value] for key, value in settings.items()}
                 output = distill.DistillTeachers.execute(teachers, latents, ["a", "b", "c", "d"], **lists)
             return output, None, list(alive)
-        except BaseException as error:  # noqa: BLE001, the host's interrupt too; it is held, as the host holds it
+        except BaseException as error:  # the host's interrupt too; it is held, as the host holds it
             return None, error, list(alive)
         finally:
             gc.enable()

@@ -169,7 +169,7 @@ def grow(ranks, forget: bool, **settings) -> dict:
         )
     else:
         config = dataclasses.replace(config, warm_start=3)
-        run = Trainer(old, [*styles, small_teacher("new", 10, DATA)], DATA, config, cpu, ranks=ranks)
+        run = Trainer(old, [*styles, small_teacher("new", 10, DATA)], DATA, config, device=cpu, ranks=ranks)
     losses = []
     train(run, None, Watch(lambda run, metrics: losses.append(metrics.loss)))
     return {"losses": losses, "raw": run.student_weights(False)}

@@ -175,14 +175,14 @@ def test_a_cache_of_pictures_and_rollouts_are_data(folder, capsys):
 
 
 def test_an_interrupt_keeps_what_was_learnt(folder, monkeypatch, capsys):
-    import comfyui_dmm.training.cli as cli
+    import comfyui_dmm.training.commands.watched as watched
 
-    class Impatient(cli.Bar):
+    class Impatient(watched.Bar):
         def __call__(self, run, metrics):
             if metrics.step == 2:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "Bar", Impatient)
+    monkeypatch.setattr(watched, "Bar", Impatient)
     assert dmm("distill", "--config", folder / "run.yaml") == 130
     assert "interrupted" in capsys.readouterr().err
     assert load_checkpoint(folder / "out" / "dmm.safetensors").recipe["steps_done"] == 2
@@ -237,10 +237,18 @@ BREAKAGES = {
     "not safetensors": (lambda f: (f / "one.safetensors").write_text("hello"), "one.safetensors"),
     "pickle": (lambda f: torch.save({"a": 1}, f / "one.safetensors"), "pickle"),
     "truncated": (lambda f: (f / "two.safetensors").write_bytes((f / "two.safetensors").read_bytes()[:5000]), "two.safetensors"),
-    "other sizes": (lambda f: save_checkpoint(f / "two.safetensors", Checkpoint(unet=unet(2, WIDER))), "'two' has context_dim 64 instead of 16"),
+    "other sizes": (
+        lambda f: save_checkpoint(f / "two.safetensors", Checkpoint(unet=unet(2, WIDER))), "'two' has context_dim 64 instead of 16",
+    ),
     "NaN weights": (nan_teacher, "teacher 'one' has NaN"),
-    "a DMM model": (lambda f: save_checkpoint(f / "one.safetensors", Checkpoint(unet=unet(1, dataclasses.replace(SMALL, num_styles=2)))), "itself a DMM model with 2 styles"),
-    "empty captions": (lambda f: save_file({"latents": torch.randn(2, 4, 8, 8)}, f / "data.safetensors", {"captions": '["a", ""]'}), "1 of 2 captions are empty"),
+    "a DMM model": (
+        lambda f: save_checkpoint(f / "one.safetensors", Checkpoint(unet=unet(1, dataclasses.replace(SMALL, num_styles=2)))),
+        "itself a DMM model with 2 styles",
+    ),
+    "empty captions": (
+        lambda f: save_file({"latents": torch.randn(2, 4, 8, 8)}, f / "data.safetensors", {"captions": '["a", ""]'}),
+        "1 of 2 captions are empty",
+    ),
     "no captions": (lambda f: save_file({"latents": torch.randn(2, 4, 8, 8)}, f / "data.safetensors"), "captions"),
     "no text encoder": (lambda f: save_checkpoint(f / "base.safetensors", Checkpoint(unet=unet(0))), "no text encoder"),
     "no such config": (lambda f: (f / "run.yaml").unlink(), "cannot read the config"),

@@ -304,11 +304,11 @@ def test_refusals_leave_the_target_as_it_was(tmp_path):
     style, target = tmp_path / "style.safetensors", tmp_path / "old.safetensors"
     target.write_text("old")
     (tmp_path / "empty").mkdir()
-    for arguments, message in (
+    for (model, destination, to, *onto), message in (
         ((plain, target, "style"), "the model has no styles"),
         ((style, target, "single"), "name the model .* with --onto"),
-        ((source, target, "single", None, plain), "is not a file of styles alone"),
-        ((style, target, "single", None, xl), "style.safetensors does not fit onto .*xl.safetensors.*SDXL"),
+        ((source, target, "single", plain), "is not a file of styles alone"),
+        ((style, target, "single", xl), "style.safetensors does not fit onto .*xl.safetensors.*SDXL"),
         ((source, target, "diffusers"), "is a file: the diffusers layout needs a folder"),
         ((source, target.with_suffix(".ckpt"), "style"), "must end in .safetensors"),
         ((tmp_path / "no.safetensors", target, "single"), "no.safetensors does not exist"),
@@ -316,7 +316,7 @@ def test_refusals_leave_the_target_as_it_was(tmp_path):
         ((target, target, "single"), "old.safetensors"),
     ):
         with pytest.raises(ValueError, match=message):
-            convert(*arguments)
+            convert(model, destination, to, onto=onto[0] if onto else None)
         assert target.read_text() == "old"
 
 

@@ -87,24 +87,24 @@ def test_chances_follow_the_formula(power, floor):
     chances = table.chances()
     torch.testing.assert_close(chances.cells, torch.tensor(expected(table), dtype=torch.float64), rtol=1e-12, atol=0)
     hard = table.loss[3] ** power
-    torch.testing.assert_close(chances.alone[3], floor / BINS + (1 - floor) * hard / hard.sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(chances.given[3], floor / BINS + (1 - floor) * hard / hard.sum(), rtol=1e-12, atol=0)
     assert math.isclose(chances.cells.sum().item(), 1, rel_tol=1e-12)
     batch = batches(chances, 200)
-    assert together(batch, "weight").max() <= 1 / floor * 1.0001
+    assert together(batch, "importance").max() <= 1 / floor * 1.0001
 
 
 def test_chances_are_even_until_every_cell_was_seen():
     table = learnt()
     table.rows[1, 4] = 0
     chances = table.chances()
-    assert (chances.cells == 1 / (3 * BINS)).all() and (chances.alone[1] == 1 / BINS).all()
-    assert chances.alone[0].std() > 0 and chances.alone[3].std() > 0
+    assert (chances.cells == 1 / (3 * BINS)).all() and (chances.given[1] == 1 / BINS).all()
+    assert chances.given[0].std() > 0 and chances.given[3].std() > 0
     fresh = Difficulty(3, STEPS, 1.0, 0.25).chances()
     drawn = batches(fresh, 50)
-    assert (together(drawn, "weight") == 1).all() and (together(drawn, "t_weight") == 1).all()
+    assert (together(drawn, "importance") == 1).all() and (together(drawn, "t_importance") == 1).all()
     table = learnt()
     table.loss[3] = 0  # a student that begins as the base has no error there
-    assert (table.chances().alone[3] == 1 / BINS).all()
+    assert (table.chances().given[3] == 1 / BINS).all()
 
 
 # --- the rows ---------------------------------------------------------------------------------------------------------
@@ -114,8 +114,8 @@ def test_rows_fall_into_cells_as_often_as_their_chances_say():
     """Of N multiples of the golden ratio, every interval gets its length times N to within 3 + (1/ln g + 1/ln 2) ln N, g the golden ratio
     (Kuipers and Niederreiter, Uniform Distribution of Sequences, ch. 2, thm. 3.4, partial quotients 1), wherever they begin."""
     chances, size, count = learnt(5).chances(), 64, 2000
-    u = torch.cat([Draw(1, size, 5, 0.0, 0.0, SCHEDULE).even(n) for n in range(count)])
-    teacher, place, weight, t_weight = chances.pick(u, torch.zeros(len(u), dtype=torch.bool))
+    u = torch.cat([Draw(1, size, 5, 0.0, 0.0, SCHEDULE).uniform_points(n) for n in range(count)])
+    teacher, place, weight, t_importance = chances.pick(u, torch.zeros(len(u), dtype=torch.bool))
     total = len(u)
     bound = 3 + (1 / math.log((1 + math.sqrt(5)) / 2) + 1 / math.log(2)) * math.log(total)
     counts = torch.bincount(teacher * BINS + place, minlength=5 * BINS).view(5, BINS)
@@ -126,7 +126,7 @@ def test_rows_fall_into_cells_as_often_as_their_chances_say():
         assert (counts - cut * chances.cells.sum(1)).abs().max() < bound
     want = torch.tensor(expected(learnt(5)))
     torch.testing.assert_close(weight, 1 / 50 / want[teacher, place], rtol=1e-5, atol=0)
-    torch.testing.assert_close(t_weight, want.sum(1)[teacher] / 10 / want[teacher, place], rtol=1e-5, atol=0)
+    torch.testing.assert_close(t_importance, want.sum(1)[teacher] / 10 / want[teacher, place], rtol=1e-5, atol=0)
 
 
 def test_over_all_seeds_a_row_has_its_chances():
@@ -167,9 +167,9 @@ def test_batches_are_drawn_by_what_is_free(kind):
     assert ((cell - 32000 * q).abs() < 5 * (32000 * q).sqrt()).all()
     p = torch.cat([0.75 * torch.tensor(shares or (1 / 3,) * 3), torch.tensor([0.25])])[:, None].expand(4, BINS) / BINS
     index = (teacher, t // WIDTH)
-    torch.testing.assert_close(together(drawn, "weight"), (p / q)[index].float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(together(drawn, "importance"), (p / q)[index].float(), rtol=1e-5, atol=0)
     given_t = q.sum(1, keepdim=True) / BINS / q
-    torch.testing.assert_close(together(drawn, "t_weight"), given_t[index].float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(together(drawn, "t_importance"), given_t[index].float(), rtol=1e-5, atol=0)
     if owner is not None:
         pictures = CaptionedLatents(small_data(12).buckets[0], [f"picture {i}" for i in range(12)], owner)
         for batch in batches(chances, 30, base_share=0.2, data=pictures):
@@ -179,8 +179,8 @@ def test_batches_are_drawn_by_what_is_free(kind):
 
 def test_a_batch_goes_to_its_share_with_its_weights():
     batch = batches(learnt().chances(), 1)[0]
-    part = batch.part(slice(5, 9))
-    for name in ("x_t", "t", "teacher", "rows", "weight", "t_weight"):
+    part = batch.share(slice(5, 9))
+    for name in ("x_t", "t", "teacher", "rows", "importance", "t_importance"):
         assert torch.equal(getattr(part, name), getattr(batch, name)[5:9])
 
 
@@ -198,10 +198,10 @@ def test_corrected_means_are_those_of_even_draws():
     for seed in range(3000):
         batch = data.batch(seed % 7, Draw(seed, 12, 3, 0.2, 0.0, SCHEDULE, chances=chances))
         value = loss[batch.teacher, batch.t]
-        corrected.append((batch.weight * value).mean())
+        corrected.append((batch.importance * value).mean())
         plain.append(value.mean())
         mine = batch.teacher == 1
-        by_teacher.append(torch.stack([(batch.t_weight * value)[mine].sum(), mine.sum().double()]))
+        by_teacher.append(torch.stack([(batch.t_importance * value)[mine].sum(), mine.sum().double()]))
 
     def off(values, want):
         values = torch.stack(values)
@@ -223,7 +223,7 @@ def test_without_it_batches_are_what_they_were():
     data, digest = small_data(50), hashlib.sha256()
     for number in range(40):
         batch = data.batch(number, Draw(7, 16, 3, 0.1, 0.1, SCHEDULE))
-        assert batch.weight is None and batch.t_weight is None
+        assert batch.importance is None and batch.t_importance is None
         for x in (batch.t, batch.teacher, batch.rows):
             digest.update(x.numpy().tobytes())
     assert digest.hexdigest() == "b8292af359d33b705b81e4d14a31ca12546cb5a16ad14e3bcfad1eb66c666eac"
@@ -242,7 +242,7 @@ def test_the_objective_by_hand(correct):
     run = adaptive(lambda_adv=0.1, lambda_feat=0.01, loss_weight="v", adaptive_correct=correct)
     batch = run.draws(0)
     losses = run.losses(batch, 0)
-    p, total = batch.weight if correct else torch.ones(8), 0.0
+    p, total = batch.importance if correct else torch.ones(8), 0.0
     v = (1 + SCHEDULE.sigmas.double() ** 2).clamp(max=5)
     for i in range(8):
         score = losses.score[i] * (v / v.mean())[batch.t[i]] + 0.01 * losses.feature[i]
@@ -270,12 +270,12 @@ def test_what_is_reported_and_noted():
     teacher = torch.cat([batch.teacher for batch, _ in parts])
     t = torch.cat([batch.t for batch, _ in parts])
     score = torch.cat([losses.score.detach() for _, losses in parts])
-    t_weight = torch.cat([batch.t_weight for batch, _ in parts])
+    t_importance = torch.cat([batch.t_importance for batch, _ in parts])
     for i, name in enumerate(["teacher 1", "teacher 2", "teacher 3", "(no style)"]):
         mine = teacher == i
         assert metrics.count[name] == mine.sum()
-        assert math.isclose(metrics.score[name], (t_weight * score)[mine].mean().item(), rel_tol=1e-5)
-    weight = torch.cat([batch.weight for batch, _ in parts])
+        assert math.isclose(metrics.score[name], (t_importance * score)[mine].mean().item(), rel_tol=1e-5)
+    weight = torch.cat([batch.importance for batch, _ in parts])
     feature = torch.cat([losses.feature.detach() for _, losses in parts])
     assert math.isclose(metrics.feature, (weight * feature).mean().item(), rel_tol=1e-5)
     sigma = SCHEDULE.sigmas.double()
@@ -287,7 +287,9 @@ def test_what_is_reported_and_noted():
     chances = twin.difficulty.chances()
     twin.step = 1
     twin.draws._ahead = None
-    assert torch.equal(run.draws(2).t, twin.draws(2).t) and torch.equal(run.draws(2).weight, twin.draws(2).weight)
+    assert torch.equal(run.draws(2).t, twin.draws(2).t) and torch.equal(
+        run.draws(2).importance, twin.draws(2).importance
+    )
     assert not torch.equal(chances.cells, learnt(3).chances().cells)
 
 
@@ -374,8 +376,8 @@ def test_growing_and_forgetting_keep_their_shares():
         drawn = [run.draws(number) for number in range(250)]
         counts = torch.bincount(together(drawn, "teacher"), minlength=run.num_styles)
         assert (counts - 2000 * torch.tensor(run.draws.shares)).abs().max() < 8
-        assert together(drawn, "t_weight").std() > 0.1
-        assert torch.equal(together(drawn, "weight"), together(drawn, "t_weight"))
+        assert together(drawn, "t_importance").std() > 0.1
+        assert torch.equal(together(drawn, "importance"), together(drawn, "t_importance"))
         assert math.isfinite(run.train_step().loss) and run.difficulty.rows.sum() == 5 * run.difficulty.rows.numel() + 8
 
 

@@ -24,7 +24,7 @@ from comfyui_dmm.training.config import TrainConfig
 from comfyui_dmm.training.data.batches import Batch
 from comfyui_dmm.training.memory.fitting import begun_with, fitted
 from comfyui_dmm.training.memory.planner import GB, Want, plan
-from comfyui_dmm.training.parallel.devices import own_device
+from comfyui_dmm.training.parallel.devices import local_device
 from comfyui_dmm.training.parallel.ranks import Ranks, launched
 from comfyui_dmm.training.parallel.sharding import SEVERAL
 from comfyui_dmm.training.run.state import read_state, states
@@ -64,7 +64,7 @@ def farm():
 
 @pytest.mark.parametrize("count, world", [(8, 3), (3, 3), (100, 7), (0, 2)])
 def test_shares_are_neighbours_and_differ_by_one_at_most(count, world):
-    shares = [list(range(count))[Ranks(rank, world).part(count)] for rank in range(world)]
+    shares = [list(range(count))[Ranks(rank, world).share(count)] for rank in range(world)]
     assert sum(shares, []) == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -76,13 +76,13 @@ def test_a_process_meets_few_teachers(teachers, world):
     x = torch.arange(len(teacher))
     batch = Batch(x, x, teacher.sort().values, x)
     for rank in range(world):
-        part = batch.part(Ranks(rank, world).part(len(batch)))
+        part = batch.share(Ranks(rank, world).share(len(batch)))
         assert len(part.teacher.unique()) <= math.ceil(teachers / world) + 1
-        assert torch.equal(part.x_t, x[part.start : part.start + len(part)]) and part.whole is batch
+        assert torch.equal(part.x_t, x[part.start : part.start + len(part)]) and part.full is batch
 
 
 def test_processes_tell_each_other(farm):
-    for rank, answer in enumerate(farm(3, pieces.talk)):
+    for answer in farm(3, pieces.talk):
         assert answer["sum"] == [3.0, 3.0] and answer["any"] == [True, False]
         assert [one["rank"] for one in answer["gather"]] == [0, 1, 2] and len(answer["gather"][2]["text"]) == 12
         assert answer["from_main"] == "of 0"
@@ -263,21 +263,24 @@ def test_a_model_grows_and_forgets_with_several(farm, forget):
 def test_a_plan_counts_shares():
     """Of the student and all that belongs to it with fsdp; of the samples always. 12 rows for 3 processes are 4."""
     one, three, cut = (
-        plan(SMALL, (8, 8), 5, 4 * GB, Want(batch_size=rows, device="cpu", processes=n, shared_out=shared))
+        plan(SMALL, (8, 8), 5, 4 * GB, want=Want(batch_size=rows, device="cpu", processes=n, sharded=shared))
         for rows, n, shared in ((4, 1, False), (12, 3, False), (12, 3, True))
     )
     assert (one.micro_batch, three.micro_batch, cut.micro_batch) == (4, 12, 12)
-    assert three.parts == one.parts and "shared by 3 processes" in three.describe()
+    assert three.breakdown == one.breakdown and "shared by 3 processes" in three.describe()
     for name in ("student", "gradients", "optimiser", "average"):
-        assert cut.parts[name] == -(-one.parts[name] // 3)
-    assert cut.parts["teachers"] == one.parts["teachers"] and cut.parts["activations"] > one.parts["activations"]
+        assert cut.breakdown[name] == -(-one.breakdown[name] // 3)
+    assert (
+        cut.breakdown["teachers"] == one.breakdown["teachers"]
+        and cut.breakdown["activations"] > one.breakdown["activations"]
+    )
 
 
 def test_a_planned_run_keeps_its_batch(tmp_path):
     """What it was begun with by more processes."""
     config = TrainConfig(memory=4.0, batch_size=12, lambda_adv=0.0)
-    assert fitted(config, SMALL, (8, 8), 5, torch.device("cpu"))[0].batch_size == 12
-    kept, _ = fitted(config, SMALL, (8, 8), 5, torch.device("cpu"), begun=6)
+    assert fitted(config, SMALL, (8, 8), 5, device=torch.device("cpu"))[0].batch_size == 12
+    kept, _ = fitted(config, SMALL, (8, 8), 5, device=torch.device("cpu"), begun=6)
     assert (kept.batch_size, kept.accumulate) == (6, 2)
     assert begun_with(tmp_path) is None
     (tmp_path / "config.json").write_text('{"train": {"batch_size": 6}}')
@@ -351,13 +354,13 @@ def test_what_torchrun_says(monkeypatch):
 
 def test_each_process_gets_its_own_gpu():
     cpu = torch.device("cpu")
-    assert own_device(cpu, Ranks(1, 2, 1)) == cpu and own_device(torch.device("cuda:1"), Ranks()) == torch.device(
+    assert local_device(cpu, Ranks(1, 2, 1)) == cpu and local_device(torch.device("cuda:1"), Ranks()) == torch.device(
         "cuda:1"
     )
     with pytest.raises(ValueError, match="device is 'cuda:1', for 2 processes"):
-        own_device(torch.device("cuda:1"), Ranks(1, 2, 1))
+        local_device(torch.device("cuda:1"), Ranks(1, 2, 1))
     with pytest.raises(ValueError, match="process 1000 on this machine has no GPU"):
-        own_device(torch.device("cuda"), Ranks(999, 1000, 999))
+        local_device(torch.device("cuda"), Ranks(999, 1000, 999))
 
 
 class Torchrun:

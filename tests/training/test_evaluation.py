@@ -142,7 +142,7 @@ def test_pictures_are_those_of_one_prompt_and_one_seed_each(config, prediction):
         (context, y), (empty, empty_y) = (student.conditioning(r, (8, 8), CPU) for r in (prompt, torch.tensor([0])))
         schedule = NoiseSchedule()
         denoiser = cfg_denoiser(
-            student.unet, schedule, context, empty, 2.0, row, y=y, uncond_y=empty_y, prediction=prediction
+            student.unet, schedule, context, empty, cfg=2.0, style=row, y=y, uncond_y=empty_y, prediction=prediction
         )
         noise = host_noise((1, 4, 8, 8), 11 + k + SECOND_BATCH)
         want = sample(denoiser, schedule, noise, sigmas_for(schedule, 3, "karras"))

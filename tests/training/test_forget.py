@@ -1,6 +1,7 @@
 """Forgetting a style: what the network learns, what an attack finds, and that the rest is guarded."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -76,12 +77,12 @@ def test_the_attack_searches_every_few_steps_and_one_code_begins_anew():
     for _ in range(3):
         run.train_step()
         seen.append(run.student.unet.model_embedding.weight.detach()[2:].clone())
-    moved = [(a - b).abs().amax(1) > 0 for a, b in zip(seen, seen[1:])]
+    moved = [(a - b).abs().amax(1) > 0 for a, b in itertools.pairwise(seen)]
     assert [m.tolist() for m in moved] == [[False, True, True], [False, False, False], [False, True, True]], (
         "steps 0 and 2"
     )
     small = 4 * 0.03  # three steps of Adam at this rate
-    near = [(a - b).abs().amax(1)[1:] < small for a, b in zip(seen, seen[1:])]
+    near = [(a - b).abs().amax(1)[1:] < small for a, b in itertools.pairwise(seen)]
     assert near[0].tolist() == [False, True] and near[2].tolist() == [True, False], "each in its turn"
 
 

@@ -83,7 +83,9 @@ def test_old_styles_are_told_by_the_frozen_model_in_one_forward(monkeypatch):
         source = (*run.teachers, run.base)[i]
         context, y = source.conditioning(batch.rows[row : row + 1], batch.x_t.shape[2:], run.device)
         style = style_row(3, i) if i < 3 else None
-        want, blocks = source.unet(batch.x_t[row : row + 1], batch.t[row : row + 1], context, y, style, features=True)
+        want, blocks = source.unet(
+            batch.x_t[row : row + 1], batch.t[row : row + 1], context, y, style=style, features=True
+        )
         torch.testing.assert_close(target[row : row + 1], want, atol=1e-5, rtol=1e-5)
         for ours, theirs in zip(features, blocks):
             torch.testing.assert_close(ours[row : row + 1], theirs, atol=1e-4, rtol=1e-4)

@@ -29,7 +29,9 @@ def box(sheet: np.ndarray, rgb) -> tuple[int, int, int, int]:
 @pytest.mark.parametrize("labels", [None, ["ink", LONG], ["", "unbroken" * 30]])
 def test_pictures_are_whole_in_order_and_clear_of_labels(labels):
     columns = None if labels is None else [*labels, LONG]
-    sheet = grid([[picture(r, c) for c in range(3)] for r in range(2)], labels, columns, "" if labels is None else LONG)
+    sheet = grid(
+        [[picture(r, c) for c in range(3)] for r in range(2)], labels, columns, title="" if labels is None else LONG
+    )
     pixels = np.asarray(sheet)
     boxes = [[box(pixels, colour(r, c)) for c in range(3)] for r in range(2)]
     for r in range(2):

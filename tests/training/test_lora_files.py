@@ -678,7 +678,7 @@ def test_rollouts_of_lora_teachers(base, folder):
         "other": f"{folder}/other.safetensors+{folder}/words.safetensors",
     }
     settings = RolloutSettings(paths=2, base_share=0.0, states=1, sizes=((64, 64),), steps=2, batch_size=2)
-    build_rollouts(folder / "cache", f"{folder}/base.safetensors", texts, ["a cat", "a dog"], settings)
+    build_rollouts(folder / "cache", f"{folder}/base.safetensors", texts, ["a cat", "a dog"], settings=settings)
     owners = open_rollouts(folder / "cache").owners
     assert owners["other"].file == "other.safetensors + words.safetensors" and owners["other"].sha256 == ""
     assert owners["other"].text != owners["look"].text
@@ -696,7 +696,7 @@ def test_the_command_that_adds_a_patched_text_encoder(folder):
     """For a UNet LoRA nothing is missing; for a text LoRA the message names a command that works, even where the teacher has no encoder."""
     settings = RolloutSettings(paths=2, base_share=0.0, states=1, sizes=((64, 64),), steps=2, batch_size=2)
     plain = {"other": f"{folder}/other.safetensors"}
-    build_rollouts(folder / "cache", f"{folder}/base.safetensors", plain, ["a cat", "a dog"], settings)
+    build_rollouts(folder / "cache", f"{folder}/base.safetensors", plain, ["a cat", "a dog"], settings=settings)
     words = {
         "name": "words",
         "file": "other.safetensors",

@@ -272,7 +272,7 @@ def by_hand(unet, contexts, s, k: int, row=None) -> torch.Tensor:
     """One picture, the sampler called directly."""
     context, empty = contexts[[1 + k]], contexts[[0]]
     schedule = NoiseSchedule()
-    denoiser = cfg_denoiser(unet, schedule, context, empty, s.cfg, row)
+    denoiser = cfg_denoiser(unet, schedule, context, empty, cfg=s.cfg, style=row)
     return sample(denoiser, schedule, host_noise((1, 4, 8, 8), s.seed + k), sigmas_for(schedule, s.steps, "karras"))
 
 

@@ -29,7 +29,7 @@ def test_the_same_steps_as_torchs_own():
     muon = reference(matrices, momentum=0.95, adjust_lr_fn="match_rms_adamw", **settings)
     adam = torch.optim.AdamW([theirs["bias"], theirs["thin"]], betas=(0.9, 0.99), **settings)
     for step in range(5):
-        for (name, p), q in zip(mine.items(), theirs.values()):
+        for p, q in zip(mine.values(), theirs.values()):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)) * (step + 1)
             q.grad = p.grad.clone()
         for optimizer in (ours, muon, adam):

@@ -81,8 +81,8 @@ def test_both_paint_the_same_captions_from_the_same_noise(family, prediction):
             run.schedule,
             text.contexts[rows],
             text.contexts[:1],
-            CFG,
-            style,
+            cfg=CFG,
+            style=style,
             y=y[0],
             uncond_y=y[1],
             prediction=prediction,
@@ -143,12 +143,12 @@ def test_teachers_paint_once():
 def test_a_teachers_unet_is_asked_of_the_rack():
     run, asked = small_run(teachers=2), []
 
-    class Rack:
+    class TeacherPool:
         def get(self, index):
             asked.append(index)
             return run.teachers[index].unet
 
-    run.targets.pool = Rack()
+    run.targets.pool = TeacherPool()
     Pictures(run, Eye()).paint()
     assert asked == [0, 1]
 

@@ -43,7 +43,7 @@ def real_step(step: Step, batch: int) -> int:
     for p in student.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
-    return measured_peak(lambda: footprint._one_step(step, batch, student, teacher, None))
+    return measured_peak(lambda: footprint._one_step(step, batch, student=student, teacher=teacher, head=None))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def tiny(monkeypatch):
 
     monkeypatch.setattr(planner, "CUDA_CONTEXT", 0)
     monkeypatch.setattr(planner, "step_peak", peak)
-    return lambda budget, want=None, **more: plan(SMALL, (8, 8), 6, budget, want or Want(batch_size=4), **more)
+    return lambda budget, want=None, **more: plan(SMALL, (8, 8), 6, budget, want=want or Want(batch_size=4), **more)
 
 
 def test_the_best_setting_that_fits_is_taken(tiny):
@@ -223,17 +223,17 @@ def test_a_plan_is_a_training_config(tiny):
 
 def test_parts_add_up_and_are_told(tiny):
     made = tiny(GB)
-    assert made.peak == sum(made.parts.values())
-    assert made.parts["teachers"] == 7 * sizes(Step(SMALL)).teacher  # and the base
+    assert made.peak == sum(made.breakdown.values())
+    assert made.breakdown["teachers"] == 7 * sizes(Step(SMALL)).teacher  # and the base
     text = made.describe()
     assert "all weights" in text
-    for name in (*made.parts, "together"):
-        assert name in text or not made.parts[name]
+    for name in (*made.breakdown, "together"):
+        assert name in text or not made.breakdown[name]
 
 
 def test_each_wish_costs_what_it_needs(tiny):
     def with_(residency="offload", **wishes):
-        return tiny(GB, Want(batch_size=4, fixed={"residency": residency}, **wishes)).parts
+        return tiny(GB, Want(batch_size=4, fixed={"residency": residency}, **wishes)).breakdown
 
     plain, one = with_(), sizes(Step(SMALL)).teacher
     assert plain["teachers"] == 2 * one
@@ -245,7 +245,7 @@ def test_each_wish_costs_what_it_needs(tiny):
 
 
 def test_a_measured_peak_corrects_the_estimate(tiny):
-    assert tiny(GB, measured_peak=1.5).parts["activations"] == int(1.5 * tiny(GB).parts["activations"])
+    assert tiny(GB, measured_peak=1.5).breakdown["activations"] == int(1.5 * tiny(GB).breakdown["activations"])
 
 
 def test_on_the_cpu_nothing_moves():

@@ -1,4 +1,4 @@
-"""The rack gives the UNets that were put in, whatever the policy, with two of them on the device at the most."""
+"""The pool gives the UNets that were put in, whatever the policy, with two of them on the device at the most."""
 
 import contextlib
 import copy
@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfyui_dmm.dmm_core.unet import UNet
 from comfyui_dmm.training.teachers import pool as residency
-from comfyui_dmm.training.teachers.pool import Rack
+from comfyui_dmm.training.teachers.pool import TeacherPool
 
 from .families import SMALL, SMALL_XL
 
@@ -36,73 +36,73 @@ def answers(models, dtype=torch.float32):
 
 
 @torch.no_grad()
-def visited(rack, needed, dtype=torch.float32):
-    return {i: unet(*inputs(rack.device, dtype)).cpu() for i, unet in rack.visit(needed)}
+def visited(pool, needed, dtype=torch.float32):
+    return {i: unet(*inputs(pool.device, dtype)).cpu() for i, unet in pool.loaded(needed)}
 
 
 @pytest.mark.parametrize("slots", [1, 2])
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1], [2, 0, 3, 1], [1], [1, 1, 0, 1], []])
 def test_offloaded_unets_answer_as_they_are(order, slots):
     expected = answers(unets())
-    rack = Rack(unets(), "cpu", "offload", slots=slots)
+    pool = TeacherPool(unets(), "cpu", "offload", slots=slots)
     for _ in range(2):
-        assert [i for i, _ in rack.visit(order)] == order
-        for index, got in visited(rack, order).items():
+        assert [i for i, _ in pool.loaded(order)] == order
+        for index, got in visited(pool, order).items():
             assert torch.equal(got, expected[index])
-    assert len(rack.slots) <= slots
+    assert len(pool.slots) <= slots
 
 
 def test_no_more_than_two_are_on_the_device_and_each_is_copied_once():
-    rack = Rack(unets(), "cpu", "offload")
-    list(rack.visit(range(N)))
-    assert len(rack.slots) == 2
-    assert rack.copies == N
-    assert not {w.untyped_storage().data_ptr() for slot in rack.slots for w in slot.unet.parameters()} & {
-        w.untyped_storage().data_ptr() for unet in rack.unets for w in unet.parameters()
+    pool = TeacherPool(unets(), "cpu", "offload")
+    list(pool.loaded(range(N)))
+    assert len(pool.slots) == 2
+    assert pool.copies == N
+    assert not {w.untyped_storage().data_ptr() for slot in pool.slots for w in slot.unet.parameters()} & {
+        w.untyped_storage().data_ptr() for unet in pool.unets for w in unet.parameters()
     }
 
 
 def test_the_next_one_is_there_before_it_is_asked_for():
-    rack = Rack(unets(), "cpu", "offload")
-    copies = [rack.copies for _ in rack.visit([2, 0, 3])]
+    pool = TeacherPool(unets(), "cpu", "offload")
+    copies = [pool.copies for _ in pool.loaded([2, 0, 3])]
     assert copies == [2, 3, 3]
-    rack.prefetch(1)
-    assert rack.copies == 4
-    rack.prefetch(1)
-    rack.get(1)
-    assert rack.copies == 4
+    pool.prefetch(1)
+    assert pool.copies == 4
+    pool.prefetch(1)
+    pool.get(1)
+    assert pool.copies == 4
 
 
 def test_a_prefetch_of_what_is_not_visited_does_no_harm():
     expected = answers(unets())
-    rack = Rack(unets(), "cpu", "offload")
+    pool = TeacherPool(unets(), "cpu", "offload")
     for wrong in range(N):
-        rack.prefetch(wrong)
-        for index, got in visited(rack, [2, 0]).items():
+        pool.prefetch(wrong)
+        for index, got in visited(pool, [2, 0]).items():
             assert torch.equal(got, expected[index])
 
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_a_prefetch_leaves_alone_what_the_caller_works_with(slots):
     expected = answers(unets())
-    rack = Rack(unets(), "cpu", "offload", slots=slots)
+    pool = TeacherPool(unets(), "cpu", "offload", slots=slots)
     for index, others in itertools.product(range(N), itertools.permutations(range(N), 2)):
-        unet = rack.get(index)
+        unet = pool.get(index)
         for other in others:
-            rack.prefetch(other)
+            pool.prefetch(other)
         with torch.no_grad():
             assert torch.equal(unet(*inputs()), expected[index])
 
 
 def test_a_visit_that_is_left_early_does_not_free_another_ones_place():
     expected = answers(unets())
-    rack = Rack(unets(), "cpu", "offload")
-    left = rack.visit([0, 1])
+    pool = TeacherPool(unets(), "cpu", "offload")
+    left = pool.loaded([0, 1])
     next(left)
-    mine = rack.get(3)
+    mine = pool.get(3)
     left.close()
-    rack.prefetch(1)
-    rack.prefetch(2)
+    pool.prefetch(1)
+    pool.prefetch(2)
     with torch.no_grad():
         assert torch.equal(mine(*inputs()), expected[3])
 
@@ -110,36 +110,36 @@ def test_a_visit_that_is_left_early_does_not_free_another_ones_place():
 def test_resident_ones_are_never_copied():
     expected = answers(unets())
     models = unets()
-    rack = Rack(models, "cpu", "offload", resident=[3])
-    assert rack.get(3) is models[3]
+    pool = TeacherPool(models, "cpu", "offload", resident=[3])
+    assert pool.get(3) is models[3]
     for _ in range(2):
-        for index, got in visited(rack, [0, 3, 1, 3, 2]).items():
+        for index, got in visited(pool, [0, 3, 1, 3, 2]).items():
             assert torch.equal(got, expected[index])
-            assert {slot.holds for slot in rack.slots} <= {0, 1, 2}
-    before = rack.copies
-    rack.prefetch(3)
-    assert rack.copies == before
+            assert {slot.holds for slot in pool.slots} <= {0, 1, 2}
+    before = pool.copies
+    pool.prefetch(3)
+    assert pool.copies == before
 
 
 def test_a_resident_one_between_two_others_does_not_stop_the_copy_ahead():
-    rack = Rack(unets(), "cpu", "offload", resident=[3])
-    copies = [rack.copies for _ in rack.visit([0, 3, 1])]
+    pool = TeacherPool(unets(), "cpu", "offload", resident=[3])
+    copies = [pool.copies for _ in pool.loaded([0, 3, 1])]
     assert copies == [2, 2, 2]
 
 
 def test_on_the_device_they_are_the_ones_that_were_put_in():
     models = unets()
-    rack = Rack(models, "cpu", "device")
-    assert [unet for _, unet in rack.visit(range(N))] == models
-    assert not rack.slots
-    assert rack.copies == 0
+    pool = TeacherPool(models, "cpu", "device")
+    assert [unet for _, unet in pool.loaded(range(N))] == models
+    assert not pool.slots
+    assert pool.copies == 0
 
 
 def test_one_unet_may_have_two_indices():
     expected = answers(unets(2))
     first, second = unets(2)
-    rack = Rack([first, second, first], "cpu", "offload")
-    got = visited(rack, [2, 1, 0])
+    pool = TeacherPool([first, second, first], "cpu", "offload")
+    got = visited(pool, [2, 1, 0])
     assert torch.equal(got[0], expected[0])
     assert torch.equal(got[2], expected[0])
     assert torch.equal(got[1], expected[1])
@@ -149,9 +149,9 @@ def test_one_unet_may_have_two_indices():
 def test_weights_are_converted_once_and_in_place(policy):
     expected = answers(unets(), torch.bfloat16)
     models = unets()
-    rack = Rack(models, "cpu", policy, torch.bfloat16)
+    pool = TeacherPool(models, "cpu", policy, torch.bfloat16)
     assert {p.dtype for unet in models for p in unet.parameters()} == {torch.bfloat16}
-    for index, got in visited(rack, range(N), torch.bfloat16).items():
+    for index, got in visited(pool, range(N), torch.bfloat16).items():
         assert got.dtype == torch.bfloat16
         assert torch.equal(got, expected[index])
 
@@ -161,9 +161,9 @@ def test_weights_keep_their_values_and_names_and_are_frozen(policy):
     models = unets(config=SMALL_XL)
     before = [{k: v.clone() for k, v in unet.state_dict().items()} for unet in models]
     models[1].gradient_checkpointing = True
-    rack = Rack(models, "cpu", policy)
-    list(rack.visit(range(N)))
-    for index, unet in rack.visit(range(N)):
+    pool = TeacherPool(models, "cpu", policy)
+    list(pool.loaded(range(N)))
+    for index, unet in pool.loaded(range(N)):
         assert not unet.training
         assert not unet.gradient_checkpointing
         assert not any(p.requires_grad for p in unet.parameters())
@@ -174,73 +174,73 @@ def test_weights_keep_their_values_and_names_and_are_frozen(policy):
 
 
 def test_every_weight_starts_where_fast_kernels_like_it():
-    rack = Rack(unets(1), "cpu", "offload", torch.bfloat16)
-    starts = [w.storage_offset() * w.element_size() for w in rack.get(0).parameters()]
+    pool = TeacherPool(unets(1), "cpu", "offload", torch.bfloat16)
+    starts = [w.storage_offset() * w.element_size() for w in pool.get(0).parameters()]
     assert all(start % 256 == 0 for start in starts)
 
 
 def test_gradients_flow_through_to_the_input():
-    rack = Rack(unets(), "cpu", "offload", resident=[0])
+    pool = TeacherPool(unets(), "cpu", "offload", resident=[0])
     x, t, context = inputs()
     x.requires_grad_(True)
-    rack.get(0)(x, t, context).sum().backward()
+    pool.get(0)(x, t, context).sum().backward()
     assert x.grad.abs().sum() > 0
 
 
 def test_closing_gives_the_places_back_and_can_be_repeated():
     models = unets()
     expected = answers(copy.deepcopy(models))
-    rack = Rack(models, "cpu", "offload")
-    list(rack.visit(range(N)))
-    rack.close()
-    rack.close()
-    assert not rack.slots
+    pool = TeacherPool(models, "cpu", "offload")
+    list(pool.loaded(range(N)))
+    pool.close()
+    pool.close()
+    assert not pool.slots
     with torch.no_grad():  # the UNets are plain ones again
         assert all(torch.equal(unet(*inputs()), e) for unet, e in zip(models, expected))
     with pytest.raises(RuntimeError, match="closed"):
-        rack.get(0)
+        pool.get(0)
 
 
 def test_an_error_on_the_way_in_closes_the_rack(monkeypatch):
     closed = []
-    monkeypatch.setattr(residency.Rack, "close", lambda self: closed.append(self))
+    monkeypatch.setattr(residency.TeacherPool, "close", lambda self: closed.append(self))
     monkeypatch.setattr(residency, "Layout", lambda *a: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError):
-        Rack(unets(), "cpu", "offload")
+        TeacherPool(unets(), "cpu", "offload")
     assert closed
 
 
 def test_auto_keeps_them_on_the_cpu_when_that_is_the_device():
-    assert Rack(unets(), "cpu", "auto").policy == "device"
+    assert TeacherPool(unets(), "cpu", "auto").policy == "device"
 
 
 @pytest.mark.parametrize(("free", "policy"), [(4, "offload"), (100, "device")])
 def test_auto_asks_for_the_memory_that_is_free(monkeypatch, free, policy):
-    rack = Rack(unets(), "cpu", "device")
-    rack.device = torch.device("cuda")
-    one = sum(p.numel() for p in rack.unets[0].parameters()) * 2
+    pool = TeacherPool(unets(), "cpu", "device")
+    pool.device = torch.device("cuda")
+    one = sum(p.numel() for p in pool.unets[0].parameters()) * 2
     monkeypatch.setattr(residency, "available_bytes", lambda device: free * one)
-    assert rack._choose(torch.bfloat16) == policy
+    assert pool._choose(torch.bfloat16) == policy
 
 
 def test_wrong_requests_are_named():
     with pytest.raises(ValueError, match="'ram'.*auto, device, offload"):
-        Rack(unets(1), "cpu", "ram")
+        TeacherPool(unets(1), "cpu", "ram")
     with pytest.raises(ValueError, match="slots is 3"):
-        Rack(unets(1), "cpu", "offload", slots=3)
+        TeacherPool(unets(1), "cpu", "offload", slots=3)
     with pytest.raises(ValueError, match=r"resident names \[4\].*0 to 3"):
-        Rack(unets(), "cpu", "offload", resident=[4])
+        TeacherPool(unets(), "cpu", "offload", resident=[4])
     with pytest.raises(ValueError, match="model 1 has other sizes"):
-        Rack([*unets(1), *unets(1, SMALL_XL)], "cpu", "offload")
+        TeacherPool([*unets(1), *unets(1, SMALL_XL)], "cpu", "offload")
     with pytest.raises(ValueError, match="no model 4"):
-        Rack(unets(), "cpu", "offload").get(4)
+        TeacherPool(unets(), "cpu", "offload").get(4)
 
 
 class Timeline:
     """Stands in for CUDA's streams and events: writes down in which order things were queued."""
 
-    def __init__(self, rack, monkeypatch):
-        self.log, self.rack, copy_ = [], rack, rack._copy
+    def __init__(self, pool, monkeypatch):
+        self.log, self.pool, copy_ = [], pool, pool._copy
         timeline = self
 
         class Stream:
@@ -263,14 +263,14 @@ class Timeline:
             timeline.slot = slot
             copy_(index, slot)
 
-        main, rack._stream = Stream("main"), Stream("copy")
-        monkeypatch.setattr(rack, "_copy", copy_into)
+        main, pool._stream = Stream("main"), Stream("copy")
+        monkeypatch.setattr(pool, "_copy", copy_into)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "stream", stream_context)
 
     def use(self, unet):
-        self.log.append(("use", "main", next(slot for slot in self.rack.slots if slot.unet is unet)))
+        self.log.append(("use", "main", next(slot for slot in self.pool.slots if slot.unet is unet)))
 
     def last(self, until, kind, slot):
         return max((i for i, entry in enumerate(self.log[:until]) if entry[::2] == (kind, slot)), default=-1)
@@ -293,16 +293,16 @@ class Timeline:
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_streams_wait_for_each_other(monkeypatch, slots):
-    rack = Rack(unets(), "cpu", "offload", slots=slots)
-    timeline = Timeline(rack, monkeypatch)
+    pool = TeacherPool(unets(), "cpu", "offload", slots=slots)
+    timeline = Timeline(pool, monkeypatch)
     for order in ([0, 1, 2, 3], [2, 0], [1, 3, 0]):
-        for _, unet in rack.visit(order):
+        for _, unet in pool.loaded(order):
             timeline.use(unet)
-        rack.prefetch(order[0])
-        rack.prefetch(2)
+        pool.prefetch(order[0])
+        pool.prefetch(2)
         for i in (1, 2):
-            timeline.use(rack.get(i))
-            rack.prefetch(3)
+            timeline.use(pool.get(i))
+            pool.prefetch(3)
     assert timeline.check() > 9
 
 
@@ -318,15 +318,15 @@ def test_on_cuda_offloaded_ones_answer_the_same_in_less_memory():
         start = torch.cuda.memory_allocated()
         models = unets(count, config)
         one = sum(p.numel() * 2 for p in models[0].parameters())
-        rack = Rack(models, "cuda", policy, torch.bfloat16)
+        pool = TeacherPool(models, "cuda", policy, torch.bfloat16)
         for order in orders:
-            rack.prefetch(order[0])
-            results.append(visited(rack, order, torch.bfloat16))
+            pool.prefetch(order[0])
+            results.append(visited(pool, order, torch.bfloat16))
         peaks.append(torch.cuda.max_memory_allocated() - start)
         if policy == "offload":
-            assert all(flat.is_pinned() for flat in rack._flat.values())
-        rack.close()
-        del rack, models
+            assert all(flat.is_pinned() for flat in pool._flat.values())
+        pool.close()
+        del pool, models
         assert torch.cuda.memory_allocated() - start < one
     for plain, offloaded in zip(results[:rounds], results[rounds:]):
         assert all(torch.equal(plain[i], offloaded[i]) for i in plain)

@@ -59,7 +59,7 @@ SMALL_SETTINGS = RolloutSettings(paths=9, base_share=0.1, states=3, sizes=((64, 
 def build(folder, family, captions=CAPTIONS, progress=None, teachers=None, **changes):
     base, everyone = family
     settings = dataclasses.replace(SMALL_SETTINGS, **changes)
-    return build_rollouts(folder, base, teachers or everyone, captions, settings, progress=progress)
+    return build_rollouts(folder, base, teachers or everyone, captions, settings=settings, progress=progress)
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +126,15 @@ def test_states_lie_on_the_path_at_their_timestep(family):
     teacher = Teacher("one", network, contexts)
     owner = Owner("teacher", "one", "u", "t", "eps", False)
     settings = dataclasses.replace(SMALL_SETTINGS, states=99, cfg=3.0)
-    states = paint_states(teacher, owner, [1, 2], [0, 1], (64, 64), settings)
+    states = paint_states(teacher, owner, [1, 2], [0, 1], size=(64, 64), settings=settings)
     grid = [int(state["t"]) for state in states if state["path"] == 0]
     assert [int(state["t"]) for state in states] == 2 * grid and grid[0] == 999 and len(grid) in (6, 7)
     noise = torch.stack([states[0]["x_t"], states[len(grid)]["x_t"]]).float()  # at the top x_t is the noise itself
     assert 0.9 < noise.std() < 1.1
     seen = []
-    denoiser = cfg_denoiser(network, SCHEDULE, contexts[1:], contexts[:1], 3.0)
+    denoiser = cfg_denoiser(network, SCHEDULE, contexts[1:], contexts[:1], cfg=3.0)
     sigmas = torch.cat([SCHEDULE.sigmas[grid], torch.zeros(1)])
-    sample(denoiser, SCHEDULE, noise, sigmas, "dpmpp_2m", lambda i, denoised, x, steps: seen.append(x))
+    sample(denoiser, SCHEDULE, noise, sigmas, callback=lambda i, denoised, x, steps: seen.append(x))
     for state in states:
         x_t = seen[grid.index(int(state["t"]))][state["path"]] * SCHEDULE.alphas_cumprod[state["t"]].sqrt()
         torch.testing.assert_close(state["x_t"].float(), x_t, atol=1e-2, rtol=1e-2)  # float16 along the way
@@ -146,8 +146,8 @@ def test_the_recorder_guides_as_the_core_does(family):
     teacher = Teacher("t", load_unet(base.unet), contexts)
     x, sigma = 3 * torch.randn(2, 4, 8, 8), SCHEDULE.sigmas[[500, 500]]
     keep = torch.tensor([[True, False]])
-    recorder = Recorder(teacher, SCHEDULE, torch.tensor([1, 2]), 5.0, keep)
-    expected = cfg_denoiser(teacher.unet, SCHEDULE, contexts[1:], contexts[:1], 5.0)
+    recorder = Recorder(teacher, SCHEDULE, torch.tensor([1, 2]), cfg=5.0, keep=keep)
+    expected = cfg_denoiser(teacher.unet, SCHEDULE, contexts[1:], contexts[:1], cfg=5.0)
     with torch.no_grad():
         torch.testing.assert_close(recorder(x, sigma), expected(x, sigma), atol=3e-2, rtol=1e-2)
     assert [state["path"] for state in recorder.kept] == [0] and int(recorder.kept[0]["t"]) == 500
@@ -159,10 +159,10 @@ def test_v_teachers_paint_what_their_prediction_means(family):
     contexts = torch.randn(2, 7, 16)
     network = load_unet(teachers["two"].unet)
     recorder = Recorder(
-        Teacher("v", network, contexts, None, "v"), SCHEDULE, torch.tensor([1]), 2.0, torch.zeros(1, 1) > 0
+        Teacher("v", network, contexts, None, "v"), SCHEDULE, torch.tensor([1]), cfg=2.0, keep=torch.zeros(1, 1) > 0
     )
     x, sigma = torch.randn(1, 4, 8, 8), SCHEDULE.sigmas[[300]]
-    expected = cfg_denoiser(network, SCHEDULE, contexts[1:], contexts[:1], 2.0, prediction="v")
+    expected = cfg_denoiser(network, SCHEDULE, contexts[1:], contexts[:1], cfg=2.0, prediction="v")
     with torch.no_grad():
         torch.testing.assert_close(recorder(x, sigma), expected(x, sigma), atol=1e-2, rtol=1e-2)
 
@@ -176,12 +176,12 @@ def test_sdxl_rollouts_know_their_size(tmp_path):
     config = dataclasses.replace(SMALL_XL, context_dim=32, adm_channels=SIZES + 512)  # open_clip projects to 512
     base, teacher = (Checkpoint(unet=unet(seed, config), text=text) for seed in (0, 1))
     settings = RolloutSettings(paths=2, base_share=0, states=2, sizes=((64, 32), (32, 64)), steps=3)
-    build_rollouts(tmp_path / "r", base, {"xl": teacher}, ["a cat"], settings)
+    build_rollouts(tmp_path / "r", base, {"xl": teacher}, ["a cat"], settings=settings)
     data = open_rollouts(tmp_path / "r")
     contexts, pooled = data.text_of(text)
     with torch.no_grad():
         for which in range(2):
-            part = data.parts[which][0]
+            part = data.states[which][0]
             x_t, t, cond = (part.reader.rows(name, torch.tensor([0])) for name in ("x_t", "t", "cond"))
             told = Teacher("xl", load_unet(teacher.unet), contexts, pooled)
             context, y = told.conditioning(part.rows[:1], x_t.shape[2:], torch.device("cpu"))
@@ -461,7 +461,7 @@ def test_the_shipped_family_from_files(tmp_path):
     files = {name: f"{MODELS}/dmm/demo-teacher-{name}.safetensors" for name in ("ink", "pop")}
     settings = RolloutSettings(paths=2, states=3, steps=4)
     counts = build_rollouts(
-        tmp_path / "r", f"{MODELS}/dmm/demo-base.safetensors", files, ["a red ball", "a blue star"], settings,
+        tmp_path / "r", f"{MODELS}/dmm/demo-base.safetensors", files, ["a red ball", "a blue star"], settings=settings,
         parts_from=f"{MODELS}/dmm/demo-dmm.safetensors",
     )  # fmt: skip
     assert counts == {"ink": 6, "pop": 6, BASE_NAME: 3}

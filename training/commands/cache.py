@@ -87,15 +87,15 @@ def run_images(args) -> None:
         args.output,
         args.images,
         args.base,
-        args.teacher,
-        args.parts_from,
-        args.resolution,
-        args.max_aspect,
-        args.skip_bad,
-        pick_device(args.device),
-        args.batch_size,
-        args.workers,
-        ProgressBar(),
+        teachers=args.teacher,
+        parts_from=args.parts_from,
+        resolution=args.resolution,
+        max_aspect=args.max_aspect,
+        skip_bad=args.skip_bad,
+        device=pick_device(args.device),
+        batch_size=args.batch_size,
+        workers=args.workers,
+        progress=ProgressBar(),
     )
     print(f"{report}\nwrote {args.output}")
 
@@ -128,10 +128,10 @@ def run_rollouts(args) -> None:
         args.base,
         dict(args.teacher),
         captions,
-        settings,
-        args.parts_from,
-        pick_device(args.device),
-        ProgressBar(),
+        settings=settings,
+        parts_from=args.parts_from,
+        device=pick_device(args.device),
+        progress=ProgressBar(),
     )
     print(f"states: {', '.join(f'{name} {count}' for name, count in counts.items())}\nwrote {args.output}")
 

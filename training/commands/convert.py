@@ -20,6 +20,6 @@ def add_parser(commands) -> None:
 def run_convert(args) -> None:
     from ..files.convert import convert
 
-    for note in convert(args.source, args.target, args.to, args.parts_from, args.onto, args.half):
+    for note in convert(args.source, args.target, args.to, parts_from=args.parts_from, onto=args.onto, half=args.half):
         print(f"note: {note}")
     print(f"wrote {args.target}")

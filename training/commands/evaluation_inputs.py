@@ -15,7 +15,7 @@ from ...dmm_core.unet import UNetConfig, load_unet, unet_config_from_state_dict
 from ...dmm_core.vae import latent_scale, load_vae
 from ..evaluation.settings import usual_settings
 from ..evaluation.studio import Member, Pictures, PromptStates
-from ..files.hashing import text_hash, weights_hash
+from ..files.hashing import repr_sha256, weights_hash
 from .progress_bar import ProgressBar
 
 DEMO_PROMPTS, DEMO_SEED = 64, 7_000_000
@@ -106,7 +106,7 @@ def member(
         raise ValueError(f"'{name}' is itself a DMM model with {config.num_styles} styles: use a plain checkpoint")
     encoder = checkpoint.text or student.text
     states = text.of(encoder)
-    key = text_hash(weights_hash(checkpoint.unet), weights_hash(encoder), checkpoint.prediction, checkpoint.zero_snr)
+    key = repr_sha256(weights_hash(checkpoint.unet), weights_hash(encoder), checkpoint.prediction, checkpoint.zero_snr)
     prediction, zero_snr = checkpoint.prediction, checkpoint.zero_snr
     held = checkpoint if keep else None
 

@@ -1,1 +1,1 @@
-"""What a run learns from: captioned latents, image caches, rollouts, and how a batch is drawn from them."""
+"""Training data: captioned latents, image caches and rollouts, and how batches are drawn from them."""

@@ -1,4 +1,4 @@
-"""Captioned latents, and how a step's batch follows from (seed, number) alone."""
+"""Captioned latents as training data; a batch follows from the run's seed and the batch's number alone."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from .difficulty import Chances
 
 @dataclass
 class Batch:
-    """One forward of the student: what it and the teachers see.
+    """The inputs of one forward of the student and the teachers.
 
-    x_t (B, C, h, w) float32; t (B,) timesteps; teacher (B,), sorted so that each teacher's rows are a slice, N standing for the
-    base; rows (B,) of the captions in ``Teacher.contexts``, 0 where the caption is dropped. target (B, C, h, w): what the teachers
-    predict, each in its own parameterisation, where the data hold it (rollouts), else None. weight, t_weight (B,): p / q of rows that
-    were not drawn evenly (``Chances.pick``), else None. whole: the batch of which this is one process's share, its rows from
-    ``start`` on; None where this is all of it.
+    x_t (B, C, h, w) float32; t (B,) timesteps; teacher (B,), sorted so that each teacher's rows are a slice, N standing
+    for the base; rows (B,) of the captions in ``Teacher.contexts``, 0 where the caption is dropped. target (B, C, h,
+    w): what the teachers predict, each in its own parameterisation, where the data hold it (rollouts), else None.
+    importance, t_importance (B,): importance weights of rows that were not drawn uniformly (``Drawn``), else None.
+    full: the batch of all processes where this is one process's share of it, its rows from ``start`` on; None where
+    this is all of it. See ``global_batch``.
     """
 
     x_t: Tensor
@@ -36,31 +37,45 @@ class Batch:
     teacher: Tensor
     rows: Tensor
     target: Tensor | None = None
-    weight: Tensor | None = None
-    t_weight: Tensor | None = None
-    whole: Batch | None = None
+    importance: Tensor | None = None
+    t_importance: Tensor | None = None
+    full: Batch | None = None
     start: int = 0
 
     def __len__(self) -> int:
         return len(self.t)
 
-    def part(self, place: slice) -> Batch:
-        """Some neighbouring rows, which know what they are a part of."""
-        everything = (self.x_t, self.t, self.teacher, self.rows, self.target, self.weight, self.t_weight)
-        return Batch(*(None if x is None else x[place] for x in everything), whole=self, start=place.start)
+    def share(self, place: slice) -> Batch:
+        """The rows ``place`` as one process's share of this batch."""
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[place]
+
+        return Batch(
+            self.x_t[place],
+            self.t[place],
+            self.teacher[place],
+            self.rows[place],
+            target=cut(self.target),
+            importance=cut(self.importance),
+            t_importance=cut(self.t_importance),
+            full=self,
+            start=place.start,
+        )
 
     @property
-    def of_all(self) -> Batch:
-        return self if self.whole is None else self.whole
+    def global_batch(self) -> Batch:
+        """The batch of all processes together; this one where it is not a share."""
+        return self if self.full is None else self.full
 
 
 @dataclass(frozen=True)
 class Draw:
-    """How a run draws its batches; a Draw and a batch's number determine the batch.
+    """The settings by which a run draws its batches; they and a batch's number determine the batch.
 
-    teachers: how many; base_share: of the rows, without a style; dropout: share of empty captions; shares: how the rows with a style
-    are split between the teachers (they sum to 1), None for equally. chances: of teachers and timesteps, None for teachers in turn and
-    even timesteps.
+    teachers: their number; base_share: share of the rows that have no style; dropout: share of the captions that are
+    dropped; shares: how the rows with a style are split between the teachers (they sum to 1), None for equally.
+    chances: probabilities of teachers and timesteps, None for teachers in turn and uniform timesteps.
     """
 
     seed: int
@@ -76,35 +91,41 @@ class Draw:
         """The teacher of every row of batch ``number``, (B,), before any of them goes to the base."""
         if self.shares is None:
             return (number * self.batch_size + torch.arange(self.batch_size)) % self.teachers
-        u = self.even(number)
+        u = self.uniform_points(number)
         ends = torch.tensor(self.shares, dtype=torch.float64).cumsum(0)
         last = max(i for i, share in enumerate(self.shares) if share > 0)
         return torch.searchsorted(ends, u, right=True).clamp(max=last)
 
-    def even(self, number: int) -> Tensor:
-        """A number in [0, 1) for every row of batch ``number``, (B,) float64.
+    def uniform_points(self, number: int) -> Tensor:
+        """A point in [0, 1) for every row of batch ``number``, (B,) float64.
 
-        Multiples of the golden ratio fill [0, 1) evenly wherever one begins: every teacher gets its share at any length.
+        Multiples of the golden ratio fill [0, 1) uniformly wherever one begins: every teacher gets its share in a run
+        of any length.
         """
         place = number * self.batch_size + torch.arange(self.batch_size)
         return ((place.double() + 0.5) * (math.sqrt(5) - 1) / 2) % 1.0
 
 
 class Bucket(Protocol):
-    """All pictures of one size; a Tensor (M, C, h, w) is one, and so is a view of files that reads what it is asked for."""
+    """All pictures of one size, of shape (M, C, h, w), in files that are read when a picture is asked for."""
 
-    shape: Sequence[int]
+    @property
+    def shape(self) -> Sequence[int]: ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: Tensor) -> Tensor:
         """(B,) -> (B, C, h, w) float32, scaled as the UNet sees them."""
 
+    def fingerprint(self) -> str:
+        """Changes when any of the pictures changes."""
+
 
 class TrainingData(Protocol):
-    """What a run trains on. ``prompts`` are the distinct captions, the empty one first."""
+    """Training data of a run. ``prompts`` are the distinct captions, the empty one first."""
 
-    prompts: Sequence[str]
+    @property
+    def prompts(self) -> Sequence[str]: ...
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -117,24 +138,28 @@ class TrainingData(Protocol):
     def __len__(self) -> int: ...
 
     def fingerprint(self) -> str:
-        """Changes when anything of the data changes: a run refuses to go on with other data."""
+        """A hash of all data: a run refuses to go on with data of another one."""
 
     def batch(self, number: int, draw: Draw) -> Batch:
-        """Batch ``number`` of a run; it depends on the arguments only, so a resumed run draws what it would have drawn."""
+        """Batch ``number`` of a run. It depends on the arguments only, so a resumed run draws the batches it would have
+        drawn."""
 
 
 class CaptionedLatents:
     """Pictures with captions, of one size or of several.
 
-    latents: (M, C, h, w) float32, scaled as the UNet sees them, or one Bucket per size; captions: a text for each picture, in the
-    buckets' order; owner: (M,) the teacher that painted the picture, which then is the only one to learn from it, or None.
-    ``rows`` (M,) are the captions' places in ``prompts``. Raises ValueError for data that cannot be trained on.
+    latents: (M, C, h, w) float32, scaled as the UNet sees them, or one such Tensor or Bucket per size; captions: a text
+    for each picture, in the buckets' order; owner: (M,) the teacher that painted the picture, which then is the only
+    one to learn from it, or None. ``rows`` (M,) are the captions' places in ``prompts``. Raises ValueError for data
+    that cannot be trained on.
     """
 
     has_targets = False
 
-    def __init__(self, latents: Tensor | Sequence[Bucket], captions: Sequence[str], owner: Tensor | None = None):
-        self.buckets = [latents] if isinstance(latents, Tensor) else list(latents)
+    def __init__(
+        self, latents: Tensor | Sequence[Tensor | Bucket], captions: Sequence[str], owner: Tensor | None = None
+    ):
+        self.buckets: list[Tensor | Bucket] = [latents] if isinstance(latents, Tensor) else list(latents)
         self.captions, self.owner = list(captions), owner
         self._check()
         self.prompts = ["", *sorted(set(self.captions))]
@@ -170,7 +195,8 @@ class CaptionedLatents:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return tuple(max(self.buckets, key=len).shape[1:])
+        channels, height, width = max(self.buckets, key=len).shape[1:]
+        return channels, height, width
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256("\0".join(self.captions).encode())
@@ -181,37 +207,43 @@ class CaptionedLatents:
         return digest.hexdigest()
 
     def batch(self, number: int, draw: Draw) -> Batch:
-        """Teachers take turns, so that each gets its share of the rows; a ``base_share`` of the rows goes to the base instead.
+        """Teachers take turns, so that each gets its share of the rows; a ``base_share`` of the rows goes to the base
+        instead.
 
-        With ``draw.chances`` those say which teacher a row has, where it has no owner, and which timestep.
+        With ``draw.chances`` the timestep of every row, and the teacher of rows without an owner, are drawn from them.
         """
         which, index = epoch_batch(draw.seed, number, [len(b) for b in self.buckets], draw.batch_size)
         start = sum(len(b) for b in self.buckets[:which])
         g = torch.Generator().manual_seed(hash_seed(draw.seed, "batch", number))
         owner = None if self.owner is None else self.owner[start + index]
         to_base = torch.rand(draw.batch_size, generator=g) < draw.base_share
-        weights = ()
+        drawn = None
         if draw.chances:
             # Moved by a number of the run's own: over all seeds, every row alone has exactly these chances.
-            u = (draw.even(number) + hash_seed(draw.seed, "cells") / 2**63) % 1.0
-            teacher, bins, *weights = draw.chances.pick(u, to_base, owner)
+            u = (draw.uniform_points(number) + hash_seed(draw.seed, "cells") / 2**63) % 1.0
+            drawn = draw.chances.pick(u, to_base, owner)
+            teacher = drawn.teacher
         else:
             teacher = torch.where(to_base, draw.teachers, draw.turns(number) if owner is None else owner)
         teacher, order = teacher.sort(stable=True)
         index = index[order]
         x0 = self.buckets[which][index]
-        if draw.chances:
-            t = draw.chances.timesteps(bins[order], g)
+        if draw.chances and drawn:
+            t = draw.chances.timesteps(drawn.bins[order], g)
         else:
             t = torch.randint(len(draw.schedule), (draw.batch_size,), generator=g)
         eps = torch.randn(x0.shape, generator=g)
         drop = torch.rand(draw.batch_size, generator=g) < draw.dropout
         rows = torch.where(drop, 0, self.rows[start + index])
-        return Batch(draw.schedule.add_noise(x0, eps, t), t, teacher, rows, None, *(w[order] for w in weights))
+        x_t = draw.schedule.add_noise(x0, eps, t)
+        if drawn is None:
+            return Batch(x_t, t, teacher, rows)
+        importance, t_importance = drawn.importance[order], drawn.t_importance[order]
+        return Batch(x_t, t, teacher, rows, importance=importance, t_importance=t_importance)
 
 
-def bucket_fingerprint(bucket: Bucket) -> bytes:
-    """A Bucket that reads files knows its own ``fingerprint()``; that of a Tensor is its numbers."""
+def bucket_fingerprint(bucket: Tensor | Bucket) -> bytes:
+    """Bytes that change when a picture of the bucket changes: a Bucket's ``fingerprint()``, a Tensor's values."""
     if isinstance(bucket, Tensor):
         return bucket.float().contiguous().numpy().tobytes()
     return bucket.fingerprint().encode()
@@ -220,30 +252,35 @@ def bucket_fingerprint(bucket: Bucket) -> bytes:
 def epoch_batch(seed: int, number: int, sizes: Sequence[int], batch_size: int) -> tuple[int, Tensor]:
     """(bucket, indices (batch_size,) in it) of batch ``number`` of an endless run over buckets of these sizes.
 
-    All of a batch is of one bucket. Every sample comes once an epoch; a bucket that is no multiple of the batch wraps around.
+    All of a batch is of one bucket. Every sample comes once an epoch; a bucket that is no multiple of the batch wraps
+    around.
     """
     count = sum(math.ceil(size / batch_size) for size in sizes)
     epoch, place = divmod(number, count)
-    which, part = _epoch_order(seed, epoch, tuple(sizes), batch_size)[place]
+    which, chunk = _epoch_order(seed, epoch, tuple(sizes), batch_size)[place]
     order = _permutation(seed, epoch, which, sizes[which])
-    return which, order[(part * batch_size + torch.arange(batch_size)) % sizes[which]]
+    return which, order[(chunk * batch_size + torch.arange(batch_size)) % sizes[which]]
 
 
 @functools.lru_cache(maxsize=4)
 def _epoch_order(seed: int, epoch: int, sizes: tuple[int, ...], batch_size: int) -> list[tuple[int, int]]:
-    """The batches (bucket, part of it) of an epoch, shuffled."""
-    parts = [(b, part) for b, size in enumerate(sizes) for part in range(math.ceil(size / batch_size))]
+    """The batches of an epoch, shuffled: (bucket, number of the batch in the bucket) of each."""
+    batches = [(b, chunk) for b, size in enumerate(sizes) for chunk in range(math.ceil(size / batch_size))]
     g = torch.Generator().manual_seed(hash_seed(seed, "order", epoch))
-    return [parts[i] for i in torch.randperm(len(parts), generator=g).tolist()]
+    return [batches[i] for i in torch.randperm(len(batches), generator=g).tolist()]
 
 
 @functools.lru_cache(maxsize=16)
 def _permutation(seed: int, epoch: int, bucket: int, size: int) -> Tensor:
+    """The order (size,) of a bucket's pictures in an epoch."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(hash_seed(seed, "epoch", epoch, bucket)))
 
 
 def load_latents(path: str | Path) -> CaptionedLatents:
-    """Read a safetensors file with ``latents`` (M, 4, h, w) and the metadata ``captions`` (a JSON list of M texts)."""
+    """Read a safetensors file with ``latents`` (M, 4, h, w) and the metadata ``captions`` (a JSON list of M texts).
+
+    Raises ValueError naming a file that is none.
+    """
     try:
         tensors, metadata = read_weights(path)
         captions, latents = json.loads(metadata["captions"]), tensors["latents"].float()

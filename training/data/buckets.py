@@ -13,7 +13,8 @@ MAX_ASPECT = 3.0
 
 
 def size_multiple(config: UNetConfig) -> int:
-    """Pixels that width and height must be multiples of: the VAE's 8 times 2 for each halving in the UNet; 64 for every SD model.
+    """Pixels that width and height must be multiples of: the VAE's 8 times 2 for each halving in the UNet; 64 for every
+    SD model.
 
     SDXL halves less often than SD1.x, but its own buckets are multiples of 64 all the same.
     """
@@ -32,8 +33,8 @@ def default_resolution(config: UNetConfig, prediction: str) -> int:
 def bucket_sizes(resolution: int, multiple: int, max_aspect: float = MAX_ASPECT) -> list[tuple[int, int]]:
     """(width, height) in pixels, both multiples of ``multiple``, about ``resolution``^2 in area, from tall to wide.
 
-    For each short side from the square's down, the long side that comes nearest to the area. max_aspect 1 leaves the square.
-    Raises ValueError for a resolution that is no multiple, and for an aspect below 1.
+    For each short side from the square's down, the long side that comes nearest to the area. max_aspect 1 leaves the
+    square. Raises ValueError for a resolution that is no multiple, and for an aspect below 1.
     """
     if resolution < multiple or resolution % multiple:
         raise ValueError(f"resolution is {resolution}: for these models it must be a multiple of {multiple}")
@@ -59,7 +60,7 @@ def choose_bucket(size: tuple[int, int], buckets: Sequence[tuple[int, int]]) -> 
 
 
 def enlargement(size: tuple[int, int], bucket: tuple[int, int]) -> float:
-    """How many times larger a picture must be made to cover the bucket; below 1 it is made smaller."""
+    """The factor by which a picture must be enlarged to cover the bucket; below 1 it is made smaller."""
     return max(bucket[0] / size[0], bucket[1] / size[1])
 
 

@@ -4,7 +4,8 @@
     text-<hash>-00000.safetensors       contexts of the captions under one text encoder (``cached_text``)
     manifest.json                       captions, sizes, hashes, settings; written last
 
-The latents are the mean of the VAE's posterior times its scale. Nothing in it depends on what the model predicts (eps or v).
+The latents are the mean of the VAE's posterior times its scale. Nothing in it depends on what the model predicts (eps
+or v).
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from torch import Tensor
 from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.unet import unet_config_from_state_dict
 from ...dmm_core.vae import AutoencoderKL, latent_scale, load_vae
-from ..files.hashing import text_hash, weights_hash
-from ..progress import Tick
+from ..files.hashing import repr_sha256, weights_hash
+from ..paint.images import to_tensor
+from ..progress import ProgressCallback
 from ..teachers.models import Model, as_checkpoint, base_with_parts
 from .batches import CaptionedLatents
 from .buckets import MAX_ASPECT, bucket_sizes, choose_bucket, default_resolution, enlargement, fit, size_multiple
@@ -43,7 +45,8 @@ ENLARGED = 2.0
 
 @dataclass
 class CacheReport:
-    """What a cache holds and what was left out of it. buckets: pictures by (width, height); enlarged: names of small pictures."""
+    """What a cache holds and what was left out of it. buckets: number of pictures by (width, height) in pixels;
+    enlarged: names of pictures that were made more than ``ENLARGED`` times larger."""
 
     pictures: int
     buckets: dict[tuple[int, int], int]
@@ -74,6 +77,7 @@ def build_image_cache(
     folder: str | os.PathLike,
     images: str | os.PathLike,
     base: Model,
+    *,
     teachers: Sequence[Model] = (),
     parts_from: Model | None = None,
     resolution: int | None = None,
@@ -82,14 +86,14 @@ def build_image_cache(
     device: torch.device | str = "cpu",
     batch_size: int = 4,
     workers: int = 4,
-    progress: Tick | None = None,
+    progress: ProgressCallback | None = None,
 ) -> CacheReport:
     """Encode the pictures of ``images`` into the cache ``folder``, or go on with it; pictures added since are added.
 
-    teachers: models whose own text encoders, where they differ from the base's, encode the captions too. parts_from: a full
-    checkpoint, for a base without VAE or text encoder. resolution: pixels a side of the square bucket, None for what the model was
-    trained at. skip_bad leaves out what cannot be used instead of refusing it. batch_size: pictures a VAE forward. workers:
-    threads that read pictures.
+    teachers: models whose own text encoders, where they differ from the base's, encode the captions too. parts_from: a
+    full checkpoint, for a base without VAE or text encoder. resolution: pixels a side of the square bucket, None for
+    what the model was trained at. skip_bad leaves out what cannot be used instead of refusing it. batch_size: pictures
+    a VAE forward. workers: threads that read pictures.
 
     Every picture is read once before anything is encoded: a ValueError names what is wrong with which file.
     """
@@ -122,35 +126,49 @@ def build_image_cache(
         by_bucket.setdefault(choose_bucket(picture.size, sizes), []).append(picture)
 
     prompts = ["", *sorted({picture.caption for picture in pictures})]
-    text = store_all_text(writer, [base, *teachers], prompts, torch.device(device), progress, base)
+    text = store_all_text(writer, [base, *teachers], prompts, device=torch.device(device), progress=progress, base=base)
     rows = {prompt: row for row, prompt in enumerate(prompts)}
     vae = functools.cache(lambda: load_vae(base.vae).to(device).eval())  # not even built when every shard is there
     buckets, done = [], 0
     with ThreadPoolExecutor(workers) as pool:
 
-        def encode(part: Sequence[Picture], size: tuple[int, int], tick: Callable[[int], None]) -> dict[str, Tensor]:
-            return encode_pictures(vae(), part, size, scale, batch_size, pool, tick)
+        def encode(
+            chunk: Sequence[Picture], size: tuple[int, int], on_picture: Callable[[int], None]
+        ) -> dict[str, Tensor]:
+            return encode_pictures(
+                vae(), chunk, size, scale=scale, batch_size=batch_size, pool=pool, on_picture=on_picture
+            )
 
         for size, members in sorted(by_bucket.items()):
             shards = []
             for number, start in enumerate(range(0, len(members), SHARD_PICTURES)):
-                part = members[start : start + SHARD_PICTURES]
-                tick = functools.partial(_tick, progress, done, len(pictures))
-                identity = text_hash("latents", vae_hash, scale, size, [picture.sha256 for picture in part])
+                chunk = members[start : start + SHARD_PICTURES]
+                on_picture = functools.partial(_report, progress, done, len(pictures))
+                identity = repr_sha256("latents", vae_hash, scale, size, [picture.sha256 for picture in chunk])
                 name = f"latents-{size[0]}x{size[1]}-{number:05d}.safetensors"
-                shards.append(writer.shard(name, identity, len(part), functools.partial(encode, part, size, tick)))
-                done += len(part)
-                tick(len(part))
+                shards.append(
+                    writer.shard(name, identity, len(chunk), functools.partial(encode, chunk, size, on_picture))
+                )
+                done += len(chunk)
+                on_picture(len(chunk))
             names = [picture.name.rpartition("/")[2] for picture in members]
             captions = [rows[picture.caption] for picture in members]
             buckets.append({"size": list(size), "rows": captions, "names": names, "shards": shards})
     writer.finish({"prompts": prompts, "buckets": buckets, "text": text})
     enlarged = [p.name for size, members in by_bucket.items() for p in members if enlargement(p.size, size) > ENLARGED]
     counts = {size: len(members) for size, members in sorted(by_bucket.items())}
-    return CacheReport(len(pictures), counts, len(prompts) - 1, len(text), problems, sorted(enlarged))
+    return CacheReport(
+        pictures=len(pictures),
+        buckets=counts,
+        captions=len(prompts) - 1,
+        text_encoders=len(text),
+        skipped=problems,
+        enlarged=sorted(enlarged),
+    )
 
 
-def _tick(progress: Tick | None, before: int, total: int, done: int) -> None:
+def _report(progress: ProgressCallback | None, before: int, total: int, done: int) -> None:
+    """Report ``done`` pictures of a shard, before which ``before`` were encoded."""
     if progress:
         progress(before + done, total, "encoding pictures")
 
@@ -159,12 +177,13 @@ def store_all_text(
     writer: ShardWriter,
     models: Sequence[Model],
     prompts: Sequence[str],
+    *,
     device: torch.device,
-    progress: Tick | None,
+    progress: ProgressCallback | None,
     base: Checkpoint | None = None,
 ) -> dict[str, Any]:
-    """The text section of a manifest: every different text encoder of ``models``, and those that a finished cache of the same
-    prompts has already. base: see ``as_checkpoint``."""
+    """The text section of a manifest: every different text encoder of ``models``, and those that a finished cache of
+    the same prompts has already. base: see ``as_checkpoint``."""
     text = dict(writer.before.get("text", {})) if writer.before.get("prompts") == list(prompts) else {}
     dropped = writer.before.get("text", {}).keys() - text.keys()
     mine = set()
@@ -172,7 +191,7 @@ def store_all_text(
         weights = as_checkpoint(model, base).text  # one file in memory at a time
         key = weights_hash(weights)
         if weights and key not in mine:  # most fine-tunes share the base's
-            text[key] = store_text(writer, weights, prompts, device, progress)
+            text[key] = store_text(writer, weights, prompts, device, progress=progress)
             mine.add(key)
     if dropped - text.keys():
         logger.warning(
@@ -187,9 +206,10 @@ def add_text(
     folder: str | os.PathLike,
     models: Sequence[Model],
     device: torch.device | str = "cpu",
-    progress: Tick | None = None,
+    progress: ProgressCallback | None = None,
 ) -> int:
-    """Add the models' text encoders to a finished cache of any kind, leaving the rest as it is. Returns how many were new.
+    """Add the models' text encoders to a finished cache of any kind, leaving the rest as it is. Returns how many were
+    new.
 
     Raises ValueError for a model without a text encoder.
     """
@@ -200,7 +220,7 @@ def add_text(
         if not as_checkpoint(model).text:
             name = "the model" if isinstance(model, Checkpoint) else f"'{model}'"
             raise ValueError(f"{name} has no text encoder of its own: it uses the base's, nothing is missing")
-    text = store_all_text(writer, models, manifest["prompts"], torch.device(device), progress)
+    text = store_all_text(writer, models, manifest["prompts"], device=torch.device(device), progress=progress)
     content = {k: v for k, v in manifest.items() if k not in ("format", "kind", "settings")}
     writer.finish({**content, "text": text})
     return len(text.keys() - manifest["text"].keys())
@@ -211,28 +231,29 @@ def encode_pictures(
     vae: AutoencoderKL,
     pictures: Sequence[Picture],
     size: tuple[int, int],
+    *,
     scale: float,
     batch_size: int,
     pool: Executor,
-    tick: Callable[[int], None],
+    on_picture: Callable[[int], None],
 ) -> dict[str, Tensor]:
-    """Pictures -> scaled mean latents (M, 4, h, w) float16. Raises ValueError naming a picture that became NaN or infinite."""
+    """Pictures -> scaled mean latents (M, 4, h, w) float16. size: (width, height) in pixels; pool: threads that read
+    ahead; on_picture: called with the number of pictures done. Raises ValueError naming a picture whose latents are NaN
+    or infinite."""
     device = next(vae.parameters()).device
     pixels = ahead(pool, lambda picture: np.asarray(fit(read_picture(picture), size)), pictures, 4 * batch_size)
-    parts = []
+    latents = []
     for start in range(0, len(pictures), batch_size):
-        batch = np.stack([next(pixels) for _ in pictures[start : start + batch_size]])  # (B, H, W, 3) uint8
-        # Contiguous: a permuted view counts as channels_last, whose CPU kernels are several times slower at these widths.
-        images = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
-        parts.append((scale * vae.encode(images)).half().cpu())
-        good = parts[-1].isfinite().flatten(1).all(1)
+        images = np.stack([next(pixels) for _ in pictures[start : start + batch_size]])  # (B, H, W, 3) uint8
+        latents.append((scale * vae.encode(to_tensor(images, device))).half().cpu())
+        good = latents[-1].isfinite().flatten(1).all(1)
         if not good.all():
             bad = pictures[start + int((~good).nonzero()[0])]
             raise ValueError(
                 f"{bad.name!r} gives latents with NaN or infinite numbers: the VAE's file is damaged, get it again"
             )
-        tick(start + len(batch))
-    return {"latents": torch.cat(parts)}
+        on_picture(start + len(images))
+    return {"latents": torch.cat(latents)}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -257,7 +278,8 @@ class StoredLatents:
 
 
 class ImageCache(CaptionedLatents):
-    """A finished image cache as training data. ``text_of`` gives the teachers' contexts."""
+    """A finished image cache as training data. ``text_of`` gives the contexts of each text encoder: see
+    ``TextStore``."""
 
     def __init__(self, folder: str | os.PathLike, manifest: Mapping[str, Any]):
         prompts = manifest["prompts"]
@@ -274,10 +296,11 @@ class ImageCache(CaptionedLatents):
         self.text_of = self.text.text_of
 
     def for_teachers(self, base: Checkpoint, teachers: Mapping[str, tuple[Checkpoint, str]]) -> ImageCache:
-        """These data, after a check. Raises ValueError when the latents are another VAE's than the base's, or a text encoder is
-        not in the cache.
+        """This cache, after checks. Raises ValueError when the latents are another VAE's than the base's, or a text
+        encoder is not in the cache.
 
-        teachers: (checkpoint, file) by name; one without a text encoder uses the base's. A base without a VAE cannot be compared.
+        teachers: (checkpoint, file) by name; one without a text encoder uses the base's. A base without a VAE cannot be
+        compared.
         """
         if base.vae and weights_hash(base.vae) != self.vae_hash:
             raise ValueError(
@@ -294,7 +317,8 @@ class ImageCache(CaptionedLatents):
 def open_image_cache(folder: str | os.PathLike, verify: bool = False) -> ImageCache:
     """Open a cache that ``build_image_cache`` finished, reading its manifest only.
 
-    Raises ValueError for one that is unfinished, damaged or of a newer version; ``verify`` reads and hashes every shard.
+    Raises ValueError for one that is unfinished, damaged or of a newer version; ``verify`` reads and hashes every
+    shard.
     """
     manifest = read_manifest(folder, "images")
     try:

@@ -1,8 +1,10 @@
-"""Text states on disk: the contexts of every caption under every text encoder, read a few rows at a time.
+"""Text states in a cache: the contexts of every caption under every text encoder, written to shards and read a few rows
+at a time.
 
-A context is 77 x 768 numbers for SD1.x, 118 KB in float16: those of 100,000 captions do not fit in memory. In a shard lie the
-windows of its captions end to end, ``context`` (W, 77, d) float16, and for SDXL ``pooled`` (count, p) float16; how many windows a
-caption has is in the manifest. Captions are counted as in the manifest's ``prompts``, the empty one first.
+A context is 77 x 768 numbers for SD1.x, 118 KB in float16: those of 100,000 captions do not fit in memory. In a shard
+lie the windows of its captions end to end, ``context`` (W, 77, d) float16, and for SDXL ``pooled`` (count, p) float16;
+how many windows a caption has is in the manifest. Captions are counted as in the manifest's ``prompts``, the empty one
+first.
 """
 
 from __future__ import annotations
@@ -11,15 +13,15 @@ import functools
 import math
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..files.hashing import text_hash, weights_hash
-from ..progress import Tick
+from ..files.hashing import repr_sha256, weights_hash
+from ..progress import ProgressCallback
 from ..text import WINDOW, ClipText, windows
 from .shards import ShardReader, ShardWriter
 
@@ -28,7 +30,8 @@ BATCH = 16
 
 
 class StoredText:
-    """``Teacher.contexts`` that stays on disk."""
+    """``Teacher.contexts`` in files: (U, 77 k, d), read when rows are asked for. entry: of the text encoder in the
+    manifest."""
 
     def __init__(self, folder: str | os.PathLike, entry: Mapping[str, Any]):
         self.reader, self.width = ShardReader(folder, entry["shards"]), entry["width"]
@@ -38,31 +41,31 @@ class StoredText:
                 f"the cache in '{folder}' is damaged: {len(self.windows)} captions, {len(self.reader)} contexts"
             )
         # Where each caption's windows begin in its shard.
-        self.begin = torch.cat(
-            [part.cumsum(0) - part for part in self.windows.split([e["count"] for e in entry["shards"]])]
-        )
+        by_shard = self.windows.split([shard["count"] for shard in entry["shards"]])
+        self.begin = torch.cat([counts.cumsum(0) - counts for counts in by_shard])  # (U,)
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """Captions (B,) -> contexts (B, 77 k, d) float32; the shorter are repeated to the common multiple, see ``ClipText``."""
+        """Captions (B,) -> contexts (B, 77 k, d) float32; the shorter are repeated to the common multiple, see
+        ``ClipText``."""
         counts = self.windows[rows].tolist()
         k = math.lcm(*counts)
         return torch.stack([self._one(row).repeat(k // n, 1) for row, n in zip(rows.tolist(), counts)])
 
     def _one(self, row: int) -> Tensor:
-        """(77 n, d)"""
+        """The context (77 n, d) of one caption of n windows."""
         shard, _ = self.reader.place(row)
         start = int(self.begin[row])
         return self.reader.span(shard, "context", start, start + int(self.windows[row])).flatten(0, 1).float()
 
     def fingerprint(self) -> str:
-        return text_hash("contexts", self.reader.fingerprint())
+        return repr_sha256("contexts", self.reader.fingerprint())
 
 
 class StoredPooled:
-    """``Teacher.pooled`` of SDXL that stays on disk."""
+    """``Teacher.pooled`` of SDXL in files: (U, p), read when rows are asked for."""
 
     def __init__(self, reader: ShardReader):
         self.reader = reader
@@ -75,11 +78,11 @@ class StoredPooled:
         return self.reader.rows("pooled", rows).float()
 
     def fingerprint(self) -> str:
-        return text_hash("pooled", self.reader.fingerprint())
+        return repr_sha256("pooled", self.reader.fingerprint())
 
 
 class TextStore:
-    """The text states in a cache, by the text encoders' weights."""
+    """The text states in a cache, by the hashes of the text encoders' weights."""
 
     def __init__(self, folder: str | os.PathLike, manifest: Mapping[str, Any]):
         self.folder = Path(folder)
@@ -107,27 +110,32 @@ def store_text(
     weights: Mapping[str, Tensor],
     prompts: Sequence[str],
     device: torch.device,
-    progress: Tick | None = None,
+    *,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
-    """Encode prompts into shards -> the manifest's entry. Finished shards are kept; the encoder is built only when one is needed."""
-    key, encoder = weights_hash(weights), None
+    """Encode prompts into shards; returns the text encoder's entry in the manifest.
+
+    Finished shards are kept; the encoder is built only when one is missing.
+    """
+    key = weights_hash(weights)
+    encoder: ClipText | None = None
     counts: list[int] = []
 
-    def build(part: Sequence[str], start: int) -> dict[str, Tensor]:
+    def build(chunk: Sequence[str], start: int) -> dict[str, Tensor]:
         nonlocal encoder
         encoder = encoder or ClipText(weights).to(device)
-        ticks = (lambda done: progress(start + done, len(prompts), "encoding captions")) if progress else None
-        return encode_shard(encoder, part, ticks)
+        on_prompt = (lambda done: progress(start + done, len(prompts), "encoding captions")) if progress else None
+        return encode_shard(encoder, chunk, on_prompt)
 
     entry: dict[str, Any] = {"shards": []}
     for number, start in enumerate(range(0, len(prompts), SHARD_PROMPTS)):
-        part = prompts[start : start + SHARD_PROMPTS]
-        name, identity = f"text-{key[:16]}-{number:05d}.safetensors", text_hash("text", key, tuple(part))
-        entry["shards"].append(writer.shard(name, identity, len(part), functools.partial(build, part, start)))
+        chunk = prompts[start : start + SHARD_PROMPTS]
+        name, identity = f"text-{key[:16]}-{number:05d}.safetensors", repr_sha256("text", key, tuple(chunk))
+        entry["shards"].append(writer.shard(name, identity, len(chunk), functools.partial(build, chunk, start)))
         reader = ShardReader(writer.folder, entry["shards"][-1:])
-        counts += reader.span(0, "windows", 0, len(part)).tolist()
+        counts += reader.span(0, "windows", 0, len(chunk)).tolist()
         if progress:
-            progress(start + len(part), len(prompts), "encoding captions")
+            progress(start + len(chunk), len(prompts), "encoding captions")
     entry["width"] = reader.shape("context")[-1]
     entry["pooled"] = has_pooled(weights)
     entry["windows"] = counts
@@ -140,26 +148,33 @@ def has_pooled(weights: Mapping[str, Tensor]) -> bool:
 
 
 @torch.no_grad()
-def encode_shard(encoder: ClipText, prompts: Sequence[str], progress=None) -> dict[str, Tensor]:
-    """context (W, 77, d), windows (B,) and, for SDXL, pooled (B, p). Raises ValueError for states that float16 cannot hold."""
+def encode_shard(
+    encoder: ClipText, prompts: Sequence[str], on_prompt: Callable[[int], None] | None = None
+) -> dict[str, Tensor]:
+    """context (W, 77, d), windows (B,) and, for SDXL, pooled (B, p). on_prompt: called with the number of prompts done.
+
+    Raises ValueError for states that float16 cannot hold.
+    """
     counts = [len(windows(encoder.tokenizer(prompt)["input_ids"][1:-1], 0)) for prompt in prompts]
-    contexts: list[Tensor | None] = [None] * len(prompts)
-    pooled: list[Tensor | None] = [None] * len(prompts)
+    contexts: dict[int, Tensor] = {}  # by the prompt's place
+    pooled: dict[int, Tensor] = {}
     done = 0
     for count in sorted(set(counts)):  # prompts of one length at a time, or the short would be repeated to fit the long
         same = [i for i, n in enumerate(counts) if n == count]
         for start in range(0, len(same), BATCH):
-            part = same[start : start + BATCH]
-            context, pool = encoder.encode_pooled([prompts[i] for i in part])
-            for j, i in enumerate(part):
+            batch = same[start : start + BATCH]
+            context, pool = encoder.encode_pooled([prompts[i] for i in batch])
+            for j, i in enumerate(batch):
                 contexts[i] = context[j].unflatten(0, (count, WINDOW)).half().cpu()  # (77 n, d) -> (n, 77, d)
-                pooled[i] = None if pool is None else pool[j].half().cpu()
-            done += len(part)
-            if progress:
-                progress(done)
-    shard = {"context": torch.cat(contexts), "windows": torch.tensor(counts)}
-    if pooled[0] is not None:
-        shard["pooled"] = torch.stack(pooled)
+                if pool is not None:
+                    pooled[i] = pool[j].half().cpu()
+            done += len(batch)
+            if on_prompt:
+                on_prompt(done)
+    everyone = range(len(prompts))
+    shard = {"context": torch.cat([contexts[i] for i in everyone]), "windows": torch.tensor(counts)}
+    if pooled:
+        shard["pooled"] = torch.stack([pooled[i] for i in everyone])
     if not all(torch.isfinite(value).all() for value in shard.values()):
         raise ValueError(
             "the text encoder gives NaN or numbers too large for float16: its file is damaged, get it again"

@@ -1,8 +1,8 @@
-"""A folder of captioned pictures, as users keep them, read with care: every file may be broken.
+"""Reads a folder of captioned pictures as users keep them, where every file may be broken.
 
 Pictures are found in the folder and the folders in it, in the order of their relative names. A caption is a line of
-``metadata.jsonl`` in the top folder ({"file_name": "a/b.png", "text": "..."}, as Hugging Face's ImageFolder has it) or else the
-content of the text file beside the picture ("b.txt" beside "b.png").
+``metadata.jsonl`` in the top folder ({"file_name": "a/b.png", "text": "..."}, as Hugging Face's ImageFolder has it) or
+else the content of the text file beside the picture ("b.txt" beside "b.png").
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -21,7 +21,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..progress import Tick
+from ..progress import ProgressCallback
 
 METADATA = "metadata.jsonl"
 FORMATS = {
@@ -29,12 +29,14 @@ FORMATS = {
 }  # fmt: skip
 """File names that are taken for pictures. Pillow tries these formats only: some others run programs."""
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that was read once, whole. name: relative, with slashes; size: (width, height) as it is to be seen."""
+    """A picture that was read once to its end. name: relative to the folder, with slashes; size: (width, height) after
+    EXIF rotation."""
 
     name: str
     path: Path
@@ -55,7 +57,8 @@ class Problem:
 
 
 def find_pictures(folder: str | os.PathLike) -> dict[str, Path]:
-    """Relative name (with slashes) -> path of every picture file, sorted by name. Hidden files and folders are left out.
+    """Relative name (with slashes) -> path of every picture file, sorted by name. Hidden files and folders are left
+    out.
 
     Links to files are followed, links to folders inside are not: they may lead round in a circle.
     Raises ValueError when there is no such folder, or no picture in it.
@@ -103,7 +106,7 @@ def read_captions(folder: str | os.PathLike, pictures: dict[str, Path]) -> tuple
 
 
 def read_text_beside(picture: Path) -> str:
-    """Raises ValueError when there is no text file beside the picture, or it is none."""
+    """The text file beside a picture. Raises ValueError when there is none, or it is not UTF-8 text."""
     path = picture.with_suffix(".txt")
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -116,7 +119,8 @@ def read_text_beside(picture: Path) -> str:
 
 
 def read_metadata(path: Path, names: Iterable[str]) -> tuple[dict[str, str], list[Problem]]:
-    """file_name -> text of a metadata.jsonl (which may be missing), and its bad lines. A file name is only compared, never opened."""
+    """file_name -> text of a metadata.jsonl (which may be missing), and its bad lines. A file name is only compared,
+    never opened."""
     if not path.is_file():
         return {}, []
     try:
@@ -167,7 +171,8 @@ def read_caption_file(path: str | os.PathLike) -> list[str]:
 
 
 def decode(data: bytes) -> Image.Image:
-    """The content of a picture file -> an RGB picture as it is to be seen: turned upright (EXIF), transparency on white.
+    """The content of a picture file -> an RGB picture as it is to be seen: turned upright (EXIF), transparency on
+    white.
 
     Of an animation, the first frame. Raises ValueError for whatever Pillow cannot read to the end.
     """
@@ -186,7 +191,8 @@ def decode(data: bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode -> RGB. 16 bits a channel are reduced to 8 (Pillow itself would cut them off at 255)."""
+    """Any Pillow mode -> RGB; 16 bits a channel become 8 (Pillow itself would clip at 255). Raises ValueError for
+    floating point."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64) // 256
         return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -199,7 +205,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_picture(picture: Picture) -> Image.Image:
-    """Raises ValueError naming the picture when it is no longer what it was when it was first read."""
+    """The picture as RGB. Raises ValueError naming it when its file has changed since it was surveyed."""
     try:
         data = picture.path.read_bytes()
         if hashlib.sha256(data).hexdigest() != picture.sha256:
@@ -210,9 +216,10 @@ def read_picture(picture: Picture) -> Image.Image:
 
 
 def survey(
-    folder: str | os.PathLike, workers: int = 4, progress: Tick | None = None
+    folder: str | os.PathLike, workers: int = 4, progress: ProgressCallback | None = None
 ) -> tuple[list[Picture], list[Problem]]:
-    """Read every picture and caption of a folder once -> those that can be used, in order of name, and what is wrong with the rest."""
+    """Read every picture and caption of a folder once -> those that can be used, in order of name, and what is wrong
+    with the rest."""
     paths = find_pictures(folder)
     captions, problems = read_captions(folder, paths)
 
@@ -229,7 +236,7 @@ def survey(
             return Problem(name, f"it cannot be read ({error.strerror})")
         return Picture(name, path, captions.get(name, ""), size, hashlib.sha256(data).hexdigest())
 
-    pictures = []
+    pictures: list[Picture] = []
     with ThreadPoolExecutor(workers) as pool:
         for done, checked in enumerate(ahead(pool, check, list(paths.items()), 2 * workers), start=1):
             if isinstance(checked, Problem):
@@ -242,8 +249,9 @@ def survey(
 
 
 def ahead(pool: Executor, work: Callable[[Item], Result], items: Sequence[Item], depth: int) -> Iterator[Result]:
-    """``map`` in order on other threads, at most ``depth`` results ahead of who takes them: pictures are large."""
-    waiting = collections.deque()
+    """``map`` in order on other threads, with at most ``depth`` results that nobody has taken yet: pictures are
+    large."""
+    waiting: collections.deque[Future[Result]] = collections.deque()
     try:
         for item in items:
             waiting.append(pool.submit(work, item))

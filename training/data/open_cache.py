@@ -1,4 +1,4 @@
-"""A folder that ``dmm cache`` made, as training data, whichever kind it is."""
+"""Opens a folder that ``dmm cache`` made: pictures or rollouts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from .shards import read_manifest
 
 
 def open_cache(folder: str | os.PathLike, verify: bool = False) -> ImageCache | Rollouts:
-    """Open a finished cache, reading its manifest only. ``for_teachers`` then checks that it fits a run, and gives the run's data.
+    """Open a finished cache, reading its manifest only. ``for_teachers`` then checks that it fits a run, and gives the
+    run's data.
 
-    Raises ValueError for one that is unfinished, damaged or of a newer version; ``verify`` reads and hashes every shard.
+    Raises ValueError for one that is unfinished, damaged or of a newer version; ``verify`` reads and hashes every
+    shard.
     """
-    kinds = {"images": open_image_cache, "rollouts": open_rollouts}
-    return kinds[read_manifest(folder)["kind"]](folder, verify)
+    if read_manifest(folder)["kind"] == "rollouts":
+        return open_rollouts(folder, verify)
+    return open_image_cache(folder, verify)

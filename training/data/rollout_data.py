@@ -1,4 +1,4 @@
-"""Finished rollouts as training data."""
+"""Finished rollouts as training data: the teachers' predictions are stored with the states."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint
-from ..files.hashing import text_hash, weights_hash
+from ..files.hashing import repr_sha256, weights_hash
 from ..seeds import hash_seed
 from .batches import Batch, Draw
 from .cached_text import TextStore
@@ -22,8 +22,8 @@ from .shards import ShardReader, check_shards, read_manifest, shard_entries
 
 
 @dataclass
-class Part:
-    """One owner's states of one size, in the files. rows (M,): their captions."""
+class OwnerStates:
+    """One owner's M states of one size, in the files. rows (M,): their captions."""
 
     reader: ShardReader
     rows: Tensor
@@ -33,11 +33,11 @@ class Part:
 
 
 class Rollouts:
-    """Finished rollouts as training data that bring their targets with them: training needs no teacher's UNet.
+    """Finished rollouts as training data with stored targets: training needs no teacher's UNet.
 
     ``names``: the teachers, in order; ``owners``: what is known of each of them, and of the base under ``BASE_NAME``.
-    Rows of a batch are of the teachers in turn, a share of ``base_share`` of the base's own paths; each owner's states come once
-    before any comes again.
+    Rows of a batch are of the teachers in turn, a share of ``base_share`` of the base's own paths; each owner's states
+    come once before any comes again.
     """
 
     has_targets = True
@@ -53,19 +53,22 @@ class Rollouts:
         }
         sizes = {tuple(part["size"]) for entry in self.entries for part in entry["parts"]}
         self.sizes = sorted(sizes)
-        self.parts = [[self._part(entry, size) for entry in self.entries] for size in self.sizes]  # by size, then owner
+        self.states = [
+            [self._states(entry, size) for entry in self.entries] for size in self.sizes
+        ]  # by size, then owner
         self.text = TextStore(folder, manifest)
         self.text_of = self.text.text_of
 
-    def _part(self, entry: Mapping[str, Any], size: tuple[int, int]) -> Part:
-        for part in entry["parts"]:
-            if tuple(part["size"]) == size:
-                reader = ShardReader(self.folder, part["shards"])
-                if len(reader) != len(part["rows"]):
+    def _states(self, entry: Mapping[str, Any], size: tuple[int, int]) -> OwnerStates:
+        """An owner's states of a size (width, height) in pixels. Raises ValueError when it has none."""
+        for of_size in entry["parts"]:
+            if tuple(of_size["size"]) == size:
+                reader = ShardReader(self.folder, of_size["shards"])
+                if len(reader) != len(of_size["rows"]):
                     raise ValueError(
-                        f"the manifest of '{self.folder}' is damaged: {len(part['rows'])} captions of {len(reader)}"
+                        f"the manifest of '{self.folder}' is damaged: {len(of_size['rows'])} captions of {len(reader)}"
                     )
-                return Part(reader, torch.tensor(part["rows"]))
+                return OwnerStates(reader, torch.tensor(of_size["rows"]))
         width, height = size
         raise ValueError(
             f"the rollouts in '{self.folder}' have no paths of '{entry['name']}' at {width}x{height}, but of others: "
@@ -73,9 +76,10 @@ class Rollouts:
         )
 
     def for_teachers(self, base: Checkpoint, teachers: Mapping[str, tuple[Checkpoint, str]]) -> Rollouts:
-        """The same rollouts for these teachers, in this order, under these names.
+        """The rollouts of these teachers alone, in this order and under these names.
 
-        teachers: (checkpoint, file) by name. Raises ValueError naming those whose weights are not the ones that painted.
+        teachers: (checkpoint, file) by name. Raises ValueError naming those whose weights are not the ones that
+        painted.
         """
         found, missing = [], []
         for role, name, checkpoint in [("teacher", n, c) for n, (c, _) in teachers.items()] + [
@@ -108,18 +112,19 @@ class Rollouts:
         return None
 
     def __len__(self) -> int:
-        return sum(len(part) for parts in self.parts for part in parts)
+        return sum(len(one) for owners in self.states for one in owners)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, h, w) of most states."""
-        largest = max(self.parts, key=lambda parts: sum(len(part) for part in parts))
-        return largest[0].reader.shape("x_t")[1:]
+        largest = max(self.states, key=lambda owners: sum(len(one) for one in owners))
+        channels, height, width = largest[0].reader.shape("x_t")[1:]
+        return channels, height, width
 
     def fingerprint(self) -> str:
-        shards = [[part.reader.fingerprint() for part in parts] for parts in self.parts]
+        shards = [[one.reader.fingerprint() for one in owners] for owners in self.states]
         rows = [entry["parts"][i]["rows"] for entry in self.entries for i in range(len(entry["parts"]))]
-        return text_hash("rollouts", self.prompts, self.sizes, shards, rows)
+        return repr_sha256("rollouts", self.prompts, self.sizes, shards, rows)
 
     def batch(self, number: int, draw: Draw) -> Batch:
         """As ``TrainingData.batch``. Where a caption is dropped, the target is the prediction for the empty prompt.
@@ -139,28 +144,33 @@ class Rollouts:
             raise ValueError(
                 f"the rollouts in '{self.folder}' have no paths of the base: make them with a base share, or set base_share to 0"
             )
-        counts = tuple(math.ceil(sum(len(part) for part in parts) / draw.batch_size) for parts in self.parts)
+        counts = tuple(math.ceil(sum(len(one) for one in owners) / draw.batch_size) for owners in self.states)
         which, turn = size_of_batch(draw.seed, number, counts)
         teacher, turns = share_out(turn * draw.batch_size, draw.batch_size, draw.teachers, draw.base_share)
         teacher, order = teacher.sort(stable=True)
         turns = turns[order]
         g = torch.Generator().manual_seed(hash_seed(draw.seed, "rollout batch", number))
         drop = torch.rand(draw.batch_size, generator=g) < draw.dropout
-        states: dict[str, list[Tensor]] = {name: [] for name in ("x_t", "t", "rows", "target")}
+        x_t: list[Tensor] = []
+        t: list[Tensor] = []
+        rows: list[Tensor] = []
+        target: list[Tensor] = []
         for i in teacher.unique().tolist():
-            mine, part = teacher == i, self.parts[which][i]
-            index = torch.tensor([_drawn(draw.seed, which, i, len(part), d) for d in turns[mine].tolist()])
+            mine, states = teacher == i, self.states[which][i]
+            drawn = [_drawn(draw.seed, which, i, count=len(states), draw=d) for d in turns[mine].tolist()]
+            index = torch.tensor(drawn)
             dropped = drop[mine]
-            states["x_t"].append(part.reader.rows("x_t", index).float())
-            states["t"].append(part.reader.rows("t", index))
-            states["rows"].append(torch.where(dropped, 0, part.rows[index]))
-            target = [part.reader.rows("null" if d else "cond", i[None]) for i, d in zip(index, dropped.tolist())]
-            states["target"].append(torch.cat(target).float())
-        return Batch(teacher=teacher, **{name: torch.cat(value) for name, value in states.items()})
+            x_t.append(states.reader.rows("x_t", index).float())
+            t.append(states.reader.rows("t", index))
+            rows.append(torch.where(dropped, 0, states.rows[index]))
+            stored = [states.reader.rows("null" if d else "cond", i[None]) for i, d in zip(index, dropped.tolist())]
+            target.append(torch.cat(stored).float())
+        return Batch(torch.cat(x_t), torch.cat(t), teacher, torch.cat(rows), target=torch.cat(target))
 
 
 def size_of_batch(seed: int, number: int, counts: tuple[int, ...]) -> tuple[int, int]:
-    """Which size batch ``number`` is of, and its number among those of that size; counts: batches of each size an epoch."""
+    """(size of batch ``number``, its number among the batches of that size); counts: batches of each size in an
+    epoch."""
     epoch, place = divmod(number, sum(counts))
     which, turn = _epoch_of_sizes(seed, epoch, counts)[place]
     return which, epoch * counts[which] + turn
@@ -168,6 +178,7 @@ def size_of_batch(seed: int, number: int, counts: tuple[int, ...]) -> tuple[int,
 
 @functools.lru_cache(maxsize=4)
 def _epoch_of_sizes(seed: int, epoch: int, counts: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(size, number among the batches of that size) of every batch of an epoch, shuffled."""
     sizes = torch.tensor([which for which, count in enumerate(counts) for _ in range(count)])
     g = torch.Generator().manual_seed(hash_seed(seed, "rollout sizes", epoch))
     order = sizes[torch.randperm(len(sizes), generator=g)].tolist()
@@ -180,8 +191,9 @@ def _epoch_of_sizes(seed: int, epoch: int, counts: tuple[int, ...]) -> list[tupl
 
 
 def share_out(position: int, count: int, teachers: int, base_share: float) -> tuple[Tensor, Tensor]:
-    """Rows position to position + count - 1 of an endless run: whose each is (``teachers`` is the base) and its number among the
-    owner's. The base's rows are spread evenly, and the teachers take turns in the others."""
+    """(owner (count,), number of the row among its owner's (count,)) of rows position to position + count - 1 of an
+    endless run; owner ``teachers`` is the base. The base's rows are spread evenly, and the teachers take turns in the
+    others."""
     place = torch.arange(position, position + count + 1)
     base = (place.double() * base_share).floor().long()  # the base's rows before each place
     is_base, place, base = base.diff() > 0, place[:-1], base[:-1]
@@ -189,14 +201,16 @@ def share_out(position: int, count: int, teachers: int, base_share: float) -> tu
     return torch.where(is_base, teachers, others % teachers), torch.where(is_base, base, others // teachers)
 
 
-def _drawn(seed: int, size: int, owner: int, count: int, draw: int) -> int:
-    """The state that an owner's draw number ``draw`` is: a new order every epoch."""
+def _drawn(seed: int, size: int, owner: int, *, count: int, draw: int) -> int:
+    """The index of the state, of an owner's ``count`` of one size, that its draw number ``draw`` is: a new order every
+    epoch."""
     epoch, place = divmod(draw, count)
-    return int(_order(seed, size, owner, count, epoch)[place])
+    return int(_order(seed, size, owner, count=count, epoch=epoch)[place])
 
 
 @functools.lru_cache(maxsize=256)
-def _order(seed: int, size: int, owner: int, count: int, epoch: int) -> Tensor:
+def _order(seed: int, size: int, owner: int, *, count: int, epoch: int) -> Tensor:
+    """The order (count,) of an owner's states of one size in an epoch."""
     g = torch.Generator().manual_seed(hash_seed(seed, "rollout epoch", size, owner, epoch))
     return torch.randperm(count, generator=g)
 
@@ -204,7 +218,8 @@ def _order(seed: int, size: int, owner: int, count: int, epoch: int) -> Tensor:
 def open_rollouts(folder: str | os.PathLike, verify: bool = False) -> Rollouts:
     """Open rollouts that ``build_rollouts`` finished, reading the manifest only: all teachers, in the manifest's order.
 
-    Raises ValueError for those that are unfinished, damaged or of a newer version; ``verify`` reads and hashes every shard.
+    Raises ValueError for those that are unfinished, damaged or of a newer version; ``verify`` reads and hashes every
+    shard.
     """
     manifest = read_manifest(folder, "rollouts")
     try:

@@ -1,7 +1,8 @@
-"""One teacher's sampling paths: the states on them that are kept, with both predictions that guidance asks for.
+"""Samples one teacher's paths and keeps states on them, with both predictions that guidance asks for.
 
-Every state lies exactly on an integer timestep, and its labels are what the UNet says to the float16 x_t that is kept: x_t is
-rounded before the UNet sees it. So that all timesteps occur, the grid of noise levels is shifted at random from batch to batch.
+Every state lies exactly on an integer timestep, and its labels are what the UNet says to the float16 x_t that is kept:
+x_t is rounded before the UNet sees it. So that all timesteps occur, the grid of noise levels is shifted at random from
+batch to batch.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torch import Tensor
 
 from ...dmm_core.sampling import SAMPLERS, SCHEDULERS, choose, sample, sigmas_for
 from ...dmm_core.schedule import NoiseSchedule, predicted_x0
-from ..files.hashing import text_hash
+from ..files.hashing import repr_sha256
 from ..seeds import hash_seed
 from ..teachers.teacher import Teacher
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BASE_NAME = "(base)"
-"""Under which the base's paths are reported; no teacher may be called that."""
+"""The name of the base among the owners of paths; no teacher may be called that."""
 
 SHORTEST_FIRST_STEP = 0.25
 """Of a step: a shorter first one is left out, or the second-order sampler would extrapolate far from it."""
@@ -30,12 +31,13 @@ SHORTEST_FIRST_STEP = 0.25
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """What decides the states, besides models and captions.
+    """The settings that the states depend on, besides models and captions.
 
-    paths: paintings by each teacher; base_share: share of all paintings that are the base's; states: kept of each painting;
-    sizes: (width, height) in pixels, in turn, none for the model family's own; batch_size: paintings at a time, which changes the
-    states a little. steps, cfg, sampler, scheduler: as of the host's KSampler. "sgm_uniform" spaces timesteps evenly, so that they are
-    as frequent as when pictures are noised. precision: "fp32", "bf16" or "fp16", of the UNets.
+    paths: paintings by each teacher; base_share: share of all paintings that are the base's; states: kept of each
+    painting; sizes: (width, height) in pixels, in turn, none for the model family's own; batch_size: paintings at a
+    time, which changes the states a little. steps, cfg, sampler, scheduler: as of the host's KSampler. "sgm_uniform"
+    spaces timesteps evenly, so that they are as frequent as when pictures are noised. precision: "fp32", "bf16" or
+    "fp16", of the UNets.
     """
 
     paths: int = 400
@@ -51,7 +53,8 @@ class RolloutSettings:
     precision: str = "fp32"
 
     def check(self, multiple: int) -> None:
-        """Raises ValueError naming the first setting that makes no sense for models whose sizes are multiples of ``multiple``."""
+        """Raises ValueError naming the first setting that makes no sense for models whose sizes are multiples of
+        ``multiple``."""
         for name in ("paths", "states", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a whole number from 1")
@@ -90,20 +93,22 @@ class Owner:
     @property
     def key(self) -> str:
         """16 hexadecimal digits: what its states depend on, which its name and file are not."""
-        return text_hash(self.role, self.unet, self.text, self.prediction, self.zero_snr)[:16]
+        return repr_sha256(self.role, self.unet, self.text, self.prediction, self.zero_snr)[:16]
 
 
 # --- noise levels -----------------------------------------------------------------------------------------------------
 
 
 def timestep_grid(schedule: NoiseSchedule, steps: int, scheduler: str) -> list[int]:
-    """The host's noise levels as the timesteps that its UNet is told, falling. Levels that round to one timestep become one."""
+    """The host's noise levels as the timesteps that its UNet is told, falling. Levels that round to one timestep become
+    one."""
     told = schedule.t_from_sigma(sigmas_for(schedule, steps, scheduler)[:-1])
     return sorted(set(told.tolist()), reverse=True)
 
 
 def shifted_grid(grid: Sequence[int], shift: float, top: int = 999) -> list[int]:
-    """Each timestep lowered by a share ``shift`` (0 to below 1) of its distance to the next; the path still begins at the top.
+    """Each timestep lowered by a share ``shift`` (0 to below 1) of its distance to the next; the path still begins at
+    the top.
 
     Over all shifts every timestep down to 0 comes up, as often as the grid is dense there.
     """
@@ -117,12 +122,13 @@ def shifted_grid(grid: Sequence[int], shift: float, top: int = 999) -> list[int]
 
 
 class Recorder:
-    """A denoiser under guidance (see ``dmm_core.sampling``) that keeps some of the states it is asked about.
+    """A denoiser under guidance (see ``dmm_core.sampling``) that keeps some of the states it is called with.
 
-    keep: (steps, B) bool, which row is kept at which step. kept: what was, as dicts of tensors of one row each.
+    rows: (B,) captions; keep: (steps, B) bool, which row is kept at which step. kept: the states, one row each, as
+    dicts: the row's place in the batch "path", and the tensors "x_t", "cond", "null" (C, h, w) float16 and "t" ().
     """
 
-    def __init__(self, teacher: Teacher, schedule: NoiseSchedule, rows: Tensor, cfg: float, keep: Tensor):
+    def __init__(self, teacher: Teacher, schedule: NoiseSchedule, rows: Tensor, *, cfg: float, keep: Tensor):
         self.teacher, self.schedule, self.cfg, self.keep = teacher, schedule, cfg, keep
         self.rows = torch.cat([rows, torch.zeros_like(rows)])  # (2B,): the captions and, for guidance, the empty prompt
         self.step = 0
@@ -137,7 +143,9 @@ class Recorder:
             state = {"x_t": x_t[row], "cond": cond[row].half(), "null": null[row].half(), "t": t[row]}
             self.kept.append({"path": row, **{name: value.cpu() for name, value in state.items()}})
         self.step += 1
-        return predicted_x0(null + self.cfg * (cond - null), x_t.float(), signal, noise, self.teacher.prediction)
+        return predicted_x0(
+            null + self.cfg * (cond - null), x_t.float(), signal, noise, prediction=self.teacher.prediction
+        )
 
 
 @torch.no_grad()
@@ -146,12 +154,15 @@ def paint_states(
     owner: Owner,
     rows: Sequence[int],
     paths: Sequence[int],
+    *,
     size: tuple[int, int],
     settings: RolloutSettings,
 ) -> list[dict[str, Any]]:
-    """One batch of a teacher's paths from noise to picture -> the states kept, in order of path and then of time.
+    """Paint one batch of a teacher's paths from noise to picture -> the states kept, as of ``Recorder.kept``, by path
+    and then by step.
 
-    rows: the captions of the paths in ``teacher.contexts``; paths: their numbers, from which all randomness follows.
+    rows: the captions of the paths, as rows of ``teacher.contexts``; paths: their numbers, from which all randomness
+    follows; size: (width, height) in pixels. Raises ValueError when the teacher paints NaN or infinite numbers.
     """
     schedule = NoiseSchedule(owner.zero_snr)
     first = path_generator(settings.seed, "grid", owner.key, size, paths[0])
@@ -164,10 +175,10 @@ def paint_states(
         g = path_generator(settings.seed, "path", owner.key, path)
         noise[i] = torch.randn(shape, generator=g)
         keep[torch.randperm(len(grid), generator=g)[: settings.states], i] = True
-    recorder = Recorder(teacher, schedule, torch.tensor(rows), settings.cfg, keep)
+    recorder = Recorder(teacher, schedule, torch.tensor(rows), cfg=settings.cfg, keep=keep)
     device = next(teacher.unet.parameters()).device
     sigmas = torch.cat([schedule.sigmas[grid], torch.zeros(1)])
-    picture = sample(recorder, schedule, noise.to(device), sigmas.to(device), settings.sampler)
+    picture = sample(recorder, schedule, noise.to(device), sigmas.to(device), sampler=settings.sampler)
     if not torch.isfinite(picture).all():
         raise ValueError(
             f"'{owner.name}' paints NaN or infinite numbers: use precision fp32 or bf16, a lower cfg, or look at what it paints "
@@ -177,4 +188,5 @@ def paint_states(
 
 
 def path_generator(seed: int, *purpose: object) -> torch.Generator:
+    """A generator for one purpose of the rollouts with this seed."""
     return torch.Generator().manual_seed(hash_seed(seed, "rollouts", *purpose))

@@ -1,7 +1,8 @@
-"""Rollouts: states on the teachers' own sampling paths, with what each teacher says to them. No pictures are needed.
+"""Builds rollouts: states on the teachers' own sampling paths, with each teacher's predictions. No pictures are needed.
 
-A teacher paints captions from noise under classifier-free guidance; of each path a few random states are kept, with both
-predictions that guidance asks for: of the caption and of the empty prompt (data-free distillation, cf. BOOT, arXiv:2306.05544).
+A teacher paints captions from noise under classifier-free guidance; of each path a few random states are kept, with
+both predictions that guidance asks for: of the caption and of the empty prompt (data-free distillation, cf. BOOT,
+arXiv:2306.05544).
 
     rollouts-<owner>-512x512-00000.safetensors   x_t, cond, null (S, 4, h, w) float16; t (S,)
     text-<hash>-00000.safetensors, manifest.json as in an image cache
@@ -21,8 +22,8 @@ from torch import Tensor
 from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.unet import UNetConfig, unet_config_from_state_dict
 from ..config import check_names
-from ..files.hashing import text_hash, weights_hash
-from ..progress import Tick
+from ..files.hashing import repr_sha256, weights_hash
+from ..progress import ProgressCallback
 from ..teachers.lora_files import recorded, split_loras
 from ..teachers.models import Model, as_checkpoint, base_with_parts
 from ..teachers.teacher import Teacher, check_architectures, check_schedules, plain_unet
@@ -39,7 +40,8 @@ SHARD_PATHS = 32
 def plan_paths(
     owner: Owner, count: int, prompts: int, settings: RolloutSettings
 ) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """(path, row of its caption) by size: sizes in turn, captions shuffled, each equally often. Row 0, the empty prompt, is not one."""
+    """(path, row of its caption) by size: sizes in turn, captions shuffled, each equally often. Row 0, the empty
+    prompt, is not one."""
     plan: dict[tuple[int, int], list[tuple[int, int]]] = {size: [] for size in settings.sizes}
     for path in range(count):
         epoch, place = divmod(path, prompts - 1)
@@ -56,16 +58,17 @@ def build_rollouts(
     base: Model,
     teachers: Mapping[str, Model],
     captions: Sequence[str],
+    *,
     settings: RolloutSettings | None = None,
     parts_from: Model | None = None,
     device: torch.device | str = "cpu",
-    progress: Tick | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, int]:
     """Paint with every teacher and the base and keep states, or go on with it. Returns the number of states by name.
 
-    teachers: name -> checkpoint or its file; others that a finished cache has already stay in it.
-    parts_from: a full checkpoint, for a base without a text encoder. One UNet is in memory at a time when files are given.
-    Raises ValueError for models that do not fit together, before anything is painted.
+    teachers: name -> checkpoint or its file; others that a finished cache has already stay in it. parts_from: a full
+    checkpoint, for a base without a text encoder. One UNet is in memory at a time when files are given. Raises
+    ValueError for models that do not fit together, before anything is painted.
     """
     check_names(list(teachers))
     base_model = base_with_parts(base, parts_from)
@@ -79,42 +82,47 @@ def build_rollouts(
     if len(prompts) == 1:
         raise ValueError("no captions given: the teachers need something to paint")
     fixed = {k: v for k, v in vars(settings).items() if k not in ("paths", "base_share")}
-    fixed["captions"] = text_hash(prompts)
+    fixed["captions"] = repr_sha256(prompts)
     writer = ShardWriter(folder, "rollouts", fixed)
 
     owners = _owners(teachers, base_model, config)
-    text = store_all_text(writer, [base_model, *teachers.values()], prompts, torch.device(device), progress, base_model)
+    models = [base_model, *teachers.values()]
+    text = store_all_text(writer, models, prompts, device=torch.device(device), progress=progress, base=base_model)
     store = TextStore(folder, {"text": text})
 
-    work = [(owner, teachers[owner.name], settings.paths) for owner in owners]
+    work: list[tuple[Owner, Model, int]] = [(owner, teachers[owner.name], settings.paths) for owner in owners]
     if settings.base_share:
         share = settings.base_share / (1 - settings.base_share)
         count = max(round(share * len(teachers) * settings.paths), len(settings.sizes))
-        work.append((_owner("base", BASE_NAME, base, base_model, base_model), base_model, count))
-    total, done, entries = sum(count for *_, count in work), 0, []
+        work.append((_owner(BASE_NAME, base, base_model, role="base", base=base_model), base_model, count))
+    total, done = sum(count for *_, count in work), 0
+    entries: list[dict[str, Any]] = []
     for owner, model, count in work:
 
-        def tick(painted: int, before: int = done, name: str = owner.name) -> None:
+        def on_path(painted: int, before: int = done, name: str = owner.name) -> None:
             if progress:
                 progress(before + painted, total, f"'{name}' paints")
 
-        load = functools.cache(functools.partial(_load_teacher, owner, model, store, settings, device))
+        load = functools.cache(functools.partial(_load_teacher, owner, model, store, settings, device=device))
         plan = plan_paths(owner, count, len(prompts), settings)
-        entries.append({**vars(owner), "parts": _store_paths(writer, owner, plan, prompts, settings, load, tick)})
+        by_size = _store_paths(writer, owner, plan, prompts, settings=settings, load=load, on_path=on_path)
+        entries.append({**vars(owner), "parts": by_size})
         done += count
     names, weights = {entry["name"] for entry in entries}, {(entry["role"], entry["unet"]) for entry in entries}
     before = [entry for entry in writer.before.get("owners", []) if entry["name"] not in names]
     kept = [entry for entry in before if (entry["role"], entry["unet"]) not in weights]
     writer.finish({"prompts": prompts, "owners": [*kept, *entries], "text": text})
-    return {entry["name"]: sum(len(part["rows"]) for part in entry["parts"]) for entry in entries}
+    return {entry["name"]: sum(len(of_size["rows"]) for of_size in entry["parts"]) for entry in entries}
 
 
 def _owners(teachers: Mapping[str, Model], base: Checkpoint, config: UNetConfig) -> list[Owner]:
-    """Raises ValueError for teachers of another architecture or schedule than the base, and for the same one twice."""
-    owners, sizes, seen = [], [], {}
+    """The teachers as owners of paths. Raises ValueError for another architecture or schedule than the base's, and for
+    the same one twice."""
+    owners, sizes = [], []
+    seen: dict[str, str] = {}  # name by hash
     for name, model in teachers.items():
         checkpoint = as_checkpoint(model, base)  # one file in memory at a time
-        owners.append(_owner("teacher", name, model, checkpoint, base))
+        owners.append(_owner(name, model, checkpoint, role="teacher", base=base))
         sizes.append((name, unet_config_from_state_dict(checkpoint.unet)))
     check_architectures(config, sizes)
     check_schedules(base.zero_snr, [(owner.name, owner.zero_snr) for owner in owners])
@@ -129,19 +137,31 @@ def _owners(teachers: Mapping[str, Model], base: Checkpoint, config: UNetConfig)
     return owners
 
 
-def _owner(role: str, name: str, model: Model, checkpoint: Checkpoint, base: Checkpoint) -> Owner:
+def _owner(name: str, model: Model, checkpoint: Checkpoint, *, role: str, base: Checkpoint) -> Owner:
+    """A model as the owner of paths. Raises ValueError for a DMM model."""
     if checkpoint.num_styles:
         raise ValueError(f"'{name}' is itself a DMM model with {checkpoint.num_styles} styles: use a plain checkpoint")
     file, digest = ("", "") if isinstance(model, Checkpoint) else recorded(*split_loras(model))
     unet, text = weights_hash(checkpoint.unet), weights_hash(checkpoint.text or base.text)
-    return Owner(role, name, unet, text, checkpoint.prediction, checkpoint.zero_snr, file, digest)
+    return Owner(
+        role,
+        name,
+        unet,
+        text,
+        prediction=checkpoint.prediction,
+        zero_snr=checkpoint.zero_snr,
+        file=file,
+        sha256=digest,
+    )
 
 
 def _load_teacher(
-    owner: Owner, model: Model, store: TextStore, settings: RolloutSettings, device: torch.device | str
+    owner: Owner, model: Model, store: TextStore, settings: RolloutSettings, *, device: torch.device | str
 ) -> Teacher:
+    """An owner of paths as a teacher on the device, in the settings' precision."""
     unet = plain_unet(as_checkpoint(model).unet, f"'{owner.name}'").to(device, PRECISIONS[settings.precision])
-    return Teacher(owner.name, unet, *store.stored[owner.text], owner.prediction, owner.zero_snr)
+    contexts, pooled = store.stored[owner.text]
+    return Teacher(owner.name, unet, contexts, pooled, prediction=owner.prediction, zero_snr=owner.zero_snr)
 
 
 def _store_paths(
@@ -149,32 +169,37 @@ def _store_paths(
     owner: Owner,
     plan: Mapping[tuple[int, int], list[tuple[int, int]]],
     prompts: Sequence[str],
+    *,
     settings: RolloutSettings,
     load: Callable[[], Teacher],
-    tick: Callable[[int], None],
+    on_path: Callable[[int], None],
 ) -> list[dict[str, Any]]:
-    """One owner's shards -> its ``parts`` in the manifest, one per size. The UNet is loaded only when a shard is missing."""
-    parts, done = [], 0
+    """Write one owner's shards -> its ``parts`` in the manifest, one per size. The UNet is loaded only when a shard is
+    missing."""
+    entries: list[dict[str, Any]] = []
+    done = 0
     for size, paths in plan.items():
         shards = []
         for number, start in enumerate(range(0, len(paths), SHARD_PATHS)):
-            part = paths[start : start + SHARD_PATHS]
+            chunk = paths[start : start + SHARD_PATHS]
 
-            def build(part=part, size=size, before=done) -> dict[str, Tensor]:
+            def build(
+                chunk: list[tuple[int, int]] = chunk, size: tuple[int, int] = size, before: int = done
+            ) -> dict[str, Tensor]:
                 states = []
-                for first in range(0, len(part), settings.batch_size):
-                    batch = part[first : first + settings.batch_size]
+                for first in range(0, len(chunk), settings.batch_size):
+                    batch = chunk[first : first + settings.batch_size]
                     numbers, rows = zip(*batch)
-                    states += paint_states(load(), owner, rows, numbers, size, settings)
-                    tick(before + first + len(batch))
+                    states += paint_states(load(), owner, rows, numbers, size=size, settings=settings)
+                    on_path(before + first + len(batch))
                 return {name: torch.stack([state[name] for state in states]) for name in ("x_t", "cond", "null", "t")}
 
-            texts = [(path, prompts[row]) for path, row in part]
-            identity = text_hash("rollouts", owner.key, size, sorted(writer.settings.items()), texts)
+            texts = [(path, prompts[row]) for path, row in chunk]
+            identity = repr_sha256("rollouts", owner.key, size, sorted(writer.settings.items()), texts)
             name = f"rollouts-{owner.key}-{size[0]}x{size[1]}-{number:05d}.safetensors"
-            shards.append(writer.shard(name, identity, len(part) * settings.states, build))
-            done += len(part)
-            tick(done)
+            shards.append(writer.shard(name, identity, len(chunk) * settings.states, build))
+            done += len(chunk)
+            on_path(done)
         rows = [row for _, row in paths for _ in range(settings.states)]
-        parts.append({"size": list(size), "rows": rows, "shards": shards})
-    return parts
+        entries.append({"size": list(size), "rows": rows, "shards": shards})
+    return entries

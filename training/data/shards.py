@@ -1,8 +1,8 @@
-"""A folder of safetensors shards with a manifest: how caches lie on disk, are built in pieces, and are read lazily.
+"""Caches on disk: a folder of safetensors shards with a manifest, which is built shard by shard and read lazily.
 
-A shard is written whole or not at all, and carries the hash of everything that decides its content; building again keeps the
-shards whose hash is right. The manifest is written last and removed before a shard of it changes: a folder with a manifest is
-complete. Nothing in it depends on when or in how many attempts it was made.
+A shard is written completely or not at all, and carries the hash of everything that decides its content; building again
+keeps the shards whose hash is right. The manifest is written last and removed before a shard of it changes: a folder
+with a manifest is complete. Nothing in it depends on when or in how many attempts it was made.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 KINDS = ("images", "rollouts")
+"""What a manifest says under "kind"."""
+
 MANIFEST = "manifest.json"
 IDENTITY = "dmm.shard"
-"""A shard's only metadata: safetensors writes several entries in a random order, and equal shards must be equal files."""
+"""A shard's only metadata: safetensors writes several entries in a random order, and equal shards must be equal
+files."""
 
 SHARD_NAME = re.compile(r"(latents|text|rollouts)-[0-9a-z-]+-\d{5}\.safetensors")
 OPEN_SHARDS = 64
@@ -40,6 +43,7 @@ SHOWN = 5
 
 
 def first_few(items: Sequence[object]) -> str:
+    """The first ``SHOWN`` items of a list in words, for error messages."""
     rest = len(items) - SHOWN
     return "; ".join(str(item) for item in items[:SHOWN]) + (f"; and {rest} more" if rest > 0 else "")
 
@@ -50,7 +54,8 @@ def first_few(items: Sequence[object]) -> str:
 class ShardWriter:
     """The folder of a cache that is being built or extended.
 
-    settings: what every shard depends on, by name; a folder that was made with others is refused (ValueError), never mixed.
+    settings: what every shard depends on, by name; a folder that was made with others is refused (ValueError), never
+    mixed.
     """
 
     def __init__(self, folder: str | os.PathLike, kind: str, settings: Mapping[str, Any]):
@@ -112,7 +117,7 @@ class ShardWriter:
 
 
 def _carries(path: Path, identity: str) -> bool:
-    """Whether a shard is there, whole and with this identity."""
+    """Whether there is a readable shard with this identity."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get(IDENTITY) == identity
@@ -124,7 +129,8 @@ def _carries(path: Path, identity: str) -> bool:
 
 
 def read_manifest(folder: str | os.PathLike, kind: str | None = None) -> dict[str, Any]:
-    """Raises ValueError for a folder that is no finished cache, of another kind, or of a newer version."""
+    """The manifest of a finished cache. Raises ValueError for a folder that is none, one of another kind, or of a newer
+    version."""
     path = Path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -160,15 +166,16 @@ def read_manifest(folder: str | os.PathLike, kind: str | None = None) -> dict[st
 def shard_entries(content: Any) -> list[dict[str, Any]]:
     """Every shard's entry anywhere in a manifest: they lie in lists called ``shards``."""
     if isinstance(content, dict):
-        own = content.get("shards", [])
-        return [*own, *(e for key, value in content.items() if key != "shards" for e in shard_entries(value))]
+        direct = content.get("shards", [])
+        return [*direct, *(e for key, value in content.items() if key != "shards" for e in shard_entries(value))]
     if isinstance(content, list) and content and isinstance(content[0], dict):
         return [entry for value in content for entry in shard_entries(value)]
     return []
 
 
 def check_shards(folder: str | os.PathLike, entries: Iterable[Mapping[str, Any]], verify: bool = False) -> None:
-    """Raises ValueError naming the shards that are missing or of another size, with ``verify`` also of other content."""
+    """Raises ValueError naming the shards that are missing or of another size, with ``verify`` also of other
+    content."""
     problems = []
     for entry in entries:
         path = Path(folder) / entry["file"]
@@ -186,7 +193,8 @@ def check_shards(folder: str | os.PathLike, entries: Iterable[Mapping[str, Any]]
 
 
 class ShardReader:
-    """Rows of tensors that lie in a list of shards, as if end to end. entries: the shards' in the manifest, ``count`` rows each."""
+    """Rows of tensors that lie in a list of shards, numbered through all of them. entries: of the shards in the
+    manifest, each of which has ``count`` rows of every tensor."""
 
     def __init__(self, folder: str | os.PathLike, entries: Sequence[Mapping[str, Any]]):
         self.folder, self.entries = Path(folder), list(entries)
@@ -196,7 +204,7 @@ class ShardReader:
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def _open_shard(self, shard: int):
+    def _open_shard(self, shard: int) -> safe_open:
         path = self.folder / self.entries[shard]["file"]
         try:
             return safe_open(path, framework="pt")
@@ -222,7 +230,7 @@ class ShardReader:
         return torch.cat([self.span(shard, name, row, row + 1) for shard, row in places])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole: all rows, and the sizes of the first shard's."""
+        """The shape that a tensor would have in one file: all rows, and the other sizes of the first shard."""
         return len(self), *self._open(0).get_slice(name).get_shape()[1:]
 
     def fingerprint(self) -> str:

@@ -75,7 +75,7 @@ def batch_of_captions(rng: np.random.Generator, size: int) -> tuple[list[str], d
         if rng.uniform() < 0.2:
             text = str(rng.choice(["beautiful", "photo of", "masterpiece,", "my"])) + " " + text
         if rng.uniform() < 0.1:
-            text, named = "", {name: "" for name in ATTRIBUTES}
+            text, named = "", dict.fromkeys(ATTRIBUTES, "")
         captions.append(text)
         for name, value in named.items():
             classes[name].append(ATTRIBUTES[name].index(value))

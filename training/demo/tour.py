@@ -62,7 +62,7 @@ def tour(config_path: str, watch: Watch) -> None:
             labels.append(name)
             rows.append(who.pictures(who.latents(CAPTIONS, row, seed=1, settings=SETTINGS)))
     sheet = output.with_name(output.stem + "-grid.png")
-    grid(rows, labels, CAPTIONS, "Each teacher, and the one DMM model in its style").save(sheet)
+    grid(rows, labels, CAPTIONS, title="Each teacher, and the one DMM model in its style").save(sheet)
 
     first, second = BLEND
     shares = [i / 6 for i in range(7)]
@@ -71,7 +71,7 @@ def tour(config_path: str, watch: Watch) -> None:
     frames = brush.pictures(
         brush.latents(["a big blue house, hills"] * 7, mixes, BLEND_SEED, SETTINGS, same_noise=True)
     )
-    blend_strip(frames, first, second, shares, "One model, two styles, seven blends").save(strip)
+    blend_strip(frames, first, second, shares, title="One model, two styles, seven blends").save(strip)
 
     print(f"\ncheckpoint  {output} ({output.stat().st_size / 1e6:.1f} MB)\npictures    {sheet}\nblend       {strip}")
     print(f"distilled in {trained - started:.0f} s, all in {time.monotonic() - started:.0f} s")

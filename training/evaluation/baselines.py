@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...dmm_core.unet import UNet, UNetConfig, load_unet
 from ..config import TrainConfig
-from ..files.hashing import text_hash
+from ..files.hashing import repr_sha256
 from ..loop.losses import score_loss
 from ..loop.new_student import new_student
 from ..teachers.teacher import Teacher, without_styles
@@ -59,7 +59,7 @@ class Comparison:
     def key(self) -> str:
         """A hash of all its painters."""
         keys = [(member.key, style) for member, style in self.painters]
-        return keys[0][0] if len(keys) == 1 else text_hash("comparison", keys)
+        return keys[0][0] if len(keys) == 1 else repr_sha256("comparison", keys)
 
 
 def choose_baselines(text: str) -> tuple[str, ...]:
@@ -79,7 +79,7 @@ def obstacles(teachers: Sequence[Member], base: Member | None) -> dict[str, str]
     """Baselines that these models do not allow, and why."""
     found = {}
     if base is None:
-        found = {name: "needs the base model that the student was trained from" for name in NEED_BASE}
+        found = dict.fromkeys(NEED_BASE, "needs the base model that the student was trained from")
     for name in MERGES:
         parents = [*([base] if base is not None and name in NEED_BASE else []), *teachers]
         kinds = {kind: [m.name for m in parents if m.prediction == kind] for kind in ("eps", "v")}
@@ -163,7 +163,7 @@ def summed(shares: Sequence[float], parents: Sequence[Member]) -> dict[str, Tens
 def derived(name: str, how: tuple, parents: Sequence[Member], student: Member, make: Callable[[], UNet]) -> Member:
     """A model made of others: its key follows from theirs, from how it is made, and from whose words it reads."""
     text, first = student.text, parents[0]
-    key = text_hash("derived", *how, [parent.key for parent in parents], text.key)
+    key = repr_sha256("derived", *how, [parent.key for parent in parents], text.key)
 
     def open_it() -> Teacher:
         return Teacher(name, make(), text.contexts, text.pooled, first.prediction, first.zero_snr)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...dmm_core.style_value import NO_STYLE
 from ..data.buckets import size_multiple
 from ..files.hashing import tensor_sha256
-from ..progress import Tick
+from ..progress import ProgressCallback
 from .agreement import (
     EpsAgreement,
     Pairing,
@@ -122,7 +122,7 @@ def evaluate(
     settings: EvaluationSettings,
     folder: Path | None = None,
     device: torch.device | None = None,
-    progress: Tick | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Evaluation:
     """Everything that ``settings.metrics`` names, of the student and of whoever else is compared. One UNet is on the device at a time.
 

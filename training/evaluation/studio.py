@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ...dmm_core.sampling import host_noise
 from ...dmm_core.unet import UNetConfig, load_unet
-from ..files.hashing import tensor_sha256, text_hash
-from ..files.pieces import read_part, write_part
+from ..files.hashing import repr_sha256, tensor_sha256
+from ..files.pieces import read_piece, write_piece
 from ..paint.paint_rows import paint_rows
-from ..progress import Tick
+from ..progress import ProgressCallback
 from ..teachers.teacher import Rows, Teacher, check_architectures, check_schedules, check_text
 from .features import FeatureNet
 from .settings import SECOND_BATCH, EvaluationSettings
@@ -68,8 +68,8 @@ class Member:
         texts = [tensor_sha256(teacher.contexts[rows])]
         if teacher.pooled is not None:
             texts.append(tensor_sha256(teacher.pooled[rows]))
-        key = text_hash(teacher.weights_sha256, teacher.style, teacher.prediction, *texts)
-        text = PromptStates(text_hash(*texts), teacher.contexts, teacher.pooled)
+        key = repr_sha256(teacher.weights_sha256, teacher.style, teacher.prediction, *texts)
+        text = PromptStates(repr_sha256(*texts), teacher.contexts, teacher.pooled)
         return cls(teacher.name, key, lambda: teacher, teacher.unet.config, teacher.zero_snr, teacher.prediction, text)
 
 
@@ -114,7 +114,7 @@ def placed(teacher: Teacher, device: torch.device, dtype: torch.dtype) -> Teache
 class Meter:
     """Counts work in forwards of a UNet, whether they are computed or read."""
 
-    def __init__(self, total: int, progress: Tick | None):
+    def __init__(self, total: int, progress: ProgressCallback | None):
         self.total, self.done, self.progress = max(total, 1), 0, progress
 
     def __call__(self, forwards: int, what: str) -> None:
@@ -163,10 +163,10 @@ class Studio:
         """A part's tensors, of ``count`` rows each: from the folder, or built now and put there."""
         if self.folder is None:
             return build()
-        path = self.folder / f"{text_hash(FORMAT, *identity)[:32]}.safetensors"
-        found = read_part(path, count)
+        path = self.folder / f"{repr_sha256(FORMAT, *identity)[:32]}.safetensors"
+        found = read_piece(path, count)
         if found is None:
-            write_part(path, found := build())
+            write_piece(path, found := build())
         return found
 
     def rows(self, places: Sequence[int]) -> Tensor:
@@ -218,8 +218,9 @@ class Studio:
         size = (teacher.unet.config.in_channels, s.height // 8, s.width // 8)
         noise = torch.cat([host_noise((1, *size), seed) for seed in seeds]).to(self.device)
         latents = paint_rows(
-            teacher.unet, teacher, rows, noise, s.steps, s.cfg, teacher.style_row, s.sampler, s.scheduler
-        )
+            teacher.unet, teacher, rows, noise,
+            steps=s.steps, cfg=s.cfg, style=teacher.style_row, sampler=s.sampler, scheduler=s.scheduler,
+        )  # fmt: skip
         return latents.float().cpu()
 
     def split(self, work: Callable[[slice], Tensor], count: int) -> Tensor:

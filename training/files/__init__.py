@@ -1,1 +1,1 @@
-"""Any model file as people have it: which layout it is, what is in it, one layout into another."""
+"""Model files of all layouts: reading, describing and converting them; style files; digests; pieces of long work."""

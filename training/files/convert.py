@@ -1,4 +1,4 @@
-"""Model files from one layout into another, every weight bit for bit: the functions behind ``dmm convert``.
+"""Converts model files from one layout into another, every weight bit for bit, for ``dmm convert``.
 
 ``model_files`` reads every layout, ``style_file`` the styles alone; all of them become a ``Checkpoint`` on the way.
 """
@@ -29,6 +29,7 @@ def convert(
     source: str | os.PathLike,
     target: str | os.PathLike,
     to: str,
+    *,
     parts_from: str | os.PathLike | None = None,
     onto: str | os.PathLike | None = None,
     half: bool = False,
@@ -39,12 +40,13 @@ def convert(
     ``source``, a style file; half: float32 weights as float16. Returns what the user should know, in sentences.
     Raises ValueError naming the file; what was at ``target`` before is then untouched.
     """
-    if onto is None:
-        if is_style_file(source):
-            raise ValueError(f"{source} holds styles without a UNet: name the model that they belong to with --onto")
-        checkpoint, notes = load_any(source), []
-    else:
+    notes: list[str] = []
+    if onto is not None:
         checkpoint, notes = recombine(source, onto)
+    elif is_style_file(source):
+        raise ValueError(f"{source} holds styles without a UNet: name the model that they belong to with --onto")
+    else:
+        checkpoint = load_any(source)
     if parts_from is not None:
         checkpoint = add_parts(checkpoint, load_any(parts_from))
     if half:
@@ -62,13 +64,12 @@ def convert(
 
 
 def halved(checkpoint: Checkpoint) -> Checkpoint:
-    """float32 and float64 weights as float16; all that is half or less already, and integers, as they are."""
+    """float32 and float64 weights as float16; weights of 16 bits or less, and integers, as they are."""
 
-    def half(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {k: v.half() if v.dtype in (torch.float32, torch.float64) else v for k, v in part.items()}
+    def half(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v.half() if v.dtype in (torch.float32, torch.float64) else v for k, v in weights.items()}
 
-    parts = {name: half(getattr(checkpoint, name)) for name in ("unet", "text", "vae")}
-    return replace(checkpoint, **parts)
+    return replace(checkpoint, unet=half(checkpoint.unet), text=half(checkpoint.text), vae=half(checkpoint.vae))
 
 
 def save_diffusers(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
@@ -85,7 +86,7 @@ def save_diffusers(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
         unet = unet_to_diffusers(checkpoint.unet)
         config = unet_config_from_state_dict(checkpoint.unet)
         resolution = architecture(config, checkpoint.prediction)[1]
-        described = unet_config_to_diffusers(config, resolution and int(resolution.split("x")[0]) // 8)
+        described = unet_config_to_diffusers(config, int(resolution.split("x")[0]) // 8 if resolution else None)
     except ValueError as error:
         raise ValueError(f"{folder} was not saved: {error}") from error
     metadata = file_metadata(folder, checkpoint)
@@ -108,8 +109,9 @@ def save_diffusers(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
 
 
 def _left_out(checkpoint: Checkpoint) -> list[str]:
-    names = {"text encoder": checkpoint.text, "VAE": checkpoint.vae, "other tensors": checkpoint.other}
-    left = [name for name, part in names.items() if part]
+    """What a UNet folder does not hold of a checkpoint, as a sentence for the user; none where it holds everything."""
+    contents = {"text encoder": checkpoint.text, "VAE": checkpoint.vae, "other tensors": checkpoint.other}
+    left = [name for name, weights in contents.items() if weights]
     if not left:
         return []
     return [f"left out of the UNet folder: {', '.join(left)}; on the way back, --parts-from takes them from the source"]

@@ -1,4 +1,4 @@
-"""What a model file or folder is, in words: the text behind ``dmm info``. Reads headers only, except for the digests."""
+"""A report on a model file or folder, the text of ``dmm info``; reads headers only, except for the digests."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint
@@ -28,15 +29,16 @@ _MOST_VALUES = 300
 def describe(path: str | os.PathLike, digest: bool = True) -> str:
     """A report of several lines about whatever ``load_any`` reads, or a file of styles alone.
 
-    digest: with the SHA-256 of the file and of its UNet and style side (reads all of it). Control characters from the file are
-    shown as "?". Raises ValueError for other files, as ``load_any`` does.
+    digest: with the SHA-256 of the file and of its UNet and style side (reads all of it). Control characters from the
+    file are shown as "?". Raises ValueError for other files, as ``load_any`` does.
     """
     model = read_style_file(path, header_only=True) if is_style_file(path) else load_any_info(path)
-    alone = isinstance(model, StyleFile)
     files = weight_files(path)
     lines = [_row("file", f"{Path(path).name}, {sum(file.stat().st_size for file in files) / 2**20:.1f} MiB")]
-    lines += [_row("layout", "styles alone" if alone else layout_of(path))]
-    lines += _style_sizes(model) if alone else _sizes(model)
+    if isinstance(model, StyleFile):
+        lines += [_row("layout", "styles alone"), *_style_sizes(model)]
+    else:
+        lines += [_row("layout", layout_of(path)), *_sizes(model)]
     if digest:
         lines += [_row("sha256", model_sha256(path)), *_digests(path, model)]
     if model.styles:
@@ -62,8 +64,8 @@ def _sizes(checkpoint: Checkpoint) -> list[str]:
         _row("prediction", checkpoint.prediction + (", zero terminal SNR" if checkpoint.zero_snr else "")),
         _row("UNet", unet),
     ]
-    parts = (("text encoder", checkpoint.text), ("VAE", checkpoint.vae), ("other", checkpoint.other))
-    return rows + [_row(name, _weights(part)) for name, part in parts if part or name != "other"]
+    contents = (("text encoder", checkpoint.text), ("VAE", checkpoint.vae), ("other", checkpoint.other))
+    return rows + [_row(name, _weights(weights)) for name, weights in contents if weights or name != "other"]
 
 
 def _style_sizes(file: StyleFile) -> list[str]:
@@ -75,7 +77,7 @@ def _style_sizes(file: StyleFile) -> list[str]:
 
 
 def _digests(path: str | os.PathLike, model: Checkpoint | StyleFile) -> list[str]:
-    """Of the weights, the same in every layout: what tells which UNet a style file belongs to."""
+    """Digests of the weights, the same in every layout, by which a style file names its UNet."""
     if isinstance(model, StyleFile):
         made_for = model.unet_sha256 or "not said"
         return [_row("of styles", style_digest(read_style_file(path).weights)), _row("made for UNet", made_for)]
@@ -84,12 +86,12 @@ def _digests(path: str | os.PathLike, model: Checkpoint | StyleFile) -> list[str
     return [*rows, _row("of styles", style_digest(unet))] if model.num_styles else rows
 
 
-def _weights(part: Mapping[str, Tensor]) -> str:
-    """Number of values and the dtype that most of them have."""
-    if not part:
+def _weights(weights: Mapping[str, Tensor]) -> str:
+    """Number of values and the dtype that most of them have, in words."""
+    if not weights:
         return "not in this file"
-    count = Counter()
-    for tensor in part.values():
+    count: Counter[torch.dtype] = Counter()
+    for tensor in weights.values():
         count[tensor.dtype] += tensor.numel()
     return f"{sum(count.values()) / 1e6:.2f} M parameters, {str(count.most_common(1)[0][0]).removeprefix('torch.')}"
 

@@ -1,4 +1,4 @@
-"""One name for one set of weights, in whatever precision a file stores them."""
+"""SHA-256 digests of tensors, of weights in any precision, and of plain values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ NOT_WEIGHTS = ("position_ids",)
 
 
 def weights_hash(weights: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes and values rounded to float16: a model saved as fp32 and as fp16 has one hash."""
+    """sha256 (hexadecimal) over names, shapes and values rounded to float16, so that fp32 and fp16 copies of a model
+    have one hash.
+
+    Keys that some files carry and others do not are left out (``NOT_WEIGHTS``, the VAE's ``IGNORED_PREFIXES``).
+    """
     digest = hashlib.sha256()
     for key in sorted(weights):
         if key.endswith(NOT_WEIGHTS) or key.startswith(IGNORED_PREFIXES):
@@ -27,13 +31,13 @@ def weights_hash(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def text_hash(*parts: object) -> str:
-    """sha256 of anything that has a faithful repr (numbers, texts, tuples of them)."""
-    return hashlib.sha256(repr(parts).encode("utf-8", "backslashreplace")).hexdigest()
+def repr_sha256(*values: object) -> str:
+    """sha256 (hexadecimal) of the repr of values that have a faithful one: numbers, texts, lists and tuples of them."""
+    return hashlib.sha256(repr(values).encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """sha256 over names and exact values, in the dtypes they have."""
+    """sha256 (hexadecimal) over names and exact values, in the dtypes they have."""
     digest = hashlib.sha256()
     for key in sorted(weights):
         digest.update(key.encode())
@@ -42,5 +46,6 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
 
 
 def tensor_sha256(tensor: Tensor) -> str:
+    """sha256 (hexadecimal) of a tensor's bytes; neither shape nor dtype count."""
     data = tensor.detach().cpu().contiguous()
     return hashlib.sha256(data.flatten().view(torch.uint8).numpy().data).hexdigest()

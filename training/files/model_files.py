@@ -1,7 +1,8 @@
-"""Any model file or folder as a ``Checkpoint``: what every command and node reads its models with.
+"""Reads any model file or folder as a ``Checkpoint``, for every command and node.
 
-The single file (``dmm_core.checkpoint``), diffusers' UNet as a file or a folder (``dmm_core.diffusers_layout``), and diffusers'
-pipeline folder with text encoders and VAE. Only safetensors is read, with the bounds of ``dmm_core.weights_file``.
+The single file (``dmm_core.checkpoint``), diffusers' UNet as a file or a folder (``dmm_core.diffusers_layout``), and
+diffusers' pipeline folder with text encoders and VAE. Only safetensors is read, with the bounds of
+``dmm_core.weights_file``.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
 UNET_FILE = re.compile(r"diffusion_pytorch_model[^/\\]*\.safetensors")
 """Name of a file whose config lies beside it, in any variant (``.fp16``) or part (``-00001-of-00002``)."""
 ZERO_SNR = "dmm.zero_snr"
-"""Metadata that says of a diffusers or style file what a single file says by a tensor: its schedule ends in pure noise."""
+"""Metadata key of diffusers and style files: "true" for a noise schedule that ends in pure noise. Single files have a
+tensor for it."""
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
 SINGLE, UNET, PIPELINE = "single file", "UNet in diffusers' layout", "pipeline folder of diffusers"
 """The layouts, in words."""
@@ -56,7 +58,7 @@ _MODULES = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 def load_any(path: str | os.PathLike) -> Checkpoint:
-    """Read a single file, a diffusers UNet file, its folder, or a whole diffusers pipeline folder (safetensors only).
+    """Read a single file, a diffusers UNet file, its folder, or a diffusers pipeline folder (safetensors only).
 
     Raises ValueError naming the file. Files without names get "style 0".."style N-1".
     """
@@ -64,12 +66,13 @@ def load_any(path: str | os.PathLike) -> Checkpoint:
 
 
 def load_any_info(path: str | os.PathLike) -> Checkpoint:
-    """The same with the weights left on disk: every tensor is on the meta device."""
+    """As ``load_any``, but every tensor is on the meta device: sizes and dtypes without values."""
     return on_meta(_read(Path(path), header_only=True))
 
 
 def layout_of(path: str | os.PathLike) -> str:
-    """SINGLE, UNET or PIPELINE, from names alone. Raises ValueError for what is no safetensors file; nothing else is checked."""
+    """SINGLE, UNET or PIPELINE, from names alone. Raises ValueError for what is no safetensors file; nothing else is
+    checked."""
     path = Path(path)
     if path.is_dir():
         return PIPELINE if (path / "unet").is_dir() else UNET
@@ -86,8 +89,9 @@ def weight_files(path: str | os.PathLike) -> list[Path]:
     return [file for name in _MODULES if (path / name).is_dir() for file in _module_files(path / name)]
 
 
-def change_stamp(path: str | os.PathLike) -> tuple:
-    """Something that differs once a file that ``load_any`` reads has changed: names, times and sizes. OSError when it is gone."""
+def change_stamp(path: str | os.PathLike) -> tuple[tuple[str, int, int], ...]:
+    """Names, times and sizes of the files that ``load_any`` reads, which differ once one has changed. Raises OSError
+    when one is gone."""
     path = Path(path)
     files = [path]
     if path.is_dir():
@@ -97,8 +101,8 @@ def change_stamp(path: str | os.PathLike) -> tuple:
 
 
 def model_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file; of a folder, that of the lines "<sha256>  <path in the folder>" of its weights' files, as sha256sum
-    prints them."""
+    """SHA-256 of a file; of a folder, that of the lines "<sha256>  <path in the folder>" of its weights' files, as
+    sha256sum prints them."""
     path = Path(path)
     if not path.is_dir():
         return file_sha256(path)
@@ -108,8 +112,12 @@ def model_sha256(path: str | os.PathLike) -> str:
 
 def add_parts(checkpoint: Checkpoint, companion: Checkpoint) -> Checkpoint:
     """``checkpoint`` with the text encoder, the VAE and the other tensors of ``companion`` where it has none itself."""
-    parts = {name: getattr(checkpoint, name) or getattr(companion, name) for name in ("text", "vae", "other")}
-    return replace(checkpoint, **parts)
+    return replace(
+        checkpoint,
+        text=checkpoint.text or companion.text,
+        vae=checkpoint.vae or companion.vae,
+        other=checkpoint.other or companion.other,
+    )
 
 
 # --- the layouts ------------------------------------------------------------------------------------------------------
@@ -128,7 +136,7 @@ def _read(path: Path, header_only: bool) -> Checkpoint:
 
 
 def _read_pipeline(folder: Path, header_only: bool) -> Checkpoint:
-    extra = {}
+    extra: dict[str, Tensor] = {}
     if (folder / "vae").is_dir():
         tensors = _module_weights(folder / "vae", header_only)
         try:
@@ -141,7 +149,8 @@ def _read_pipeline(folder: Path, header_only: bool) -> Checkpoint:
         # The only thing that tells SD2.x's encoder from SD1.x's; transformers' own default is OpenAI's.
         open_clip = alone and not second and _json(encoder / CONFIG).get("hidden_act", "quick_gelu") != "quick_gelu"
         try:
-            extra |= to_single_file(_module_weights(encoder, header_only), second, alone, open_clip)
+            weights = _module_weights(encoder, header_only)
+            extra |= to_single_file(weights, second=second, alone=alone, open_clip=open_clip)
         except ValueError as error:
             raise ValueError(f"{encoder}: {error}") from error
     return _read_unet(folder / "unet", _module_files(folder / "unet"), header_only, extra)
@@ -167,16 +176,19 @@ def _read_unet(
 
 
 def _schedule(unet_folder: Path) -> dict[str, str]:
-    """What a pipeline's scheduler says about its UNet, as metadata; empty for a UNet folder on its own."""
+    """Prediction and zero terminal SNR by a pipeline's scheduler, as metadata; empty for a UNet folder without a
+    pipeline."""
     path = unet_folder.parent / "scheduler" / "scheduler_config.json"
     if unet_folder.name != "unet" or not path.is_file():
         return {}
     config = _json(path)
-    kind = config.get("prediction_type", "epsilon")
-    if not isinstance(kind, str) or kind not in PREDICTIONS:
-        raise ValueError(f"{path}: prediction_type {str(kind)[:100]!r} is not supported, only {sorted(PREDICTIONS)}")
+    prediction = config.get("prediction_type", "epsilon")
+    if not isinstance(prediction, str) or prediction not in PREDICTIONS:
+        raise ValueError(
+            f"{path}: prediction_type {str(prediction)[:100]!r} is not supported, only {sorted(PREDICTIONS)}"
+        )
     zero_snr = {ZERO_SNR: "true"} if config.get("rescale_betas_zero_snr") else {}
-    return {"dmm.prediction": PREDICTIONS[kind], **zero_snr}
+    return {"dmm.prediction": PREDICTIONS[prediction], **zero_snr}
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -187,7 +199,8 @@ def _module_weights(folder: Path, header_only: bool) -> dict[str, Tensor]:
 
 
 def _module_files(folder: Path) -> list[Path]:
-    """The safetensors file of a diffusers or transformers module's folder, or all its parts.
+    """The safetensors file of a diffusers or transformers module's folder, or all files that its weights are split
+    over.
 
     The full-precision file where there are variants (``.fp16.``). Raises ValueError when there is none.
     """
@@ -195,11 +208,11 @@ def _module_files(folder: Path) -> list[Path]:
     for plain in (WEIGHTS, "model.safetensors"):
         if plain in names:
             return [folder / plain]
-    parts = [(m, n) for n in names if (m := re.search(r"-(\d{1,9})-of-(\d{1,9})\.safetensors$", n))]
-    if parts:
-        # One series only: a folder may hold the parts of a variant too.
-        stems = sorted({n[: m.start()] for m, n in parts}, key=len)
-        chosen = [(m, n) for m, n in parts if n[: m.start()] == stems[0]]
+    split = [(m, n) for n in names if (m := re.search(r"-(\d{1,9})-of-(\d{1,9})\.safetensors$", n))]
+    if split:
+        # One series only: a folder may hold the files of a variant too.
+        stems = sorted({n[: m.start()] for m, n in split}, key=len)
+        chosen = [(m, n) for m, n in split if n[: m.start()] == stems[0]]
         if len(chosen) != int(chosen[0][0][2]):
             raise ValueError(
                 f"{folder}: {len(chosen)} of {int(chosen[0][0][2])} parts of the weights are there: get the rest"
@@ -218,7 +231,10 @@ def _module_files(folder: Path) -> list[Path]:
 
 
 def _merged(files: list[Path], header_only: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors, metadata = {}, {}
+    """Tensors and metadata of files that hold one module's weights together. Raises ValueError for a key that is in two
+    of them."""
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
     for path in files:
         more, said = read_weights(path, *([is_decisive] if header_only else []))
         if tensors.keys() & more.keys():

@@ -1,4 +1,4 @@
-"""Parts of long work in a folder: what is finished stays there, and an interrupted run goes on from it."""
+"""Finished pieces of long work, kept as files in a folder, so that interrupted work goes on from them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from ...dmm_core.files import atomic_write
 logger = logging.getLogger(__name__)
 
 
-def read_part(path: Path, count: int) -> dict[str, Tensor] | None:
-    """The tensors of a finished part, ``count`` rows each; None where there is none, or none of use."""
+def read_piece(path: Path, count: int) -> dict[str, Tensor] | None:
+    """The tensors of a finished piece; None where there is no file, or one that is damaged or has other than ``count``
+    rows in a tensor."""
     if not path.exists():
         return None
     try:
@@ -26,7 +27,8 @@ def read_part(path: Path, count: int) -> dict[str, Tensor] | None:
     return tensors if tensors and all(len(value) == count for value in tensors.values()) else None
 
 
-def write_part(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_piece(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a finished piece, completely or not at all; its folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)

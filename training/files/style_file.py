@@ -1,4 +1,4 @@
-"""The style side of a DMM model alone in a file: codebook, MLP and metadata, to send styles without their UNet."""
+"""Style files: codebook, MLP and metadata of a DMM model without its UNet."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ UNET_DIGEST = "dmm.unet_sha256"
 
 @dataclass
 class StyleFile:
-    """weights: keys as in a UNet without prefix; unet_sha256: ``unet_digest`` of the UNet that learned the styles, "" if not said."""
+    """weights: keys as in a UNet without prefix; unet_sha256: ``unet_digest`` of the UNet that learned the styles, ""
+    if not said."""
 
     weights: dict[str, Tensor]
     styles: list[StyleInfo]
@@ -36,7 +37,8 @@ class StyleFile:
 
 
 def is_style_file(path: str | os.PathLike) -> bool:
-    """Whether a file holds a codebook and no UNet. Raises ValueError for what is no safetensors file; folders: False."""
+    """Whether a file holds a codebook and no UNet. Raises ValueError for what is no safetensors file; folders:
+    False."""
     if Path(path).is_dir():
         return False
     keys = read_keys(path)
@@ -44,7 +46,8 @@ def is_style_file(path: str | os.PathLike) -> bool:
 
 
 def read_style_file(path: str | os.PathLike, header_only: bool = False) -> StyleFile:
-    """header_only: the weights stay on disk, on the meta device. Raises ValueError naming the file."""
+    """Read a style file; with ``header_only`` the tensors are on the meta device. Raises ValueError naming a file that
+    is none."""
     weights, metadata = read_weights(path, *([lambda key, shape: False] if header_only else []))
     digest, zero_snr = metadata.pop(UNET_DIGEST, ""), metadata.pop(ZERO_SNR, None) == "true"
     try:
@@ -103,12 +106,12 @@ def recombine(style_path: str | os.PathLike, onto: str | os.PathLike) -> tuple[C
 
 
 def unet_digest(unet: Mapping[str, Tensor]) -> str:
-    """Of a UNet's tensors without its style side, in the dtypes they have; the same in every layout."""
+    """sha256 of a UNet's tensors without its style side, in the dtypes they have; the same in every layout."""
     return weights_sha256(split(unet)[1])
 
 
 def style_digest(unet: Mapping[str, Tensor]) -> str:
-    """Of the style side alone, likewise."""
+    """sha256 of the style side alone, in the dtypes it has; the same in every layout."""
     return weights_sha256(split(unet)[0])
 
 
@@ -119,12 +122,15 @@ def split(unet: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tens
 
 
 def file_metadata(path: Path, checkpoint: Checkpoint) -> dict[str, str]:
-    """As ``save_checkpoint`` writes it, for files that cannot hold its marks. Raises ValueError for what cannot be stored."""
+    """Metadata as ``save_checkpoint`` writes them, and ``ZERO_SNR`` instead of its tensor. Raises ValueError for what
+    cannot be stored."""
     try:
         styles = checkpoint.styles or default_styles(checkpoint.num_styles)
         check_styles(styles, checkpoint.num_styles)
         config = unet_config_from_state_dict(checkpoint.unet)
         rest = {**checkpoint.metadata, **({ZERO_SNR: "true"} if checkpoint.zero_snr else {})}
-        return write_metadata(styles, checkpoint.recipe, checkpoint.prediction, rest, config, path.stem)
+        return write_metadata(
+            styles, checkpoint.recipe, checkpoint.prediction, rest=rest, config=config, title=path.stem
+        )
     except ValueError as error:
         raise ValueError(f"{path} was not saved: {error}") from error

@@ -64,8 +64,11 @@ def draw_renoise(seed: int, number: int, shape: tuple[int, ...], schedule: Noise
 
 @dataclass
 class View:
-    """How a discriminator (its ``head``) sees the rows of one batch that it judges, all on the device: their x_t (B, C, h, w), t (B,) and text, the noise that
-    it adds, and the frozen base model whose encoder it looks through. autocast: makes the context in which that computes."""
+    """How a discriminator (its ``head``) sees the rows of one batch that it judges, all on the device.
+
+    x_t (B, C, h, w), t (B,), context and y: the rows'. noise: what it adds to clean latents. backbone: the frozen base model whose encoder
+    it looks through. autocast: makes the context in which that computes.
+    """
 
     head: nn.Module
     backbone: UNet
@@ -110,12 +113,14 @@ class Discriminator:
             self.head = Head(sizes.channel_mult[-1] * sizes.model_channels, self.num_styles).to(self.device)
 
     def view(self, batch: Batch, number: int, *, x_t: Tensor, t: Tensor, backbone: UNet) -> View | None:
-        """How it sees the rows of batch ``number`` that have a style; None where no row has one. x_t (B, C, h, w) and t (B,) are the batch's,
-        on the device; backbone: the base's UNet there."""
+        """How it sees the rows of batch ``number`` that have a style; None where no row has one.
+
+        x_t (B, C, h, w) and t (B,): of the batch, on the device. backbone: the base's UNet there.
+        """
         judged = batch.teacher < self.num_styles
         if not judged.any():
             return None
-        noise = draw_renoise(self.seed, number, tuple(batch.of_all.x_t.shape), self.schedule)
+        noise = draw_renoise(self.seed, number, tuple(batch.global_batch.x_t.shape), self.schedule)
         noise = noise.rows(slice(batch.start, batch.start + len(batch))).rows(judged).to(self.device)
         context, y = self.base.conditioning(batch.rows[judged], x_t.shape[2:], self.device)
         backbone.gradient_checkpointing = self.gradient_checkpointing

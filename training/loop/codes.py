@@ -19,7 +19,7 @@ from torch.func import functional_call
 from ...dmm_core.style import CODEBOOK
 from ...dmm_core.unet import UNet, UNetConfig
 from ..data.batches import Batch, Draw
-from ..progress import Tick
+from ..progress import ProgressCallback
 from ..seeds import hash_seed
 from .losses import score_loss
 
@@ -105,7 +105,7 @@ def best_start(search: Search, candidates: Tensor, number: int = 0) -> Tensor:
     return candidates[torch.stack(errors).argmin(0)]
 
 
-def warm_start(run: Trainer, known: Sequence[int], tick: Tick | None = None) -> None:
+def warm_start(run: Trainer, known: Sequence[int], tick: ProgressCallback | None = None) -> None:
     """Give every new style of a growing model the code that explains its teacher best while all else is frozen (in place). known: the
     teacher indices of the styles that it has already.
 

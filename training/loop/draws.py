@@ -55,7 +55,7 @@ class Draws:
 
     def local(self, batch: Batch) -> Batch:
         """The rows of a batch that this process works on: all, where it is alone."""
-        return batch if self.ranks.world == 1 else batch.part(self.ranks.part(len(batch)))
+        return batch if self.ranks.world == 1 else batch.share(self.ranks.share(len(batch)))
 
     def look_ahead(self, number: int) -> Batch | None:
         """Read a batch before it is needed, while the device is busy; None where there is none yet."""

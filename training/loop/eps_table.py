@@ -14,7 +14,7 @@ from ...dmm_core.style import style_row
 from ...dmm_core.unet import UNet
 from ..data.batches import CaptionedLatents
 from ..seeds import hash_seed
-from ..teachers.pool import Rack
+from ..teachers.pool import TeacherPool
 from ..teachers.teacher import Teacher
 from .losses import score_loss
 
@@ -45,10 +45,10 @@ def eps_errors(
     data: CaptionedLatents,
     samples: int = 64,
     seed: int = 1,
-    rack: Rack | None = None,
+    pool: TeacherPool | None = None,
 ) -> list[EpsErrors]:
     """Compare on the same x_t, spread evenly over t, the first ``samples`` pictures of one size of ``data``; all models on one device,
-    or the teachers and the base where their ``rack`` has them.
+    or the teachers and the base where their ``pool`` has them.
 
     Everything is compared in the parameterisation of the model's output; teachers must share the base's.
     """
@@ -65,7 +65,7 @@ def eps_errors(
         return text.predict(x_t, t, rows, row, unet=unet).out
 
     def unet_of(index: int) -> UNet:
-        return rack.get(index) if rack else (*teachers, base)[index].unet
+        return pool.get(index) if pool else (*teachers, base)[index].unet
 
     of_base = predict(unet_of(len(teachers)), base)
     of_soup = predict(soup, base) if soup else torch.full_like(of_base, float("nan"))

@@ -22,7 +22,7 @@ from ...dmm_core.unet import load_unet
 from ..config import AttackConfig, TrainConfig
 from ..data.batches import Batch, Draw, TrainingData
 from ..parallel.ranks import Ranks
-from ..progress import Tick
+from ..progress import ProgressCallback
 from ..seeds import hash_seed
 from ..teachers.teacher import Teacher
 from .codes import Search, fit_codes, recover
@@ -112,7 +112,7 @@ class Forget(Distil):
 
         return batch_of
 
-    def final_report(self, run: Trainer, tick: Tick | None = None) -> str:
+    def final_report(self, run: Trainer, tick: ProgressCallback | None = None) -> str:
         """What a search of ``attack.check`` steps for each forgotten style brings back, before and after, as a small table.
 
         eps errors against what the old model painted in that style. Deleting the code alone leaves the network as it was *before*; a
@@ -149,8 +149,11 @@ def forgetting(
     attack: AttackConfig | None = None,
     ranks: Ranks | None = None,
 ) -> Trainer:
-    """A run that takes the styles named in ``forget`` out of ``base``, a DMM model. styles: all of the base's, as ``Teacher.as_style`` gives
-    them. Raises ValueError for a name that the model does not have, and when nothing would stay."""
+    """A run that takes the styles named in ``forget`` out of ``base``, a DMM model.
+
+    styles: all of the base's, as ``Teacher.as_style`` gives them. Raises ValueError for a name that the model does not have, and when
+    nothing would stay.
+    """
     attack = attack or AttackConfig()
     attack.validate()
     gone = [named(styles, name) for name in forget]
@@ -170,7 +173,7 @@ def forgetting(
         forgotten.append(Forgotten(old, rows))
         places += [as_without_style(old, i) for i in range(len(rows))]
     kind = Forget(len(stay), tuple(forgotten), attack)
-    run = Trainer(base, places, data, dataclasses.replace(config, warm_start=0), device, kind=kind, ranks=ranks)
+    run = Trainer(base, places, data, dataclasses.replace(config, warm_start=0), device=device, kind=kind, ranks=ranks)
     with torch.no_grad():
         book, codes = run.student.unet.model_embedding.weight, base.unet.model_embedding.weight
         for one in kind.forgotten:

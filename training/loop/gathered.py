@@ -25,11 +25,11 @@ def gathered(
             for x in (one.losses for one in micro_batches)
         ],
         [one.batch.start for one in micro_batches],
-        [len(one.batch.of_all) for one in micro_batches],
+        [len(one.batch.global_batch) for one in micro_batches],
         ranks,
     )
     everyone = []
-    for batch, table in zip((one.batch.of_all for one in micro_batches), tables):
+    for batch, table in zip((one.batch.global_batch for one in micro_batches), tables):
         judged = (batch.teacher < objective.num_styles) & has_discriminator
         score, feature, adversarial, discriminator = table.unbind(dim=1)
         losses = Losses(score, feature, adversarial, discriminator, judged)

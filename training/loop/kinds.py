@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ...dmm_core.metadata import StyleInfo
-from ..progress import Tick
+from ..progress import ProgressCallback
 from ..teachers.teacher import Teacher
 from .codes import warm_start
 
@@ -49,7 +49,7 @@ class Distil:
 
     # --- moments of a run ---------------------------------------------------------------------------------------------
 
-    def begin(self, run: Trainer, tick: Tick | None = None) -> None:
+    def begin(self, run: Trainer, tick: ProgressCallback | None = None) -> None:
         """Before the first step of a run that begins anew."""
 
     def before_step(self, run: Trainer) -> None: ...
@@ -58,7 +58,7 @@ class Distil:
         """Around the optimiser's step."""
         return contextlib.nullcontext()
 
-    def final_report(self, run: Trainer, tick: Tick | None = None) -> str:
+    def final_report(self, run: Trainer, tick: ProgressCallback | None = None) -> str:
         """What there is to say about the finished student, in lines of text."""
         return ""
 
@@ -76,7 +76,7 @@ class Grow(Distil):
     def recipe_changes(self, teachers: Sequence[Teacher]) -> dict[str, list[str]]:
         return {"added": [teacher.name for i, teacher in enumerate(teachers) if i not in self.guarded]}
 
-    def begin(self, run: Trainer, tick: Tick | None = None) -> None:
+    def begin(self, run: Trainer, tick: ProgressCallback | None = None) -> None:
         if run.config.warm_start:
             warm_start(run, self.guarded, tick)
 

@@ -71,8 +71,8 @@ def over_all(micro_batches: Sequence[MicroBatch], name: str) -> float | None:
     for batch, losses in ((one.batch, one.losses) for one in micro_batches):
         rows = losses.judged if name in ("adversarial", "discriminator") else torch.ones_like(losses.judged)
         values.append(getattr(losses, name).detach()[rows])
-        if batch.weight is not None:
-            importance.append(batch.weight[rows])
+        if batch.importance is not None:
+            importance.append(batch.importance[rows])
     if not sum(map(len, values)):
         return None
     return mean(torch.cat(values), torch.cat(importance) if importance else None).item()
@@ -82,7 +82,7 @@ def by_teacher(micro_batches: Sequence[MicroBatch], names: Sequence[str]) -> tup
     """(mean eq. 9 loss of the rows, number of rows) by the teacher's name, of the teachers that have rows."""
     teacher = torch.cat([one.batch.teacher for one in micro_batches])
     score = torch.cat([one.losses.score.detach() for one in micro_batches]).cpu()
-    t_weights = [one.batch.t_weight for one in micro_batches if one.batch.t_weight is not None]
+    t_weights = [one.batch.t_importance for one in micro_batches if one.batch.t_importance is not None]
     if t_weights:
         score = score * torch.cat(t_weights)
     means, counts = {}, {}

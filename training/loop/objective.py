@@ -64,15 +64,20 @@ class Objective:
     # --- what each row loses ------------------------------------------------------------------------------------------
 
     def losses(self, batch: Batch, student: Prediction, teacher: Prediction, view: View | None = None) -> Losses:
-        """eq. 9 to 11 of every row. student: with gradients; teacher: each row's own teacher's, in the student's parameterisation; view: how
-        the discriminator sees the rows that have a style, None where there is none."""
+        """eq. 9 to 11 of every row.
+
+        student: its prediction, with gradients. teacher: of each row's own teacher, in the student's parameterisation. view: how the
+        discriminator sees the rows that have a style, None where there is none.
+        """
         score = score_loss(student.out, teacher.out)  # eq. 9
         zero = torch.zeros_like(score)
         feature = feature_loss(student.features, teacher.features) if self.lambda_feat else zero  # eq. 10
         losses = Losses(score, feature, zero, zero, torch.zeros(len(batch), dtype=torch.bool))
-        return losses if view is None else self._judged(losses, batch, student.out, teacher.out, view)
+        return (
+            losses if view is None else self._judged(losses, batch, student=student.out, teacher=teacher.out, view=view)
+        )
 
-    def _judged(self, losses: Losses, batch: Batch, student: Tensor, teacher: Tensor, view: View) -> Losses:
+    def _judged(self, losses: Losses, batch: Batch, *, student: Tensor, teacher: Tensor, view: View) -> Losses:
         """eq. 11 and 12: ``losses`` with what the discriminator says of the clean latents that student and teacher predict."""
         judged = batch.teacher < self.num_styles  # (B,)
         style = batch.teacher[judged].to(student.device)
@@ -116,7 +121,7 @@ class Objective:
 
     def loss_importance(self, batch: Batch) -> Tensor | None:
         """What each row counts in the objective (B,); None for all the same."""
-        return batch.weight if self.corrected else None
+        return batch.importance if self.corrected else None
 
 
 def mean(values: Tensor, weight: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...dmm_core.unet import UNet
 from ..config import TrainConfig
-from ..parallel.sharding import share_of, to_file
+from ..parallel.sharding import distribute_like, gather_to_main
 from .muon import MuonAdamW, split
 
 
@@ -78,7 +78,7 @@ def optimizer_tensors(
     for name, p in named.items():
         for key, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor):
-                value = to_file(value, is_main)
+                value = gather_to_main(value, is_main)
                 # bitsandbytes gives all parameters one table of its 256 levels; safetensors refuses tensors that share memory.
                 shared = value.data_ptr() in seen
                 seen.add(value.data_ptr())
@@ -98,7 +98,7 @@ def load_optimizer(
     states: dict[str, dict] = {name: dict(numbers.get(name, {})) for name in named}
     for place, tensor in tensors.items():
         name, key = place.rsplit("|", 1)
-        states[name][key] = share_of(tensor, named[name]) if tensor.shape == named[name].shape else tensor
+        states[name][key] = distribute_like(tensor, named[name]) if tensor.shape == named[name].shape else tensor
     order = [id(p) for group in optimizer.param_groups for p in group["params"]]
     index = {name: order.index(id(p)) for name, p in named.items()}
     groups = optimizer.state_dict()["param_groups"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...dmm_core.unet import UNet
 from ..config import TrainConfig
 from ..parallel.ranks import Ranks
-from ..parallel.sharding import own, replicate, share, share_of, to_file
+from ..parallel.sharding import distribute_like, gather_to_main, local_tensor, replicate, shard
 from ..teachers.teacher import Prediction, Teacher
 from .adapters import folded
 from .ema import PowerEMA
@@ -44,7 +44,7 @@ class Student:
         self.sharded = c.parallel == "fsdp" and ranks.world > 1
         self.unet = new_student(base.unet, teachers, c)
         if self.sharded:
-            share(self.unet, c.precision, device, ranks.world)
+            shard(self.unet, c.precision, device, ranks.world)
         self.unet.to(device)
         self.trained = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
         self.ema: PowerEMA | None = None
@@ -56,7 +56,7 @@ class Student:
         forward = replicate(self.unet, device) if several else self.unet
         self.forward = torch.compile(forward) if c.compile else forward
 
-    def predict(self, x_t: Tensor, t: Tensor, rows: Tensor, style: Tensor, features: bool = False) -> Prediction:
+    def predict(self, x_t: Tensor, t: Tensor, rows: Tensor, style: Tensor, *, features: bool = False) -> Prediction:
         """As ``Teacher.predict``, with the base's text states and parameterisation, and with gradients."""
         with self.autocast():
             context, y = self.base.conditioning(rows, x_t.shape[2:], x_t.device)
@@ -71,7 +71,7 @@ class Student:
 
     def local_weights(self) -> list[tuple[str, Tensor]]:
         """The parameters that learn, by name, in their own memory; of those that are shared out, this process's part."""
-        return [(name, own(p)) for name, p in self.trained.items()]
+        return [(name, local_tensor(p)) for name, p in self.trained.items()]
 
     def state_dict(self, averaged: bool = True) -> dict[str, Tensor]:
         """All weights on the CPU in float32, adapters folded in; their average where there is one and ``averaged`` is set.
@@ -80,7 +80,7 @@ class Student:
         """
         main = self.ranks.is_main
         with self.averaged() if averaged else contextlib.nullcontext():
-            state = {k: to_file(v, main) for k, v in self.unet.state_dict().items()}
+            state = {k: gather_to_main(v, main) for k, v in self.unet.state_dict().items()}
             if self.sharded and not main:
                 return {}
             return {k: v.float().cpu().clone() for k, v in folded(self.unet, state).items()}
@@ -102,13 +102,15 @@ class Student:
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Copy weights into the parameters that learn; every process has all of them, and takes its share."""
         for name, p in self.trained.items():
-            p.copy_(share_of(weights[name], p))
+            p.copy_(distribute_like(weights[name], p))
 
     def load_average(self, weights: Mapping[str, Tensor], step: int) -> None:
         """The same for the average of the first ``step`` steps."""
         if self.ema is None:
             raise RuntimeError("this run averages no weights")
-        self.ema.load_state_dict({name: own(share_of(weights[name], p)) for name, p in self.trained.items()}, step)
+        self.ema.load_state_dict(
+            {name: local_tensor(distribute_like(weights[name], p)) for name, p in self.trained.items()}, step
+        )
 
     def _put_local(self, weights: Mapping[str, Tensor]) -> None:
         for name, p in self.local_weights():

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...dmm_core.schedule import NoiseSchedule
 from ..config import TrainConfig
 from ..data.batches import Batch
-from ..teachers.pool import Rack as TeacherPool
+from ..teachers.pool import TeacherPool
 from ..teachers.teacher import Prediction, Teacher
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,12 +62,12 @@ class Targets:
         targets: list[Tensor] = []
         features_of: list[Sequence[Tensor]] = []
         groups = self._by_unet(batch.teacher.unique().tolist())
-        for i, unet in self.pool.visit(list(groups)):
+        for i, unet in self.pool.loaded(list(groups)):
             rows = torch.isin(batch.teacher, torch.tensor(groups[i])).nonzero()[:, 0]
             there, teacher = rows.to(self.device), self.models[i]
             style = self._style_rows[batch.teacher[rows].to(self.device)] if unet.config.num_styles else None
             with self.autocast():
-                said = teacher.predict(x_t[there], t[there], batch.rows[rows], style, features, unet=unet)
+                said = teacher.predict(x_t[there], t[there], batch.rows[rows], style, features=features, unet=unet)
             targets.append(self.as_student(said.out, x_t[there], t[there], teacher))
             features_of.append(said.features)
             places.append(rows)

@@ -20,7 +20,7 @@ from ...dmm_core.schedule import NoiseSchedule
 from ..config import TrainConfig
 from ..data.batches import Batch, TrainingData
 from ..parallel.ranks import AgreedError, Ranks
-from ..parallel.sharding import add_up, whole, without_sync
+from ..parallel.sharding import average_gradients, full_tensor, without_sync
 from ..teachers.teacher import Teacher
 from .adversary import Discriminator
 from .checks import check_run
@@ -52,8 +52,8 @@ class Trainer:
         teachers: Sequence[Teacher],
         data: TrainingData,
         config: TrainConfig,
-        device: torch.device = CPU,
         *,
+        device: torch.device = CPU,
         kind: Distil | None = None,
         ranks: Ranks | None = None,
     ):
@@ -108,9 +108,9 @@ class Trainer:
                 with without_sync(self.student.forward, last=k + 1 == c.accumulate):
                     losses = self.losses(batch, number)
                     loss = self.objective.total(losses, batch, self.step)
-                    self._backward(loss, len(batch), len(batch.of_all))
+                    self._backward(loss, len(batch), len(batch.global_batch))
                 if losses.any_judged:
-                    everyone = int((batch.of_all.teacher < self.num_styles).sum())
+                    everyone = int((batch.global_batch.teacher < self.num_styles).sum())
                     self._backward(
                         self.objective.discriminator_total(losses, batch), int(losses.judged.sum()), everyone
                     )
@@ -140,7 +140,9 @@ class Trainer:
         features = self.config.lambda_feat > 0
         x_t, t = batch.x_t.to(self.device), batch.t.to(self.device)
         teacher = self.targets(batch, x_t, t, features)
-        student = self.student.predict(x_t, t, batch.rows, style_rows(batch.teacher, self.num_styles), features)
+        student = self.student.predict(
+            x_t, t, batch.rows, style_rows(batch.teacher, self.num_styles), features=features
+        )
         view = None
         if self.discriminator:
             view = self.discriminator.view(batch, number, x_t=x_t, t=t, backbone=self.targets.pool.get(self.num_styles))
@@ -162,15 +164,19 @@ class Trainer:
         )
 
     def _update(self, micro_batches: Sequence[MicroBatch], lr: float) -> float:
-        """Clip, step, average, note what was hard; returns the gradients' norm. Raises ValueError for one that is not finite, before anything
-        changes."""
+        """Clip, step, average, note what was hard; returns the gradients' norm.
+
+        Raises ValueError for one that is not finite, before anything changes.
+        """
         c = self.config
         if self.discriminator and self.ranks.world > 1 and any(one.losses.any_judged for one in micro_batches):
-            add_up(self.discriminator.head.parameters(), self.ranks)
+            average_gradients(self.discriminator.head.parameters(), self.ranks)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         self.scaler.unscale_(self.optimizer)
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.student.trained.values(), c.grad_clip or math.inf)))
+        norm = float(
+            full_tensor(torch.nn.utils.clip_grad_norm_(self.student.trained.values(), c.grad_clip or math.inf))
+        )
         if not math.isfinite(norm) and not self.scaler.is_enabled():  # fp16's scaler skips such a step by itself
             raise AgreedError(
                 f"the gradients are not finite at step {self.step + 1}: lower the learning rate or use precision fp32"

@@ -1,1 +1,1 @@
-"""What a run needs of memory, and which settings fit into what there is."""
+"""Memory that a run needs, and the settings that fit into a budget."""

@@ -1,4 +1,4 @@
-"""A run's settings made to fit the memory of its device, by the planner."""
+"""Fits a run's settings to the memory of its device, with the planner."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPEN = {
 
 
 def budget_bytes(memory: float | str, device: torch.device) -> int | None:
-    """What a run may use of its device; None for "off" and, without a GPU, "auto": then nothing is planned.
+    """Bytes of its device that a run may use; None for "off" and, without a GPU, for "auto": then nothing is planned.
 
     "auto" counts all of a GPU's memory, used or not: the same machine must plan the same run again to go on with it.
     """
@@ -39,14 +39,17 @@ def fitted(
     unet: UNetConfig,
     latents_hw: tuple[int, int],
     teachers: int,
+    *,
     device: torch.device,
     processes: int = 1,
     begun: int | None = None,
 ) -> tuple[TrainConfig, Plan | None]:
-    """The settings that fit into ``config.memory``, with the same samples per step, and the plan they are from, if one was made.
+    """The settings that fit into ``config.memory``, with the same samples per step, and the plan they are from, if one
+    was made.
 
-    unet: of the teachers; latents_hw: of the largest pictures. processes: of the run, each with such a device; begun: the batch_size
-    with which the run has begun, which it keeps (see ``begun_with``). Raises ValueError when nothing fits.
+    unet: of the teachers; latents_hw: of the largest pictures. processes: of the run, each with such a device; begun:
+    the batch_size with which the run has begun, which it keeps (see ``begun_with``). Raises ValueError when nothing
+    fits.
     """
     budget = budget_bytes(config.memory, device)
     if budget is None:
@@ -54,8 +57,8 @@ def fitted(
     fixed = {name: getattr(config, name) for name, free in OPEN.items() if getattr(config, name) != free}
     if begun and config.batch_size * config.accumulate % begun == 0:
         fixed["micro_batch"] = begun
-    shared_out = processes > 1 and config.parallel == "fsdp"
-    if shared_out:  # the others do not work on shares of a weight
+    sharded = processes > 1 and config.parallel == "fsdp"
+    if sharded:  # the others do not work on shares of a weight
         fixed["optimizer"] = "adamw"
     want = Want(
         batch_size=config.batch_size * config.accumulate,
@@ -68,15 +71,15 @@ def fitted(
         device=device.type,
         fixed=fixed,
         processes=processes,
-        shared_out=shared_out,
+        sharded=sharded,
     )
-    found = plan(unet, latents_hw, teachers, budget, want)
+    found = plan(unet, latents_hw, teachers, budget, want=want)
     return dataclasses.replace(config, **found.settings(), teacher_slots=found.slots), found
 
 
 def begun_with(run_dir: Path) -> int | None:
-    """The batch_size that a run which has states in its folder was begun with: other processes would plan another one, and a run that
-    draws other batches is another run."""
+    """The batch_size that a run which has states in its folder was begun with: other processes would plan another one,
+    and a run that draws other batches is another run."""
     if not any(run_dir.glob("state-*.safetensors")):
         return None
     try:

@@ -1,8 +1,8 @@
-"""What a run keeps in memory, in bytes, found without a GPU and without allocating any of it.
+"""The memory that a run needs, in bytes, found without a GPU and without allocating it.
 
-Weights, gradients, optimiser state and averages follow from the shapes (modules on torch's "meta" device). What a step needs on
-top of them is found by running the real step (teacher, student, losses, backward) on fake tensors, whose storages have sizes and
-lifetimes but no memory, and adding up what is alive at the worst moment. What is assumed:
+Weights, gradients, optimiser state and averages follow from the shapes (modules on torch's "meta" device). What a step
+needs on top of them is found by running the real step (teacher, student, losses, backward) on fake tensors, whose
+storages have sizes and lifetimes but no memory, and adding up what is alive at the worst moment. What is assumed:
 
 - attention never holds the L x L matrix: scaled_dot_product_attention runs one of its fused kernels, as it does on any CUDA card
   since 2017 and on the CPU. (Fake tensors live on the CPU here, so it is the CPU's fused kernel that is counted.)
@@ -43,8 +43,8 @@ class Step:
     """All of a run that changes what one forward and backward needs, but the number of samples.
 
     config: of the teachers (no styles). latents_hw: latent size. precision: of the arithmetic ("fp32", "bf16", "fp16");
-    teacher_dtype: of the teachers' weights, the same names. trainable: "all", "lora" or "style". features / adversarial: whether
-    lambda_feat / lambda_adv are above 0. device: "cuda" or "cpu", for autocast's rules.
+    teacher_dtype: of the teachers' weights, the same names. trainable: "all", "lora" or "style". features /
+    adversarial: whether lambda_feat / lambda_adv are above 0. device: "cuda" or "cpu", for autocast's rules.
     """
 
     config: UNetConfig
@@ -63,9 +63,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes that stay for the whole run. student: weights (and adapters) in float32; trained: of those that learn, and so of their
-    gradients and of their average; largest: of one of these. teacher: one. head: the discriminator with gradients and optimiser.
-    optimizer: state by the optimiser's name.
+    """Bytes that stay in use from the first step to the last. student: weights (and adapters) in float32; trained: of
+    those that learn, and so of their gradients and of their average; largest: of one of these. teacher: one. head: the
+    discriminator with gradients and optimiser. optimizer: state by the optimiser's name.
     """
 
     student: int
@@ -77,14 +77,17 @@ class Sizes:
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the values of some tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def optimizer_bytes(shapes: Iterable[torch.Size], name: str) -> int:
-    """Of the state that ``optimizers.make_optimizer`` keeps for parameters of these shapes.
+    """Bytes of the state that the optimiser ``name`` keeps for parameters of these shapes (see
+    ``optimizers.make_optimizer``).
 
-    Adafactor factors the last two dimensions only: a 3x3 convolution keeps 6/9 of its size, a linear layer next to nothing.
-    8-bit Adam keeps two bytes and 8 bytes of scales per 256 values; small tensors (below 4096 values) stay in float32.
+    Adafactor factors the last two dimensions only: a 3x3 convolution keeps 6/9 of its size, a linear layer next to
+    nothing. 8-bit Adam keeps two bytes and 8 bytes of scales per 256 values; small tensors (below 4096 values) stay in
+    float32.
     """
     total = 0
     for shape in shapes:
@@ -102,7 +105,7 @@ def optimizer_bytes(shapes: Iterable[torch.Size], name: str) -> int:
 
 def _state_of(student: UNet, trained: Sequence[nn.Parameter], name: str) -> int:
     style = {id(p) for p in student.style_parameters()}
-    network, side = ([p.shape for p in trained if (id(p) in style) == own] for own in (False, True))
+    network, side = ([p.shape for p in trained if (id(p) in style) == is_side] for is_side in (False, True))
     return optimizer_bytes(network, name) + optimizer_bytes(side, "adamw" if name == "muon" else name)
 
 
@@ -126,9 +129,11 @@ def sizes(step: Step) -> Sizes:
 
 @functools.lru_cache(maxsize=64)
 def step_peak(step: Step, batch: int) -> int:
-    """Bytes that a forward and backward of ``batch`` samples needs at its worst moment, on top of ``sizes`` (gradients included there).
+    """Bytes that a forward and backward of ``batch`` samples needs at its worst moment, on top of ``sizes`` (gradients
+    included there).
 
-    Seconds of one CPU core, hardly any memory. The whole batch is taken to be one teacher's: the worst case of a teacher's own pass.
+    Seconds of one CPU core, hardly any memory. All rows are taken to be one teacher's: the worst case of a teacher's
+    forward.
     """
     with torch.inference_mode(False), torch.enable_grad(), FakeTensorMode():  # ComfyUI calls nodes in inference mode
         student, teacher = _student(step), _teacher(step)
@@ -143,7 +148,7 @@ def step_peak(step: Step, batch: int) -> int:
             for p in trained:
                 p.grad = torch.empty_like(p)
         with Allocations([*known, *(p.grad for p in trained if p.grad is not None)]) as memory:
-            _one_step(step, batch, student, teacher, head)
+            _one_step(step, batch, student=student, teacher=teacher, head=head)
         # All gradients are alive at the end, so that ``peak`` holds them where they were not known.
         return memory.peak - (0 if step.accumulating else tensor_bytes(trained))
 
@@ -182,14 +187,15 @@ class Allocations(TorchDispatchMode):
 
 
 def _like_cuda_autocast(unet: UNet) -> None:
-    """Where CUDA's autocast differs from the CPU's: these layers run in float32 (AT_FORALL_FP32 in torch's autocast_mode.h)."""
+    """Run some layers in float32, as CUDA's autocast does and the CPU's does not (in place; AT_FORALL_FP32 in torch's
+    autocast_mode.h)."""
     for module in unet.modules():
         if isinstance(module, WIDE):
             module.register_forward_pre_hook(lambda module, args: (args[0].float(), *args[1:]))
 
 
 def _student(step: Step) -> UNet:
-    """As ``student.new_student`` makes it."""
+    """A student as the run's own code makes it, with its trainable parameters chosen."""
     student = UNet(dataclasses.replace(step.config, num_styles=step.styles))
     choose_trained(student, step.trainable, lora_rank=step.lora_rank, precision=step.precision)
     student.gradient_checkpointing = step.gradient_checkpointing
@@ -197,7 +203,7 @@ def _student(step: Step) -> UNet:
 
 
 def _teacher(step: Step) -> UNet:
-    """Frozen, in its own dtype (Module.to does not convert fake tensors); norms in float32, as their inputs are."""
+    """A frozen teacher in its dtype, norms in float32 as their inputs are (Module.to does not convert fake tensors)."""
     with torch.device("meta"):
         teacher = UNet(step.config)
     norms = {name for name, module in teacher.named_modules() if isinstance(module, WIDE[:2])}
@@ -213,7 +219,7 @@ def _middle_channels(config: UNetConfig) -> int:
     return config.channel_mult[-1] * config.model_channels
 
 
-def _one_step(step: Step, batch: int, student: UNet, teacher: UNet, head: Head | None) -> None:
+def _one_step(step: Step, batch: int, *, student: UNet, teacher: UNet, head: Head | None) -> None:
     """The order of ``loop.trainer.Trainer``: teacher, student, losses, backward, discriminator."""
     config, wide = step.config, DTYPES[step.teacher_dtype]
     cast = torch.autocast(
@@ -231,7 +237,7 @@ def _one_step(step: Step, batch: int, student: UNet, teacher: UNet, head: Head |
         target, theirs = target if step.features else (target, [])
         target, theirs = target.float(), [torch.cat([block]) for block in theirs]  # the rows of all teachers: a copy
     with cast:
-        out = student(x_t, t, context, y, rows, features=step.features)
+        out = student(x_t, t, context, y, style=rows, features=step.features)
     out, ours = out if step.features else (out, [])
     loss = score_loss(out, target).mean()
     if step.features:

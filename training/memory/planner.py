@@ -1,6 +1,7 @@
-"""Which settings make a run fit into a memory budget: the best that do, found from the model's own sizes before anything is loaded.
+"""Finds the best settings with which a run fits into a memory budget, from the model's sizes, before anything is
+loaded.
 
-The order, best first. What comes first is kept longest:
+The order, best first. What comes first is given up last:
 
 1. all weights learn, rather than low-rank adapters and the style side only;
 2. AdamW, rather than its 8-bit form, rather than Adafactor;
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,8 @@ GB = 2**30
 """As memory is sold."""
 
 MARGIN = 0.08
-"""Share of the budget that stays free: kernels' scratch memory and the gaps between tensors, which ``footprint`` does not see."""
+"""Share of the budget that stays free: kernels' scratch memory and the gaps between tensors, which ``footprint`` does
+not see."""
 
 CUDA_CONTEXT = 600_000_000
 """Bytes that CUDA and its libraries take on a card before the first tensor (0.4 to 0.7 GB are usual)."""
@@ -45,12 +47,12 @@ OPTIMIZER_NEEDS = {"adamw": None, "adamw8bit": "bitsandbytes", "adafactor": "tra
 
 @dataclass(frozen=True)
 class Want:
-    """What the user asks for, which a plan never changes.
+    """What the user asks for, which a plan does not change.
 
-    batch_size: samples of one optimiser step. features / adversarial: whether lambda_feat / lambda_adv are above 0. ema: whether
-    the weights are averaged. teacher_dtype: "auto" is the precision on CUDA, fp32 elsewhere. device: "cuda" or "cpu".
-    fixed: settings that the user has chosen already, by their names in ``Choice``. processes: that share the samples, each with a
-    device of this size; shared_out: they share the student too.
+    batch_size: samples of one optimiser step. features / adversarial: whether lambda_feat / lambda_adv are above 0.
+    ema: whether the weights are averaged. teacher_dtype: "auto" is the precision on CUDA, fp32 elsewhere. device:
+    "cuda" or "cpu". fixed: settings that the user has chosen already, by their names in ``Choice``. processes: that
+    share the samples, each with a device of this size; sharded: each holds a shard of the student only.
     """
 
     batch_size: int = 8
@@ -63,13 +65,13 @@ class Want:
     device: str = "cuda"
     fixed: Mapping[str, Any] = field(default_factory=dict)
     processes: int = 1
-    shared_out: bool = False
+    sharded: bool = False
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a planner may choose. The batch is micro_batch * accumulate, and processes share out the micro_batch; slots: places for
-    teachers that wait in RAM."""
+    """The settings that a planner chooses. The batch is micro_batch * accumulate, and processes share out the
+    micro_batch; slots: places for teachers that wait in RAM."""
 
     trainable: str
     optimizer: str
@@ -83,12 +85,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan(Choice):
-    """Settings and what they need. parts: bytes on the device at the worst moment, by what they hold; ram: bytes of teachers and
-    average in RAM beside it; budget: the bytes that were allowed, usable: what is left of them after the margin.
+    """Settings and what they need. breakdown: bytes on the device at the worst moment, by what they hold; ram: bytes of
+    teachers and average in RAM beside it; budget: the bytes that were allowed, usable: what is left of them after the
+    margin.
     """
 
     precision: str
-    parts: dict[str, int]
+    breakdown: dict[str, int]
     ram: int
     budget: int
     usable: int
@@ -96,10 +99,12 @@ class Plan(Choice):
 
     @property
     def peak(self) -> int:
-        return sum(self.parts.values())
+        """Bytes on the device at the worst moment."""
+        return sum(self.breakdown.values())
 
     def settings(self) -> dict[str, Any]:
-        """As fields of ``TrainConfig``, whose batch_size is the samples of one forward; its ``teacher_slots`` are ``slots``."""
+        """As fields of ``TrainConfig``, whose batch_size is the samples of one forward; its ``teacher_slots`` are
+        ``slots``."""
         return {
             "batch_size": self.micro_batch,
             "accumulate": self.accumulate,
@@ -118,12 +123,12 @@ class Plan(Choice):
         where = "all on the device" if self.residency == "device" else f"in RAM, {places} on the device"
         blocks = "blocks recomputed" if self.gradient_checkpointing else "activations kept"
         shared = f", shared by {self.processes} processes with this much memory each" if self.processes > 1 else ""
-        width = max(len("together"), *map(len, self.parts))
+        width = max(len("together"), *map(len, self.breakdown))
         lines = [
             f"learning: {learns[self.trainable]}, {self.optimizer}, {self.precision}",
             f"batch:    {self.micro_batch} samples x {self.accumulate} forwards, {blocks}{shared}",
             f"teachers: {where} ({self.ram / GB:.1f} GB of RAM)",
-            *(f"  {name:<{width}} {size / GB:6.2f} GB" for name, size in self.parts.items() if size),
+            *(f"  {name:<{width}} {size / GB:6.2f} GB" for name, size in self.breakdown.items() if size),
             f"  {'together':<{width}} {self.peak / GB:6.2f} GB of {self.usable / GB:.1f} GB usable of {self.budget / GB:.1f} GB",
         ]
         return "\n".join(lines)
@@ -134,39 +139,41 @@ def plan(
     latents_hw: tuple[int, int],
     teachers: int,
     budget_bytes: int,
+    *,
     want: Want | None = None,
     measured_peak: float = 1.0,
 ) -> Plan:
     """The best settings for ``teachers`` UNets of these sizes and their base within ``budget_bytes`` of device memory.
 
-    latents_hw: the largest latents of the data. measured_peak: measured over estimated activations of an earlier run, which
-    ``tests/benches/memory.py`` prints; the estimate is multiplied by it. Takes seconds to a minute: training steps are run on fake
-    tensors. Raises ValueError with the GB that would do when nothing fits, or for a fixed setting that is no choice.
+    latents_hw: the largest latents of the data. measured_peak: measured over estimated activations of an earlier run,
+    which ``tests/benches/memory.py`` prints; the estimate is multiplied by it. Takes seconds to a minute: training
+    steps are run on fake tensors. Raises ValueError with the GB that would do when nothing fits, or for a fixed setting
+    that is no choice.
     """
     want = want or Want()
     usable = usable_bytes(budget_bytes, want.device)
     smallest: tuple[int, list[Choice]] = (0, [])
     for choice in choices(want):
-        step = _step(config, latents_hw, teachers, choice, want)
-        parts = resident_parts(sizes(step), teachers, choice, want)
-        stays = sum(parts.values())
+        step = _step(config, latents_hw, teachers, choice=choice, want=want)
+        needs = resident_bytes(sizes(step), teachers, choice, want)
+        stays = sum(needs.values())
         if not smallest[1] or stays < smallest[0]:
             smallest = stays, []
         if stays == smallest[0]:
             smallest[1].append(choice)
         if stays > usable:  # no need to look at activations
             continue
-        parts["activations"] = activation_bytes(step, choice, want, measured_peak) + blocks_in_use(config, want)
-        if sum(parts.values()) <= usable:
+        needs["activations"] = activation_bytes(step, choice, want, measured_peak) + blocks_in_use(config, want)
+        if sum(needs.values()) <= usable:
             ram = _ram(sizes(step), teachers, choice, want)
             return Plan(
-                **vars(choice), precision=want.precision, parts=parts, ram=ram, budget=budget_bytes, usable=usable,
+                **vars(choice), precision=want.precision, breakdown=needs, ram=ram, budget=budget_bytes, usable=usable,
                 processes=want.processes,
             )  # fmt: skip
     stays, tight = smallest
     if not tight:
         raise ValueError(f"no setting is left to choose from: {dict(want.fixed)} contradict each other")
-    steps = [_step(config, latents_hw, teachers, choice, want) for choice in tight]
+    steps = [_step(config, latents_hw, teachers, choice=choice, want=want) for choice in tight]
     least = stays + min(activation_bytes(step, choice, want, measured_peak) for step, choice in zip(steps, tight))
     least += blocks_in_use(config, want)
     need = (least + _overhead(want.device)) / (1 - MARGIN)
@@ -179,20 +186,20 @@ def plan(
     )
 
 
-def resident_parts(each: Sizes, teachers: int, choice: Choice, want: Want) -> dict[str, int]:
-    """Bytes that are on the device for the whole run, by what they hold."""
+def resident_bytes(each: Sizes, teachers: int, choice: Choice, want: Want) -> dict[str, int]:
+    """Bytes that are on the device from the first step to the last, by what they hold."""
     places = teachers + 1  # and the base
     if choice.residency == "offload":  # the discriminator looks through the base, which then stays
         places = min(places, choice.slots + (1 if want.adversarial else 0))
-    parts = {
+    needs = {
         "student": each.student,
         "gradients": each.trained,
         "optimiser": each.optimizer[choice.optimizer],
         "average": each.trained if want.ema and choice.ema_device == "device" else 0,
     }
-    if want.shared_out:
-        parts = {name: -(-size // want.processes) for name, size in parts.items()}
-    return {**parts, "teachers": places * each.teacher, "discriminator": each.head}
+    if want.sharded:
+        needs = {name: -(-size // want.processes) for name, size in needs.items()}
+    return {**needs, "teachers": places * each.teacher, "discriminator": each.head}
 
 
 def rows_at_once(micro_batch: int, want: Want) -> int:
@@ -201,9 +208,9 @@ def rows_at_once(micro_batch: int, want: Want) -> int:
 
 
 def blocks_in_use(config: UNetConfig, want: Want) -> int:
-    """Bytes of the blocks that are whole at a time where processes share the student out: the one that computes, the next one, and one
-    block's gradients."""
-    if not want.shared_out:
+    """Bytes of the blocks that are gathered at a time where the student is sharded: the one that computes, the next
+    one, and one block's gradients."""
+    if not want.sharded:
         return 0
     with torch.device("meta"):
         student = UNet(config)
@@ -214,10 +221,10 @@ def blocks_in_use(config: UNetConfig, want: Want) -> int:
 
 
 def activation_bytes(step: Step, choice: Choice, want: Want, factor: float = 1.0) -> int:
-    """Bytes at the worst moment of a step on top of ``resident_parts``.
+    """Bytes at the worst moment of a step on top of ``resident_bytes``.
 
-    The peak is convex in the number of samples (the worst of many moments, each linear in it), so the straight line between one
-    sample and many is never too low; two sizes are tried instead of all.
+    The peak is convex in the number of samples (the worst of many moments, each linear in it), so the straight line
+    between one sample and many is never too low; two sizes are tried instead of all.
     """
     rows = rows_at_once(choice.micro_batch, want)
     many = max((n for n in range(1, want.batch_size) if want.batch_size % n == 0), default=1)
@@ -230,11 +237,12 @@ def activation_bytes(step: Step, choice: Choice, want: Want, factor: float = 1.0
     return max(int(factor * peak), OPTIMIZER_TENSORS * sizes(step).largest)
 
 
-def _step(config: UNetConfig, latents_hw: tuple[int, int], teachers: int, choice: Choice, want: Want) -> Step:
+def _step(config: UNetConfig, latents_hw: tuple[int, int], teachers: int, *, choice: Choice, want: Want) -> Step:
+    height, width = latents_hw
     narrow = want.precision if want.device == "cuda" else "fp32"
     return Step(
         config=config,
-        latents_hw=tuple(latents_hw),
+        latents_hw=(height, width),
         styles=teachers,
         precision=want.precision,
         teacher_dtype=narrow if want.teacher_dtype == "auto" else want.teacher_dtype,
@@ -249,6 +257,7 @@ def _step(config: UNetConfig, latents_hw: tuple[int, int], teachers: int, choice
 
 
 def _ram(each: Sizes, teachers: int, choice: Choice, want: Want) -> int:
+    """Bytes of teachers and average in RAM."""
     average = each.trained if want.ema and choice.ema_device == "cpu" else 0
     return average + ((teachers + 1) * each.teacher if choice.residency == "offload" else 0)
 
@@ -258,19 +267,21 @@ def _importable(package: str | None) -> bool:
 
 
 def usable_bytes(budget: int, device: str) -> int:
-    """What is left of a budget after the margin."""
+    """Bytes of a budget that are left after the margin and CUDA's own memory."""
     return int(budget * (1 - MARGIN)) - _overhead(device)
 
 
 def _overhead(device: str) -> int:
+    """Bytes that a device has lost before the first tensor."""
     return CUDA_CONTEXT if device == "cuda" else 0
 
 
 def choices(want: Want) -> Iterator[Choice]:
-    """Every setting that is open, best first (see the top of this file). Raises ValueError when ``want.fixed`` leaves none."""
+    """Every setting that is open, best first (see the top of this file). Raises ValueError when ``want.fixed`` leaves
+    none."""
     cuda, fixed = want.device == "cuda", dict(want.fixed)
     # On the CPU "the device" and RAM are one memory: moving things between them saves nothing.
-    open_ = {
+    options: dict[str, Sequence[Any]] = {
         "trainable": ("all", "lora"),
         "optimizer": [
             name for name, package in OPTIMIZER_NEEDS.items() if _importable(package) and (cuda or name != "adamw8bit")
@@ -282,11 +293,11 @@ def choices(want: Want) -> Iterator[Choice]:
         "residency": ("device", "offload") if cuda else ("device",),
         "micro_batch": [n for n in range(want.batch_size, want.processes - 1, -1) if want.batch_size % n == 0],
     }
-    if unknown := sorted(set(fixed) - set(open_)):
-        raise ValueError(f"the planner does not choose {', '.join(unknown)}; it chooses {', '.join(sorted(open_))}")
-    open_ |= {name: (value,) for name, value in fixed.items()}
-    for values in itertools.product(*open_.values()):
-        one = dict(zip(open_, values))
+    if unknown := sorted(set(fixed) - set(options)):
+        raise ValueError(f"the planner does not choose {', '.join(unknown)}; it chooses {', '.join(sorted(options))}")
+    options |= {name: (value,) for name, value in fixed.items()}
+    for values in itertools.product(*options.values()):
+        one: dict[str, Any] = dict(zip(options, values))
         comfortable = rows_at_once(one["micro_batch"], want) >= min(COMFORTABLE, rows_at_once(want.batch_size, want))
         if one.pop("comfortable") != comfortable or (one["residency"] == "device" and one["slots"] == 1):
             continue

@@ -1,4 +1,4 @@
-"""Latents to pictures, and labelled contact sheets of them (Pillow only): what the demo and the reports show."""
+"""Latents to pictures, and labelled contact sheets of pictures (with Pillow alone)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ GAP = 6
 LABEL_LINES = 3
 
 
-def to_tensor(images: np.ndarray) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float in [-1, 1]."""
+def to_tensor(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1], on the device."""
     # Contiguous: a permuted view counts as channels_last, whose CPU kernels are several times slower at these widths.
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
 
 
 @torch.no_grad()
@@ -28,8 +28,8 @@ def decode_to_pil(vae: AutoencoderKL, latents: Tensor, scale: float = SCALE_SD, 
     """Scaled latents (B, 4, h, w), as the UNet sees them, -> B pictures; ``scale`` is ``SCALE_SDXL`` for SDXL."""
     weight = vae.post_quant_conv.weight
     images = []
-    for part in latents.split(batch):
-        pixels = vae.decode((part / scale).to(weight.device, weight.dtype))
+    for chunk in latents.split(batch):
+        pixels = vae.decode((chunk / scale).to(weight.device, weight.dtype))
         pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).byte()
         images += [Image.fromarray(p.numpy()) for p in pixels.permute(0, 2, 3, 1).cpu()]  # (B, 3, H, W) -> (B, H, W, 3)
     return images
@@ -39,6 +39,7 @@ def grid(
     images: Sequence[Sequence[Image.Image | None]],
     row_labels: Sequence[str] | None = None,
     col_labels: Sequence[str] | None = None,
+    *,
     title: str = "",
     font_size: int = 15,
 ) -> Image.Image:
@@ -55,7 +56,7 @@ def grid(
         if labels is not None and len(labels) != count:
             raise ValueError(f"{len(labels)} {name} labels for {count} {name}s")
 
-    font, title_font = ImageFont.load_default(font_size), ImageFont.load_default(round(1.4 * font_size))
+    font, title_font = default_font(font_size), default_font(round(1.4 * font_size))
     line, title_line = line_height(font), line_height(title_font)
     width = max(image.width for image in present)
     gutter = max(width, 6 * font_size)  # room for row labels, also beside small pictures
@@ -92,7 +93,7 @@ def grid(
 
 
 def blend_strip(
-    images: Sequence[Image.Image], start: str, end: str, weights: Sequence[float] | None = None, title: str = ""
+    images: Sequence[Image.Image], start: str, end: str, weights: Sequence[float] | None = None, *, title: str = ""
 ) -> Image.Image:
     """One row of pictures from style ``start`` to style ``end``, each labelled with the share of ``end`` in it.
 
@@ -106,12 +107,21 @@ def blend_strip(
 
 
 def share_label(weight: float, start: str, end: str) -> str:
+    """A label for a blend: the name of an end, or "30% end" in between."""
     if weight in (0, 1):
         return end if weight else start
     return f"{100 * weight:.0f}% {end}"
 
 
+def default_font(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font at a size in pixels."""
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont), "with a size, Pillow gives its scalable font"
+    return font
+
+
 def line_height(font: ImageFont.FreeTypeFont) -> int:
+    """Pixels from one line of text to the next."""
     ascent, descent = font.getmetrics()
     return ascent + descent + 1
 

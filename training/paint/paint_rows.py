@@ -1,4 +1,5 @@
-"""Painting from rows of text states, as teachers, students on the way and evaluations do."""
+"""Painting captions whose text states are already there: for teachers, for pictures during a run, and for
+evaluations."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ def paint_rows(
     text: Teacher,
     rows: Tensor,
     noise: Tensor,
+    *,
     steps: int,
     cfg: float,
     style: Tensor | None = None,
@@ -23,9 +25,10 @@ def paint_rows(
     scheduler: str = "karras",
     callback: Callback | None = None,
 ) -> Tensor:
-    """Noise (B, C, h, w), on the UNet's device, -> latents (B, C, h, w) there, of the captions ``rows`` (B,) of ``text``'s text states.
+    """Noise (B, C, h, w) on the UNet's device -> latents (B, C, h, w) there, scaled as the UNet sees them.
 
-    text: whose text states and parameterisation the UNet has. style: (1, N+1) or None; sampler, scheduler: as of the host's KSampler.
+    text: the teacher whose text states, parameterisation and noise schedule the UNet has; rows: (B,) captions, as rows
+    of its text states. style: a style row (1, N+1) or None. steps, cfg, sampler, scheduler: as of the host's KSampler.
     """
     schedule, device = NoiseSchedule(text.zero_snr), noise.device
     # One lookup, so that captions and the empty prompt come in one length: (2B, L, d)
@@ -33,6 +36,7 @@ def paint_rows(
     (context, empty), (y, empty_y) = context.chunk(2), (None, None) if y is None else y.chunk(2)
     style = None if style is None else style.to(device)
     denoiser = cfg_denoiser(
-        unet, schedule, context, empty, cfg, style, y=y, uncond_y=empty_y, prediction=text.prediction
+        unet, schedule, context, empty, cfg=cfg, style=style, y=y, uncond_y=empty_y, prediction=text.prediction
     )
-    return sample(denoiser, schedule, noise, sigmas_for(schedule, steps, scheduler).to(device), sampler, callback)
+    sigmas = sigmas_for(schedule, steps, scheduler).to(device)
+    return sample(denoiser, schedule, noise, sigmas, sampler=sampler, callback=callback)

@@ -1,4 +1,5 @@
-"""Headless painting: prompts and style rows to pictures, with the numbers that ComfyUI's KSampler would get."""
+"""Painting without ComfyUI: prompts and styles to pictures, with the noise and the numbers that ComfyUI's KSampler
+has."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint
-from ...dmm_core.sampling import cfg_denoiser, host_noise, sample, sigmas_for
+from ...dmm_core.sampling import Callback, StyleRows, cfg_denoiser, host_noise, sample, sigmas_for
 from ...dmm_core.schedule import NoiseSchedule
 from ...dmm_core.sdxl import sdxl_vector
 from ...dmm_core.style_value import NONE, Mix, Strength, Style, mix, parse_style, progress_at, style_rows, vocabulary
@@ -22,7 +23,8 @@ from .images import decode_to_pil
 
 @dataclass
 class Settings:
-    """Sampling settings under the host's names. width and height in pixels."""
+    """Sampling settings under the host's names. width and height in pixels; ValueError for sizes that are no multiples
+    of 8."""
 
     steps: int = 20
     cfg: float = 4.0
@@ -41,7 +43,8 @@ class Settings:
 
 @dataclass
 class Painter:
-    """A checkpoint ready to paint. ``text`` and ``vae`` may come from another checkpoint when the model's own file lacks them."""
+    """A checkpoint ready to paint. ``text`` and ``vae`` may come from another checkpoint when the model's own file
+    lacks them."""
 
     unet: UNet
     text: ClipText
@@ -74,12 +77,15 @@ class Painter:
         style: Tensor | Style | None,
         seed: int,
         settings: Settings,
+        *,
         same_noise: bool = False,
-        callback: Callable | None = None,
+        callback: Callback | None = None,
     ) -> Tensor:
-        """Prompts (B) and style rows (B or 1, N+1), or a Style, which may change over the steps -> latents (B, 4, h, w), scaled.
+        """Prompts (B) and style rows (B or 1, N+1), or a Style, which may change over the steps -> latents (B, 4, h,
+        w), scaled.
 
-        The noise is the host's for an empty latent of batch B and this seed; ``same_noise`` gives every row the first one's.
+        The noise is the host's for an empty latent of batch B and this seed; ``same_noise`` gives every row the first
+        one's. Raises ValueError for an SDXL model with a text encoder that gives no pooled text.
         """
         count, config = len(prompts), self.unet.config
         shape = (count, config.in_channels, settings.height // 8, settings.width // 8)
@@ -87,11 +93,16 @@ class Painter:
         context, pooled = self.text.encode_pooled([*prompts, settings.negative])
         y = None
         if config.adm_channels:
+            if pooled is None:
+                raise ValueError(
+                    "the model is an SDXL model and the text encoder is not: take it from an SDXL checkpoint"
+                )
             y = sdxl_vector(pooled, settings.height, settings.width).to(self.device)
+        rows: StyleRows | None = None
         if isinstance(style, Style):
-            style = self._rows_at(style, count)
+            rows = self._rows_at(style, count)
         elif style is not None:
-            style = style.expand(count, -1).to(self.device)
+            rows = style.expand(count, -1).to(self.device)
         context = context.to(self.device)
         schedule = NoiseSchedule(self.zero_snr)
         denoiser = cfg_denoiser(
@@ -99,14 +110,15 @@ class Painter:
             schedule,
             context[:-1],
             context[-1:].expand(count, -1, -1),
-            settings.cfg,
-            style=style if self.styles else None,
+            cfg=settings.cfg,
+            style=rows if self.styles else None,
             y=None if y is None else y[:-1],
             uncond_y=None if y is None else y[-1:].expand(count, -1),
             prediction=self.prediction,
         )
         sigmas = sigmas_for(schedule, settings.steps, settings.scheduler)
-        return sample(denoiser, schedule, noise.to(self.device), sigmas.to(self.device), settings.sampler, callback)
+        noise, sigmas = noise.to(self.device), sigmas.to(self.device)
+        return sample(denoiser, schedule, noise, sigmas, sampler=settings.sampler, callback=callback)
 
     def _rows_at(self, style: Style, count: int) -> Callable[[Tensor], Tensor]:
         """Timesteps (B,), all equal -> the style rows at that moment."""
@@ -119,26 +131,27 @@ class Painter:
 
     @torch.no_grad()
     def pictures(self, latents: Tensor) -> list[Image.Image]:
+        """Scaled latents (B, 4, h, w) -> B pictures."""
         return decode_to_pil(self.vae, latents, latent_scale(self.unet.config))
 
 
 def painter(checkpoint: Checkpoint, companion: Checkpoint | None = None, device: torch.device | None = None) -> Painter:
     """A Painter from a checkpoint; text encoder and VAE missing there are taken from ``companion``.
 
-    Raises ValueError saying which part neither of them has.
+    Raises ValueError saying which of the two neither of them has.
     """
     device = device or torch.device("cpu")
-    parts = {}
-    for name, what in (("text", "text encoder"), ("vae", "VAE")):
-        parts[name] = getattr(checkpoint, name) or (companion and getattr(companion, name))
-        if not parts[name]:
+    text = checkpoint.text or (companion.text if companion else {})
+    vae = checkpoint.vae or (companion.vae if companion else {})
+    for weights, what in ((text, "text encoder"), (vae, "VAE")):
+        if not weights:
             raise ValueError(f"the checkpoint has no {what}: name a full checkpoint of the same family to take it from")
     return Painter(
         load_unet(checkpoint.unet).to(device).eval(),
-        ClipText(parts["text"]).to(device),
-        load_vae(parts["vae"]).to(device).eval(),
-        [style.name for style in checkpoint.styles],
-        checkpoint.prediction,
-        checkpoint.zero_snr,
-        device,
+        ClipText(text).to(device),
+        load_vae(vae).to(device).eval(),
+        styles=[style.name for style in checkpoint.styles],
+        prediction=checkpoint.prediction,
+        zero_snr=checkpoint.zero_snr,
+        device=device,
     )

@@ -1,4 +1,4 @@
-"""Pictures small enough to travel in a file's metadata: what a style looks like (Pillow only)."""
+"""Thumbnails of styles, small enough for a file's metadata (with Pillow alone)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ QUALITY = 85
 
 
 def thumbnail_uri(picture: Image.Image) -> str:
-    """A picture as the JPEG data URI that ``StyleInfo`` takes: at most SIDE pixels a side, transparent parts on white."""
+    """A picture as the JPEG data URI that ``StyleInfo`` takes: at most SIDE pixels a side, transparent parts on
+    white."""
     small = picture.copy()
     small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     if small.mode in ("RGBA", "LA"):

@@ -1,1 +1,1 @@
-"""Several processes, one run: who there is, who has which rows, and what of the student lies where."""
+"""Several processes of one run: their communication, devices and rows, and how the student is replicated or sharded."""

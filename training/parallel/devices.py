@@ -1,4 +1,4 @@
-"""Which device a process works on, and how much of its memory is free."""
+"""Chooses the device that a process works on, and reads how much memory is free."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from .ranks import Ranks
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU; anything else is a torch device name."""
+    """ "auto" is CUDA where there is one, else the CPU; anything else is a torch device name. Raises ValueError for
+    what is none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -19,10 +20,11 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device is {name!r}: use auto, cpu, cuda or cuda:0") from error
 
 
-def own_device(device: torch.device, ranks: Ranks) -> torch.device:
+def local_device(device: torch.device, ranks: Ranks) -> torch.device:
     """This process's device: with several processes on "cuda" the ``local``-th GPU of its machine.
 
-    Raises ValueError for more processes than GPUs on the machine, and for one GPU by number, which they would have to share.
+    Raises ValueError for more processes than GPUs on the machine, and for one GPU by number, which they would have to
+    share.
     """
     if ranks.world == 1 or device.type != "cuda":
         return device
@@ -39,7 +41,10 @@ def own_device(device: torch.device, ranks: Ranks) -> torch.device:
 
 
 def available_bytes(device: torch.device | str) -> int:
-    """Free memory of a CUDA device, or of this machine for any other device."""
+    """Free memory in bytes of a CUDA device, or of this machine for any other device.
+
+    Raises ValueError where this machine does not say.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

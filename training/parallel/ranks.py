@@ -1,7 +1,8 @@
-"""Several processes, one run: who there is (torchrun says so), what they tell each other, and what to do when one is lost.
+"""The processes of one run: how many torchrun started, small messages between them, and what happens when one of them
+ends.
 
-Every process draws the same batches and works on its own rows of them. What they tell each other here are small things on the CPU,
-by gloo; gradients are the business of ``sharding``.
+Every process draws the same batches and works on its local rows of them. The messages here are small and go over the
+CPU (gloo); gradients are added up in ``sharding``.
 """
 
 from __future__ import annotations
@@ -19,28 +20,29 @@ import torch
 from torch import Tensor
 
 TIMEOUT = datetime.timedelta(hours=4)
-"""For one process that waits for the others. A dead one is noticed at once, as its connections close; this is for slow disks and
-long paintings, which are no reason to end a run."""
+"""How long a process waits for the others. One that has ended is noticed at once, as its connections close; this is for
+slow disks and long paintings, which are no reason to end a run."""
 GRACE = 10.0
-"""Seconds in which those that are left tell each other so."""
+"""Seconds in which the processes that are left find each other."""
 
 
 class LostProcess(RuntimeError):
-    """Another process of the run has ended. ``speak``: whether this one is to tell the user."""
+    """Another process of the run has ended. ``speak``: whether this process is the one that tells the user."""
 
     speak = True
 
 
 class AgreedError(ValueError):
-    """A mistake that one process found and all of them know of."""
+    """A mistake that one process found, raised in all of them."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run: this one is ``rank`` of ``world``, and the ``local``-th on its machine. By default there is one.
+    """The processes of a run: this one is ``rank`` of ``world``, and the ``local``-th on its machine. By default there
+    is one.
 
-    All methods but ``part`` are for all processes together, and do nothing where there is one. Each raises LostProcess when another
-    process is gone.
+    All methods but ``share`` and ``left`` must be called by all processes together; with one process they communicate
+    nothing. Each raises LostProcess when another process has ended.
     """
 
     rank: int = 0
@@ -49,32 +51,33 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """The process that writes and speaks."""
+        """Whether this is the process that writes files and messages: rank 0."""
         return self.rank == 0
 
-    def part(self, count: int) -> slice:
-        """This process's share of ``count`` things in a row; the shares' sizes differ by one at the most."""
+    def share(self, count: int) -> slice:
+        """This process's share of ``count`` consecutive things, as a slice; the sizes of the shares differ by one at
+        most."""
         return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes of a tensor on the CPU, the same bits everywhere (in place)."""
+        """The sum over all processes of a tensor on the CPU (in place); bitwise the same in every process."""
         if self.world > 1:
             with self.watching():
                 torch.distributed.all_reduce(tensor)
         return tensor
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
-        """For each flag whether it is set in some process."""
+        """For each flag, whether it is set in at least one process."""
         return [count > 0 for count in self.sum(torch.tensor(flags, dtype=torch.int32)).tolist()]
 
     def align(self, tensor: Tensor) -> None:
-        """Give a tensor the first process's values, wherever it is (in place)."""
+        """Overwrite a tensor, on any device, with the first process's values (in place)."""
         if self.world > 1:
             with self.watching():
                 torch.distributed.broadcast(tensor, 0)
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank."""
+        """The values (anything that pickles) of all processes, in order of rank."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -89,16 +92,18 @@ class Ranks:
         return values
 
     def from_main(self, value: Any) -> Any:
-        """The first process's value."""
+        """The first process's value, in every process."""
         return self.gather(value if self.is_main else None)[0]
 
     def barrier(self) -> None:
+        """Wait until all processes are here."""
         self.sum(torch.zeros(1))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A block that all processes leave together: what is wrong in one (a ValueError or OSError) ends it in all, as AgreedError."""
-        problem = None
+        """A block that all processes leave together: a ValueError or OSError in one of them becomes an AgreedError in
+        all."""
+        problem: ValueError | OSError | None = None
         try:
             yield
         except (ValueError, OSError) as error:
@@ -120,7 +125,8 @@ class Ranks:
             raise LostProcess("another process of this run has ended") from error
 
     def left(self) -> tuple[list[int], bool]:
-        """After a LostProcess: (ranks that give no sign of life, whether this process is the first of the others)."""
+        """After a LostProcess: (ranks of the processes that do not answer, whether this process is the first of those
+        that do)."""
         try:
             # The launcher's, which outlives its processes and, where it starts them again, serves them again.
             store = torch.distributed.distributed_c10d._get_default_store()
@@ -135,23 +141,24 @@ class Ranks:
                     first = store.add(f"{key} spoken", 1) == 1  # one that came late has been spoken for
                     return sorted(set(range(self.world)) - set(here)), first
                 time.sleep(0.05)
-        except Exception:  # noqa: BLE001, it was in the process that is gone: then all of them speak
+        except Exception:  # noqa: BLE001, the store was in the process that is gone: then every process reports it
             return [], True
 
 
 def is_connection_error(error: RuntimeError) -> bool:
+    """Whether an error is one by which torch reports a closed connection to another process."""
     network = getattr(torch.distributed, "DistError", ())
     return isinstance(error, (LostProcess, network)) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL"))
 
 
-def _text(error: Exception) -> str:
+def _text(error: ValueError | OSError) -> str:
     if isinstance(error, OSError):
         return f"{error.strerror or error}: {error.filename or 'while writing'}"
     return str(error)
 
 
 def launched() -> Ranks:
-    """What the launcher says in the environment; one process without a launcher."""
+    """The processes that torchrun declares in the environment; one process without torchrun."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Ranks()
@@ -160,11 +167,16 @@ def launched() -> Ranks:
 
 
 @contextlib.contextmanager
-def joined(ranks: Ranks, device: torch.device, init_method: str = "env://", goodbye: type = ()) -> Iterator[Ranks]:
-    """Inside, the processes are connected. device: this one's.
+def joined(
+    ranks: Ranks,
+    device: torch.device,
+    init_method: str = "env://",
+    raised_by_all: tuple[type[BaseException], ...] = (),
+) -> Iterator[Ranks]:
+    """A context in which the processes are connected. device: the one that this process works on.
 
-    At the end they wait for each other, so that the launcher, which stops all when the first ends, lets them finish. After
-    exceptions they do not, but for those of the types ``goodbye``, which all of them get together.
+    At the end they wait for each other, because the launcher stops all of them when the first one ends. After an
+    exception they do not, except for AgreedError and the types ``raised_by_all``, which every process raises.
     """
     if ranks.world == 1:
         yield ranks
@@ -177,17 +189,12 @@ def joined(ranks: Ranks, device: torch.device, init_method: str = "env://", good
     )
     try:
         yield ranks
-    except (AgreedError, *_types(goodbye)):
-        _leave(ranks)
-        raise
-    except BaseException:
-        raise  # the group is left as it is: to take it down can hang while the others still work in it
+    except BaseException as error:
+        if isinstance(error, (AgreedError, *raised_by_all)):
+            _leave(ranks)
+        raise  # else the group stays as it is: to take it down can hang while the others still work in it
     else:
         _leave(ranks)
-
-
-def _types(types: type | tuple) -> tuple:
-    return types if isinstance(types, tuple) else (types,)
 
 
 def _leave(ranks: Ranks) -> None:

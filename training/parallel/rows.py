@@ -1,4 +1,4 @@
-"""Rows of a batch that several processes share: from each one's rows to all of them."""
+"""Rows of a batch that several processes share: gathered from each process's local rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from .ranks import Ranks
 
 
 def gather_rows(tables: Sequence[Tensor], starts: Sequence[int], counts: Sequence[int], ranks: Ranks) -> list[Tensor]:
-    """This process's rows of each table (b, K) -> every process's (count, K), float32 on the CPU, the same bits everywhere.
+    """This process's rows of each table (b, K) -> every process's (count, K), float32 on the CPU, the same bits
+    everywhere.
 
     starts: where this process's rows begin in each; counts: rows of all processes together. For all processes together.
     """

@@ -1,13 +1,18 @@
-"""The student on several processes: a copy in each (DDP), or a share of it in each (FSDP2, arXiv:2304.11277).
+"""The student on several processes: a copy in each (DDP), or a shard of every parameter in each (FSDP2,
+arXiv:2304.11277).
 
-With shares, parameters, gradients, the optimiser's moments and the average are cut along their first dimension; a block is whole
-only while it computes. Such a parameter is a DTensor, and ``whole`` and ``put_whole`` are the ways out of it and into it.
+With FSDP2, parameters, gradients, the optimiser's moments and the average are cut along their first dimension, and a
+block has its full weights only while it computes. Such a parameter is a DTensor. ``full_tensor``, ``gather_to_main``
+and ``local_tensor`` lead from it to plain tensors, ``distribute_like`` and ``sharded_from_local`` from plain tensors to
+it; all of them pass plain tensors through.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +21,9 @@ from ...dmm_core.unet import UNet
 from ..config import TrainConfig
 from .ranks import Ranks
 
+if TYPE_CHECKING:  # its import takes a while, and only runs on several processes need it
+    from torch.distributed.tensor import DTensor
+
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SEVERAL = (2, 8)
 """The torch that several processes need: before it, gloo's group is destroyed holding Python's lock, which its own thread may wait for
@@ -23,7 +31,7 @@ SEVERAL = (2, 8)
 
 
 def check_parallel(config: TrainConfig, world: int) -> None:
-    """Raises ValueError for what cannot be done by this many processes."""
+    """Raises ValueError for settings that do not work with ``world`` processes."""
     c = config
     if world == 1:
         return
@@ -49,11 +57,12 @@ def check_parallel(config: TrainConfig, world: int) -> None:
         raise ValueError("compile is on, which was never seen working with parallel: fsdp: switch one of them off")
 
 
-def share(student: UNet, precision: str, device: torch.device, world: int) -> None:
-    """Cut a student on the CPU into shares, in place, block by block: the whole of it is never on the device.
+def shard(student: UNet, precision: str, device: torch.device, world: int) -> None:
+    """Cut a student that is on the CPU into one shard per process, block by block (in place): the device never holds
+    all of it.
 
-    With half-precision arithmetic its weights are gathered in that, as autocast would keep casted copies of all blocks; gradients
-    are added up in float32.
+    precision: "fp32", "bf16" or "fp16", in which weights are gathered to compute with (autocast would keep cast copies
+    of all blocks); gradients are added up in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -62,7 +71,7 @@ def share(student: UNet, precision: str, device: torch.device, world: int) -> No
     half = HALVES.get(precision)
     policy = MixedPrecisionPolicy(half, torch.float32 if half else None, cast_forward_inputs=False)
     for block in (*student.input_blocks, student.middle_block, *student.output_blocks, student):
-        # The student itself too: a forward without a backward would leave its own weights whole, and later changes unseen.
+        # The student itself too: a forward without a backward would leave its own weights gathered, and later changes unseen.
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
@@ -75,65 +84,79 @@ def replicate(student: UNet, device: torch.device) -> nn.Module:
     return DistributedDataParallel(student, places, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def without_sync(forward: Callable, last: bool):
-    """A context for all forwards of a step but the ``last``, after which DDP adds up the gradients.
+def without_sync(forward: object, last: bool) -> AbstractContextManager[None]:
+    """A context for every forward of a step: DDP adds up the gradients after the ``last`` one only.
 
-    With shares they are added up each time: to wait would keep the gradients of the whole student in each process.
+    FSDP2 adds them up each time: to wait would keep the gradients of all parameters in each process.
     """
     no_sync = getattr(forward, "no_sync", None)
     return contextlib.nullcontext() if last or no_sync is None else no_sync()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A shared-out tensor, whole; for all processes together. Any other tensor is returned as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+# --- sharded tensors --------------------------------------------------------------------------------------------------
 
 
-def to_file(tensor: Tensor, is_main: bool) -> Tensor:
-    """A shared-out tensor, whole and on the CPU where it ``is_main``, and nothing elsewhere; for all processes together, so that one
-    tensor at a time is whole on a device. Any other tensor is returned as it is."""
-    if not hasattr(tensor, "full_tensor"):
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor, of which each process holds a shard."""
+    return hasattr(tensor, "to_local")
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor in full, in every process; for all processes together. A plain tensor as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def gather_to_main(tensor: Tensor, is_main: bool) -> Tensor:
+    """A sharded tensor in full on the CPU in the main process, an empty tensor in the others; for all processes
+    together.
+
+    The device holds one full tensor at a time. A plain tensor is returned as it is.
+    """
+    if not is_sharded(tensor):
         return tensor
     full = tensor.full_tensor()
     return full.cpu() if is_main else torch.empty(0)
 
 
-def own(tensor: Tensor) -> Tensor:
-    """This process's share of a tensor, in the same memory; the tensor itself where it is not shared out."""
-    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor, without gradient and in the same memory; of a plain tensor, all of it."""
+    detached = tensor.detach()
+    return detached.to_local() if is_sharded(detached) else detached
 
 
-def cut_as(part: Tensor, parameter: Tensor) -> Tensor:
-    """What each process has a ``part`` of, as the parameter is cut (an average, say), as one shared-out tensor; ``part`` itself where
-    the parameter is not shared out."""
-    if not hasattr(parameter, "to_local"):
-        return part
+def sharded_from_local(local: Tensor, parameter: Tensor) -> Tensor:
+    """A sharded tensor out of each process's ``local`` shard, cut as ``parameter`` is; ``local`` itself for a plain
+    parameter."""
+    if not is_sharded(parameter):
+        return local
     from torch.distributed.tensor import DTensor
 
-    part = part.to(own(parameter).device)
+    local = local.to(local_tensor(parameter).device)
     mesh, placements = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(part, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+    return DTensor.from_local(local, mesh, placements, shape=parameter.shape, stride=parameter.stride())
 
 
-def share_of(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """``tensor``, which every process has whole, cut as ``parameter`` is; as it is where that is not shared out."""
-    if not hasattr(parameter, "to_local"):
+def distribute_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A full ``tensor``, which every process has, cut as ``parameter`` is; ``tensor`` itself for a plain parameter."""
+    if not is_sharded(parameter):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    tensor = tensor.to(own(parameter).device)
+    tensor = tensor.to(local_tensor(parameter).device)
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def add_up(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
-    """Average the gradients over the processes; one without a gradient counts as zeros."""
-    parameters = list(parameters)
+def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
+    """Replace each gradient by its mean over the processes (in place); a parameter without a gradient counts as
+    zeros."""
+    gradients = []
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.flatten() for p in parameters])
+        gradients.append(p.grad)
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     with ranks.watching():
         torch.distributed.all_reduce(flat)
     flat /= ranks.world
-    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad.copy_(grad.view_as(p))
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(mean.view_as(gradient))

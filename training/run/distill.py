@@ -18,7 +18,7 @@ from ...dmm_core.vae import latent_scale, load_vae
 from ..config import DistillConfig
 from ..loop.trainer import Trainer
 from ..paint.images import decode_to_pil
-from ..parallel.devices import own_device, pick_device
+from ..parallel.devices import local_device, pick_device
 from ..parallel.ranks import LostProcess, Ranks
 from .load import load_run
 from .state import states
@@ -48,7 +48,7 @@ def distill(
     """
     output, run_dir, ranks = Path(config.output), Path(config.run_dir), ranks or Ranks()
     with ranks.together():
-        loaded = load_run(config, own_device(pick_device(config.train.device), ranks), grown, ranks)
+        loaded = load_run(config, local_device(pick_device(config.train.device), ranks), grown, ranks)
     run, base = loaded.start(), loaded.parts
     if loaded.plan:
         logger.info("%s", loaded.plan.describe())

@@ -60,7 +60,7 @@ class Run:
                 attack=self.attack,
                 ranks=self.ranks,
             )
-        return Trainer(self.base, self.teachers, self.data, self.config, self.device, ranks=self.ranks)
+        return Trainer(self.base, self.teachers, self.data, self.config, device=self.device, ranks=self.ranks)
 
 
 def load_run(config: DistillConfig, device: torch.device, grown: bool = False, ranks: Ranks | None = None) -> Run:
@@ -96,7 +96,9 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
     foundation.file, foundation.sha256 = recorded(config.base, [])
     begun = begun_with(Path(config.run_dir))
     check_text((foundation, *frozen.values()))
-    train, plan = fitted(config.train, base_unet.config, data.shape[1:], len(files), device, ranks.world, begun)
+    train, plan = fitted(
+        config.train, base_unet.config, data.shape[1:], len(files), device=device, processes=ranks.world, begun=begun
+    )
     base.unet = {}  # the copy in ``foundation`` is enough
     old = [foundation.as_style(i, style) for i, style in enumerate(base.styles)] if grown else []
     return Run(
@@ -107,7 +109,7 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
 
 def teacher_unets(config: DistillConfig, files: Named, ranks: Ranks) -> dict[str, UNet]:
     """Checked, by name. Of several processes each reads a share of the teachers to check them; their weights stay in the files, and
-    the rack reads those that a process meets. (LoRAs have been folded in already: such weights are in no file.)"""
+    the pool reads those that a process meets. (LoRAs have been folded in already: such weights are in no file.)"""
     unets = {}
     for i, spec in enumerate(config.teachers):
         copy = ranks.world == 1 or bool(spec.loras)

@@ -27,7 +27,7 @@ from ..files.hashing import tensor_sha256
 from ..loop.optimizers import load_optimizer, optimizer_tensors
 from ..loop.trainer import Trainer
 from ..parallel.ranks import AgreedError
-from ..parallel.sharding import cut_as, to_file
+from ..parallel.sharding import gather_to_main, sharded_from_local
 from ..teachers.teacher import Rows
 
 logger = logging.getLogger(__name__)
@@ -89,12 +89,14 @@ def save_state(run: Trainer, folder: Path, parts: dict[str, str], error: float |
     main = run.ranks.is_main
     if not main and not run.student.sharded:
         return path
-    tensors = {f"student.{k}": to_file(p.detach(), main) for k, p in run.student.trained.items()}
+    tensors = {f"student.{k}": gather_to_main(p.detach(), main) for k, p in run.student.trained.items()}
     metadata = {"dmm.state": FORMAT, "step": str(run.step), "identity": json.dumps(parts)}
     _add_optimizer(tensors, metadata, "optimizer", run.optimizer, named=run.student.trained, is_main=main)
     if run.student.ema:
         average = run.student.ema.average.items()
-        tensors.update({f"ema.{k}": to_file(cut_as(v, run.student.trained[k]), main) for k, v in average})
+        tensors.update(
+            {f"ema.{k}": gather_to_main(sharded_from_local(v, run.student.trained[k]), main) for k, v in average}
+        )
     if not main:
         return path
     folder.mkdir(parents=True, exist_ok=True)

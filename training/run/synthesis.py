@@ -13,15 +13,17 @@ from torch import Tensor
 
 from ...dmm_core.sampling import host_noise
 from ..data.batches import CaptionedLatents
-from ..files.pieces import read_part, write_part
+from ..files.pieces import read_piece, write_piece
 from ..loop.trainer import Trainer
 from ..paint.paint_rows import paint_rows
-from ..progress import Tick
+from ..progress import ProgressCallback
 from ..seeds import hash_seed
 
 
 @torch.no_grad()
-def painted_by_teachers(run: Trainer, folder: Path | None = None, progress: Tick | None = None) -> CaptionedLatents:
+def painted_by_teachers(
+    run: Trainer, folder: Path | None = None, progress: ProgressCallback | None = None
+) -> CaptionedLatents:
     """``final_images`` latents by each teacher, at the size of most of the run's data, with captions drawn from it.
 
     folder: where finished parts are kept, None for nowhere. The pictures follow from the run's seed, the teachers and the captions.
@@ -38,7 +40,7 @@ def painted_by_teachers(run: Trainer, folder: Path | None = None, progress: Tick
 
     if folder and ranks.world > 1:  # each process its share of the parts, and then all of them read all files
         with ranks.together():
-            for _ in finish(parts[ranks.part(len(parts))]):
+            for _ in finish(parts[ranks.share(len(parts))]):
                 pass
         progress = None
     latents, captions, owner = [], [], []
@@ -52,7 +54,7 @@ def painted_by_teachers(run: Trainer, folder: Path | None = None, progress: Tick
 def _part(run: Trainer, teacher: int, start: int, *, rows: Tensor, folder: Path | None) -> Tensor:
     """Latents of some captions by one teacher: out of the folder, or painted now and put there."""
     path = folder / f"{teacher:03d}-{start:06d}.safetensors" if folder else None
-    done = read_part(path, len(rows)) if path else None
+    done = read_piece(path, len(rows)) if path else None
     if done and "latents" in done:
         return done["latents"]
     part = paint(run, teacher, rows, hash_seed(run.config.seed, "paint", teacher, start))
@@ -62,7 +64,7 @@ def _part(run: Trainer, teacher: int, start: int, *, rows: Tensor, folder: Path 
             "at what it paints in ComfyUI"
         )
     if path:
-        write_part(path, {"latents": part.half()})
+        write_piece(path, {"latents": part.half()})
     return part
 
 
@@ -80,8 +82,9 @@ def paint(run: Trainer, teacher: int, rows: Tensor, seed: int) -> Tensor:
     c, text = run.config, run.teachers[teacher]
     noise = noise_for(run, len(rows), seed)
     latents = paint_rows(
-        run.targets.pool.get(teacher), text, rows, noise, c.final_sampling_steps, c.final_cfg, text.style_row
-    )
+        run.targets.pool.get(teacher), text, rows, noise,
+        steps=c.final_sampling_steps, cfg=c.final_cfg, style=text.style_row,
+    )  # fmt: skip
     return latents.float().cpu()
 
 

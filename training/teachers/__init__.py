@@ -1,1 +1,2 @@
-"""Teachers: frozen models with the text states of their own, with LoRAs folded in, on the device or waiting in RAM."""
+"""Teachers: frozen models with their text states, LoRAs folded into them, and the pool that moves them to the
+device."""

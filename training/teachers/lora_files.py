@@ -1,4 +1,4 @@
-"""LoRA files folded into a checkpoint: the weights that ComfyUI's LoraLoader paints with, without ComfyUI.
+"""Folds LoRA files into a checkpoint, to the weights that ComfyUI's LoraLoader computes, without ComfyUI.
 
 Where a command takes a model's file, ``sd15.safetensors+ink.safetensors:0.8`` is the model with a LoRA at a strength (1
 where none is given, ``:0.8:0.5`` is another one for the text encoder); more LoRAs follow with more ``+``.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +21,16 @@ from ...dmm_core.metadata import LONGEST
 from ...dmm_core.weights_file import read_weights
 from ..config import LoraSpec
 from ..files.model_files import model_sha256
-from .lora_kinds import REFUSED, ROLES, Entries, changed_bias, changed_weight, check_kind
+from .lora_kinds import REFUSED, ROLES, Entries, changed_bias, changed_weight, check_entries
 from .lora_names import FIRST_TEXT, SECOND_TEXT, Target, lora_names
 
 logger = logging.getLogger(__name__)
 
+Changed = dict[tuple[str, str], Tensor]
+"""float32 weights with all changes so far, by (part, key): see ``Target``."""
+
 EXAMPLES = 4
+"""Keys that an error message shows."""
 TEXT_NAMES = (*FIRST_TEXT, *SECOND_TEXT, "text_encoders.")
 _LORA = re.compile(r"\+(.+?\.safetensors)((?::[^:+]*){0,2})(?=\+|$)")
 _ENDS = sorted({**ROLES, **REFUSED}, key=len, reverse=True)  # ".lora_B.default.weight" before ".lora_B"
@@ -36,34 +40,43 @@ def apply_loras(checkpoint: Checkpoint, loras: Sequence[LoraSpec], dtype: torch.
     """A checkpoint with LoRAs folded in, in order; only the weights that they change are new tensors.
 
     Computed in float32; the new weights are of ``dtype``, or with None of the dtype that they had. Raises ValueError,
-    naming file and key, for a file that is no safetensors file, of which nothing fits, that holds NaN or wrong shapes, or
-    whose kind is not known here; before that, a file of which only a part fits is logged as a warning.
+    naming file and key, for a file that is no safetensors file, of which nothing fits, that holds NaN or wrong shapes,
+    or whose algorithm is not known here; before that, a file of which only some keys fit is logged as a warning.
     """
-    names, changed = lora_names(checkpoint), {}
+    names = lora_names(checkpoint)
+    changed: Changed = {}
     for lora in loras:
         lora.check()
         for target, entries in read_lora(lora.file, names).items():
             strength = lora.strength if target.part == "unet" else lora.text_strength
             try:
-                check_kind(entries)
+                check_entries(entries)
                 if "diff_b" in entries:
-                    _change(checkpoint, changed, target.bias, entries, strength, changed_bias)
+                    _change(checkpoint, target.bias, entries, strength, change=changed_bias, changed=changed)
                 if entries.keys() != {"diff_b"}:
-                    _change(checkpoint, changed, target, entries, strength, changed_weight)
+                    _change(checkpoint, target, entries, strength, change=changed_weight, changed=changed)
             except ValueError as error:
                 raise ValueError(f"{lora.file}: {error}") from error
-    parts: dict[str, dict[str, Tensor]] = {"unet": {}, "text": {}}
+    new: dict[str, dict[str, Tensor]] = {"unet": {}, "text": {}}
     for (part, key), tensor in changed.items():
         tensor = tensor.to(dtype or getattr(checkpoint, part)[key].dtype)
         if not tensor.float().isfinite().all():
             files = ", ".join(f"'{lora.file}'" for lora in loras)
             raise ValueError(f"weight '{key}' becomes NaN or infinite with the LoRA {files}: lower the strength")
-        parts[part][key] = tensor
-    return replace(checkpoint, unet={**checkpoint.unet, **parts["unet"]}, text={**checkpoint.text, **parts["text"]})
+        new[part][key] = tensor
+    return replace(checkpoint, unet={**checkpoint.unet, **new["unet"]}, text={**checkpoint.text, **new["text"]})
 
 
-def _change(checkpoint, changed: dict, target: Target, entries: Entries, strength: float, change) -> None:
-    """Put ``change(entries, weight, strength)`` into ``changed``, which holds float32 copies by (part, key)."""
+def _change(
+    checkpoint: Checkpoint,
+    target: Target,
+    entries: Entries,
+    strength: float,
+    *,
+    change: Callable[[Entries, Tensor, float], Tensor],
+    changed: Changed,
+) -> None:
+    """Put ``change(entries, weight, strength)`` into ``changed`` (in place)."""
     weights, place = getattr(checkpoint, target.part), (target.part, target.key)
     if target.key not in weights:
         raise ValueError(f"'{entries['diff_b'][0]}' is for a bias that the model does not have")
@@ -75,11 +88,11 @@ def _change(checkpoint, changed: dict, target: Target, entries: Entries, strengt
         changed[place] = tensor
 
 
-def read_lora(path: str | os.PathLike, names: Mapping[str, Target]) -> dict[Target, Entries]:
+def read_lora(path: str | os.PathLike, names: Mapping[str, Target]) -> Mapping[Target, Entries]:
     """The entries of a LoRA file by the weight that they change. names: see ``lora_names``.
 
-    Keys that fit nothing are counted in a warning. Raises ValueError for a file of which nothing fits, for kinds that are
-    not known here, and for NaN.
+    Keys that fit nothing are counted in a warning. Raises ValueError for a file of which nothing fits, for algorithms
+    that are not known here, and for NaN.
     """
     places: dict[str, tuple[Target, str] | None] = {}
 
@@ -120,6 +133,7 @@ def _place(key: str, names: Mapping[str, Target]) -> tuple[Target, str] | None:
 
 
 def _checked(path: str | os.PathLike, key: str, role: str, tensor: Tensor) -> Tensor:
+    """An entry in float32. Raises ValueError for NaN, integers, or an alpha that is not one number."""
     if role == "alpha":
         if tensor.numel() != 1:
             raise ValueError(f"{path}: '{key}' has shape {tuple(tensor.shape)}, expected one number")
@@ -132,6 +146,7 @@ def _checked(path: str | os.PathLike, key: str, role: str, tensor: Tensor) -> Te
 
 
 def _reason(strange: Sequence[str], names: Mapping[str, Target]) -> str:
+    """Why no key of a file fits, as the end of an error message."""
     if not strange:
         return ""
     has_text = any(target.part == "text" for target in names.values())
@@ -174,7 +189,8 @@ def _spec(file: str, strengths: str) -> LoraSpec:
 
 
 def patched(checkpoint: Checkpoint, loras: Sequence[LoraSpec], base: Checkpoint | None = None) -> Checkpoint:
-    """A teacher: a checkpoint with LoRAs, in float32. Where it has no text encoder, they change that of ``base``."""
+    """A checkpoint with LoRAs folded in, changed weights in float32. Where it has no text encoder, they change that of
+    ``base``."""
     if not loras:
         return checkpoint
     text = checkpoint.text or (base.text if base else {})
@@ -182,7 +198,8 @@ def patched(checkpoint: Checkpoint, loras: Sequence[LoraSpec], base: Checkpoint 
 
 
 def recorded(file: str | os.PathLike, loras: Sequence[LoraSpec]) -> tuple[str, str]:
-    """What a style's metadata say of a teacher: names without folders, and the sha256 of its file, "" for one with LoRAs."""
+    """(names, sha256) that a style's metadata record of a teacher: file names without folders; "" for the sha256 of one
+    with LoRAs."""
     name = Path(file).name
     if not loras:
         return name, model_sha256(file)
@@ -192,6 +209,7 @@ def recorded(file: str | os.PathLike, loras: Sequence[LoraSpec]) -> tuple[str, s
 
 
 def _strengths(lora: LoraSpec) -> str:
+    """ ":0.8" or ":0.8:0.5" (the text encoder's apart); "" at strength 1."""
     if lora.clip_strength not in (None, lora.strength):
         return f":{lora.strength:g}:{lora.clip_strength:g}"
     return "" if lora.strength == 1 else f":{lora.strength:g}"

@@ -1,4 +1,4 @@
-"""What the entries of a LoRA file do to one weight: LoRA, LoCon, LoHa, LoKr, differences, and DoRA on top.
+"""The change that a LoRA file makes to one weight: LoRA, LoCon, LoHa, LoKr, differences, and DoRA on top.
 
 LoRA: Hu et al., arXiv:2106.09685; LoCon, LoHa, LoKr: LyCORIS, Yeh et al., arXiv:2309.14859; DoRA: Liu et al.,
 arXiv:2402.09353. The arithmetic is that of ComfyUI's loader, which decides what such a file looks like.
@@ -63,14 +63,14 @@ REFUSED = {
     ".reshape_weight": "a change of sizes",
 }
 
-_KINDS = {"up": "LoRA", "hada_w1_a": "LoHa", "lokr": "LoKr", "diff": "a difference"}
+_ALGORITHMS = {"up": "LoRA", "hada_w1_a": "LoHa", "lokr": "LoKr", "diff": "a difference"}
 _SCALES = {"alpha", "dora_scale"}
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _NEEDS = {
     "up": ("down",),
     "down": ("up",),
     "mid": ("up",),
-    **{role: _HADA for role in _HADA},
+    **dict.fromkeys(_HADA, _HADA),
     "hada_t1": (*_HADA, "hada_t2"),
     "hada_t2": (*_HADA, "hada_t1"),
     "lokr_w1_a": ("lokr_w1_b",),
@@ -82,21 +82,21 @@ _NEEDS = {
 """What an entry cannot be read without."""
 
 
-def check_kind(entries: Entries) -> None:
-    """Raises ValueError naming the key of an entry that lacks its other half, or of two kinds for one weight."""
+def check_entries(entries: Entries) -> None:
+    """Raises ValueError naming the key of an entry without its counterpart, or of two algorithms for one weight."""
     for role, (key, _) in entries.items():
         if missing := [other for other in _NEEDS.get(role, ()) if other not in entries]:
             raise ValueError(f"'{key}' has no counterpart '{missing[0]}' in the file")
     roles = {"lokr" if role.startswith("lokr") else role for role in entries}
-    kinds = [name for role, name in _KINDS.items() if role in roles]
-    if len(kinds) > 1:
-        raise ValueError(f"'{_first(entries)}': {' and '.join(kinds)} for one weight")
+    algorithms = [name for role, name in _ALGORITHMS.items() if role in roles]
+    if len(algorithms) > 1:
+        raise ValueError(f"'{_first(entries)}': {' and '.join(algorithms)} for one weight")
     if "lokr" in roles:
         for side in ("lokr_w1", "lokr_w2"):
             if (side in entries) == (f"{side}_a" in entries):
                 what = "in two forms" if side in entries else "missing"
                 raise ValueError(f"'{_first(entries)}': '{side}' is {what}")
-    if "dora_scale" in entries and kinds not in (["LoRA"], ["LoHa"], ["LoKr"]):
+    if "dora_scale" in entries and algorithms not in (["LoRA"], ["LoHa"], ["LoKr"]):
         raise ValueError(f"'{entries['dora_scale'][0]}' has no LoRA, LoHa or LoKr to go with")
 
 
@@ -142,6 +142,7 @@ def weight_change(entries: Entries, shape: torch.Size) -> Tensor | None:
 
 
 def changed_bias(entries: Entries, bias: Tensor, strength: float) -> Tensor:
+    """``bias`` with one file's difference at a strength, as a new tensor. Raises ValueError for another shape."""
     key, difference = entries["diff_b"]
     if difference.shape != bias.shape:
         raise ValueError(f"'{key}' {tuple(difference.shape)} does not fit a bias of shape {tuple(bias.shape)}")
@@ -154,7 +155,8 @@ class _Misfit(Exception):
 
 @dataclass
 class _LowRank:
-    """a @ b, of (o, r) and (r, i); with a core (r, s, k, l) Tucker's product of (o, r), core and (s, i): (o, i, k, l)."""
+    """a @ b, of (o, r) and (r, i); with a core (r, s, k, l) Tucker's product of (o, r), core and (s, i): (o, i, k,
+    l)."""
 
     a: Tensor
     b: Tensor
@@ -184,8 +186,8 @@ class _LowRank:
 
 
 @dataclass
-class _Whole:
-    """A factor that the file has as it is: (o, i) or (o, i, k, l)."""
+class _FullMatrix:
+    """A factor that the file has in full: (o, i) or (o, i, k, l)."""
 
     matrix: Tensor
     rank: int | None = None
@@ -202,15 +204,17 @@ class _Whole:
         return self.matrix
 
 
-def _factors(values: Mapping[str, Tensor]) -> list[_LowRank | _Whole]:
-    """What the change is made of: one factor (LoRA), or two that are multiplied (LoHa, LoKr)."""
+def _factors(values: Mapping[str, Tensor]) -> list[_LowRank | _FullMatrix]:
+    """The factors of a change: one (LoRA), two that are multiplied (LoHa, LoKr), or none."""
     if "up" in values:  # matrices, or kernels: up 1 x 1, down k x k, or 1 x 1 around a core
         return [_LowRank(values["up"].flatten(1), values["down"].flatten(1), values.get("mid"))]
     if "hada_w1_a" in values:
         return [_low_rank(values, f"hada_w{n}", f"hada_t{n}") for n in (1, 2)]
     if "lokr_w1" in values or "lokr_w1_a" in values:
         return [
-            _Whole(values[f"lokr_w{n}"]) if f"lokr_w{n}" in values else _low_rank(values, f"lokr_w{n}", f"lokr_t{n}")
+            _FullMatrix(values[f"lokr_w{n}"])
+            if f"lokr_w{n}" in values
+            else _low_rank(values, f"lokr_w{n}", f"lokr_t{n}")
             for n in (1, 2)
         ]
     return []
@@ -236,8 +240,8 @@ def _kronecker(w1: Tensor, w2: Tensor) -> Tensor:
 def _decomposed(weight: Tensor, delta: Tensor, dora: tuple[str, Tensor], strength: float) -> Tensor:
     """DoRA: the direction of the changed weight with a learned length (``dora``) along outputs or inputs.
 
-    Along outputs the length is divided by that of the weight before the change: ComfyUI's reading (weight_adapter/base.py),
-    which is what such a file looks like there.
+    Along outputs the length is divided by that of the weight before the change: ComfyUI's reading
+    (weight_adapter/base.py), which is what such a file looks like there.
     """
     key, scale = dora
     changed = weight + delta

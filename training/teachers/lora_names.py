@@ -1,8 +1,10 @@
-"""Which weight of a checkpoint a name in a LoRA file means: the names that ComfyUI's LoRA loader knows, and PEFT's.
+"""Names of LoRA files -> the weights of a checkpoint that they mean: the names that ComfyUI's LoRA loader knows, and
+PEFT's.
 
 kohya       lora_unet_input_blocks_1_1_proj_in, lora_unet_down_blocks_0_attentions_0_proj_in, lora_te_text_model_...
-diffusers   unet.down_blocks.0.attentions.0.proj_in, ...attn1.to_q or ...attn1.processor.to_q, text_encoder.text_model...
-plain       diffusion_model.input_blocks.1.1.proj_in, text_encoders.clip_l.transformer.text_model...
+diffusers   unet.down_blocks.0.attentions.0.proj_in, ...attn1.to_q or ...attn1.processor.to_q,
+text_encoder.text_model... plain       diffusion_model.input_blocks.1.1.proj_in,
+text_encoders.clip_l.transformer.text_model...
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.diffusers_layout import diffusers_names
-from ..files.clip_layout import OPEN_CLIP_LAYER, OPEN_CLIP_WHOLE
+from ..files.clip_layout import OPEN_CLIP_KEYS, OPEN_CLIP_LAYER
 
 FIRST_TEXT = ("lora_te_", "lora_te1_", "text_encoder.")
 SECOND_TEXT = ("lora_te2_", "text_encoder_2.")
@@ -105,13 +107,13 @@ def _modules(key: str, prefix: str) -> Names:
         return
     if name in ("text_projection", "text_projection.weight"):
         yield "text_projection", Target("text", key, transposed=name == "text_projection")
-    elif name in OPEN_CLIP_WHOLE and OPEN_CLIP_WHOLE[name].endswith(".weight"):
-        yield f"text_model.{OPEN_CLIP_WHOLE[name].removesuffix('.weight')}", Target("text", key)
+    elif name in OPEN_CLIP_KEYS and OPEN_CLIP_KEYS[name].endswith(".weight"):
+        yield f"text_model.{OPEN_CLIP_KEYS[name].removesuffix('.weight')}", Target("text", key)
     elif match := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)[._]weight", name):
         layer = f"text_model.encoder.layers.{match[1]}"
         if match[2] == "attn.in_proj":
-            for third, part in enumerate("qkv"):
-                yield f"{layer}.self_attn.{part}_proj", Target("text", key, third)
+            for third, letter in enumerate("qkv"):
+                yield f"{layer}.self_attn.{letter}_proj", Target("text", key, third)
         elif match[2] in OPEN_CLIP_LAYER:
             yield f"{layer}.{OPEN_CLIP_LAYER[match[2]]}", Target("text", key)
 

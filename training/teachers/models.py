@@ -1,4 +1,4 @@
-"""A model as a user names it: a checkpoint, its file or folder, or that with LoRAs."""
+"""Reads models as users name them: a checkpoint, its file or folder, or a file with LoRAs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ Model = str | os.PathLike | Checkpoint
 
 
 def as_checkpoint(model: Model, base: Checkpoint | None = None) -> Checkpoint:
-    """base: whose text encoder LoRAs change where the model's own file has none."""
+    """The model read, with its LoRAs folded in. base: whose text encoder LoRAs change where the model's own file has
+    none.
+
+    Raises ValueError naming the file, as ``load_any`` and ``apply_loras`` do.
+    """
     if isinstance(model, Checkpoint):
         return model
     file, loras = split_loras(model)
@@ -21,7 +25,8 @@ def as_checkpoint(model: Model, base: Checkpoint | None = None) -> Checkpoint:
 
 
 def base_with_parts(base: Model, parts_from: Model | None) -> Checkpoint:
-    """The base model, with text encoder and VAE of ``parts_from`` where it has none. Raises ValueError without a text encoder."""
+    """The base model, with text encoder and VAE of ``parts_from`` where it has none. Raises ValueError without a text
+    encoder."""
     base = as_checkpoint(base)
     if parts_from is not None:
         base = add_parts(base, as_checkpoint(parts_from))

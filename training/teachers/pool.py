@@ -1,8 +1,9 @@
-"""Where frozen UNets live while a student is trained: on the device, or in RAM with one or two places on the device.
+"""``TeacherPool``: keeps frozen UNets on the device, or in RAM with one or two places on the device.
 
-Distilling N teachers on one GPU needs one of them at a time. With "offload" a teacher's weights are ONE flat tensor in RAM (pinned
-when the device is CUDA, so that the copy runs beside the arithmetic) and a place on the device, a ``Slot``, is one flat tensor of
-the same layout: fetching a teacher is a single copy. The next one is copied while this one computes, or while the student trains.
+Distilling N teachers on one GPU needs one of them at a time. With "offload" a teacher's weights are ONE flat tensor in
+RAM (pinned when the device is CUDA, so that the copy runs beside the arithmetic) and a place on the device, a ``Slot``,
+is one flat tensor of the same layout: fetching a teacher is a single copy. The next one is copied while this one
+computes, or while the student trains.
 
 Two rules keep that right, and on CUDA each is an event between the streams:
 - a slot is overwritten only after the work that was queued on its last owner (``Slot.done``);
@@ -21,14 +22,17 @@ from torch import Tensor
 from ...dmm_core.unet import UNet, UNetConfig
 from ..parallel.devices import available_bytes
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 POLICIES = ("auto", "device", "offload")
 ALIGNMENT = 256  # bytes: where each weight starts within the flat tensor, as fast kernels like it
 
 
 class Layout:
-    """Where each weight of an architecture lies within one flat tensor of ``size`` elements."""
+    """Where each weight of an architecture lies within one flat tensor of ``size`` elements.
+
+    itemsize: bytes of an element, for the alignment.
+    """
 
     def __init__(self, unet: UNet, itemsize: int):
         self.places: dict[str, tuple[int, torch.Size]] = {}
@@ -38,11 +42,14 @@ class Layout:
             self.size += -(-weight.numel() // step) * step
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """The weights by their keys, as views of a flat tensor (size,)."""
         return {key: flat[start : start + shape.numel()].view(shape) for key, (start, shape) in self.places.items()}
 
 
 class Slot:
-    """A place for one teacher on the device. ``holds``: the index of the teacher in it, or None; ``used``: it was given out since."""
+    """A place for one teacher on the device. ``holds``: the index of the teacher in it, or None; ``used``: it was given
+    out since it was copied; ``ready``: its copy is done; ``done``: the work that was queued on its last owner is done
+    (None without CUDA)."""
 
     def __init__(self, layout: Layout, config: UNetConfig, device: torch.device, dtype: torch.dtype):
         self.flat = torch.empty(layout.size, dtype=dtype, device=device)
@@ -56,24 +63,25 @@ class Slot:
         self.done: torch.cuda.Event | None = None
 
 
-class Rack:
-    """Frozen UNets by index (teachers 0..N-1, the base N; one UNet may have several), and where they live. Those that are not
-    resident have one architecture.
+class TeacherPool:
+    """Frozen UNets by index (teachers 0..N-1, the base N; one UNet may have several), and where they live. Those that
+    are not resident have one architecture.
 
-    policy: "device": all of them on the device. "offload": in RAM, at most ``slots`` (2, or 1: no copying ahead while a teacher
-    computes) on the device at a time. "auto": "device" if all of them fit into half of the memory that is free now, so make the
-    rack after the student has moved in. resident: indices that stay on the device whatever the policy is. dtype: of the weights,
-    None for what each UNet has (those that wait: what the first one has).
+    policy: where they live. "device": all of them on the device. "offload": in RAM, at most ``slots`` (2, or 1: no
+    copying ahead while a teacher computes) on the device at a time. "auto": "device" if all of them fit into half of
+    the memory that is free now, so make the pool after the student has moved in. resident: indices that stay on the
+    device whatever the policy is. dtype: of the weights, None for what each UNet has (those that wait: what the first
+    of them has).
 
-    The rack takes the UNets over: they are converted to ``dtype`` IN PLACE, because a second copy of N teachers does not fit into
-    many machines' RAM. So read whatever needs their original values (hashes, the student's start) before. At the most one UNet
-    exists twice, while it is packed. After ``close`` they are on the CPU, in ``dtype``. late: all this is done to a UNet when it is first
-    asked for, and never to one that is not: for a process that meets few of them.
+    The pool owns the UNets from now on: they are converted to ``dtype`` IN PLACE, because a second copy of N teachers
+    does not fit into many machines' RAM. So read whatever needs their original values (hashes, the student's start)
+    before. At the most one UNet exists twice, while it is packed. After ``close`` they are on the CPU, in ``dtype``.
+    late: a UNet is converted and packed when it is first asked for, for a process that asks for few of them.
 
-    A UNet that ``get`` or ``visit`` gave out holds until the next one is asked for. Gradients may not flow through the weights of
-    one that is not resident: they are gone by the time of the backward pass.
+    A UNet that ``get`` or ``loaded`` gave out holds until the next one is asked for. Gradients may not flow through the
+    weights of one that is not resident: they may be overwritten before the backward pass.
 
-    Raises ValueError for an unknown policy or index, or UNets of different sizes.
+    Raises ValueError for an unknown policy or index, or waiting UNets of different sizes.
     """
 
     def __init__(
@@ -82,6 +90,7 @@ class Rack:
         device: torch.device | str,
         policy: str = "auto",
         dtype: torch.dtype | None = None,
+        *,
         resident: Collection[int] = (),
         slots: int = 2,
         late: bool = False,
@@ -109,8 +118,9 @@ class Rack:
     def __len__(self) -> int:
         return len(self.unets)
 
-    def visit(self, needed: Sequence[int]) -> Iterator[tuple[int, UNet]]:
-        """(index, UNet on the device) for every index of ``needed``, in that order; the next is copied while this one computes."""
+    def loaded(self, needed: Sequence[int]) -> Iterator[tuple[int, UNet]]:
+        """(index, UNet on the device) for every index of ``needed``, in that order; the next is copied while this one
+        computes."""
         order = list(needed)
         for place, index in enumerate(order):
             unet = self.get(index)
@@ -127,7 +137,8 @@ class Rack:
                 self.prefetch(waiting[0])
 
     def prefetch(self, index: int) -> None:
-        """Start to copy a UNet to the device, if there is a slot that the caller does not work with. A hint: never needed, never wrong."""
+        """Start to copy a UNet to the device, if there is a slot that the caller does not work with. Only a hint:
+        ``get`` works without."""
         self._check_index(index)
         self._settle(index)
         if index in self.resident or self._slot_of(index) is not None:
@@ -137,7 +148,8 @@ class Rack:
             self._copy(index, slot)
 
     def get(self, index: int) -> UNet:
-        """The UNet, on the device now (its copy may still run on the device: work queued on the current stream waits for it)."""
+        """The UNet, on the device now (its copy may still run on the device: work queued on the current stream waits
+        for it)."""
         self._check_index(index)
         self._give_back()
         self._turn += 1
@@ -147,6 +159,7 @@ class Rack:
         slot = self._slot_of(index)
         if slot is None:
             slot = self._room(keep_unused=True) or self._room(keep_unused=False)
+            assert slot is not None, "every slot is free once the caller's was given back"
             self._copy(index, slot)
         if slot.ready is not None:
             torch.cuda.current_stream(self.device).wait_event(slot.ready)
@@ -154,7 +167,8 @@ class Rack:
         return slot.unet
 
     def close(self) -> None:
-        """Give all device memory back; the UNets are plain CPU modules again. May be called twice, and after an error."""
+        """Give all device memory back; the UNets are plain CPU modules again. May be called twice, and after an
+        error."""
         if self._closed:
             return
         self._closed, self._given = True, None
@@ -167,7 +181,7 @@ class Rack:
             _unpin(flat)
         self._flat.clear()
 
-    # How it is done
+    # --- inside -------------------------------------------------------------------------------------------------------
 
     def _check(self, policy: str, resident: Collection[int], slots: int) -> None:
         if policy not in POLICIES:
@@ -187,11 +201,12 @@ class Rack:
 
     def _check_index(self, index: int) -> None:
         if self._closed:
-            raise RuntimeError("the rack is closed: its models have left the device")
+            raise RuntimeError("the pool is closed: its models have left the device")
         if not 0 <= index < len(self.unets):
             raise ValueError(f"there is no model {index}: the models are 0 to {len(self.unets) - 1}")
 
     def _choose(self, dtype: torch.dtype | None) -> str:
+        """The policy that "auto" stands for."""
         if self.device.type == "cpu":
             return "device"  # they are in RAM either way
         weights = [p for unet in {id(unet): unet for unet in self.unets}.values() for p in unet.parameters()]
@@ -199,12 +214,13 @@ class Rack:
         return "device" if need <= available_bytes(self.device) // 2 else "offload"
 
     def _place(self, dtype: torch.dtype | None, late: bool) -> None:
+        """Freeze the UNets and, unless ``late``, put all of them where they belong."""
         for unet in self.unets:
             unet.requires_grad_(False).eval()
             unet.gradient_checkpointing = False
         # One for all, since they take turns in a slot.
-        waiting = dtype or (self.unets[self._waiting[0]].dtype if self._waiting else None)
-        self._dtype, self._waiting_dtype = dtype, waiting
+        waiting = self.unets[self._waiting[0]].dtype if self._waiting else torch.get_default_dtype()
+        self._dtype, self._waiting_dtype = dtype, dtype or waiting
         for index in range(0 if late else len(self.unets)):
             self._settle(index)
 
@@ -237,7 +253,8 @@ class Rack:
         return next((slot for slot in self.slots if slot.holds == index), None)
 
     def _room(self, keep_unused: bool) -> Slot | None:
-        """A slot to overwrite: a new one, one that has had its use, or (unless ``keep_unused``) one copied ahead in vain."""
+        """A slot to overwrite: a new one, one that has had its use, or (unless ``keep_unused``) one copied ahead in
+        vain."""
         free = [slot for slot in self.slots if slot is not self._given]
         used = [slot for slot in free if slot.used]
         if used:
@@ -250,10 +267,12 @@ class Rack:
         return free[0] if free and not keep_unused else None
 
     def _copy(self, index: int, slot: Slot) -> None:
+        """Copy a UNet's weights into a slot; on CUDA beside the arithmetic, and ``slot.ready`` says when it is done."""
         slot.holds, slot.used = None, False  # should the copy fail, the slot is empty
         if self._stream is None:
             slot.flat.copy_(self._flat[index])
         else:
+            assert slot.done is not None, "a slot is marked when it is made"
             self._stream.wait_event(slot.done)
             with torch.cuda.stream(self._stream):
                 slot.flat.copy_(self._flat[index], non_blocking=True)
@@ -269,19 +288,20 @@ class Rack:
             self._given = None
 
     def _mark(self, slot: Slot) -> None:
+        """Remember what is queued on the current stream: the slot may be overwritten after it."""
         if self._stream is not None:
             slot.done = torch.cuda.Event()
             slot.done.record(torch.cuda.current_stream(self.device))
 
 
 def _pin(flat: Tensor) -> None:
-    """Pin memory in place. (``Tensor.pin_memory`` would round 5 GB up to 8.) Without it copies work too, but wait for each other."""
+    """Pin memory in place (``Tensor.pin_memory`` would round 5 GB up to 8). Where that fails copies work too, but not
+    beside arithmetic."""
     if int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.nbytes, 0)) == 0:
         return
-    log.warning("could not pin %.1f GB of memory: copying teachers to the GPU will be slower", flat.nbytes / 2**30)
-    with contextlib.suppress(
-        RuntimeError
-    ):  # CUDA reports an error once more with the next operation: let it be this one
+    logger.warning("could not pin %.1f GB of memory: copying teachers to the GPU will be slower", flat.nbytes / 2**30)
+    # CUDA reports an error once more with the next operation: let it be this one.
+    with contextlib.suppress(RuntimeError):
         torch.ones(1, device="cuda").add_(1)
         torch.cuda.synchronize()
 

@@ -1,4 +1,5 @@
-"""Teachers: frozen fine-tunes of one architecture, each with the text states that its own text encoder gives the captions."""
+"""``Teacher``: a frozen UNet with its text encoder's states of the captions, how it is called, and checks of several
+together."""
 
 from __future__ import annotations
 
@@ -18,16 +19,24 @@ from ...dmm_core.unet import UNet, UNetConfig, load_unet
 from ..files.hashing import weights_sha256
 
 
-class Rows(Protocol):
-    """Something per distinct caption: a Tensor (U, ...), or a view of files that reads the rows it is asked for."""
+class StoredRows(Protocol):
+    """Text states of U distinct captions, of shape (U, ...), in files that are read when rows are asked for."""
+
+    def __len__(self) -> int: ...
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """(B,) -> (B, ...)"""
+        """(B,) -> (B, ...) float32"""
+
+    def fingerprint(self) -> str:
+        """Changes when any of the states changes."""
+
+
+Rows = Tensor | StoredRows
 
 
 class Prediction(NamedTuple):
-    """What a UNet says to a batch. out: (B, C, h, w) float32, eps or v; features: of its blocks, (B, C_j, h_j, w_j) each, [] where they were
-    not asked for."""
+    """What a UNet says to a batch. out: (B, C, h, w) float32, eps or v; features: of its blocks, (B, C_j, h_j, w_j)
+    each, [] where they were not asked for."""
 
     out: Tensor
     features: Sequence[Tensor]
@@ -37,10 +46,11 @@ class Prediction(NamedTuple):
 class Teacher:
     """A frozen UNet with a name.
 
-    contexts: (U, L, d), its text encoder's states of every distinct caption, row 0 of the empty prompt; pooled: (U, p), the pooled
-    text of SDXL's second encoder. prediction: "eps" or "v"; zero_snr: its noise schedule ends in pure noise. style: of a UNet that is
-    itself a DMM model, which of its styles this teacher is, or which mix of them (index: share); None for no style. The remaining
-    fields are recorded in the style's metadata; ``known`` is what an older DMM file says of the style, and is recorded as it is.
+    contexts: (U, L, d), its text encoder's states of every distinct caption, row 0 of the empty prompt; pooled: (U, p),
+    the pooled text of SDXL's second encoder. prediction: "eps" or "v"; zero_snr: its noise schedule ends in pure noise.
+    style: of a UNet that is itself a DMM model, which of its styles this teacher is, or which mix of them (index:
+    share); None for no style. The remaining fields are recorded in the style's metadata; ``known`` is what an older DMM
+    file says of the style, and is recorded as it is.
     """
 
     name: str
@@ -61,14 +71,15 @@ class Teacher:
 
     @property
     def style_row(self) -> Tensor | None:
-        """What its UNet is to be asked for: (1, n+1), n the styles that the UNet has; None for a plain UNet."""
+        """The style row (1, n+1) with which its UNet is called, n the styles that the UNet has; None for a plain
+        UNet."""
         styles = self.unet.config.num_styles
         if not styles:
             return None
         return no_style_row(styles) if self.style is None else style_row(styles, self.style)
 
     def info(self) -> StyleInfo:
-        """Of the student's style."""
+        """What the student's file records of the style that is learnt from this teacher."""
         return self.known or StyleInfo(
             self.name.strip(), self.description, teacher=self.file, sha256=self.sha256, licence=self.licence
         )
@@ -81,7 +92,8 @@ class Teacher:
 
     @cached_property
     def weights_sha256(self) -> str:
-        """Of the weights as they were when this was first asked; a run asks before it moves or converts them."""
+        """``hashing.weights_sha256`` of the UNet at the time of the first call; a run calls it before it converts the
+        weights."""
         return weights_sha256(self.unet.state_dict())
 
     # The one place where a teacher is called. What goes in and what comes out:
@@ -100,12 +112,12 @@ class Teacher:
         t: Tensor,
         rows: Tensor,
         style: Tensor | None = None,
-        features: bool = False,
         *,
+        features: bool = False,
         unet: UNet | None = None,
     ) -> Prediction:
-        """What the teacher predicts, see above. unet: where its weights are now, None for its own; or another UNet of this text encoder
-        and parameterisation."""
+        """What the teacher predicts, see above. unet: where its weights are now, None for its own; or another UNet of
+        this text encoder and parameterisation."""
         unet = unet or self.unet
         if style is None and unet.config.num_styles:
             style = self.style_row
@@ -122,8 +134,9 @@ class Teacher:
         out, blocks = out if features else (out, [])
         return Prediction(out.float(), blocks)
 
-    def conditioning(self, rows: Tensor, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """context (B, L, d) and, for SDXL, y (B, adm) of captions for latents of this (h, w)."""
+    def conditioning(self, rows: Tensor, size: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """context (B, L, d) and, for SDXL, y (B, adm) of captions (B,) for latents of the size (h, w), on the
+        device."""
         rows = rows.cpu()
         context = self.contexts[rows].to(device)
         if self.pooled is None:
@@ -135,7 +148,7 @@ class Teacher:
 def plain_unet(sd: Mapping[str, Tensor], name: str, copy: bool = True, look: bool = True) -> UNet:
     """A frozen, style-less UNet from a state dict; ValueError (naming the teacher) for styles, NaN or a foreign layout.
 
-    Without ``copy`` its weights are those of ``sd``, and without ``look`` nobody looks for NaN.
+    copy: False makes its weights the tensors of ``sd`` themselves; look: False skips the search for NaN.
     """
     unet = sound_unet(sd, name, copy, look)
     if unet.config.num_styles:
@@ -157,7 +170,8 @@ def styled_unet(sd: Mapping[str, Tensor], name: str) -> UNet:
 
 
 def sound_unet(sd: Mapping[str, Tensor], name: str, copy: bool = True, look: bool = True) -> UNet:
-    """A UNet from a state dict; ValueError, naming it, for NaN or a foreign layout."""
+    """A UNet from a state dict; ValueError, naming it, for NaN or a foreign layout. copy, look: as of
+    ``plain_unet``."""
     try:
         unet = load_unet(sd, copy=copy)
     except ValueError as error:
@@ -174,7 +188,8 @@ def without_styles(config: UNetConfig) -> UNetConfig:
 
 
 def check_architectures(base: UNetConfig, teachers: Sequence[tuple[str, UNetConfig]]) -> None:
-    """Raises ValueError naming every teacher whose sizes differ from the base's, and the sizes that differ; styles aside."""
+    """Raises ValueError naming every teacher whose sizes differ from the base's, and the sizes that differ; styles
+    aside."""
     problems = []
     for name, config in teachers:
         ours, theirs = (dataclasses.asdict(without_styles(c)) for c in (base, config))
@@ -186,8 +201,8 @@ def check_architectures(base: UNetConfig, teachers: Sequence[tuple[str, UNetConf
 
 
 def check_schedules(zero_snr: bool, teachers: Iterable[tuple[str, bool]]) -> None:
-    """Raises ValueError naming every teacher whose noise schedule ends otherwise than the base's (``zero_snr``): the same timestep
-    would mean another noise level to it."""
+    """Raises ValueError naming every teacher whose noise schedule ends otherwise than the base's (``zero_snr``): the
+    same timestep would mean another noise level to it."""
     other = [name for name, theirs in teachers if theirs != zero_snr]
     if other:
         raise ValueError(
@@ -196,8 +211,11 @@ def check_schedules(zero_snr: bool, teachers: Iterable[tuple[str, bool]]) -> Non
 
 
 def check_predictions(base: Teacher, teachers: Iterable[Teacher]) -> None:
-    """Raises ValueError naming every teacher that cannot be said in the base's terms: v = (eps - sqrt(1 - abar) x_t) / sqrt(abar), and a
-    schedule with zero terminal SNR ends at 1 / sqrt(abar) = 4519, which is how much an error of eps would count."""
+    """Raises ValueError naming every eps-prediction teacher of a v-prediction base with zero terminal SNR.
+
+    v = (eps - sqrt(1 - abar) x_t) / sqrt(abar), and that schedule ends at 1 / sqrt(abar) = 4519, by which an error of
+    eps would be multiplied.
+    """
     if base.zero_snr and base.prediction == "v":
         eps = [teacher.name for teacher in teachers if teacher.prediction == "eps"]
         if eps:
@@ -223,5 +241,6 @@ def check_text(teachers: Iterable[Teacher]) -> None:
 
 
 def soup(teachers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of the teachers' weights ("model soup", arXiv:2203.05482), a starting point and a baseline."""
+    """The mean of the teachers' weights in float32 ("model soup", arXiv:2203.05482), a starting point and a
+    baseline."""
     return {key: torch.stack([t[key].float() for t in teachers]).mean(0) for key in teachers[0]}

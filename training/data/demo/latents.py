@@ -29,17 +29,18 @@ def demo_images(looks: Sequence[str], count: int, seed: int) -> tuple[np.ndarray
 
 @torch.no_grad()
 def captioned_latents(
-    vae: AutoencoderKL, looks: Sequence[str], count: int, seed: int, scale: float = SCALE_SD
+    vae: AutoencoderKL, looks: Sequence[str], count: int, seed: int, *, scale: float = SCALE_SD
 ) -> CaptionedLatents:
     """``demo_images`` as latents (count, 4, 16, 16), multiplied by ``scale``."""
     images, captions = demo_images(looks, count, seed)
-    parts = [scale * vae.encode(to_tensor(images[i : i + 32])) for i in range(0, count, 32)]
-    return CaptionedLatents(torch.cat(parts), captions)
+    latents = [scale * vae.encode(to_tensor(images[i : i + 32])) for i in range(0, count, 32)]
+    return CaptionedLatents(torch.cat(latents), captions)
 
 
 def demo_latents(checkpoint: Checkpoint, count: int, seed: int) -> CaptionedLatents:
-    """Captioned latents of scenes in the looks of base and teachers, encoded by the checkpoint's VAE."""
+    """Captioned latents of scenes in the looks of base and teachers, encoded by the checkpoint's VAE. Raises ValueError
+    without one."""
     if not checkpoint.vae:
         raise ValueError("no VAE to encode the demo scenes with: name a full checkpoint as parts_from")
     scale = latent_scale(unet_config_from_state_dict(checkpoint.unet))
-    return captioned_latents(load_vae(checkpoint.vae), (BASE_LOOK, *TEACHER_LOOKS), count, seed, scale)
+    return captioned_latents(load_vae(checkpoint.vae), (BASE_LOOK, *TEACHER_LOOKS), count, seed, scale=scale)

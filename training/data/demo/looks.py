@@ -34,7 +34,7 @@ def _stripes(along, period, share):
     return 1 - _ramp(place, share * period / 2)
 
 
-def _fill(scene: Layers, dark=None):
+def _fill(scene: Layers, dark: np.ndarray | None = None) -> np.ndarray:
     """The object's own flat colours, (H, W, 3)."""
     dark = scene.colour * 0.25 if dark is None else dark
     return _mix(_mix(scene.colour, _CREAM, scene.pale), dark, scene.dark)
@@ -53,7 +53,7 @@ def _plain(scene):
     return _mix(ground, body, scene.mask)
 
 
-def _drawn(scene, line, period, stroke, slant):
+def _drawn(scene, *, line, period, stroke, slant):
     """Black outline and hatched shade over a flat wash, on whitened paper."""
     paper = _mix(scene.backdrop, 1.0, 0.55)
     body = _mix(_fill(scene, dark=_BLACK), 1.0, 0.12)

@@ -7,6 +7,7 @@ scene is pixel-aligned in all looks: the teachers of the family differ in style 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -33,6 +34,8 @@ SIZES = {"small": (0.48, 0.53), "": (0.56, 0.66), "big": (0.69, 0.74)}  # word -
 
 # Each word is one CLIP token (a test asks the real tokenizer), so a text encoder of this family needs these rows only.
 VOCABULARY = ["a", "an", "small", "big", *COLOURS, *SHAPES, ",", "on", "by", "in", "the", "hills", "sea", "city"]
+
+RGB = tuple[int, int, int]
 
 _SUPERSAMPLE = 2
 _UP = SIZE * _SUPERSAMPLE
@@ -66,23 +69,23 @@ class Scene:
         return " ".join(words) + wordings[self.phrase % len(wordings)]
 
 
-def sample_scene(rng: np.random.Generator, **fixed) -> Scene:
+def sample_scene(rng: np.random.Generator, **fixed: Any) -> Scene:
     """Draw a scene; keyword arguments pin fields of `Scene`. The draws do not depend on what is pinned."""
     size_word = ("small", "", "", "", "big")[rng.integers(5)]
-    scene = dict(
-        shape=SHAPES[rng.integers(len(SHAPES))],
-        colour=list(COLOURS)[rng.integers(len(COLOURS))],
-        background=list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))],
-        size=float(rng.uniform(*SIZES[size_word])),
-        x=float(rng.uniform(-0.07, 0.07)),
-        y=float(rng.uniform(-0.06, 0.06)),
-        tilt=float(rng.uniform(-0.22, 0.22)),
-        flip=bool(rng.integers(2)),
-        phase=float(rng.uniform()),
-        size_word=size_word,
-        article=bool(rng.uniform() < 0.8),
-        phrase=int(rng.integers(2)),
-    )
+    scene = {
+        "shape": SHAPES[rng.integers(len(SHAPES))],
+        "colour": list(COLOURS)[rng.integers(len(COLOURS))],
+        "background": list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))],
+        "size": float(rng.uniform(*SIZES[size_word])),
+        "x": float(rng.uniform(-0.07, 0.07)),
+        "y": float(rng.uniform(-0.06, 0.06)),
+        "tilt": float(rng.uniform(-0.22, 0.22)),
+        "flip": bool(rng.integers(2)),
+        "phase": float(rng.uniform()),
+        "size_word": size_word,
+        "article": bool(rng.uniform() < 0.8),
+        "phrase": int(rng.integers(2)),
+    }
     return Scene(**{**scene, **fixed})
 
 
@@ -90,7 +93,7 @@ def sample_scene(rng: np.random.Generator, **fixed) -> Scene:
 # tone 0 is the caption's colour, +1 a pale part, -1 a dark part. Everything is part of the silhouette.
 
 
-def _ellipse(cx, cy, rx, ry=None, start=0.0, stop=2 * np.pi, n=36):
+def _ellipse(cx, cy, rx, ry=None, *, start=0.0, stop=2 * np.pi, n=36):
     angle = np.linspace(start, stop, n)
     return np.stack([cx + rx * np.cos(angle), cy + (ry or rx) * np.sin(angle)], 1)
 
@@ -147,7 +150,7 @@ def _fish():
 
 def _mushroom():
     stem = np.array([(-0.30, 0.05), (0.30, 0.05), (0.40, 0.92), (-0.40, 0.92)])
-    cap = np.concatenate([_ellipse(0, 0.12, 1.0, 1.02, np.pi, 2 * np.pi), [(0.86, 0.28), (-0.86, 0.28)]])
+    cap = np.concatenate([_ellipse(0, 0.12, 1.0, 1.02, start=np.pi, stop=2 * np.pi), [(0.86, 0.28), (-0.86, 0.28)]])
     spots = [(1, _ellipse(x, y, r)) for x, y, r in ((-0.50, -0.16, 0.19), (0.08, -0.52, 0.2), (0.54, -0.08, 0.17))]
     return [(1, stem), (0, cap), *spots]
 
@@ -179,11 +182,11 @@ _UPRIGHT = {"house", "mushroom", "cat", "fish"}  # half the tilt: these look wro
 # ---- backdrops: light, so that the object carries the picture ------------------------------------------------------
 
 
-def _backdrop(scene: Scene):
-    """Bands of one backdrop, back to front: (RGB, polygon in canvas fractions)."""
+def _backdrop(scene: Scene) -> tuple[RGB, list[tuple[RGB, np.ndarray]]]:
+    """(RGB of the sky, bands of the backdrop from back to front: (RGB, polygon in canvas fractions))."""
     x = np.linspace(-0.02, 1.02, 40)
 
-    def below(y):
+    def below(y: np.ndarray) -> np.ndarray:
         return np.concatenate([np.stack([x, y], 1), [(1.02, 1.02), (-0.02, 1.02)]])
 
     turn = 2 * np.pi * scene.phase
@@ -201,7 +204,7 @@ def _backdrop(scene: Scene):
             ((166, 212, 226), below(0.79 + 0.022 * np.sin(22 * x - turn))),
             ((130, 190, 212), below(0.91 + 0.022 * np.sin(22 * x + turn))),
         ]
-    bands = []
+    bands: list[tuple[RGB, np.ndarray]] = []
     left = -0.14 * scene.phase
     for i in range(8):
         top = 0.36 + 0.22 * (0.5 + 0.5 * np.sin(2.4 * i + turn))
@@ -223,7 +226,7 @@ def _backdrop(scene: Scene):
 
 @dataclass
 class Layers:
-    """What the looks paint with. float32 in 0..1 unless said otherwise; H = W = SIZE."""
+    """The masks and colours that the looks paint with. float32 in 0..1 unless said otherwise; H = W = SIZE."""
 
     backdrop: np.ndarray  # (H, W, 3) RGB
     mask: np.ndarray  # (H, W, 1) coverage of the object
@@ -261,13 +264,13 @@ def layers(scene: Scene) -> Layers:
         fill = (255, int(255 * max(tone, 0)), int(255 * max(-tone, 0)))
         draw.polygon(placed.ravel().tolist(), fill=fill)
 
-    parts = np.asarray(parts.reduce(_SUPERSAMPLE), np.float32) / 255
+    coverage = np.asarray(parts.reduce(_SUPERSAMPLE), np.float32) / 255
     return Layers(
         backdrop=np.asarray(backdrop.reduce(_SUPERSAMPLE), np.float32) / 255,
-        mask=parts[..., :1],
-        pale=parts[..., 1:2],
-        dark=parts[..., 2:],
-        distance=_signed_distance(parts[..., 0]),
+        mask=coverage[..., :1],
+        pale=coverage[..., 1:2],
+        dark=coverage[..., 2:],
+        distance=_signed_distance(coverage[..., 0]),
         colour=np.array(COLOURS[scene.colour], np.float32) / 255,
         centre=tuple(centre * SIZE),
     )
@@ -282,7 +285,7 @@ def _signed_distance(mask: np.ndarray) -> np.ndarray:
     offset = np.arange(_FIELD, dtype=np.float32)
     square = (offset[:, None] - offset) ** 2  # (F, F)
 
-    def distance_to(cover):  # separable: along rows, then along columns
+    def distance_to(cover: np.ndarray) -> np.ndarray:  # separable: along rows, then along columns
         start = np.where(cover > 0, np.maximum(0, 0.5 - cover) ** 2, np.float32(1e6))
         rows = (start[:, None, :] + square).min(2)
         return np.sqrt((rows.T[:, None, :] + square).min(2).T)

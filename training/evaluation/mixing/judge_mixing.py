@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ...data.buckets import size_multiple
-from ...files.hashing import tensor_sha256, text_hash
-from ...progress import Tick
+from ...files.hashing import repr_sha256, tensor_sha256
+from ...progress import ProgressCallback
 from ...teachers.teacher import Teacher
 from ..features import FeatureNet
 from ..identify import identify
@@ -150,7 +150,7 @@ def judge_mixing(
     paths: Sequence[str] = (BLEND, MERGE),
     folder: Path | None = None,
     device: torch.device | None = None,
-    progress: Tick | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Mixing:
     """Paint every pair's paths and judge them; of the settings what concerns painting, ``own_draws`` and ``resamples`` count.
 
@@ -238,7 +238,7 @@ class _Run:
 
         def at(w: float) -> Tensor:
             shares = self._shares(pair, w)
-            key = text_hash(path, student.key, sorted(shares.items()))
+            key = repr_sha256(path, student.key, sorted(shares.items()))
             name = f"{':'.join(pair)} {w:g}, {PATHS[path]}"
             make = blended if path == BLEND else with_mixed_predictions
             one = dataclasses.replace(student, name=name, key=key)
@@ -261,7 +261,7 @@ class _Run:
             def open_it() -> Teacher:
                 return merged(*(load() for load in loads), w, len(self.cast.prompts), self.studio.dtype)
 
-            key = text_hash(MERGE, sorted([(first.key, 1 - w), (second.key, w)]))
+            key = repr_sha256(MERGE, sorted([(first.key, 1 - w), (second.key, w)]))
             one = Member(f"{':'.join(pair)} {w:g}, {PATHS[MERGE]}", key, open_it, first.config, first.zero_snr)
             with self.studio.visit(one) as load:
                 return self.studio.paint(one, load)

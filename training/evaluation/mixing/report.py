@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -208,7 +209,7 @@ def plot(m: Mixing, pair: PairResult, size: tuple[int, int]) -> Image.Image:
 
 def dashed(draw: ImageDraw.ImageDraw, points: Sequence[tuple[float, float]], colour: tuple[int, int, int]) -> None:
     step = 5 * FINE
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
         length = math.hypot(x1 - x0, y1 - y0)
         for begin in range(0, math.ceil(length), 2 * step):
             a, b = begin / length, min((begin + step) / length, 1)

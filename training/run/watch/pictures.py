@@ -104,15 +104,16 @@ class Pictures:
         ]
         captions = [run.data.prompts[row] for row in self.rows.tolist()]
         columns = [f"{who}: {caption}" for caption in captions for who in ("teacher", "student")]
-        return grid(sheet, [run.teachers[i].name for i in styles], columns, f"step {run.step}")
+        return grid(sheet, [run.teachers[i].name for i in styles], columns, title=f"step {run.step}")
 
     def _latents(self, unet: UNet, text: Teacher, style: Tensor | None = None) -> Tensor:
         """(P, C, h, w) for P captions, by a UNet whose text states and parameterisation are those of ``text``."""
         noise = noise_for(self.run, len(self.rows), SEED)
         with self.run.autocast():
             return paint_rows(
-                unet, text, self.rows, noise, STEPS, CFG, style, callback=lambda *_: self.check_interrupt()
-            )
+                unet, text, self.rows, noise,
+                steps=STEPS, cfg=CFG, style=style, callback=lambda *_: self.check_interrupt(),
+            )  # fmt: skip
 
     def _write(self, image: Image.Image) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ...loop.metrics import Metrics
 from ...loop.trainer import Trainer
-from ...progress import Tick
+from ...progress import ProgressCallback
 from .controls import Controls
 from .journal import Journal
 from .pictures import Decoder, Pictures
@@ -32,7 +32,7 @@ class Watch:
 
     on_step: Callable[[Trainer, Metrics], None] = nothing
     on_picture: Callable[[Image.Image], None] = nothing
-    on_paint: Tick = nothing
+    on_paint: ProgressCallback = nothing
     on_save: Callable[[], None] = nothing
     decode: Decoder | None = None
     picture_every: int = 0

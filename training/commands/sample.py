@@ -1,0 +1,47 @@
+"""``dmm sample``: a thin face on ``paint.painter``."""
+
+from __future__ import annotations
+
+
+def add_parser(commands) -> None:
+    """Add ``sample`` to the subparsers of the ``dmm`` command."""
+    sample = commands.add_parser("sample", help="paint with a checkpoint")
+    sample.add_argument("checkpoint", help="model file or folder (docs/files.md)")
+    sample.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    style_help = 'name, shares ("ink:0.7, pen:0.3") or schedule ("0%%: ink; 60%%: pen"); "all": one row per style'
+    sample.add_argument("--style", default="none", help=f"{style_help} (default: none)")
+    sample.add_argument("--strength", type=float, default=1.0)
+    sample.add_argument("--parts-from", help="full checkpoint to take a missing text encoder or VAE from")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--size", type=int, default=0, help="pixels a side (default: what the model was trained at)")
+    for name, default in (
+        ("steps", 20),
+        ("cfg", 4.0),
+        ("sampler", "dpmpp_2m"),
+        ("scheduler", "karras"),
+        ("negative", ""),
+    ):
+        sample.add_argument(f"--{name}", type=type(default), default=default)
+    sample.add_argument("--output", default="sample.png")
+    sample.set_defaults(run=run_sample)
+
+
+def run_sample(args) -> None:
+    from ...dmm_core.style_value import Strength
+    from ..data.buckets import default_resolution
+    from ..files.model_files import load_any
+    from ..paint.images import grid
+    from ..paint.painter import Settings, painter
+
+    companion = load_any(args.parts_from) if args.parts_from else None
+    brush = painter(load_any(args.checkpoint), companion)
+    size = args.size or default_resolution(brush.unet.config, brush.prediction)
+    settings = Settings(args.steps, args.cfg, args.sampler, args.scheduler, size, size, args.negative)
+    styles = brush.styles if args.style == "all" else [args.style]
+    rows = []
+    for style in styles:
+        value = Strength(brush.style(style), args.strength)
+        rows.append(brush.pictures(brush.latents(args.prompt, value, args.seed, settings)))
+    image = rows[0][0] if len(rows) == len(rows[0]) == 1 else grid(rows, styles, args.prompt)
+    image.save(args.output)
+    print(f"wrote {args.output}")
