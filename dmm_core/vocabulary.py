@@ -63,7 +63,7 @@ def expand_vocabulary(text: Mapping[str, Tensor]) -> dict[str, Tensor]:
         text[TABLE] = table.new_empty(NUM_TOKENS, table.shape[1])
         return text
     full = table[-1:].repeat(NUM_TOKENS, 1)  # (V, d) -> (49408, d)
-    full[ids] = table[:-1]
+    full.view(torch.uint8)[ids] = table[:-1].contiguous().view(torch.uint8)  # torch 2.4 cannot index float8
     text[TABLE] = full
     return text
 

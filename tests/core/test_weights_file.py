@@ -71,7 +71,7 @@ def declared(path, changes: dict[str, tuple[str, list[int]]]):
 def test_declared_sizes_and_dtypes(tmp_path, changes, message):
     path = declared(tmp_path / "bad.safetensors", changes)
     for read in READERS:
-        with pytest.raises(ValueError, match=f"bad.safetensors: .*{message}"):
+        with pytest.raises(ValueError, match=f"bad.safetensors:? .*({message})"):
             read(path)
 
 
@@ -89,8 +89,9 @@ ENTRY = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
         ({"a": {"dtype": "F16", "shape": [2**63, 0], "data_offsets": [0, 0]}}, "sizes over"),
         ({"a": {"dtype": "F16", "shape": [0, 2**41], "data_offsets": [0, 0]}}, "sizes over"),
         ({"a": {"dtype": "F16", "shape": [0] + [1] * 99, "data_offsets": [0, 0]}}, "100 dimensions"),
-        ({"a": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}, "of dtype C64"),
-        ({"a": {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}}, "of dtype F4"),
+        # The second words are of a safetensors that does not know the type itself: before 0.7 and 0.6.
+        ({"a": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}, "of dtype C64|is a damaged"),
+        ({"a": {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}}, "of dtype F4|is a damaged"),
         (b"{" + b",".join(b'"%d":%s' % (i, ENTRY) for i in range(20_001)) + b"}", "declares 20001 tensors"),
         (b"{" + b",".join(b'"%d":%s' % (i, ENTRY) for i in range(300_001)) + b"}", "more than 300000 tensors"),
         (b'{"' + b"." * 501 + b'":' + ENTRY + b"}", "more than 500 characters"),
@@ -102,7 +103,7 @@ def test_absurd_headers(tmp_path, header, message):
     path = raw_file(tmp_path / "bad.safetensors", header, data)
     started = time.monotonic()
     for read in (load_checkpoint, read_info, read_weights):
-        with pytest.raises(ValueError, match=f"bad.safetensors: .*{message}") as error:
+        with pytest.raises(ValueError, match=f"bad.safetensors:? .*({message})") as error:
             read(path)
         assert len(str(error.value)) < 1000
     assert time.monotonic() - started < 10
@@ -164,7 +165,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 def test_long_json(tmp_path, metadata, message):
     path = plain_file(tmp_path / "bad.safetensors", metadata)
     for read in READERS:
-        with pytest.raises(ValueError, match=f"bad.safetensors: .*{message}"):
+        with pytest.raises(ValueError, match=f"bad.safetensors:? .*({message})"):
             read(path)
 
 

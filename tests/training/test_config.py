@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from comfyui_dmm.training.cli import main, parser
 from comfyui_dmm.training.config import (
@@ -21,7 +22,9 @@ from comfyui_dmm.training.config import (
 )
 from comfyui_dmm.training.data.rollout_paths import RolloutSettings
 from comfyui_dmm.training.fields import describe
+from comfyui_dmm.training.parallel.sharding import check_parallel
 from comfyui_dmm.training.presets import PRESETS
+from torch.torch_version import TorchVersion
 
 
 @pytest.fixture
@@ -255,3 +258,13 @@ def test_the_options_of_rollouts_are_their_settings():
         '"scheduler": "sgm_uniform", "seed": 0, "batch_size": 8, "precision": "fp32"}'
     )
     assert json.dumps(dataclasses.asdict(RolloutSettings())) == json_before, "caches name their settings"
+
+
+def test_several_processes_need_a_newer_torch_than_one(monkeypatch):
+    def with_torch(version, processes):
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        check_parallel(TrainConfig(), processes)
+
+    with_torch("2.4.0", 1), with_torch("2.8.0+cu128", 2), with_torch("2.11.0", 2)
+    with pytest.raises(ValueError, match="torch is 2.7.1.cu126.*use torch 2.8 or newer, or one process"):
+        with_torch("2.7.1+cu126", 2)

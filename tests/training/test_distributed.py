@@ -26,6 +26,7 @@ from comfyui_dmm.training.memory.fitting import begun_with, fitted
 from comfyui_dmm.training.memory.planner import GB, Want, plan
 from comfyui_dmm.training.parallel.devices import local_device
 from comfyui_dmm.training.parallel.ranks import Ranks, launched
+from comfyui_dmm.training.parallel.sharding import SEVERAL
 from comfyui_dmm.training.run.state import read_state, states
 from safetensors.torch import save_file
 
@@ -33,6 +34,8 @@ from . import pieces
 from .families import SMALL
 from .farm import Farm
 from .test_cli import SHORT, folder, unet, write_config  # noqa: F401  (a fixture)
+
+pytestmark = pytest.mark.skipif(torch.__version__ < SEVERAL, reason="several processes need torch 2.8")
 
 SLOW = {"lr": 5e-5, "steps": 4, "batch_size": 8}
 LOSS, WEIGHT = 1e-5, 1e-5

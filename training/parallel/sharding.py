@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # its import takes a while, and only runs on several processe
     from torch.distributed.tensor import DTensor
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SEVERAL = (2, 8)
+"""The torch that several processes need: before it, gloo's group is destroyed holding Python's lock, which its own thread may wait for
+(pytorch/pytorch#154976; seen in 2.6 and 2.7, at every second end of a run)."""
 
 
 def check_parallel(config: TrainConfig, world: int) -> None:
@@ -32,6 +35,11 @@ def check_parallel(config: TrainConfig, world: int) -> None:
     c = config
     if world == 1:
         return
+    if torch.__version__ < SEVERAL:
+        raise ValueError(
+            f"torch is {torch.__version__}, with which {world} processes may wait forever when they part: use torch 2.8 or newer, or "
+            "one process"
+        )
     if c.batch_size < world:
         raise ValueError(
             f"batch_size is {c.batch_size}, for {world} processes: it is shared out among them, so use {world} or more"
