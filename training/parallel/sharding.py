@@ -35,7 +35,7 @@ def check_parallel(config: TrainConfig, world: int) -> None:
     c = config
     if world == 1:
         return
-    if torch.__version__ < SEVERAL:
+    if tuple(int(number) for number in torch.__version__.split(".")[:2]) < SEVERAL:
         raise ValueError(
             f"torch is {torch.__version__}, with which {world} processes may wait forever when they part: use torch 2.8 or newer, or "
             "one process"
