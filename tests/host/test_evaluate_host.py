@@ -129,6 +129,7 @@ def test_cancel_keeps_what_is_painted_and_the_same_graph_goes_on(files):
 
 
 def test_another_evaluation_finds_the_teachers_pictures(files):
+    files.run(graph(**LONG))  # in random order this may be the first test
     before = parts(files)
     torch.manual_seed(0)
     other = checkpoint_of(random_unet(DMM, 9), whole=True)
