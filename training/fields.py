@@ -105,9 +105,8 @@ def accepts(f: dataclasses.Field, value: Any) -> bool:
     if kind in ("float", "float | str"):
         return is_number(value) and known.holds(value)
     if kind.startswith("tuple[float"):
-        length = kind.count("float")
-        whole = isinstance(value, (tuple, list)) and len(value) == length
-        return whole and all(is_number(v) and known.holds(v) for v in value)
+        fits = isinstance(value, (tuple, list)) and len(value) == kind.count("float")
+        return fits and all(is_number(v) and known.holds(v) for v in value)
     if kind.startswith("list["):
         return isinstance(value, list)
     plain = {"bool": bool, "str": str}

@@ -19,8 +19,8 @@ from comfyui_dmm.dmm_core.checkpoint import Checkpoint, load_checkpoint, save_ch
 from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.dmm_core.unet import UNet
 from comfyui_dmm.dmm_core.vae import SCALE_SD, AutoencoderKL, VAEConfig, load_vae
-from comfyui_dmm.training.cli import MODELS
 from comfyui_dmm.training.commands.cache import add_parsers
+from comfyui_dmm.training.commands.demo import MODELS
 from comfyui_dmm.training.commands.progress_bar import ProgressBar
 from comfyui_dmm.training.data import cache, cached_text, shards
 from comfyui_dmm.training.data.batches import Draw

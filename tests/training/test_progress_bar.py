@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from comfyui_dmm.training.cli import Bar
 from comfyui_dmm.training.commands import progress_bar
 from comfyui_dmm.training.commands.progress_bar import ProgressBar, new_bar
+from comfyui_dmm.training.commands.watched import Bar
 
 from .test_journal import metrics
 

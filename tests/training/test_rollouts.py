@@ -11,7 +11,7 @@ from comfyui_dmm.dmm_core.files import file_sha256
 from comfyui_dmm.dmm_core.sampling import cfg_denoiser, sample, sigmas_for
 from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.dmm_core.unet import UNet, load_unet
-from comfyui_dmm.training.cli import MODELS
+from comfyui_dmm.training.commands.demo import MODELS
 from comfyui_dmm.training.config import TrainConfig
 from comfyui_dmm.training.data import rollouts
 from comfyui_dmm.training.data.batches import Draw
