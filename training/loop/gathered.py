@@ -12,11 +12,11 @@ from .metrics import MicroBatch
 from .objective import Losses, Objective
 
 
-def gathered(
-    micro_batches: Sequence[MicroBatch], *, objective: Objective, step: int, has_discriminator: bool, ranks: Ranks
-) -> list[MicroBatch]:
-    """Every process's rows in place of this one's, without gradients: what one process alone would have. has_discriminator:
-    whether eq. 11 is there. For all processes together; nothing to do where there is one."""
+def gathered(micro_batches: Sequence[MicroBatch], objective: Objective, step: int, ranks: Ranks) -> list[MicroBatch]:
+    """Every process's rows in place of this one's, without gradients: what one process alone would have.
+
+    For all processes together; nothing to do where there is one.
+    """
     if ranks.world == 1:
         return list(micro_batches)
     tables = gather_rows(
@@ -30,7 +30,7 @@ def gathered(
     )
     everyone = []
     for batch, table in zip((one.batch.global_batch for one in micro_batches), tables):
-        judged = (batch.teacher < objective.num_styles) & has_discriminator
+        judged = (batch.teacher < objective.num_styles) & (objective.lambda_adv > 0)
         score, feature, adversarial, discriminator = table.unbind(dim=1)
         losses = Losses(score, feature, adversarial, discriminator, judged)
         everyone.append(MicroBatch(batch, losses, objective.total(losses, batch, step)))

@@ -111,19 +111,12 @@ class Trainer:
                     self._backward(loss, len(batch), len(batch.global_batch))
                 if losses.any_judged:
                     everyone = int((batch.global_batch.teacher < self.num_styles).sum())
-                    self._backward(
-                        self.objective.discriminator_total(losses, batch), int(losses.judged.sum()), everyone
-                    )
+                    judged = self.objective.discriminator_total(losses, batch)
+                    self._backward(judged, int(losses.judged.sum()), everyone)
                 micro_batches.append(MicroBatch(batch, losses, loss.detach()))
                 if not self.difficulty or k + 1 < c.accumulate:
                     self._look_ahead(number + 1)  # the device is still busy
-        micro_batches = gathered(
-            micro_batches,
-            objective=self.objective,
-            step=self.step,
-            has_discriminator=self.discriminator is not None,
-            ranks=self.ranks,
-        )
+        micro_batches = gathered(micro_batches, self.objective, self.step, self.ranks)
         for one in micro_batches:
             self._check_finite(one)
         lr = learning_rate(c, self.step)
@@ -140,9 +133,8 @@ class Trainer:
         features = self.config.lambda_feat > 0
         x_t, t = batch.x_t.to(self.device), batch.t.to(self.device)
         teacher = self.targets(batch, x_t, t, features)
-        student = self.student.predict(
-            x_t, t, batch.rows, style_rows(batch.teacher, self.num_styles), features=features
-        )
+        style = style_rows(batch.teacher, self.num_styles)
+        student = self.student.predict(x_t, t, batch.rows, style, features=features)
         view = None
         if self.discriminator:
             view = self.discriminator.view(batch, number, x_t=x_t, t=t, backbone=self.targets.pool.get(self.num_styles))
