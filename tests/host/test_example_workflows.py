@@ -315,10 +315,10 @@ def test_the_distillation_runs(server):
     """The example with 3 steps on 8 pictures: nothing is learnt, everything is used."""
     graph = twin_of("distill_quickstart")
     train = graph[only(graph, "DMMDistillTeachers")]["inputs"]
-    train |= {"steps": 3, "batch_size": 4, "preview_every": 2, "save_every": 2, "name": "short"}
+    train |= {"steps": 3, "batch_size": 4, "preview_every": 2, "save_every": 2, "name": "short-distilled"}
     graph[only(graph, "DMMDemoScenes")]["inputs"]["count"] = 8
     assert paint(server, graph).shape == (4, 128, 128, 3)
-    (file,) = (server.base / "output" / "dmm").glob("short-*.safetensors")
+    (file,) = (server.base / "output" / "dmm").glob("short-distilled-*.safetensors")
     student = load_checkpoint(file)
     assert [style.name for style in student.styles] == ["ink", "candy", "echo"]
     assert student.text and student.vae

@@ -46,10 +46,17 @@ def text_of(messages) -> str:
     return executed["distil"]["text"][0]
 
 
-def test_a_model_grows_keeps_its_styles_and_is_painted_with_at_once(files):
+@pytest.fixture(scope="module")
+def grown_once(files):
+    """A model with the style "new" beside its own: its file, and the messages of the run."""
     end, messages = queue(files, grown("DMMAddTeacher", "grown"))
     assert end == "execution_success", messages[-1]
     (path,) = saved(files, "grown")
+    return path, messages
+
+
+def test_a_model_grows_keeps_its_styles_and_is_painted_with_at_once(files, grown_once):
+    path, messages = grown_once
     old, new = (load_checkpoint(p) for p in (files.base / "models" / "dmm" / "old-dmm.safetensors", path))
     assert [style.name for style in new.styles] == [*NAMES[:3], "new"]
     assert new.styles[:3] == old.styles, "what was known of the styles is kept word for word"
@@ -65,8 +72,8 @@ def test_a_model_grows_keeps_its_styles_and_is_painted_with_at_once(files):
     assert any("looking for the new styles' codes" in text for text in texts)
 
 
-def test_it_can_be_repeated_from_the_file(files):
-    (path,) = saved(files, "grown")
+def test_it_can_be_repeated_from_the_file(files, grown_once):
+    path, _ = grown_once
     (files.base / "models" / "dmm" / "grown-once.safetensors").write_bytes(path.read_bytes())
     g = grown("DMMAddTeacher", "twice", file="grown-once")
     g["teacher 0"]["inputs"]["name"] = g["style"]["inputs"]["style"] = "newer"
