@@ -110,7 +110,7 @@ def test_cancel_keeps_what_is_painted_and_the_same_graph_goes_on(files):
     teachers = [f"--teacher={name}={folder / f'eval-{x}.safetensors'}" for name, x in zip(NAMES, ("x", "y"))]
     (files.base / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     settings = (
-        "--count 40 --seed 1 --size 64x64 --steps 16 --cfg 2 --metrics kid pair eps own --resamples 3 --bins 2 --own-pictures 2 --own-draws 3"
+        "--count 40 --size 64x64 --steps 16 --cfg 2 --metrics kid pair eps own --resamples 3 --bins 2 --own-pictures 2 --own-draws 3"
     ).split()
     command = [
         "evaluate",
@@ -119,6 +119,7 @@ def test_cancel_keeps_what_is_painted_and_the_same_graph_goes_on(files):
         "--prompts",
         str(files.base / "prompts.txt"),
         *settings,
+        "--seed=1",
     ]
     assert main([*command, "--device", "cpu", "--output", str(out)]) == 0
     ours = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))

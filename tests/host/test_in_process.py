@@ -82,12 +82,8 @@ def test_folders_that_stand_in_front(folder, others, tmp_path):
         "no:xdist",
         *tests,
     ]
-    path = os.pathsep.join(filter(None, (str(tmp_path / "others"), os.environ.get("PYTHONPATH"))))
-    run = subprocess.run(
-        command,
-        cwd=checkout,
-        env={**os.environ, "COMFYUI_PATH": str(HOST), "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    path = os.pathsep.join(filter(None, (str(tmp_path / "others"), environment.get("PYTHONPATH"))))
+    environment |= {"COMFYUI_PATH": str(HOST), "PYTHONPATH": path}
+    run = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and f"{2 + len(LATE)} passed" in run.stdout, run.stdout + run.stderr

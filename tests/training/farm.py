@@ -1,4 +1,8 @@
-"""A handful of processes that tests run pieces of a distributed training in: started once, connected anew for each piece."""
+"""A handful of processes that tests run pieces of a distributed training in: started once, connected anew for each piece.
+
+Import it, and the pieces, as ``comfyui_dmm.tests.training``: the processes find them by the name that they were imported with, and
+pytest's own name for this folder is not one that Python could find by itself.
+"""
 
 import importlib
 import multiprocessing

@@ -19,6 +19,8 @@ import pytest
 import torch
 import yaml
 from comfyui_dmm.dmm_core.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from comfyui_dmm.tests.training import pieces
+from comfyui_dmm.tests.training.farm import Farm
 from comfyui_dmm.training.cli import main
 from comfyui_dmm.training.config import TrainConfig
 from comfyui_dmm.training.data.batches import Batch
@@ -30,9 +32,7 @@ from comfyui_dmm.training.parallel.sharding import SEVERAL
 from comfyui_dmm.training.run.state import read_state, states
 from safetensors.torch import save_file
 
-from . import pieces
 from .families import SMALL
-from .farm import Farm
 from .test_cli import SHORT, folder, unet, write_config  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.skipif(torch.__version__ < SEVERAL, reason="several processes need torch 2.8")
