@@ -13,14 +13,8 @@ from .in_process import origin, strangers, top_level_names
 
 PACK = Path(__file__).absolute().parents[2]
 LATE = (
-    "nodes",
-    "execution",
-    "server",
-    "utils.extra_config",
-    "app.logger",
-    "comfy_extras.nodes_clip_sdxl",
-    "comfy.samplers",
-    "node_helpers",
+    *("nodes", "execution", "server", "utils.extra_config", "app.logger"),
+    *("comfy_extras.nodes_clip_sdxl", "comfy.samplers", "node_helpers"),
 )
 """Modules that the ``host`` fixture does not all import: the pack or a test does, later."""
 
@@ -69,21 +63,15 @@ def test_folders_that_stand_in_front(folder, others, tmp_path):
         f"{checkout}/tests/core/test_rooms.py::test_the_pack_imports_without_comfyui",
         f"{here}::{test_a_module_is_the_hosts_whenever_it_is_imported.__name__}",
     )
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:randomly",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        *tests,
-    ]
+    options = "-q -p no:randomly -p no:cacheprovider -p no:xdist".split()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     path = os.pathsep.join(filter(None, (str(tmp_path / "others"), environment.get("PYTHONPATH"))))
     environment |= {"COMFYUI_PATH": str(HOST), "PYTHONPATH": path}
-    run = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *tests],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0 and f"{2 + len(LATE)} passed" in run.stdout, run.stdout + run.stderr
