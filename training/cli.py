@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import os
 import sys
 
 import torch
@@ -19,11 +20,15 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if ranks.is_main else logging.WARNING, format="%(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that a log has it in order with what goes to stderr
-    args = parser().parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     try:
+        args = parser().parse_args(argv)
+        if args.threads:
+            torch.set_num_threads(args.threads)
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as with `dmm ... | head`: whoever read it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        return 1
     except LostProcess as error:
         if error.speak:
             print(f"\n{who(ranks)}: {error}", file=sys.stderr)  # a progress bar may be in this line

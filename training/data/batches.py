@@ -1,4 +1,5 @@
-"""Captioned latents as training data; a batch follows from the run's seed and the batch's number alone."""
+"""Captioned latents as training data; a batch follows from the run's seed and the batch's number, and with
+adaptive sampling from the losses so far."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Renoise:
 
 
 def draw_renoise(seed: int, number: int, shape: tuple[int, ...], schedule: NoiseSchedule) -> Renoise:
-    """Of batch ``number``: uniform timesteps and fresh noise. Student and teacher get the same, so it tells them not apart."""
+    """Of batch ``number``: uniform timesteps and fresh noise. Student and teacher get the same, so the noise cannot give them away."""
     g = torch.Generator().manual_seed(hash_seed(seed, "adversary", number))
     return Renoise(torch.randint(len(schedule), (shape[0],), generator=g), torch.randn(shape, generator=g))
 

@@ -29,7 +29,8 @@ class Metrics:
     """What one step did. ``score`` and ``count`` are per teacher name: mean eq. 9 loss of its rows, number of rows.
 
     loss is the weighted sum that the student follows; feature, adversarial and discriminator are unweighted means, the last two
-    None without a discriminator. Where rows were not drawn evenly, these and ``score`` estimate what the means over evenly drawn
+    None where no row was judged by a discriminator. Where rows were not drawn evenly, these and ``score`` estimate
+    what the means over evenly drawn
     teachers and timesteps are. seconds: of the step.
     """
 

@@ -1,9 +1,13 @@
 """The objective of DMM (arXiv:2504.12364, Sec. 3.4): eq. 9 to 12, and what each row of a batch counts in them.
 
-    L = L_score + lambda_feat L_feat + lambda_adv L_adv
+    L = mean over rows of importance * (w_t L_score + lambda_feat L_feat + lambda_adv L_adv)
 
-Pure: predictions in, losses out. There is no optimiser here, no process, no file and no choice of rows; ``trainer`` has the loop around it,
-``losses`` the formulas of eq. 9 and 10 themselves, ``adversary`` those of eq. 11.
+with w_t and the importance 1 unless a run asks for them. Eq. 9 and 10 are means over elements where the paper has
+sums: so the lambdas do not
+depend on a model's size.
+
+Pure: predictions in, losses out. There is no optimiser here, no process and no file. ``trainer`` has the loop around it, ``losses`` the
+formulas of eq. 9 and 10, ``adversary`` those of eq. 11, ``dmm_core.schedule`` that of eq. 12.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 class Trainer:
     """N teachers -> one student with N styles.
 
-    base: the model that style-less rows are distilled to and, with init "base", the student's start; its text states are the student's.
+    base: the teacher of the rows without a style and, with init "base", where the student starts; the student uses its text states.
     Where it is a DMM model, the student goes on from it, and teachers that are its own styles are guarded by it (``kinds.Grow``).
     kind: what differs from plain distillation, None to see it from the teachers. ranks: the processes of the run, which draw the same
     batches and work on their shares of the rows: however many there are, it is one step. Raises ValueError as ``check_run`` does.
@@ -88,15 +88,16 @@ class Trainer:
     # --- the loop, top to bottom --------------------------------------------------------------------------------------
 
     def run(self) -> Iterator[Metrics]:
-        """Train from ``self.step`` to the last step, yielding after each. ``draws.final_data`` is to be there before the final stage.
+        """Train from ``self.step`` to the last step, yielding after each. The caller sets ``draws.final_data`` before the final stage.
 
-        Raises ValueError on a loss or gradient that is not finite, before any weight changes.
+        Raises ValueError where the student's loss or gradient is not finite, before its weights change. With fp16 a gradient that is not
+        finite skips the update, and the step still counts. The discriminator is not checked.
         """
         while self.step < self.config.all_steps:
             yield self.train_step()
 
     def train_step(self) -> Metrics:
-        """batch -> rows -> losses -> backward -> gather -> finite? -> update -> average."""
+        """batch -> teachers, student -> losses -> backward -> rows of other processes -> finite? -> update -> running average."""
         started, c = time.perf_counter(), self.config
         self.kind.before_step(self)
         self._zero_grad()
@@ -114,7 +115,9 @@ class Trainer:
                     judged = self.objective.discriminator_total(losses, batch)
                     self._backward(judged, int(losses.judged.sum()), everyone)
                 micro_batches.append(MicroBatch(batch, losses, loss.detach()))
-                if not self.difficulty or k + 1 < c.accumulate:
+                if (
+                    not self.difficulty or k + 1 < c.accumulate
+                ):  # adaptive sampling draws the next step's batches after the update
                     self._look_ahead(number + 1)  # the device is still busy
         micro_batches = gathered(micro_batches, self.objective, self.step, self.ranks)
         for one in micro_batches:
@@ -151,7 +154,7 @@ class Trainer:
         score, _ = by_teacher([one], self.names)
         bad = [name for name, value in score.items() if not math.isfinite(value)]
         raise AgreedError(
-            f"the loss is not finite at step {self.step + 1} (teacher: {', '.join(bad) or 'all, outside of the score'}): "
+            f"the loss is not finite at step {self.step + 1} (teacher: {', '.join(bad) or 'all, in the feature or adversarial loss'}): "
             "lower the learning rate or use precision fp32 or bf16"
         )
 
@@ -175,7 +178,7 @@ class Trainer:
             )
         self.updating = True
         self.scaler.step(self.optimizer)
-        if self.discriminator_optimizer:
+        if self.discriminator_optimizer and any(one.losses.any_judged for one in micro_batches):
             self.scaler.step(self.discriminator_optimizer)
         self.scaler.update()
         self.step += 1
@@ -193,7 +196,7 @@ class Trainer:
 
     @property
     def names(self) -> list[str]:
-        """Of the teachers."""
+        """The teachers' names."""
         return [teacher.name for teacher in self.teachers]
 
     def student_weights(self, averaged: bool = True) -> dict[str, Tensor]:

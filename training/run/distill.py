@@ -44,7 +44,7 @@ def distill(
     The checkpoint holds the averaged weights; where there is an average, the raw ones are beside it as ``<output>-raw.safetensors``.
     However training ends, the checkpoints of what was learnt so far are written, before an interrupt goes on.
     Raises ValueError for files that do not fit, before anything is written. ranks: the processes of the run, which are connected
-    (``distributed.joined``); the first of them writes.
+    (``parallel.ranks.joined``); the first of them writes.
     """
     output, run_dir, ranks = Path(config.output), Path(config.run_dir), ranks or Ranks()
     with ranks.together():

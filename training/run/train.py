@@ -28,7 +28,8 @@ def train(
     fork_from: Path | None = None,
     parts: dict[str, str] | None = None,
 ) -> None:
-    """Train to the end, resuming from and saving to ``run_dir``. Whatever ends it early, the state is saved first.
+    """Train to the end, resuming from and saving to ``run_dir``. Whatever ends it early, the state is saved first,
+    where it can be (``readable``).
 
     Where the weights come from: a state in ``run_dir``; else the run ``fork_from``; else the run's own start. What the ``watch``
     raises (an interrupt, say, or StopAndSave) ends the run like any other exception: it is passed on after the state has been written.

@@ -22,7 +22,9 @@ def nothing(*args: object) -> None:
 
 @dataclass
 class Watch:
-    """on_step: called after every step. on_picture: with every contact sheet. on_paint: while teachers paint for the final stage.
+    """on_step: called after every step. on_picture: with every contact sheet. on_paint: in long work beside the steps
+    (teachers that paint for the
+    final stage, searches for codes).
     on_save: after a save that was asked for.
 
     decode: latents to pictures; without it there are none. picture_every: steps between sheets, beginning before the first; 0 for none
