@@ -17,7 +17,7 @@ from ..dmm_core.unet import UNetConfig
 from ..dmm_core.vae import latent_scale
 from ..training.config import check_names
 from ..training.data.image_folder import clean_caption
-from ..training.evaluation.baselines import BASELINES, RANK, Comparison, make_baselines, obstacles
+from ..training.evaluation.baselines import BASELINES, RANK, Contender, make_baselines, obstacles
 from ..training.evaluation.evaluate import Lineup, evaluate
 from ..training.evaluation.features import DEMO_FILE, FeatureNet, load_features
 from ..training.evaluation.model_runner import ModelRef, PixelDecoder
@@ -185,7 +185,7 @@ def feature_network(choice: str, config: UNetConfig) -> tuple[FeatureNet | None,
     return load_features(folder_paths.get_full_path_or_raise(FEATURES, choice)), ""
 
 
-def possible_baselines(lineup: Lineup, rank: int) -> tuple[list[Comparison], str]:
+def possible_baselines(lineup: Lineup, rank: int) -> tuple[list[Contender], str]:
     """All baselines that the connected models allow, and what there is to say about the others."""
     against = obstacles(lineup.teachers, lineup.base)
     names = [name for name in BASELINES if name not in against]

@@ -76,7 +76,7 @@ class IdentifyStyle(io.ComfyNode):
         if image is not None and vae is None:
             raise ValueError("an image needs the vae: connect the one from Load DMM Model")
         with torch.inference_mode(False), torch.no_grad(), memory_given_back():
-            verdicts = judge(
+            verdicts = identify_pictures(
                 model,
                 clip,
                 caption=caption,
@@ -95,7 +95,7 @@ class IdentifyStyle(io.ComfyNode):
         return io.NodeOutput([verdict.name for verdict in verdicts], style, report, ui=ui.PreviewText(report))
 
 
-def judge(model, clip, *, caption, draws, with_none, seed, image, vae, latent, node_id) -> list:
+def identify_pictures(model, clip, *, caption, draws, with_none, seed, image, vae, latent, node_id) -> list:
     info = host_model.model_info(model)
     weights, styles = host_model.with_blend_codes(unet_weights(model, styles=True), info)
     student = frozen_base(model, clip, styled_unet(weights, "the model"), ["", caption.strip()])

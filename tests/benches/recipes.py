@@ -82,7 +82,7 @@ def one(arm: str, steps: int, seed: int) -> dict:
     table = errors(teachers, base, student, data)
     brush = Painter(student, text, vae, [t.name for t in teachers])
     classifier = load_classifier(ROOT / "models" / "demo-classifier.safetensors")
-    verdicts = [judge(brush, classifier, t.name, style=brush.style_row(t.name), count=25, seed=1) for t in teachers]
+    accuracies = [judge(brush, classifier, t.name, style=brush.style_row(t.name), count=25, seed=1) for t in teachers]
     return {
         "arm": arm,
         "seed": seed,
@@ -91,8 +91,8 @@ def one(arm: str, steps: int, seed: int) -> dict:
         "seconds": seconds,
         "error": statistics.mean(table.values()),
         "worst": max(table.values()),
-        "look": statistics.mean(v.look for v in verdicts),
-        "caption": statistics.mean(v.both for v in verdicts),
+        "look": statistics.mean(v.look for v in accuracies),
+        "caption": statistics.mean(v.both for v in accuracies),
         "by teacher": table,
     }
 

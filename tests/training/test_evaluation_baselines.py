@@ -18,7 +18,7 @@ from comfyui_dmm.training.evaluation.baselines import (
     BASELINES,
     NEED_BASE,
     TUNING_BATCH,
-    Comparison,
+    Contender,
     Tuning,
     another_student,
     choose_baselines,
@@ -82,11 +82,11 @@ def rows_of(evaluation) -> dict:
     return {row.name: row for row in evaluation.compared}
 
 
-def the_model(comparison: Comparison, place: int = 0) -> Teacher:
-    return comparison.painters[place][0].open()
+def the_model(contender: Contender, place: int = 0) -> Teacher:
+    return contender.painters[place][0].open()
 
 
-def made(name: str, student, teachers, base=None, rank=8) -> Comparison:
+def made(name: str, student, teachers, base=None, rank=8) -> Contender:
     first = None if base is None else ModelRef.of(base, len(PROMPTS))
     (one,) = make_baselines([name], ModelRef.of(student, len(PROMPTS)), NAMES, refs(teachers), base=first, rank=rank)
     return one
@@ -486,11 +486,11 @@ def test_what_cannot_be_made_is_refused_by_name():
     assert the_model(make_baselines(["soup"], who, NAMES, all_v, base=first)[0]).prediction == "v"
     with pytest.raises(ValueError, match="rank is 0"):
         make_baselines(["low-rank"], who, NAMES, all_of, base=first, rank=0)
-    again = [Comparison("soup", ((first, None),)), *make_baselines(["soup"], who, NAMES, all_of, base=first)]
+    again = [Contender("soup", ((first, None),)), *make_baselines(["soup"], who, NAMES, all_of, base=first)]
     with pytest.raises(ValueError, match="two models to compare have one name"):
         evaluate(Lineup(who, NAMES, all_of, PROMPTS, others=again), settings(metrics=("pair",)))
     small = ModelRef.of(plain("small", 1, dataclasses.replace(SMALL, model_channels=32)), len(PROMPTS))
     with pytest.raises(ValueError, match="another architecture.*'small'"):
         evaluate(
-            Lineup(who, NAMES, all_of, PROMPTS, others=[Comparison("x", ((small, None),))]), settings(metrics=("pair",))
+            Lineup(who, NAMES, all_of, PROMPTS, others=[Contender("x", ((small, None),))]), settings(metrics=("pair",))
         )

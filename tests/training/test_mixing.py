@@ -15,12 +15,12 @@ from comfyui_dmm.training.evaluation.evaluate import evaluate
 from comfyui_dmm.training.evaluation.features import FeatureNet
 from comfyui_dmm.training.evaluation.identify import identify
 from comfyui_dmm.training.evaluation.mixing.figures import (
-    KINDS,
+    FIGURES,
     Observations,
-    compare,
     figures,
     layout_distances,
     mean_of,
+    path_difference,
     spearman,
     weights_of,
 )
@@ -135,16 +135,16 @@ def test_who_is_better_follows_the_aim():
     noise = torch.cat([torch.zeros(1, dtype=torch.float64), w])
     a, b = 0.8 + noise, 0.6 - noise
     names = ("a", "b")
-    assert compare(KINDS["spearman"], names, [a], [b]).better == "a"
-    assert compare(KINDS["fall"], names, [a], [b]).better == "b"
-    assert compare(KINDS["half"], names, [a], [b]).better == "b", "0.6 is nearer to 0.5"
-    assert compare(KINDS["width"], names, [a], [b]).better == "a"
-    assert compare(KINDS["width"], names, [a], [b]).difference.value == pytest.approx(-0.2)
-    assert compare(KINDS["spearman"], names, [a], [a - 0.001 - noise]).better is None, "within chance"
+    assert path_difference(FIGURES["spearman"], names, [a], [b]).better == "a"
+    assert path_difference(FIGURES["fall"], names, [a], [b]).better == "b"
+    assert path_difference(FIGURES["half"], names, [a], [b]).better == "b", "0.6 is nearer to 0.5"
+    assert path_difference(FIGURES["width"], names, [a], [b]).better == "a"
+    assert path_difference(FIGURES["width"], names, [a], [b]).difference.value == pytest.approx(-0.2)
+    assert path_difference(FIGURES["spearman"], names, [a], [a - 0.001 - noise]).better is None, "within chance"
     # Opposite errors do not cancel in a mean over pairs, and a pair without a number counts for neither.
     nan = torch.full_like(a, math.nan)
     far, good = [a * 0 + 0.2, a * 0 + 0.8, nan], [a * 0 + 0.5, a * 0 + 0.6, a * 0]
-    assert compare(KINDS["half"], names, far, good).difference.value == pytest.approx(0.3 - 0.05)
+    assert path_difference(FIGURES["half"], names, far, good).difference.value == pytest.approx(0.3 - 0.05)
     assert mean_of([nan, a])[0] == pytest.approx(0.8) and mean_of([nan]).isnan().all()
 
 

@@ -70,7 +70,7 @@ def run(args) -> None:
     from ..parallel.devices import pick_device
 
     device = pick_device(args.device)
-    lineup, settings = gather(args, device)
+    lineup, settings = read_inputs(args, device)
     folder = Path(args.output)
     with going_on(folder) as (parts, bar):
         result = evaluate(lineup, settings, folder=parts, device=device, progress=bar)
@@ -88,7 +88,7 @@ def run(args) -> None:
     print("\n" + "\n".join(f"wrote {file}" for file in files))
 
 
-def gather(args, device: torch.device):
+def read_inputs(args, device: torch.device):
     """(Lineup, EvaluationSettings) of a command line. Raises ValueError for files that do not belong together."""
     from ..evaluation.evaluate import Lineup
     from ..evaluation.features import DEMO_FILE, load_features

@@ -99,7 +99,7 @@ def run(args) -> None:
     from ..parallel.devices import pick_device
 
     device = pick_device(args.device)
-    lineup, decoder, settings, pairs = gather(args, device)
+    lineup, decoder, settings, pairs = read_inputs(args, device)
     folder = Path(args.output)
     with going_on(folder) as (parts, bar):
         mixing = judge_mixing(
@@ -117,7 +117,7 @@ def run(args) -> None:
     print("\n" + "\n".join(f"wrote {file}" for file in files))
 
 
-def gather(args, device: torch.device):
+def read_inputs(args, device: torch.device):
     """(MixingLineup, PixelDecoder or None, EvaluationSettings, pairs) of a command line. Raises ValueError for files that do not belong
     together."""
     from ..evaluation.mixing.judge_mixing import MixingLineup
@@ -148,12 +148,12 @@ def gather(args, device: torch.device):
         [model_ref(name, checkpoint, student, text, file=files[name]) for name, checkpoint in read.items()],
         prompts,
         decoder,
-        judge(args.features, is_small(config), pairs, decoder is not None),
+        choose_classifier(args.features, is_small(config), pairs, decoder is not None),
     )
     return lineup, decoder, settings, pairs
 
 
-def judge(file: str | None, small: bool, pairs: Sequence[Pair], has_decoder: bool):
+def choose_classifier(file: str | None, small: bool, pairs: Sequence[Pair], has_decoder: bool):
     """The classifier that is named; the demo family's, where it knows every style; else None, for the student."""
     from ..evaluation.features import DEMO_FILE, load_features
     from ..evaluation.mixing.judge_mixing import looks_of

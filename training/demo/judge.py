@@ -21,7 +21,7 @@ SETTINGS = Settings(steps=12, cfg=4.0, width=128, height=128)
 
 
 @dataclass
-class Verdict:
+class Accuracy:
     """Shares of ``count`` pictures: shape right, colour right, both right, and painted in the look ``look``."""
 
     count: int
@@ -41,7 +41,7 @@ def judge(
     count: int = 200,
     seed: int = 0,
     settings: Settings = SETTINGS,
-) -> Verdict:
+) -> Accuracy:
     """Paint ``count`` random captions (one seed per 25) and ask the classifier. style: (1, N+1) or None."""
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng) for _ in range(count)]
@@ -56,7 +56,7 @@ def judge(
             truth = [look if question == "look" else getattr(s, question) for s in part]
             hits += [a == b for a, b in zip(said, truth)]
     both = [a and b for a, b in zip(right["shape"], right["colour"])]
-    return Verdict(count, *(float(np.mean(hits)) for hits in (right["shape"], right["colour"], both, right["look"])))
+    return Accuracy(count, *(float(np.mean(hits)) for hits in (right["shape"], right["colour"], both, right["look"])))
 
 
 def audit(models: Path, count: int = 200) -> str:
@@ -65,8 +65,8 @@ def audit(models: Path, count: int = 200) -> str:
     student = painter(load_checkpoint(models / "dmm" / "demo-dmm.safetensors"))
 
     def row(name: str, brush: Painter, look: str, style: Tensor | None = None) -> str:
-        verdict = judge(brush, classifier, look, style=style, count=count)
-        shares = (verdict.shape, verdict.colour, verdict.both, verdict.look)
+        accuracy = judge(brush, classifier, look, style=style, count=count)
+        shares = (accuracy.shape, accuracy.colour, accuracy.both, accuracy.look)
         return f"| {name} | " + " | ".join(f"{100 * share:.1f}%" for share in shares) + " |"
 
     def plain(file: str) -> Painter:

@@ -43,7 +43,7 @@ Painter = tuple[ModelRef, int | None]
 
 
 @dataclass
-class Comparison:
+class Contender:
     """Someone to compare with the teachers as the student is. painters: one for all styles, or one for each teacher.
 
     about: what the report says of it. tuning: chooses the painters when its turn comes. finish: called afterwards.
@@ -82,9 +82,9 @@ def obstacles(teachers: Sequence[ModelRef], base: ModelRef | None) -> dict[str, 
         found = dict.fromkeys(NEED_BASE, "needs the base model that the student was trained from")
     for name in MERGES:
         parents = [*([base] if base is not None and name in NEED_BASE else []), *teachers]
-        kinds = {kind: [m.name for m in parents if m.prediction == kind] for kind in ("eps", "v")}
-        if all(kinds.values()) and name not in found:
-            said = "; ".join(f"{', '.join(map(repr, names))} predict {kind}" for kind, names in kinds.items())
+        predicting = {what: [m.name for m in parents if m.prediction == what] for what in ("eps", "v")}
+        if all(predicting.values()) and name not in found:
+            said = "; ".join(f"{', '.join(map(repr, names))} predict {what}" for what, names in predicting.items())
             found[name] = f"weights that predict different things do not add up ({said})"
     return found
 
@@ -97,7 +97,7 @@ def make_baselines(
     *,
     base: ModelRef | None,
     rank: int = RANK,
-) -> list[Comparison]:
+) -> list[Contender]:
     """The named baselines, without the base itself, which an evaluation has as its ``base``. styles: of the student.
 
     Raises ValueError, saying why, for baselines that these models do not allow, and for a rank below 1.
@@ -119,33 +119,33 @@ def make_baselines(
         elif name == "chain":
             out.append(merge("chain", chain_shares(len(teachers)), teachers, student))
         elif name == "task-vectors":
-            out.append(Comparison("task vectors", (), {"method": name}, Tuning(student, teachers, base)))
+            out.append(Contender("task vectors", (), {"method": name}, Tuning(student, teachers, base)))
         elif name == "low-rank":
             out.append(low_rank_bank(student, teachers, rank))
         elif name == "teachers":
-            out += [Comparison(f"teacher {one.name}", ((one, None),), {"method": name}) for one in teachers]
+            out += [Contender(f"teacher {one.name}", ((one, None),), {"method": name}) for one in teachers]
     return out
 
 
-def another_student(name: str, ref: ModelRef, has: Sequence[str], teachers: Sequence[str]) -> Comparison:
+def another_student(name: str, ref: ModelRef, has: Sequence[str], teachers: Sequence[str]) -> Contender:
     """A further model: a DMM model in the style of each teacher, found by name; a plain one paints the same for all.
 
     Raises ValueError for a DMM model that lacks a style.
     """
     if not ref.config.num_styles:
-        return Comparison(name, ((ref, None),), {"method": "also"})
+        return Contender(name, ((ref, None),), {"method": "also"})
     missing = [style for style in teachers if style not in has]
     if missing:
         raise ValueError(
             f"'{name}' has no style called {', '.join(map(repr, missing))}: its styles are {', '.join(has)}"
         )
-    return Comparison(name, [(ref, list(has).index(style)) for style in teachers], {"method": "also"})
+    return Contender(name, [(ref, list(has).index(style)) for style in teachers], {"method": "also"})
 
 
 # --- merges -----------------------------------------------------------------------------------------------------------
 
 
-def merge(method: str, shares: Sequence[float], parents: Sequence[ModelRef], student: ModelRef) -> Comparison:
+def merge(method: str, shares: Sequence[float], parents: Sequence[ModelRef], student: ModelRef) -> Contender:
     """sum_i share_i * parent_i as one model for all styles."""
     ref = derived(
         method,
@@ -154,7 +154,7 @@ def merge(method: str, shares: Sequence[float], parents: Sequence[ModelRef], stu
         student=student,
         make=lambda: load_unet(summed(shares, parents), dtype=None, copy=False),
     )
-    return Comparison(method, ((ref, None),), {"method": method})
+    return Contender(method, ((ref, None),), {"method": method})
 
 
 def summed(shares: Sequence[float], parents: Sequence[ModelRef]) -> dict[str, Tensor]:
@@ -182,7 +182,7 @@ class Tuning:
         n = len(teachers)
         self.scales = sorted({times / n for times in TIMES_THE_MEAN} | {1.0})
 
-    def merged(self, scale: float) -> Comparison:
+    def merged(self, scale: float) -> Contender:
         shares = task_vector_shares(len(self.teachers), scale)
         return merge("task-vectors", shares, [self.base, *self.teachers], self.student)
 
@@ -197,7 +197,7 @@ class Tuning:
             settings, seed=settings.seed + TUNING_BATCH, count=TUNING_PICTURES, bin_samples=TUNING_SAMPLES
         )
 
-    def settle(self, runner: ModelRunner, name: str) -> Comparison:
+    def settle(self, runner: ModelRunner, name: str) -> Contender:
         """With the scale that was found, and in ``about`` the error of every scale."""
         apart = ModelRunner(
             runner.prompts, self.settings(runner.settings), folder=runner.folder, device=runner.device, work=runner.work
@@ -222,7 +222,7 @@ class Tuning:
 # --- a bank of adapters -----------------------------------------------------------------------------------------------
 
 
-def low_rank_bank(student: ModelRef, teachers: Sequence[ModelRef], rank: int) -> Comparison:
+def low_rank_bank(student: ModelRef, teachers: Sequence[ModelRef], rank: int) -> Contender:
     """For each teacher the soup with the nearest rank-r adapter to what the teacher has beside it: N adapters, not one model."""
     bank = _Bank(teachers, rank)
     refs = [
@@ -237,7 +237,7 @@ def low_rank_bank(student: ModelRef, teachers: Sequence[ModelRef], rank: int) ->
         "adapter_parameters": adapter_size(shapes.values(), rank),
         "unet_parameters": sum(shape.numel() for shape in shapes.values()),
     }
-    return Comparison("low-rank bank", [(ref, None) for ref in refs], about, finish=bank.forget)
+    return Contender("low-rank bank", [(ref, None) for ref in refs], about, finish=bank.forget)
 
 
 class _Bank:
@@ -268,7 +268,7 @@ def parameter_shapes(config: UNetConfig) -> Mapping[str, torch.Size]:
 # --- a student before its training ------------------------------------------------------------------------------------
 
 
-def untrained(student: ModelRef, styles: Sequence[str], teachers: Sequence[ModelRef], base: ModelRef) -> Comparison:
+def untrained(student: ModelRef, styles: Sequence[str], teachers: Sequence[ModelRef], base: ModelRef) -> Contender:
     """The base with a random code for every style and a random style MLP, as a distillation with seed 0 begins."""
 
     def make() -> UNet:
@@ -277,4 +277,4 @@ def untrained(student: ModelRef, styles: Sequence[str], teachers: Sequence[Model
 
     ref = derived("untrained", ("untrained", len(styles)), [base], student=student, make=make)
     painters = [(ref, list(styles).index(one.name)) for one in teachers]
-    return Comparison("untrained", painters, {"method": "untrained"})
+    return Contender("untrained", painters, {"method": "untrained"})

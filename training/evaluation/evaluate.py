@@ -30,7 +30,7 @@ from .agreement import (
     pair_table,
     predictions,
 )
-from .baselines import Comparison
+from .baselines import Contender
 from .distances import principal_axes, resample
 from .features import FeatureNet
 from .identify import Confusion, Verdict, confusion, identify
@@ -41,8 +41,8 @@ from .model_runner import (
     ModelRunner,
     PixelDecoder,
     WorkCounter,
+    check_compatible,
     check_lineup,
-    check_same_kind,
     painting_cost,
 )
 from .settings import OF_FEATURES, EvaluationSettings
@@ -63,17 +63,17 @@ class Lineup:
     base: ModelRef | None = None
     decoder: PixelDecoder | None = None
     features: FeatureNet | None = None
-    others: Sequence[Comparison] = ()
+    others: Sequence[Contender] = ()
 
     @property
-    def compared(self) -> list[Comparison]:
+    def compared(self) -> list[Contender]:
         """Everyone but student and teachers, the base first."""
-        base = [Comparison("base", ((self.base, None),), {"method": "base"})] if self.base else []
+        base = [Contender("base", ((self.base, None),), {"method": "base"})] if self.base else []
         return [*base, *self.others]
 
     def check(self) -> None:
-        """Raises ValueError for teachers without a style, twice, or not at all, for models of different kinds, for no prompts, and for
-        features without a decoder."""
+        """Raises ValueError for a teacher that has no style of the student, for a teacher named twice or none at all, for models of
+        different architectures or noise schedules, for no prompts, and for a feature network without a decoder."""
         names = [teacher.name for teacher in self.teachers]
         unknown = [name for name in names if name not in self.styles]
         if unknown or not names:
@@ -85,13 +85,13 @@ class Lineup:
         rows = ["student", *(one.name for one in self.compared)]
         if len(set(rows)) < len(rows):
             raise ValueError(f"two models to compare have one name: {', '.join(rows)}")
-        check_same_kind(self.student, [*self.teachers, *(m for one in self.compared for m, _ in one.painters)])
+        check_compatible(self.student, [*self.teachers, *(m for one in self.compared for m, _ in one.painters)])
         if self.features is not None and self.decoder is None:
             raise ValueError("features need a VAE that turns latents into pictures")
 
 
 @dataclass
-class Compared:
+class ContenderFigures:
     """The figures of someone who is compared with the teachers as the student is; None where a metric was not asked for.
 
     about: how it was made. eps_share: of the base's error; None without a base.
@@ -120,7 +120,7 @@ class Evaluation:
     pair: PairTable | None = None
     eps: EpsAgreement | None = None
     own: Confusion | None = None
-    compared: list[Compared] = field(default_factory=list)
+    compared: list[ContenderFigures] = field(default_factory=list)
     about: dict = field(default_factory=dict)
     """Whatever the caller wants to be recorded: file names, versions."""
 
@@ -146,9 +146,9 @@ def evaluate(
 
 @dataclass
 class _Painted:
-    """What a comparison painted: latents by style, or of one set for all."""
+    """What a contender painted: latents by style, or of one set for all."""
 
-    comparison: Comparison
+    contender: Contender
     latents: list[Tensor]
     features: list[Tensor] | None = None
 
@@ -188,7 +188,7 @@ class _Run:
         second = self._ask_teachers()
         painted, answers, own = self._ask_student()
         others = lineup.compared
-        base, of_base = self._paint_comparison(others.pop(0)) if lineup.base else (None, None)
+        base, of_base = self._paint_contender(others.pop(0)) if lineup.base else (None, None)
 
         result = Evaluation(self.names, self.s, len(lineup.prompts) - 1, {}, self._about_features(), own=own)
         self.weights = resample(self.s.count, self.resamples, self.s.seed)
@@ -208,11 +208,11 @@ class _Run:
                     setattr(result, metric, self.yardsticks[metric].measure(sets.student, features))
         if base is not None:
             result.compared.append(self._measured(base, of_base, of_base))
-        members = self._members()
+        members = self._keys()
         for one in others:
-            theirs, errors = self._paint_comparison(one)
+            theirs, errors = self._paint_contender(one)
             result.compared.append(self._measured(theirs, errors, of_base))
-            members[theirs.comparison.name] = theirs.comparison.key
+            members[theirs.contender.name] = theirs.contender.key
         result.members = members
         self.work(1, "finished")
         return result
@@ -244,14 +244,14 @@ class _Run:
             own = self._own(load, self.first) if "own" in self.wants else None
         return painted, answers, own
 
-    def _members(self) -> dict[str, str]:
+    def _keys(self) -> dict[str, str]:
         lineup = self.lineup
         everyone = {"student": lineup.student, **{f"teacher {m.name}": m for m in lineup.teachers}}
         return {name: m.key for name, m in {**everyone, **({"base": lineup.base} if lineup.base else {})}.items()}
 
     # --- whoever else is compared -------------------------------------------------------------------------------------
 
-    def _paint_comparison(self, one: Comparison) -> tuple[_Painted, Tensor | None]:
+    def _paint_contender(self, one: Contender) -> tuple[_Painted, Tensor | None]:
         """Its latents, for each style or one set for all, and its eps errors (N, S)."""
         runner, finish = self.runner, one.finish
         try:
@@ -270,7 +270,7 @@ class _Run:
             finish()
         return _Painted(one, latents), eps_errors(answers, self.said) if answers else None
 
-    def _painted(self, one: Comparison, place: int, load) -> Tensor:
+    def _painted(self, one: Contender, place: int, load) -> Tensor:
         ref, style = one.painters[place]
         known = self.known.get((ref.key, style))
         if known is None:
@@ -281,15 +281,15 @@ class _Run:
 
     def _features(self, painted: _Painted) -> list[Tensor]:
         names = self.names if len(painted.latents) > 1 else [""]
-        looks = [f"{name}, {painted.comparison.name}".removeprefix(", ") for name in names]
+        looks = [f"{name}, {painted.contender.name}".removeprefix(", ") for name in names]
         lineup = self.lineup
         found = [
             self.runner.features(z, lineup.features, lineup.decoder, look) for z, look in zip(painted.latents, looks)
         ]
         return found if self.axes is None else [x.double() @ self.axes for x in found]
 
-    def _measured(self, painted: _Painted, errors: Tensor | None, of_base: Tensor | None) -> Compared:
-        row = Compared(painted.comparison.name, painted.comparison.about)
+    def _measured(self, painted: _Painted, errors: Tensor | None, of_base: Tensor | None) -> ContenderFigures:
+        row = ContenderFigures(painted.contender.name, painted.contender.about)
         if self.yardsticks:
             features = self._features(painted) if painted.features is None else painted.features
             for metric, yardstick in self.yardsticks.items():

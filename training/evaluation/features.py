@@ -92,7 +92,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds
+    except Exception as error:  # torch raises a dozen types of them
         raise ValueError(f"'{path}' cannot be read as weights: {error}") from error
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise ValueError(f"'{path}' holds something else than a state dict")

@@ -82,7 +82,7 @@ def check_lineup(teachers: Sequence[ModelRef], prompts: Sequence[str]) -> None:
         raise ValueError("no prompts to paint were given")
 
 
-def check_same_kind(student: ModelRef, others: Sequence[ModelRef]) -> None:
+def check_compatible(student: ModelRef, others: Sequence[ModelRef]) -> None:
     """Raises ValueError for models of another architecture or noise schedule than the student's."""
     check_architectures(student.config, [(ref.name, ref.config) for ref in others])
     check_schedules(student.zero_snr, [(ref.name, ref.zero_snr) for ref in others])

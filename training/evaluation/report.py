@@ -12,7 +12,7 @@ from PIL import Image
 
 from ...dmm_core.files import atomic_write
 from .agreement import PerStyle
-from .evaluate import Compared, Evaluation
+from .evaluate import ContenderFigures, Evaluation
 from .heatmap import heatmap, side_by_side
 from .matrix import Distances, Figure
 
@@ -164,11 +164,11 @@ def per_style(e: Evaluation) -> str:
     return f"## Per style\n\n{table(heads, list(zip(e.names, *columns)))}"
 
 
-def everyone(e: Evaluation) -> list[Compared]:
+def everyone(e: Evaluation) -> list[ContenderFigures]:
     """Who is compared, the student first."""
     pair = None if e.pair is None else PerStyle(e.names, e.pair.own, e.pair.mean)
     eps, share = (None, None) if e.eps is None else (e.eps.own, e.eps.own_share)
-    return [Compared("student", {}, e.fid, e.kid, pair, eps, share), *e.compared]
+    return [ContenderFigures("student", {}, e.fid, e.kid, pair, eps, share), *e.compared]
 
 
 def compared(e: Evaluation) -> str:

@@ -27,7 +27,7 @@ LEAST_REACH = 0.1
 
 
 @dataclass(frozen=True)
-class Kind:
+class FigureSpec:
     """A figure: aim is what would be best, "high", "low", or the number to be near."""
 
     title: str
@@ -47,17 +47,17 @@ class Kind:
         return self.title if isinstance(self.aim, str) else f"{self.title}, off {self.aim:g}"
 
 
-KINDS = {
-    "reach": Kind("reach", "high", "score at the second style less score at the first"),
-    "spearman": Kind("Spearman", "high", "rank correlation of ratio and score, of each picture, averaged"),
-    "monotone": Kind("monotone", "high", f"share of pictures whose score never falls by more than {SLIP}"),
-    "fall": Kind("fall", "low", "largest fall of the mean score from a ratio to a later one"),
-    "width": Kind("width", 0.8, "ratios between 10% and 90% of the way; 0.8 is a straight line"),
-    "half": Kind("half", 0.5, "ratio at 50% of the way"),
-    "neither": Kind("neither", "low", "share of the path that is taken for another style"),
-    "content": Kind("content", "high", "share of pictures between the ends with the caption's shape and colour"),
-    "kept": Kind("kept", "high", "the same, less that of the ends"),
-    "layout": Kind("layout", "low", "change of layout to the nearer end, 1 is that of another prompt's picture"),
+FIGURES = {
+    "reach": FigureSpec("reach", "high", "score at the second style less score at the first"),
+    "spearman": FigureSpec("Spearman", "high", "rank correlation of ratio and score, of each picture, averaged"),
+    "monotone": FigureSpec("monotone", "high", f"share of pictures whose score never falls by more than {SLIP}"),
+    "fall": FigureSpec("fall", "low", "largest fall of the mean score from a ratio to a later one"),
+    "width": FigureSpec("width", 0.8, "ratios between 10% and 90% of the way; 0.8 is a straight line"),
+    "half": FigureSpec("half", 0.5, "ratio at 50% of the way"),
+    "neither": FigureSpec("neither", "low", "share of the path that is taken for another style"),
+    "content": FigureSpec("content", "high", "share of pictures between the ends with the caption's shape and colour"),
+    "kept": FigureSpec("kept", "high", "the same, less that of the ends"),
+    "layout": FigureSpec("layout", "low", "change of layout to the nearer end, 1 is that of another prompt's picture"),
 }
 
 
@@ -105,7 +105,7 @@ def curves(observed: Observations, weights: Tensor) -> dict[str, Tensor]:
 
 
 def figures(observed: Observations, ratios: Sequence[float], weights: Tensor) -> dict[str, Tensor]:
-    """Every figure (W,), see ``KINDS``; NaN where it makes no sense."""
+    """Every figure (W,), see ``FIGURES``; NaN where it makes no sense."""
     w = torch.tensor(ratios, dtype=torch.float64)
     mean = curves(observed, weights)
     score = mean["score"]
@@ -124,7 +124,7 @@ def figures(observed: Observations, ratios: Sequence[float], weights: Tensor) ->
     if "content" in mean:
         out["content"] = mean["content"][:, inner].mean(1)
         out["kept"] = out["content"] - mean["content"][:, [0, -1]].mean(1)
-    return {name: out[name] for name in KINDS if name in out}
+    return {name: out[name] for name in FIGURES if name in out}
 
 
 def falls(curve: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def as_figure(values: Tensor) -> Figure:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PathDifference:
     """difference: of two paths' figures, for a figure that aims at a number of how far off they are; better: the name of the path that
     is better by more than chance, or None."""
 
@@ -205,10 +205,12 @@ def mean_of(values: Sequence[Tensor]) -> Tensor:
     return several.nanmean(0) if len(several) else torch.full_like(values[0], torch.nan)
 
 
-def compare(kind: Kind, names: tuple[str, str], first: Sequence[Tensor], second: Sequence[Tensor]) -> Comparison:
+def path_difference(
+    spec: FigureSpec, names: tuple[str, str], first: Sequence[Tensor], second: Sequence[Tensor]
+) -> PathDifference:
     """A figure of two paths, each (W,) of every pair, over the same resamples; pairs count that have a number on both paths."""
-    difference = as_figure(mean_of([kind.measure(a) - kind.measure(b) for a, b in zip(first, second, strict=True)]))
+    difference = as_figure(mean_of([spec.measure(a) - spec.measure(b) for a, b in zip(first, second, strict=True)]))
     better = None
     if difference.spread is not None and abs(difference.value) > NORMAL_95 * difference.spread:
-        better = names[(difference.value > 0) != (kind.aim == "high")]
-    return Comparison(difference, better)
+        better = names[(difference.value > 0) != (spec.aim == "high")]
+    return PathDifference(difference, better)

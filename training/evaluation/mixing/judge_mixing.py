@@ -33,21 +33,21 @@ from ..model_runner import (
     ModelRunner,
     PixelDecoder,
     WorkCounter,
+    check_compatible,
     check_lineup,
-    check_same_kind,
     painting_cost,
 )
 from ..settings import EvaluationSettings
 from .figures import (
-    KINDS,
-    Comparison,
+    FIGURES,
     Observations,
+    PathDifference,
     as_figure,
-    compare,
     curves,
     figures,
     layout_distances,
     mean_of,
+    path_difference,
     weights_of,
 )
 from .judges import answers_of, caption_truth, is_neither, looks_of, wins
@@ -109,7 +109,7 @@ class MixingLineup:
                 f"weight merging needs the teachers of {', '.join(lacking)}: name their files, or leave '{MERGE}' out of the paths"
             )
         if MERGE in paths:
-            check_same_kind(self.student, self.teachers)
+            check_compatible(self.student, self.teachers)
             for pair in pairs:
                 check_mergeable(*(self.teachers[names.index(name)] for name in pair))
         if self.classifier is not None:
@@ -126,7 +126,7 @@ class MixingLineup:
 
 @dataclass
 class PathResult:
-    """curves: name -> one figure a ratio; figures: as ``mixing_figures.KINDS``."""
+    """curves: name -> one figure a ratio; figures: as ``figures.FIGURES``."""
 
     curves: dict[str, list[Figure]]
     figures: dict[str, Figure]
@@ -139,7 +139,7 @@ class PairResult:
     first: str
     second: str
     paths: dict[str, PathResult]
-    against: dict[str, dict[str, Comparison]]
+    against: dict[str, dict[str, PathDifference]]
 
 
 @dataclass
@@ -156,7 +156,7 @@ class Mixing:
     judge: dict
     pairs: list[PairResult]
     mean: dict[str, dict[str, Figure]]
-    against: dict[str, dict[str, Comparison]]
+    against: dict[str, dict[str, PathDifference]]
     about: dict = field(default_factory=dict)
     shown: dict[Pair, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
@@ -392,7 +392,9 @@ class _Run:
             results.append(PairResult(*pair, of_paths, self._against(found, names, [k])))
         everything = range(len(self.pairs))
         mean = {
-            path: {name: as_figure(mean_of([KINDS[name].measure(one[name]) for one in found[path]])) for name in names}
+            path: {
+                name: as_figure(mean_of([FIGURES[name].measure(one[name]) for one in found[path]])) for name in names
+            }
             for path in self.paths
         }
         members = {"student": lineup.student.key, **{f"teacher {m.name}": m.key for m in lineup.teachers}}
@@ -401,11 +403,13 @@ class _Run:
             self._against(found, names, everything),
         )  # fmt: skip
 
-    def _against(self, found, names: Sequence[str], places: Sequence[int]) -> dict[str, dict[str, Comparison]]:
+    def _against(self, found, names: Sequence[str], places: Sequence[int]) -> dict[str, dict[str, PathDifference]]:
         head, *others = self.paths
         return {
             path: {
-                name: compare(KINDS[name], (head, path), *([found[p][k][name] for k in places] for p in (head, path)))
+                name: path_difference(
+                    FIGURES[name], (head, path), *([found[p][k][name] for k in places] for p in (head, path))
+                )
                 for name in names
             }
             for path in others

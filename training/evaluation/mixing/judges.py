@@ -20,7 +20,8 @@ def answers_of(classifier: FeatureNet, features: Tensor) -> dict[str, Tensor]:
 
 
 def caption_truth(caption: str, classifier: FeatureNet) -> list[tuple[str, int]] | None:
-    """(question, right answer) for the shape and the colour that a caption names; None when it names neither, or two of a kind."""
+    """(question, right answer) for the shape and the colour that a caption names; None when it names neither, and when it names two shapes
+    or two colours."""
     words = caption.lower().replace(",", " ").split()
     found = []
     for question in ("shape", "colour"):

@@ -17,7 +17,7 @@ from ...paint.images import GAP, INK, PAPER, grid, line_height, share_label
 from ..matrix import NORMAL_95, Figure
 from ..model_runner import PixelDecoder
 from ..report import as_json, table
-from .figures import KINDS, Kind
+from .figures import FIGURES, FigureSpec
 from .judge_mixing import PATHS, Mixing, PairResult
 
 COLOURS = {"blend": (48, 112, 160), "merge": (206, 92, 36), "predictions": (92, 140, 60)}
@@ -75,15 +75,15 @@ def markdown(m: Mixing, pictures: Sequence[str] = ()) -> str:
     parts = [f"# {m.about.get('title', 'Style mixing')}", conditions(m), "## Mean over the pairs\n\n" + summary(m)]
     order = " / ".join(PATHS[path] for path in m.paths)
     parts.append(f"## Per pair\n\nIn every cell: {order}.\n\n{per_pair(m)}")
-    meanings = [f"- {kind.title} ({kind.wish}): {kind.meaning}" for kind in kinds(m).values()]
+    meanings = [f"- {spec.title} ({spec.wish}): {spec.meaning}" for spec in measured_figures(m).values()]
     parts.append("## What the figures are\n\n" + "\n".join(meanings))
     parts += [f"![{Path(name).stem}]({name})" for name in pictures]
     return "\n\n".join(parts)
 
 
-def kinds(m: Mixing) -> dict[str, Kind]:
+def measured_figures(m: Mixing) -> dict[str, FigureSpec]:
     """The figures that were measured."""
-    return {name: KINDS[name] for name in m.mean[m.paths[0]]}
+    return {name: FIGURES[name] for name in m.mean[m.paths[0]]}
 
 
 def conditions(m: Mixing) -> str:
@@ -106,23 +106,23 @@ def summary(m: Mixing) -> str:
     for path in others:
         heads += [f"{PATHS[head]} less {PATHS[path]}", "better", f"pairs better: {PATHS[head]}, {PATHS[path]}"]
     rows = []
-    for name, kind in kinds(m).items():
+    for name, spec in measured_figures(m).items():
         digits = digits_of(name)
-        wish = kind.wish if isinstance(kind.aim, str) else "low"
-        row = [kind.measured, wish, *(figure_text(m.mean[path][name], digits) for path in m.paths)]
+        wish = spec.wish if isinstance(spec.aim, str) else "low"
+        row = [spec.measured, wish, *(figure_text(m.mean[path][name], digits) for path in m.paths)]
         for path in others:
             one = m.against[path][name]
             votes = [pair.against[path][name].better for pair in m.pairs]
             row += [
                 figure_text(one.difference, digits),
-                verdict(one.better),
+                better_text(one.better),
                 f"{votes.count(head)}, {votes.count(path)}",
             ]
         rows.append(row)
     return table(heads, rows)
 
 
-def verdict(better: str | None) -> str:
+def better_text(better: str | None) -> str:
     return PATHS[better] if better else "no telling"
 
 
@@ -132,16 +132,16 @@ def per_pair(m: Mixing) -> str:
     for pair in m.pairs:
         cells = (
             " / ".join(figure_text(pair.paths[path].figures[name], digits_of(name), False) for path in m.paths)
-            for name in kinds(m)
+            for name in measured_figures(m)
         )
         rows.append([f"{pair.first} > {pair.second}", *cells])
     means = []
-    for name in kinds(m):
+    for name in measured_figures(m):
         every = [[pair.paths[path].figures[name].value for pair in m.pairs] for path in m.paths]
         known = [[value for value in values if math.isfinite(value)] for values in every]
         digits = digits_of(name)
         means.append(" / ".join(f"{sum(values) / len(values):.{digits}f}" if values else "-" for values in known))
-    heads = ["pair", *(f"{kind.title} ({kind.wish})" for kind in kinds(m).values())]
+    heads = ["pair", *(f"{spec.title} ({spec.wish})" for spec in measured_figures(m).values())]
     return table(heads, [*rows, ["mean", *means]])
 
 
