@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,13 +11,16 @@ import torch
 from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.unet import unet_config_from_state_dict
 from ..data.text_states import TextStates
-from ..evaluation.baselines import ALL, BASELINES, RANK, another_student, choose_baselines, make_baselines
+from ..evaluation.baselines import ALL, BASELINES, RANK, Contender, another_student, choose_baselines, make_baselines
+from ..evaluation.evaluate import Lineup, evaluate
+from ..evaluation.features import DEMO_FILE, load_features
 from ..evaluation.settings import METRICS, OF_FEATURES, EvaluationSettings
 from .arguments import named_file, size
 from .evaluation_inputs import going_on, is_small, model_ref, painting, prompts_of, vae_decoder
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add ``evaluate`` to the subparsers of the ``dmm`` command."""
     p = commands.add_parser(
         "evaluate", help="compare a DMM model with its teachers: FID, KID, PAIR, eps; the same command goes on"
     )
@@ -64,8 +68,8 @@ def add_parser(commands) -> None:
     p.set_defaults(run=run)
 
 
-def run(args) -> None:
-    from ..evaluation.evaluate import evaluate
+def run(args: argparse.Namespace) -> None:
+    """Evaluate, write the report into the folder and print it."""
     from ..evaluation.report import markdown, write
     from ..parallel.devices import pick_device
 
@@ -88,10 +92,8 @@ def run(args) -> None:
     print("\n" + "\n".join(f"wrote {file}" for file in files))
 
 
-def read_inputs(args, device: torch.device):
-    """(Lineup, EvaluationSettings) of a command line. Raises ValueError for files that do not belong together."""
-    from ..evaluation.evaluate import Lineup
-    from ..evaluation.features import DEMO_FILE, load_features
+def read_inputs(args: argparse.Namespace, device: torch.device) -> tuple[Lineup, EvaluationSettings]:
+    """The models and the settings that a command line names. Raises ValueError for files that do not belong together."""
     from ..teachers.models import as_checkpoint, base_with_parts
 
     chosen = choose_baselines(args.baselines) if args.baselines is not None else ()
@@ -125,8 +127,8 @@ def read_inputs(args, device: torch.device):
     return lineup, settings
 
 
-def another(name: str, file: str, student: Checkpoint, text: TextStates, *, teachers: Sequence[str]):
-    """Of ``--also``."""
+def another(name: str, file: str, student: Checkpoint, text: TextStates, *, teachers: Sequence[str]) -> Contender:
+    """A model of ``--also``: the file of a DMM model, which needs a style for each of the teachers, or of a plain one."""
     from ..teachers.models import as_checkpoint
 
     checkpoint = as_checkpoint(file, student)

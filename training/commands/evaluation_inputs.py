@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -52,7 +53,9 @@ def prompts_of(file: str | None, config: UNetConfig) -> list[str]:
     raise ValueError("no prompts: name a text file with a prompt a line (--prompts)")
 
 
-def painting(args, names: Sequence[str], student: Checkpoint, device: torch.device) -> dict[str, Any]:
+def painting(
+    args: argparse.Namespace, names: Sequence[str], student: Checkpoint, device: torch.device
+) -> dict[str, Any]:
     """Fields of EvaluationSettings: what is usual for the model and the machine, then --steps, --cfg and --size, then ``names``."""
     usual = usual_settings(unet_config_from_state_dict(student.unet), student.prediction, device)
     given = {name: getattr(args, name) for name in ("steps", "cfg") if getattr(args, name) is not None}
@@ -67,7 +70,8 @@ def demo_prompts(count: int) -> list[str]:
 
     from ..data.demo.scenes import sample_scene
 
-    rng, found = np.random.default_rng(DEMO_SEED), {}
+    rng = np.random.default_rng(DEMO_SEED)
+    found: dict[str, None] = {}
     while len(found) < count:
         found[sample_scene(rng).caption] = None
     return list(found)

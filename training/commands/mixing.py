@@ -11,7 +11,10 @@ import torch
 
 from ...dmm_core.unet import unet_config_from_state_dict
 from ..data.text_states import TextStates
-from ..evaluation.mixing.judge_mixing import BLEND, MERGE, PATHS, RATIOS, Pair
+from ..evaluation.features import DEMO_FILE, FeatureNet, load_features
+from ..evaluation.mixing.judge_mixing import BLEND, MERGE, PATHS, RATIOS, MixingLineup, Pair, judge_mixing
+from ..evaluation.mixing.judges import looks_of
+from ..evaluation.model_runner import PixelDecoder
 from ..evaluation.settings import EvaluationSettings
 from .arguments import named_file, size
 from .evaluation_inputs import going_on, is_small, model_ref, painting, prompts_of, vae_decoder
@@ -29,7 +32,8 @@ NUMBERS = {
 """Option -> default and what it is."""
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add ``judge-mixing`` to the subparsers of the ``dmm`` command."""
     p = commands.add_parser(
         "judge-mixing",
         help="how well blends of styles mix, beside merged weights of the teachers; the same command goes on",
@@ -93,8 +97,8 @@ def named_pairs(texts: Sequence[str] | None, styles: Sequence[str], usual: Seque
     return pairs
 
 
-def run(args) -> None:
-    from ..evaluation.mixing.judge_mixing import judge_mixing
+def run(args: argparse.Namespace) -> None:
+    """Judge, write the report into the folder and print it."""
     from ..evaluation.mixing.report import markdown, write
     from ..parallel.devices import pick_device
 
@@ -117,10 +121,13 @@ def run(args) -> None:
     print("\n" + "\n".join(f"wrote {file}" for file in files))
 
 
-def read_inputs(args, device: torch.device):
-    """(MixingLineup, PixelDecoder or None, EvaluationSettings, pairs) of a command line. Raises ValueError for files that do not belong
-    together."""
-    from ..evaluation.mixing.judge_mixing import MixingLineup
+def read_inputs(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[MixingLineup, PixelDecoder | None, EvaluationSettings, list[Pair]]:
+    """The models, the decoder, the settings and the pairs that a command line names.
+
+    Raises ValueError for files that do not belong together.
+    """
     from ..teachers.models import as_checkpoint, base_with_parts
 
     student = base_with_parts(args.model, args.parts_from)
@@ -153,11 +160,9 @@ def read_inputs(args, device: torch.device):
     return lineup, decoder, settings, pairs
 
 
-def choose_classifier(file: str | None, small: bool, pairs: Sequence[Pair], has_decoder: bool):
-    """The classifier that is named; the demo family's, where it knows every style; else None, for the student."""
-    from ..evaluation.features import DEMO_FILE, load_features
-    from ..evaluation.mixing.judge_mixing import looks_of
-
+def choose_classifier(file: str | None, small: bool, pairs: Sequence[Pair], has_decoder: bool) -> FeatureNet | None:
+    """The classifier of ``file``; without a file the demo family's, if the models are of that family (``small``), a decoder is there and
+    it knows every style of the pairs. None, also for the file "none": the student judges by itself."""
     if file == "none" or not file and not (small and has_decoder):
         return None
     network = load_features(file or DEMO_FILE)

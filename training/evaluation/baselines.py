@@ -7,6 +7,7 @@ encoder, a teacher alone with its own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -110,15 +111,17 @@ def make_baselines(
         raise ValueError(f"these baselines cannot be made: {said}. Possible here: {rest}")
     if rank < 1:
         raise ValueError(f"rank is {rank}: expected a whole number from 1")
-    out = []
+    out: list[Contender] = []
     for name in names:
         if name == "untrained":
+            assert base is not None, "obstacles() refuses it without one"
             out.append(untrained(student, styles, teachers, base))
         elif name == "soup":
             out.append(merge("soup", soup_shares(len(teachers)), teachers, student))
         elif name == "chain":
             out.append(merge("chain", chain_shares(len(teachers)), teachers, student))
         elif name == "task-vectors":
+            assert base is not None, "obstacles() refuses it without one"
             out.append(Contender("task vectors", (), {"method": name}, Tuning(student, teachers, base)))
         elif name == "low-rank":
             out.append(low_rank_bank(student, teachers, rank))
@@ -158,7 +161,12 @@ def merge(method: str, shares: Sequence[float], parents: Sequence[ModelRef], stu
 
 
 def summed(shares: Sequence[float], parents: Sequence[ModelRef]) -> dict[str, Tensor]:
-    return weighted_sum((share, lambda p=parent: p.open().unet.state_dict()) for share, parent in zip(shares, parents))
+    """sum_i share_i * weights_i of the parents' UNets, float32; the parents are read one after the other."""
+
+    def reader(parent: ModelRef) -> Callable[[], Mapping[str, Tensor]]:
+        return lambda: parent.open().unet.state_dict()
+
+    return weighted_sum((share, reader(parent)) for share, parent in zip(shares, parents))
 
 
 def derived(
@@ -166,6 +174,7 @@ def derived(
 ) -> ModelRef:
     """A model made of others: its key follows from theirs, from how it is made, and from whose words it reads."""
     text, first = student.text, parents[0]
+    assert text is not None, "a merge reads the prompts with the student's text encoder"
     key = repr_sha256("derived", *how, [parent.key for parent in parents], text.key)
 
     def open_it() -> Teacher:
@@ -213,7 +222,7 @@ class Tuning:
             with apart.loaded(ref) as load:
                 guesses = [predictions(apart, ref, load, one) for one in asked]
             errors[scale] = torch.stack([score_loss(a, b) for a, b in zip(guesses, said)]).mean().item()
-        best = min(errors, key=errors.get)
+        best = min(errors, key=errors.__getitem__)
         tried = [{"scale": scale, "eps_error": error} for scale, error in errors.items()]
         found = self.merged(best)
         return dataclasses.replace(found, name=name, about={**found.about, "scale": best, "tried": tried})
@@ -226,7 +235,13 @@ def low_rank_bank(student: ModelRef, teachers: Sequence[ModelRef], rank: int) ->
     """For each teacher the soup with the nearest rank-r adapter to what the teacher has beside it: N adapters, not one model."""
     bank = _Bank(teachers, rank)
     refs = [
-        derived(f"low-rank {one.name}", ("low-rank", rank, i), teachers, student=student, make=lambda i=i: bank.unet(i))
+        derived(
+            f"low-rank {one.name}",
+            ("low-rank", rank, i),
+            teachers,
+            student=student,
+            make=functools.partial(bank.unet, i),
+        )
         for i, one in enumerate(teachers)
     ]
     shapes = parameter_shapes(teachers[0].config)
@@ -244,7 +259,8 @@ class _Bank:
     """Keeps the soup while the adapters take turns, so that it is made once."""
 
     def __init__(self, teachers: Sequence[ModelRef], rank: int):
-        self.teachers, self.rank, self._soup = teachers, rank, None
+        self.teachers, self.rank = teachers, rank
+        self._soup: dict[str, Tensor] | None = None
 
     def forget(self) -> None:
         self._soup = None

@@ -7,7 +7,7 @@ noise, which gives the floor: as near as anything comes to a teacher at this num
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ...dmm_core.style_value import NO_STYLE
 from ..data.buckets import size_multiple
 from ..files.hashing import tensor_sha256
 from ..progress import ProgressCallback
+from ..teachers.teacher import Teacher
 from .agreement import (
     EpsAgreement,
     PairTable,
@@ -89,6 +90,12 @@ class Lineup:
         if self.features is not None and self.decoder is None:
             raise ValueError("features need a VAE that turns latents into pictures")
 
+    @property
+    def feature_inputs(self) -> tuple[FeatureNet, PixelDecoder]:
+        """The feature network and what makes its pictures; only where a metric needs features, which the checks have made sure of."""
+        assert self.features is not None and self.decoder is not None
+        return self.features, self.decoder
+
 
 @dataclass
 class ContenderFigures:
@@ -154,7 +161,17 @@ class _Painted:
 
 
 class _Run:
-    def __init__(self, lineup, settings, *, folder, device, progress):
+    """One call of ``evaluate``, whose arguments these are."""
+
+    def __init__(
+        self,
+        lineup: Lineup,
+        settings: EvaluationSettings,
+        *,
+        folder: Path | None,
+        device: torch.device,
+        progress: ProgressCallback | None,
+    ):
         self.lineup, self.s = lineup, settings
         self.names = [teacher.name for teacher in lineup.teachers]
         self.index = [list(lineup.styles).index(name) for name in self.names]
@@ -199,9 +216,10 @@ class _Run:
             result.eps = eps_agreement(self.names, self.s, eps_errors(answers, self.said), of_base)
         if self.wants & set(OF_FEATURES):
             sets = self._sets(painted, self.first, second)
+            features = None
             if base is not None:
                 base.features = self._features(base)
-            features = None if base is None else base.features[0]
+                features = base.features[0]
             for metric in OF_FEATURES:
                 if metric in self.wants:
                     self.yardsticks[metric] = Yardstick(metric.upper(), sets, self.resamples, self.s.seed)
@@ -270,7 +288,8 @@ class _Run:
             finish()
         return _Painted(one, latents), eps_errors(answers, self.said) if answers else None
 
-    def _painted(self, one: Contender, place: int, load) -> Tensor:
+    def _painted(self, one: Contender, place: int, load: Callable[[], Teacher]) -> Tensor:
+        """Latents (n, C, h, w) by one of its painters; those of the student and of teachers are there already."""
         ref, style = one.painters[place]
         known = self.known.get((ref.key, style))
         if known is None:
@@ -282,10 +301,8 @@ class _Run:
     def _features(self, painted: _Painted) -> list[Tensor]:
         names = self.names if len(painted.latents) > 1 else [""]
         looks = [f"{name}, {painted.contender.name}".removeprefix(", ") for name in names]
-        lineup = self.lineup
-        found = [
-            self.runner.features(z, lineup.features, lineup.decoder, look) for z, look in zip(painted.latents, looks)
-        ]
+        network, decoder = self.lineup.feature_inputs
+        found = [self.runner.features(z, network, decoder, look) for z, look in zip(painted.latents, looks)]
         return found if self.axes is None else [x.double() @ self.axes for x in found]
 
     def _measured(self, painted: _Painted, errors: Tensor | None, of_base: Tensor | None) -> ContenderFigures:
@@ -310,7 +327,8 @@ class _Run:
 
     # --- parts of it --------------------------------------------------------------------------------------------------
 
-    def _own(self, load, latents: list[Tensor]) -> Confusion:
+    def _own(self, load: Callable[[], Teacher], latents: list[Tensor]) -> Confusion:
+        """What the student takes the teachers' pictures for. latents: by teacher."""
         s, runner, lineup = self.s, self.runner, self.lineup
         verdicts = []
         for name, pictures in zip(self.names, latents):
@@ -320,7 +338,7 @@ class _Run:
             identity = ("own", lineup.student.key, tensor_sha256(mine), prompts, s.own_draws, s.seed, str(runner.dtype))
             what = f"whose are the pictures by '{name}'?"
 
-            def build(mine=mine, rows=rows, what=what) -> dict[str, Tensor]:
+            def build(mine: Tensor = mine, rows: Tensor = rows, what: str = what) -> dict[str, Tensor]:
                 found = identify(
                     load(),
                     lineup.styles,
@@ -338,8 +356,9 @@ class _Run:
             self.work(len(mine) * s.own_draws * len(candidates), what)
         return confusion(self.names, verdicts)
 
-    def _sets(self, student, teacher, second) -> Sets:
-        network, decoder, runner = self.lineup.features, self.lineup.decoder, self.runner
+    def _sets(self, student: list[Tensor], teacher: list[Tensor], second: list[Tensor]) -> Sets:
+        """Features of these latents, by style."""
+        runner, (network, decoder) = self.runner, self.lineup.feature_inputs
 
         def look(latents: list[Tensor], who: str) -> list[Tensor]:
             return [runner.features(z, network, decoder, f"{name}, {who}") for name, z in zip(self.names, latents)]
@@ -349,4 +368,5 @@ class _Run:
             # The axes are the teachers', so that every student is compared in the same space.
             self.axes = principal_axes(torch.cat([*groups[1], *groups[2]]), self.s.project)
             groups = [[x.double() @ self.axes for x in group] for group in groups]
-        return Sets(self.names, *groups, on_item=lambda: self.work(0, "comparing"))
+        of_student, of_teacher, of_second = groups
+        return Sets(self.names, of_student, of_teacher, of_second, on_item=lambda: self.work(0, "comparing"))

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from ..paint.images import GAP, INK, PAPER, line_height, wrap
+from ..paint.images import GAP, INK, PAPER, default_font, line_height, wrap
 
 CELL, ROW, FONT = 74, 34, 14
 PALE, DARK = (252, 252, 238), (19, 48, 96)
@@ -33,7 +33,7 @@ def heatmap(
     """
     if not rows or len(values) != len(rows) or any(len(row) != len(columns) for row in values):
         raise ValueError(f"{len(rows)} x {len(columns)} labels for a table of rows {[len(row) for row in values]}")
-    font, bold = ImageFont.load_default(FONT), ImageFont.load_default(round(1.25 * FONT))
+    font, bold = default_font(FONT), default_font(round(1.25 * FONT))
     line = line_height(font)
     heads = [wrap(name, font, CELL - 4, 2) for name in columns]
     sides = [wrap(name, font, 2 * CELL, 1)[0] for name in rows]
@@ -55,10 +55,11 @@ def heatmap(
         draw.text((left - GAP, y + ROW / 2), sides[r], INK, font, anchor="rm")
         for c, value in enumerate(row):
             box = (left + c * CELL, y, left + (c + 1) * CELL - 2, y + ROW - 2)
-            if shades[r][c] is None:
+            place = shades[r][c]
+            if value is None or place is None:
                 draw.rectangle(box, EMPTY)
                 continue
-            colour = colour_of(shades[r][c])
+            colour = colour_of(place)
             draw.rectangle(box, colour)
             written = PAPER if sum(colour) < 3 * 140 else INK
             draw.text((box[0] + CELL / 2 - 1, y + ROW / 2 - 1), written_as(value, digits), written, font, anchor="mm")
@@ -88,9 +89,11 @@ def shade(values: Sequence[Sequence[float | None]], log: bool) -> list[list[floa
 
 
 def colour_of(share: float) -> tuple[int, int, int]:
+    """(red, green, blue) of a place on ``SCALE``, 0 to 1; straight lines between its colours."""
     place = share * (len(SCALE) - 1)
     low = min(int(place), len(SCALE) - 2)
-    return tuple(int(v) for v in (SCALE[low] + (place - low) * (SCALE[low + 1] - SCALE[low])).round())
+    red, green, blue = (SCALE[low] + (place - low) * (SCALE[low + 1] - SCALE[low])).round()
+    return int(red), int(green), int(blue)
 
 
 def side_by_side(pictures: Sequence[Image.Image], columns: int = 2) -> Image.Image:

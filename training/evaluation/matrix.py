@@ -143,17 +143,33 @@ class Yardstick:
         of_base = None if base is None else self._table([base], self.once, True)[0, 0].tolist()
         spread = spreads(drawn, self.floor_drawn)
         point = figures(m, self.floor)
-        single = {name: Figure(point[name].item(), spread(name)) for name in ("total", "floor_total", "excess")}
-        each = {name: [Figure(v, spread(name, i)) for i, v in enumerate(point[name].tolist())] for name in PER_STYLE}
+
+        def one(name: str) -> Figure:
+            return Figure(point[name].item(), spread(name))
+
+        def each(name: str) -> list[Figure]:
+            return [Figure(v, spread(name, i)) for i, v in enumerate(point[name].tolist())]
+
         leak = Figure(point["leak"].item(), spread("leak") if self.whole else None) if n > 1 else None
         base_excess = None if of_base is None else sum(of_base) - point["floor_total"].item()
         return Distances(
-            self.metric, list(sets.names), self.count, self.size, self.resamples, m.tolist(), self.floor.tolist(), of_base, **single,
-            leak=leak, **each, base_excess=base_excess,
-        )  # fmt: skip
-
-
-PER_STYLE = ("own", "own_floor", "own_excess")
+            metric=self.metric,
+            names=list(sets.names),
+            count=self.count,
+            size=self.size,
+            resamples=self.resamples,
+            m=m.tolist(),
+            floor=self.floor.tolist(),
+            base=of_base,
+            total=one("total"),
+            floor_total=one("floor_total"),
+            excess=one("excess"),
+            leak=leak,
+            own=each("own"),
+            own_floor=each("own_floor"),
+            own_excess=each("own_excess"),
+            base_excess=base_excess,
+        )
 
 
 def figures(m: Tensor, floor: Tensor) -> dict[str, Tensor]:
@@ -174,7 +190,7 @@ def figures(m: Tensor, floor: Tensor) -> dict[str, Tensor]:
 
 def spreads(m: Tensor | None, floor: Tensor | None) -> Callable[..., float | None]:
     """Standard deviation of a figure, by name (and style), over resampled matrices (R, N, N); None without any."""
-    table = None if m is None else {name: values.std(0) for name, values in figures(m, floor).items()}
+    table = None if m is None or floor is None else {name: values.std(0) for name, values in figures(m, floor).items()}
 
     def of(name: str, index: int | None = None) -> float | None:
         if table is None:

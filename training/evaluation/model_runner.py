@@ -199,7 +199,7 @@ class ModelRunner:
             texts = [self.prompts[row] for row in rows.tolist()]
             identity = ("paint", ref.key, style, second, places, texts, s.painting, str(self.dtype))
 
-            def build(rows=rows, seeds=seeds) -> dict[str, Tensor]:
+            def build(rows: Tensor = rows, seeds: list[int] = seeds) -> dict[str, Tensor]:
                 teacher = in_style(load(), style)
                 painted = self.split(lambda part: self._paint(teacher, rows[part], seeds[part]), len(rows))
                 latents = painted.half()
@@ -250,7 +250,7 @@ class ModelRunner:
             mine = latents[places[0] : places[-1] + 1]
             identity = ("features", tensor_sha256(mine), decoder.key, network.key, network.name)
 
-            def build(mine=mine) -> dict[str, Tensor]:
+            def build(mine: Tensor = mine) -> dict[str, Tensor]:
                 return {"features": self.split(lambda part: network(self.decoded(mine[part], decoder)), len(mine))}
 
             parts.append(self.part(identity, len(places), build)["features"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -17,6 +18,7 @@ from .heatmap import heatmap, side_by_side
 from .matrix import Distances, Figure
 
 FORMAT = 1
+T = TypeVar("T")
 
 
 def write(evaluation: Evaluation, folder: Path) -> list[Path]:
@@ -41,17 +43,17 @@ def write(evaluation: Evaluation, folder: Path) -> list[Path]:
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def as_json(evaluation: Evaluation) -> dict:
-    """Every figure with its 95% interval; numbers that are none are null."""
-    return {"format": FORMAT, **_plain(evaluation)}
+def as_json(result: object) -> dict[str, Any]:
+    """A dataclass of figures, as an ``Evaluation`` is, for JSON: every figure with its 95% interval, NaN and infinity as null."""
+    return {"format": FORMAT, **_plain(result)}
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     if isinstance(value, Figure):
         return {"value": _plain(value.value), "spread": _plain(value.spread), "interval": _plain(value.interval)}
     if dataclasses.is_dataclass(value):
         fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {**fields, "worst": value.names[value.worst]} if hasattr(value, "worst") else fields
+        return {**fields, "worst": value.names[value.worst]} if isinstance(value, (Distances, PerStyle)) else fields
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -93,8 +95,8 @@ def markdown(evaluation: Evaluation, pictures: Sequence[str] = ()) -> str:
         )
     if e.own:
         heads = ["by", *e.own.candidates]
-        rows = [[name, *row] for name, row in zip(e.names, e.own.counts)]
-        parts.append(f"## What the student takes each teacher's pictures for\n\n{table(heads, rows)}")
+        counts = [[name, *row] for name, row in zip(e.names, e.own.counts)]
+        parts.append(f"## What the student takes each teacher's pictures for\n\n{table(heads, counts)}")
     parts += [f"![{Path(name).stem}]({name})" for name in pictures]
     return "\n\n".join(parts)
 
@@ -128,12 +130,12 @@ def summary(e: Evaluation) -> str:
         heads.append("excess of the base")
     lines = [table(heads, rows)] if rows else []
     if e.pair:
-        worst = e.pair.worst
-        base = "" if e.pair.base is None else f", of the base {sum(e.pair.base) / len(e.pair.base):.3f}"
+        style = e.pair.worst
+        of_base = "" if e.pair.base is None else f", of the base {sum(e.pair.base) / len(e.pair.base):.3f}"
         lines.append(
             f"PAIR {e.pair.mean.text(3)} (0 is the teacher; another seed of the teacher "
-            f"{sum(e.pair.other_seed) / len(e.pair.other_seed):.3f}{base}); worst {cell(e.names[worst])}, "
-            f"{e.pair.own[worst].text(3)}"
+            f"{sum(e.pair.other_seed) / len(e.pair.other_seed):.3f}{of_base}); worst {cell(e.names[style])}, "
+            f"{e.pair.own[style].text(3)}"
         )
     if e.eps:
         share = "" if e.eps.share is None else f", {100 * sum(e.eps.share) / len(e.eps.share):.1f}% of the base's"
@@ -173,9 +175,11 @@ def everyone(e: Evaluation) -> list[ContenderFigures]:
 
 def compared(e: Evaluation) -> str:
     """One table, a row for the student and for each of the others: FID_t, EXCESS and so on over all styles."""
-    heads, columns, rows = [""], [], everyone(e)
+    rows = everyone(e)
+    heads: list[str] = [""]
+    columns: list[list[str]] = []
 
-    def column(head: str, texts: Sequence[str]) -> None:
+    def column(head: str, texts: Iterable[str]) -> None:
         heads.append(head)
         columns.append(list(texts))
 
@@ -183,22 +187,28 @@ def compared(e: Evaluation) -> str:
         return f"{e.names[d.worst]}, {own[d.worst].text(digits)}"
 
     if e.fid:
-        digits, found = digits_of(e.fid), [row.fid for row in rows]
+        digits, found = digits_of(e.fid), of_all(row.fid for row in rows)
         column("FID_t", (d.total.text(digits) for d in found))
         column("EXCESS", (d.excess.text(digits) for d in found))
         column("LEAK", (d.leak.text(digits) if d.leak else "" for d in found))
         column("worst style", (worst(d, d.own_excess, digits) for d in found))
     if e.kid:
-        digits, found = digits_of(e.kid), [row.kid for row in rows]
+        digits, found = digits_of(e.kid), of_all(row.kid for row in rows)
         column("KID EXCESS", (d.excess.text(digits) for d in found))
     if e.pair:
-        column("PAIR", (row.pair.mean.text(3) for row in rows))
-        column("worst PAIR", (worst(row.pair, row.pair.own, 3) for row in rows))
+        pairs = of_all(row.pair for row in rows)
+        column("PAIR", (pair.mean.text(3) for pair in pairs))
+        column("worst PAIR", (worst(pair, pair.own, 3) for pair in pairs))
     if e.eps:
-        column("eps error", (row.eps.mean.text(4) for row in rows))
+        column("eps error", (eps.mean.text(4) for eps in of_all(row.eps for row in rows)))
         if e.eps.own_share:
-            column("of the base's", (percent(row.eps_share.mean) for row in rows))
-    return table(heads, list(zip([row.name for row in rows], *columns)))
+            column("of the base's", (percent(share.mean) for share in of_all(row.eps_share for row in rows)))
+    return table(heads, list(zip([row.name for row in rows], *columns, strict=True)))
+
+
+def of_all(values: Iterable[T | None]) -> list[T]:
+    """One metric of everyone in the table: where the student has it, everyone has."""
+    return [value for value in values if value is not None]
 
 
 def percent(figure: Figure) -> str:
@@ -219,7 +229,7 @@ NOTES = {
 
 def notes(e: Evaluation) -> list[str]:
     """How the others were made, a line each."""
-    made = {}
+    made: dict[str | None, ContenderFigures] = {}
     for row in e.compared:
         made.setdefault(row.about.get("method"), row)
     out = [f"- {method}: {NOTES[method]}" for method in made if method in NOTES]
@@ -307,11 +317,11 @@ def heatmaps_compared(e: Evaluation) -> dict[str, Image.Image]:
     out, rows = {}, everyone(e)
     names = [row.name for row in rows]
     if e.pair:
-        values = [[f.value for f in row.pair.own] for row in rows]
+        values = [[f.value for f in pair.own] for pair in of_all(row.pair for row in rows)]
         title, note = "PAIR of everyone in each style", "0: the teacher itself"
         out["pair-compared.png"] = heatmap(values, names, e.names, title, note=note)
     if e.eps:
-        values = [[f.value for f in row.eps.own] for row in rows]
+        values = [[f.value for f in eps.own] for eps in of_all(row.eps for row in rows)]
         title = "eps error of everyone in each style"
         out["eps-compared.png"] = heatmap(values, names, e.names, title, log=True, digits=4)
     return out

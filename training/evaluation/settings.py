@@ -76,13 +76,15 @@ class EvaluationSettings:
             if value < multiple or value % multiple:
                 raise ValueError(f"{name} is {value}: for these models it must be a multiple of {multiple}")
         wanted = [name for name in OF_FEATURES if name in self.metrics]
-        if wanted and features is None:
+        if not wanted:
+            return
+        if features is None:
             raise ValueError(
                 f"{', '.join(wanted)} need a feature network: name its file, or leave them out of the metrics"
             )
-        if wanted and self.project > features.size:
+        if self.project > features.size:
             raise ValueError(f"project is {self.project}: the network has {features.size} features")
-        if "fid" in self.metrics:
+        if "fid" in wanted:
             check_count(self.count, self.project or features.size)
 
     def dtype(self, device: torch.device) -> torch.dtype:

@@ -194,14 +194,29 @@ def judge_mixing(
 
 
 class _Run:
-    def __init__(self, lineup, settings, pairs, *, ratios, paths, folder, device, progress):
+    """One call of ``judge_mixing``, whose arguments these are."""
+
+    def __init__(
+        self,
+        lineup: MixingLineup,
+        settings: EvaluationSettings,
+        pairs: Sequence[Pair],
+        *,
+        ratios: Sequence[float],
+        paths: Sequence[str],
+        folder: Path | None,
+        device: torch.device,
+        progress: ProgressCallback | None,
+    ):
         self.lineup, self.s, self.paths = lineup, settings, list(paths)
-        self.pairs, self.ratios = [tuple(pair) for pair in pairs], [float(w) for w in ratios]
+        self.pairs, self.ratios = [(first, second) for first, second in pairs], [float(w) for w in ratios]
         self.teachers = {ref.name: ref for ref in lineup.teachers}
         self.work = WorkCounter(self._work(), progress)
         self.runner = ModelRunner(lineup.prompts, settings, folder=folder, device=device, work=self.work)
         self.rows = self.runner.rows(range(settings.count))
-        self.truth = None
+        self.truth: list[
+            list[tuple[str, int]] | None
+        ] = []  # of each picture, see ``caption_truth``; empty without a classifier
         if lineup.classifier is not None:
             lineup.classifier.to(device)
             self.truth = [caption_truth(lineup.prompts[row], lineup.classifier) for row in self.rows.tolist()]
@@ -223,7 +238,7 @@ class _Run:
         return s.count * (painted * painting_cost(s) + looks * look) + 1
 
     def all(self) -> Mixing:
-        painted = {path: [] for path in self.paths}
+        painted: dict[str, list[Tensor]] = {path: [] for path in self.paths}
         with self.runner.loaded(self.lineup.student) as load:
             ends = functools.cache(lambda name: self._style(load, name))
             for path in self.paths:
@@ -237,7 +252,7 @@ class _Run:
                 with both(*(self.teachers[name] for name in pair)) as loads:
                     painted[MERGE].append(self._between(pair, ends, self._merged_at(pair, loads)))
         if self.lineup.classifier is not None:
-            observed = self._by_classifier(painted)
+            observed = self._by_classifier(painted, self.lineup.classifier)
         else:
             with self.runner.loaded(self.lineup.student) as load:
                 observed = self._by_student(painted, load)
@@ -286,10 +301,11 @@ class _Run:
 
     def _merged_at(self, pair: Pair, loads: Sequence[Callable[[], Teacher]]) -> Callable[[float], Tensor]:
         first, second = (self.teachers[name] for name in pair)
+        load_first, load_second = loads
 
         def at(w: float) -> Tensor:
             def open_it() -> Teacher:
-                return merged(*(load() for load in loads), w, len(self.lineup.prompts), dtype=self.runner.dtype)
+                return merged(load_first(), load_second(), w, len(self.lineup.prompts), dtype=self.runner.dtype)
 
             key = repr_sha256(MERGE, sorted([(first.key, 1 - w), (second.key, w)]))
             one = ModelRef(f"{':'.join(pair)} {w:g}, {PATHS[MERGE]}", key, open_it, first.config, first.zero_snr)
@@ -300,24 +316,34 @@ class _Run:
 
     # --- judging ------------------------------------------------------------------------------------------------------
 
-    def _by_classifier(self, painted: dict[str, list[Tensor]]) -> dict[str, list[Observations]]:
-        judge, looks = self.lineup.classifier, looks_of(self.lineup.classifier)
+    def _by_classifier(self, painted: dict[str, list[Tensor]], classifier: FeatureNet) -> dict[str, list[Observations]]:
+        looks, decoder = looks_of(classifier), self.lineup.decoder
+        assert decoder is not None, "MixingLineup.check asks for one"
 
         def observe(pair: Pair, path: str, latents: Tensor) -> Observations:
             first, second = (looks.index(name) for name in pair)
-            score, away, neither, content = ([] for _ in range(4))
+            score: list[Tensor] = []
+            away: list[Tensor] = []
+            neither: list[Tensor] = []
+            content: list[Tensor] = []
             for w, one in zip(self.ratios, latents.unbind(1)):
                 name = f"{':'.join(pair)} {w:g}, {PATHS[path]}"
-                answers = answers_of(judge, self.runner.features(one, judge, self.lineup.decoder, name))
+                answers = answers_of(classifier, self.runner.features(one, classifier, decoder, name))
                 look = answers["look"].softmax(1)
                 score.append(look[:, second])
                 away.append(1 - look[:, first])
                 neither.append(is_neither(look.argmax(1), first, second))
                 content.append(self._content(answers))
             known = any(truth is not None for truth in self.truth)
-            distances = layout_distances(latents.float())
-            columns = [torch.stack(values, 1) for values in (score, neither)]
-            return Observations(*columns, *distances, torch.stack(away, 1), torch.stack(content, 1) if known else None)
+            to_first, to_second = layout_distances(latents.float())
+            return Observations(
+                score=torch.stack(score, 1),
+                neither=torch.stack(neither, 1),
+                to_first=to_first,
+                to_second=to_second,
+                away=torch.stack(away, 1),
+                content=torch.stack(content, 1) if known else None,
+            )
 
         return self._each(painted, observe)
 
@@ -339,7 +365,8 @@ class _Run:
                 errors = self._errors(one, load, f"whose are '{':'.join(pair)} {w:g}, {PATHS[path]}'?")
                 score.append(wins(errors, first, second))
                 neither.append(is_neither(errors.mean(1).argmin(1), first, second))
-            return Observations(torch.stack(score, 1), torch.stack(neither, 1), *layout_distances(latents.float()))
+            to_first, to_second = layout_distances(latents.float())
+            return Observations(torch.stack(score, 1), torch.stack(neither, 1), to_first, to_second)
 
         return self._each(painted, observe)
 
@@ -351,7 +378,7 @@ class _Run:
             prompts = [self.lineup.prompts[row] for row in rows.tolist()]
             identity = ("own", student.key, tensor_sha256(mine), prompts, s.own_draws, s.seed, str(self.runner.dtype))
 
-            def build(mine=mine, rows=rows) -> dict[str, Tensor]:
+            def build(mine: Tensor = mine, rows: Tensor = rows) -> dict[str, Tensor]:
                 found = identify(
                     load(),
                     self.lineup.styles,
@@ -389,7 +416,7 @@ class _Run:
                 )
                 for path in self.paths
             }
-            results.append(PairResult(*pair, of_paths, self._against(found, names, [k])))
+            results.append(PairResult(pair[0], pair[1], of_paths, self._against(found, names, [k])))
         everything = range(len(self.pairs))
         mean = {
             path: {
@@ -403,7 +430,10 @@ class _Run:
             self._against(found, names, everything),
         )  # fmt: skip
 
-    def _against(self, found, names: Sequence[str], places: Sequence[int]) -> dict[str, dict[str, PathDifference]]:
+    def _against(
+        self, found: Mapping[str, Sequence[Mapping[str, Tensor]]], names: Sequence[str], places: Sequence[int]
+    ) -> dict[str, dict[str, PathDifference]]:
+        """The first path compared with each other one. found: path -> for each pair its figures (W,); places: of the pairs that count."""
         head, *others = self.paths
         return {
             path: {
@@ -417,7 +447,7 @@ class _Run:
 
     def _captioned(self) -> int:
         """Pictures whose caption names a shape or a colour that the classifier knows."""
-        return sum(truth is not None for truth in self.truth or ())
+        return sum(truth is not None for truth in self.truth)
 
     def _judge(self) -> dict:
         network = self.lineup.classifier

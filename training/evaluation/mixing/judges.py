@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 from torch import Tensor
 
 from ..features import FeatureNet
+
+if TYPE_CHECKING:
+    from ...demo.classifier import Classifier
 
 
 def looks_of(classifier: FeatureNet) -> list[str]:
@@ -14,7 +19,7 @@ def looks_of(classifier: FeatureNet) -> list[str]:
 
 def answers_of(classifier: FeatureNet, features: Tensor) -> dict[str, Tensor]:
     """Its pooled features (n, size) -> question: (n, answers) logits float32 on the CPU."""
-    heads = classifier.network.heads
+    heads = cast("Classifier", classifier.network).heads
     weight = next(heads.parameters())
     return {question: head(features.to(weight)).float().cpu() for question, head in heads.items()}
 
@@ -23,9 +28,10 @@ def caption_truth(caption: str, classifier: FeatureNet) -> list[tuple[str, int]]
     """(question, right answer) for the shape and the colour that a caption names; None when it names neither, and when it names two shapes
     or two colours."""
     words = caption.lower().replace(",", " ").split()
-    found = []
+    classes = cast("Classifier", classifier.network).classes
+    found: list[tuple[str, int]] = []
     for question in ("shape", "colour"):
-        answers = classifier.network.classes.get(question, [])
+        answers = classes.get(question, [])
         named = [k for k, answer in enumerate(answers) if answer in words]
         if len(named) > 1:
             return None

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ def blended(student: Teacher, shares: Mapping[int, float]) -> Teacher:
 
 def with_mixed_predictions(student: Teacher, shares: Mapping[int, float]) -> Teacher:
     """A DMM model that predicts in each of these styles and mixes what it predicts."""
-    return dataclasses.replace(student, unet=MixedPredictions(student.unet, shares))
+    return dataclasses.replace(student, unet=cast(UNet, MixedPredictions(student.unet, shares)))
 
 
 class MixedPredictions(nn.Module):
@@ -63,13 +64,16 @@ def merged(
     )
     rows = torch.arange(prompts)
     contexts = torch.lerp(*to_one_length(first.contexts[rows], second.contexts[rows]), ratio)
-    pooled = None if first.pooled is None else torch.lerp(first.pooled[rows], second.pooled[rows], ratio)
+    pooled = None
+    if first.pooled is not None and second.pooled is not None:  # models of one architecture: both have it, or neither
+        pooled = torch.lerp(first.pooled[rows], second.pooled[rows], ratio)
     return dataclasses.replace(
         first, name=f"{first.name} and {second.name}", unet=unet, contexts=contexts, pooled=pooled
     )
 
 
 def check_mergeable(first: ModelRef | Teacher, second: ModelRef | Teacher) -> None:
+    """Raises ValueError for two models of which one predicts eps and the other v."""
     if first.prediction != second.prediction:
         raise ValueError(
             f"'{first.name}' predicts {first.prediction} and '{second.name}' {second.prediction}: their weights cannot be merged"
@@ -81,7 +85,7 @@ def both(first: ModelRef, second: ModelRef) -> Iterator[list[Callable[[], Teache
     """Inside, a function for each model that loads it at its first call; both are gone afterwards."""
     loads = [functools.cache(ref.open) for ref in (first, second)]
     try:
-        yield loads
+        yield [*loads]
     finally:
         for load in loads:
             load.cache_clear()

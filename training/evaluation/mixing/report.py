@@ -10,10 +10,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+from torch import Tensor
 
 from ....dmm_core.files import atomic_write
-from ...paint.images import GAP, INK, PAPER, grid, line_height, share_label
+from ...paint.images import GAP, INK, PAPER, default_font, grid, line_height, share_label
 from ..matrix import NORMAL_95, Figure
 from ..model_runner import PixelDecoder
 from ..report import as_json, table
@@ -150,7 +151,7 @@ def per_pair(m: Mixing) -> str:
 
 def plots(m: Mixing) -> Image.Image:
     """The mean curves of every pair: the score of the second style rises, that of the first falls; bands are 95%."""
-    font, small = (ImageFont.load_default(size * FINE) for size in (FONT, FONT - 2))
+    font, small = (default_font(size * FINE) for size in (FONT, FONT - 2))
     line, gap = line_height(font), 3 * GAP * FINE
     width, height = (FINE * v for v in PANEL)
     columns = min(COLUMNS, len(m.pairs))
@@ -164,7 +165,7 @@ def plots(m: Mixing) -> Image.Image:
     sheet = Image.new("RGB", (sheet_w, 2 * line + 2 * gap + rows * cell_h), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, gap // 2), note, INK, font)
-    x = gap
+    x: float = gap
     for text, colour in items:
         y = gap // 2 + 1.6 * line
         draw.line((x, y, x + gap, y), colour, 2 * FINE)
@@ -226,7 +227,7 @@ def strip(m: Mixing, pair: PairResult, decoder: PixelDecoder) -> Image.Image:
     return grid(rows, labels, [share_label(w, pair.first, pair.second) for w in m.ratios])
 
 
-def as_picture(latent, decoder: PixelDecoder) -> Image.Image:
+def as_picture(latent: Tensor, decoder: PixelDecoder) -> Image.Image:
     """(C, h, w) -> a picture of at most ``LARGEST`` pixels a side."""
     pixels = decoder.decode(latent[None].float())[0].float().cpu()
     values = ((pixels + 1) * 127.5).round().clamp(0, 255).byte()
