@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..dmm_core.style_value import Mix, PerItem
 from ..training.data.buckets import fit
-from ..training.evaluation.identify import identify, judged_size
+from ..training.evaluation.identify import Verdict, identify, judged_size
 from ..training.evaluation.model_runner import placed
 from ..training.evaluation.settings import usual_dtype
 from ..training.teachers.teacher import styled_unet
@@ -95,7 +95,8 @@ class IdentifyStyle(io.ComfyNode):
         return io.NodeOutput([verdict.name for verdict in verdicts], style, report, ui=ui.PreviewText(report))
 
 
-def identify_pictures(model, clip, *, caption, draws, with_none, seed, image, vae, latent, node_id) -> list:
+def identify_pictures(model, clip, *, caption, draws, with_none, seed, image, vae, latent, node_id) -> list[Verdict]:
+    """The model's answer for each picture of ``image`` (which needs the vae) or of ``latent``; progress goes to the node."""
     info = host_model.model_info(model)
     weights, styles = host_model.with_blend_codes(unet_weights(model, styles=True), info)
     student = frozen_base(model, clip, styled_unet(weights, "the model"), ["", caption.strip()])

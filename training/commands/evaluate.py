@@ -1,4 +1,4 @@
-"""``dmm evaluate``: a thin face on ``evaluate``; reads the files, and says how it goes on."""
+"""``dmm evaluate``: reads the files, calls ``evaluate`` and writes the report."""
 
 from __future__ import annotations
 

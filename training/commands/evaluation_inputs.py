@@ -1,4 +1,4 @@
-"""What the evaluation's commands read and say alike: models, prompts, settings, and that they go on after an interruption."""
+"""What the commands of the evaluation share: reading models, prompts and settings, and the message after an interruption."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..files.hashing import repr_sha256, weights_hash
 from .progress_bar import ProgressBar
 
 DEMO_PROMPTS, DEMO_SEED = 64, 7_000_000
-"""Captions of scenes that no training draws."""
+"""How many captions the demo family is evaluated with, and the seed of their scenes, which no training uses."""
 
 
 @contextlib.contextmanager
@@ -38,12 +38,13 @@ def going_on(folder: Path) -> Iterator[tuple[Path, ProgressBar]]:
 
 
 def is_small(config: UNetConfig) -> bool:
-    """Of the demo family's kind: it has prompts and a feature network of its own."""
+    """Whether a model is of the demo family's size; that family has prompts and a feature network of its own."""
     return config.model_channels < 320
 
 
 def prompts_of(file: str | None, config: UNetConfig) -> list[str]:
-    """The empty prompt and those of a text file; the demo family's where none is named. Raises ValueError where there are none."""
+    """The empty prompt and those of a text file, one a line. Without a file the demo family has its own prompts; for other models this
+    raises ValueError."""
     from ..data.image_folder import read_caption_file
 
     if file:
@@ -56,7 +57,8 @@ def prompts_of(file: str | None, config: UNetConfig) -> list[str]:
 def painting(
     args: argparse.Namespace, names: Sequence[str], student: Checkpoint, device: torch.device
 ) -> dict[str, Any]:
-    """Fields of EvaluationSettings: what is usual for the model and the machine, then --steps, --cfg and --size, then ``names``."""
+    """Fields of EvaluationSettings: the usual size, steps and cfg for this model and device, replaced by --size, --steps and --cfg where
+    given, and the options ``names``."""
     usual = usual_settings(unet_config_from_state_dict(student.unet), student.prediction, device)
     given = {name: getattr(args, name) for name in ("steps", "cfg") if getattr(args, name) is not None}
     if args.size:
@@ -65,7 +67,7 @@ def painting(
 
 
 def demo_prompts(count: int) -> list[str]:
-    """Captions of the demo family's scenes, each another one."""
+    """``count`` different captions of the demo family's scenes, always the same."""
     import numpy as np
 
     from ..data.demo.scenes import sample_scene
@@ -87,8 +89,12 @@ def model_ref(
     keep: bool = False,
     styled: bool = False,
 ) -> ModelRef:
-    """Of a checkpoint that was read; unless it is to be kept, its file is read again when its turn comes: one teacher is in memory at
-    a time. Without a text encoder of its own it reads the prompts with the student's. styled: it may be a DMM model."""
+    """A model of the evaluation, from a checkpoint that was read to check it.
+
+    Without a text encoder of its own it uses the student's. keep: its weights stay in memory; else they are dropped here, and ``file`` is
+    read again when the model is needed, so that one teacher is in memory at a time. styled: it may be a DMM model, for which this
+    otherwise raises ValueError.
+    """
     from ..teachers.models import as_checkpoint
     from ..teachers.teacher import Teacher
 
@@ -110,7 +116,7 @@ def model_ref(
 
 
 def vae_decoder(checkpoint: Checkpoint, config: UNetConfig, device: torch.device) -> PixelDecoder:
-    """The checkpoint's own VAE."""
+    """The checkpoint's own VAE, on the device. Raises ValueError for a checkpoint without one."""
     if not checkpoint.vae:
         raise ValueError(
             "no VAE to look at pictures with: name a full checkpoint (--parts-from), or leave out fid and kid"

@@ -1,4 +1,4 @@
-"""``dmm judge-mixing``: a thin face on ``judge_mixing``; reads the files, and says how it goes on."""
+"""``dmm judge-mixing``: reads the files, calls ``judge_mixing`` and writes the report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NUMBERS = {
     "scheduler": ("karras", "noise levels"),
     "precision": ("auto", "auto, fp32, bf16 or fp16"),
 }
-"""Option -> default and what it is."""
+"""Option -> (default, help text)."""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

@@ -20,7 +20,7 @@ from .settings import TIMESTEPS, EvaluationSettings
 
 @dataclass
 class PerStyle:
-    """One figure for each style, and their mean."""
+    """One figure for each style (``own``, in the order of ``names``), and their mean over the styles."""
 
     names: list[str]
     own: list[Figure]
@@ -28,6 +28,7 @@ class PerStyle:
 
     @property
     def worst(self) -> int:
+        """Index of the style with the largest figure."""
         return max(range(len(self.names)), key=lambda i: self.own[i].value)
 
 
@@ -36,8 +37,12 @@ class PerStyle:
 
 @dataclass
 class PairTable(PerStyle):
-    """table[i][j]: student in style i beside teacher j, from the same noise. own: the diagonal. other_seed: two pictures of the same
-    teacher and prompt from other noise, which is what chance gives (towards 2). base[j]: of the base."""
+    """PAIR of everyone to every teacher.
+
+    table[i][j]: of the student in style i to teacher j, both from the same noise; own is its diagonal. other_seed[j]: of teacher j to
+    itself from other noise, the value of unrelated pictures of one prompt (about 2 where the prompt says little). base[j]: of the base
+    to teacher j; None without a base.
+    """
 
     table: list[list[float]]
     other_seed: list[float]
@@ -66,7 +71,11 @@ def pair_table(
     base: Tensor | None,
     weights: Tensor,
 ) -> PairTable:
-    """From latents by style. weights: resamples (R, n); none leave the spread out."""
+    """PAIR of every style to every teacher, from latents (n, C, h, w).
+
+    student, teacher, second: a tensor for each style; second is the teachers' batch from other noise. base: one tensor, or None.
+    weights: resamples (R, n), see ``distances``; with fewer than two of them the figures have no spread.
+    """
     n = len(names)
     once = torch.ones(1, len(teacher[0]), dtype=torch.float64)
     table = [[pair(student[i], teacher[j], once).item() for j in range(n)] for i in range(n)]
@@ -77,7 +86,10 @@ def pair_table(
 
 
 def own_pairs(names: Sequence[str], latents: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor) -> PerStyle:
-    """PAIR of latents by style to the teacher of each style. weights: resamples (R, n); none leave the spread out."""
+    """PAIR of each style to its own teacher, from latents (n, C, h, w), one tensor for each style.
+
+    weights: resamples (R, n), see ``distances``; with fewer than two of them the figures have no spread.
+    """
     once = torch.ones(1, len(teacher[0]), dtype=torch.float64)
     values = [pair(z, t, once).item() for z, t in zip(latents, teacher)]
     many = torch.stack([pair(z, t, weights) for z, t in zip(latents, teacher)], 1) if len(weights) > 1 else None
@@ -91,10 +103,11 @@ def own_pairs(names: Sequence[str], latents: Sequence[Tensor], teacher: Sequence
 
 @dataclass
 class EpsAgreement:
-    """Mean (eps - eps_teacher)^2 of the student in each style, errors[bin][style], and of the base. starts: first timestep of each bin.
+    """How far the student's eps are from the teachers', over timesteps and styles.
 
-    share: error of the student over error of the base, 0 for a student that is its teacher; None without a base. own, own_share: the
-    same with their spreads.
+    errors[bin][style]: mean (eps - eps_teacher)^2 of the student; base[bin][style]: of the base, None without one. starts: first timestep
+    of each bin. mean[style]: over the bins. share[style]: mean over the base's mean, 0 for a student that equals its teacher; None without
+    a base. own, own_share: mean and share with their spreads.
     """
 
     names: list[str]
@@ -109,7 +122,8 @@ class EpsAgreement:
 
 @dataclass
 class Noised:
-    """What models are asked about in one style: pictures by its teacher, noised. x_t (S, C, h, w), t (S,), rows (S,) of the prompts."""
+    """Noised pictures of one teacher, for which all models predict eps: x_t (S, C, h, w) float32, t (S,) timesteps, and the prompts as
+    rows (S,) of the text states. All on the CPU."""
 
     x_t: Tensor
     t: Tensor
@@ -117,11 +131,15 @@ class Noised:
 
     @property
     def key(self) -> tuple:
+        """Differs for other noised pictures: part of the name under which predictions are kept."""
         return tensor_sha256(self.x_t), tuple(self.t.tolist())
 
 
 def noised(runner: ModelRunner, latents: Tensor, zero_snr: bool) -> Noised:
-    """``bin_samples`` samples a bin, spread evenly over its timesteps; which pictures and what noise follow from the seed."""
+    """A teacher's latents (n, C, h, w) noised: ``bin_samples`` samples for each bin, their timesteps evenly spread over the bin.
+
+    Which pictures are taken and what noise they get depends on the settings' seed alone. zero_snr: the teacher's noise schedule.
+    """
     s = runner.settings
     count = s.bins * s.bin_samples
     g = torch.Generator().manual_seed(hash_seed(s.seed, "eps agreement"))
@@ -134,7 +152,7 @@ def noised(runner: ModelRunner, latents: Tensor, zero_snr: bool) -> Noised:
 
 @torch.no_grad()
 def eps_of(teacher: Teacher, x_t: Tensor, t: Tensor, rows: Tensor, *, device: torch.device) -> Tensor:
-    """What a model takes for the noise in x_t (B, C, h, w) -> (B, C, h, w) float32 on its device."""
+    """A model's eps for x_t (B, C, h, w), as float32 (B, C, h, w) on ``device``, where the model is; a v prediction is converted."""
     x_t, t = x_t.to(device), t.to(device)
     out = teacher.predict(x_t, t, rows).out
     return NoiseSchedule(teacher.zero_snr).to_eps(out, x_t, t, teacher.prediction)
@@ -143,7 +161,10 @@ def eps_of(teacher: Teacher, x_t: Tensor, t: Tensor, rows: Tensor, *, device: to
 def predictions(
     runner: ModelRunner, ref: ModelRef, load: Callable[[], Teacher], asked: Noised, *, style: int | None = None
 ) -> Tensor:
-    """A model's eps for all samples of a style (S, C, h, w) float32."""
+    """A model's eps (S, C, h, w) float32 on the CPU for the noised pictures ``asked``; from the runner's folder where they are there.
+
+    load: gives the model, called only when something has to be computed. style: of a DMM model, None for a plain one.
+    """
 
     def build() -> dict[str, Tensor]:
         teacher = in_style(load(), style)
@@ -160,14 +181,14 @@ def predictions(
 
 
 def eps_errors(guesses: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Predictions by style, as ``predictions`` gives them -> error of every sample (N, S)."""
+    """Mean squared error of every sample (N, S): a model's eps against the teachers', each a tensor (S, C, h, w) for each style."""
     return torch.stack([score_loss(a, b) for a, b in zip(guesses, teacher)])
 
 
 def eps_agreement(
     names: Sequence[str], settings: EvaluationSettings, student: Tensor, base: Tensor | None
 ) -> EpsAgreement:
-    """From the errors (N, S) of the student and of the base."""
+    """The table over timesteps and styles, from the errors (N, S) of the student and, where there is one, of the base."""
 
     def table(errors: Tensor) -> list[list[float]]:
         return errors.unflatten(1, (settings.bins, settings.bin_samples)).mean(2).T.tolist()
@@ -183,11 +204,12 @@ def eps_agreement(
 def eps_per_style(
     names: Sequence[str], bins: int, errors: Tensor, base: Tensor | None
 ) -> tuple[PerStyle, PerStyle | None]:
-    """Mean error by style, and over the base's error, from errors (N, S) whose samples go up in t.
+    """(mean error of each style, the same over the base's mean error or None without a base), from errors (N, S) in the order of t.
 
-    The spread is the standard error of a stratified mean: within each bin of timesteps the samples are taken as independent draws. Sample
-    k has one picture place and one noise for every style and model, so means over styles and ratios to the base keep what they share; a
-    ratio's is that of its linearisation, mean(e - R e_base) / mean(e_base).
+    Spreads are the standard error of a stratified mean: within each bin of timesteps the samples count as independent draws. Sample k
+    has the same picture number and the same noise for every style and model. Its errors are therefore correlated, so the spread of a mean
+    over styles comes from the samples' own means over styles, and the spread of a ratio R from its linearisation
+    mean(e - R e_base) / mean(e_base).
     """
     x = errors.double()
     own = _per_style(names, x.mean(1), x, bins)
@@ -206,7 +228,8 @@ def _per_style(names: Sequence[str], values: Tensor, samples: Tensor, bins: int)
 
 
 def stratified_error(samples: Tensor, bins: int) -> list[float | None]:
-    """Standard error of the means of rows (N, bins * k), bin by bin; None with one sample a bin."""
+    """Standard error of the mean of each row of samples (N, bins * k), whose k samples of a bin count as independent; N times None where
+    k is 1."""
     x = samples.unflatten(1, (bins, -1))  # (N, bins, k)
     if x.shape[2] < 2:
         return [None] * len(x)

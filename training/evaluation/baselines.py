@@ -1,7 +1,7 @@
-"""Who else takes part in an evaluation: other students, and what one gets from the same teachers without distilling them.
+"""Contenders: models that are compared with the teachers as the student is. Other students, and baselines that need no distillation.
 
-Weights of merges are made when their turn comes, from one teacher after the other. A merge reads the prompts with the student's text
-encoder, a teacher alone with its own.
+Merges are computed when they are needed, from one teacher after the other. A merge uses the student's text encoder, a teacher alone its
+own.
 """
 
 from __future__ import annotations
@@ -29,25 +29,26 @@ ALL = "all"
 BASELINES = ("base", "untrained", "soup", "chain", "task-vectors", "low-rank", "teachers")
 NEED_BASE = ("base", "untrained", "task-vectors")
 MERGES = ("soup", "chain", "task-vectors", "low-rank")
-"""Those that add weights up, which makes sense only where all predict the same."""
+"""Weighted sums of models, which must all predict the same: eps, or v."""
 RANK = 8
-"""Of the low-rank bank, unless another one is asked for."""
+"""Default rank of the low-rank bank."""
 TUNING_BATCH = 2**30
-"""The seeds of the pictures by which a scale is chosen begin so much higher: the evaluation's batches have others."""
+"""Added to the seeds of the pictures by which a scale is chosen, so that the evaluation's own pictures have no part in the choice."""
 TUNING_PICTURES, TUNING_SAMPLES = 8, 4
-"""Of each teacher; of each bin of the timesteps."""
+"""Pictures of each teacher, and samples of each bin of timesteps, by which a scale is chosen."""
 TIMES_THE_MEAN = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
-"""Scales of task vectors that are tried, times 1 / N (with which they are the soup); the scale 1 is tried too."""
+"""Scales of task vectors that are tried, in units of 1 / N (where the result is the soup); the scale 1 is tried too."""
 
 Painter = tuple[ModelRef, int | None]
-"""A model, and which of its styles; None for a model without any."""
+"""A model and the index of its style, None for a plain model."""
 
 
 @dataclass
 class Contender:
-    """Someone to compare with the teachers as the student is. painters: one for all styles, or one for each teacher.
+    """A model, or several, compared with the teachers as the student is.
 
-    about: what the report says of it. tuning: chooses the painters when its turn comes. finish: called afterwards.
+    painters: a single one for all styles, or one for each teacher. about: how it was made, for the report. tuning: if given, chooses the
+    painters when the contender is to paint. finish: called when it has painted, to free memory.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Contender:
 
 
 def choose_baselines(text: str) -> tuple[str, ...]:
-    """ "all", or names between commas. Raises ValueError for others."""
+    """The baselines named in a text: "all", or names with commas. Raises ValueError for unknown names."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if names == [ALL]:
         return BASELINES
@@ -77,7 +78,7 @@ def choose_baselines(text: str) -> tuple[str, ...]:
 
 
 def obstacles(teachers: Sequence[ModelRef], base: ModelRef | None) -> dict[str, str]:
-    """Baselines that these models do not allow, and why."""
+    """Baselines that cannot be made of these models: name -> reason."""
     found = {}
     if base is None:
         found = dict.fromkeys(NEED_BASE, "needs the base model that the student was trained from")
@@ -99,9 +100,10 @@ def make_baselines(
     base: ModelRef | None,
     rank: int = RANK,
 ) -> list[Contender]:
-    """The named baselines, without the base itself, which an evaluation has as its ``base``. styles: of the student.
+    """The named baselines; "base" adds nothing, as a ``Lineup`` has the base by itself. styles: names of the student's styles. rank: of
+    the low-rank bank.
 
-    Raises ValueError, saying why, for baselines that these models do not allow, and for a rank below 1.
+    Raises ValueError with the reasons for baselines that cannot be made of these models, and for a rank below 1.
     """
     against = {name: why for name, why in obstacles(teachers, base).items() if name in names}
     if against:
@@ -131,9 +133,10 @@ def make_baselines(
 
 
 def another_student(name: str, ref: ModelRef, has: Sequence[str], teachers: Sequence[str]) -> Contender:
-    """A further model: a DMM model in the style of each teacher, found by name; a plain one paints the same for all.
+    """A further model. A DMM model paints in the style of each teacher, found by its name among ``has``, the model's style names; a plain
+    model paints the same for all.
 
-    Raises ValueError for a DMM model that lacks a style.
+    Raises ValueError for a DMM model without the style of a teacher.
     """
     if not ref.config.num_styles:
         return Contender(name, ((ref, None),), {"method": "also"})
@@ -149,7 +152,7 @@ def another_student(name: str, ref: ModelRef, has: Sequence[str], teachers: Sequ
 
 
 def merge(method: str, shares: Sequence[float], parents: Sequence[ModelRef], student: ModelRef) -> Contender:
-    """sum_i share_i * parent_i as one model for all styles."""
+    """One model for all styles whose weights are sum_i share_i * parent_i."""
     ref = derived(
         method,
         (method, [float(share) for share in shares]),
@@ -172,7 +175,10 @@ def summed(shares: Sequence[float], parents: Sequence[ModelRef]) -> dict[str, Te
 def derived(
     name: str, how: tuple, parents: Sequence[ModelRef], *, student: ModelRef, make: Callable[[], UNet]
 ) -> ModelRef:
-    """A model made of others: its key follows from theirs, from how it is made, and from whose words it reads."""
+    """A model that ``make`` computes from others; it has the student's text states.
+
+    how: the recipe, with a faithful repr; the model's key is a hash of it, of the parents' keys and of the student's text encoder.
+    """
     text, first = student.text, parents[0]
     assert text is not None, "a merge reads the prompts with the student's text encoder"
     key = repr_sha256("derived", *how, [parent.key for parent in parents], text.key)
@@ -184,7 +190,7 @@ def derived(
 
 
 class Tuning:
-    """The scale of task vectors: the one with the least mean eps error on pictures that the teachers paint for this alone."""
+    """Chooses the scale of task vectors: the one with the least mean eps error on pictures that the teachers paint only for this choice."""
 
     def __init__(self, student: ModelRef, teachers: Sequence[ModelRef], base: ModelRef):
         self.student, self.teachers, self.base = student, teachers, base
@@ -196,7 +202,7 @@ class Tuning:
         return merge("task-vectors", shares, [self.base, *self.teachers], self.student)
 
     def work(self, settings: EvaluationSettings) -> int:
-        """Forwards."""
+        """The cost of the choice, in forwards of a UNet."""
         s, n = self.settings(settings), len(self.teachers)
         return n * s.count * painting_cost(s) + (1 + len(self.scales)) * n * s.bins * s.bin_samples
 
@@ -207,7 +213,7 @@ class Tuning:
         )
 
     def settle(self, runner: ModelRunner, name: str) -> Contender:
-        """With the scale that was found, and in ``about`` the error of every scale."""
+        """The merge with the best scale; its ``about`` has the error of every scale that was tried."""
         apart = ModelRunner(
             runner.prompts, self.settings(runner.settings), folder=runner.folder, device=runner.device, work=runner.work
         )
@@ -232,7 +238,7 @@ class Tuning:
 
 
 def low_rank_bank(student: ModelRef, teachers: Sequence[ModelRef], rank: int) -> Contender:
-    """For each teacher the soup with the nearest rank-r adapter to what the teacher has beside it: N adapters, not one model."""
+    """For each teacher the soup plus the best rank-r approximation of (teacher - soup): a soup with N adapters, not one model."""
     bank = _Bank(teachers, rank)
     refs = [
         derived(
@@ -256,7 +262,7 @@ def low_rank_bank(student: ModelRef, teachers: Sequence[ModelRef], rank: int) ->
 
 
 class _Bank:
-    """Keeps the soup while the adapters take turns, so that it is made once."""
+    """Keeps the soup in memory while the models of the bank are made one after the other."""
 
     def __init__(self, teachers: Sequence[ModelRef], rank: int):
         self.teachers, self.rank = teachers, rank
@@ -285,7 +291,7 @@ def parameter_shapes(config: UNetConfig) -> Mapping[str, torch.Size]:
 
 
 def untrained(student: ModelRef, styles: Sequence[str], teachers: Sequence[ModelRef], base: ModelRef) -> Contender:
-    """The base with a random code for every style and a random style MLP, as a distillation with seed 0 begins."""
+    """The student before training: the base with random style codes and a random style MLP, as a distillation with seed 0 begins."""
 
     def make() -> UNet:
         start = base.open()

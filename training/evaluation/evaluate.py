@@ -51,10 +51,11 @@ from .settings import OF_FEATURES, EvaluationSettings
 
 @dataclass
 class Lineup:
-    """Everyone who takes part. styles: the student's, in the order of its codebook; teachers: each has the name of a style.
+    """The models of an evaluation.
 
-    base: what the student was trained from, a baseline. prompts: what all text states are of, ``prompts[0]`` the empty one. others: who
-    else is compared with the teachers.
+    styles: names of the student's styles, in the order of its codebook. teachers: each is named like the style it was learnt as. prompts:
+    of all models' text states, ``prompts[0]`` the empty one. base: what the student was trained from, as a baseline. decoder, features:
+    for FID and KID only. others: further models that are compared with the teachers, see ``baselines``.
     """
 
     student: ModelRef
@@ -68,7 +69,7 @@ class Lineup:
 
     @property
     def compared(self) -> list[Contender]:
-        """Everyone but student and teachers, the base first."""
+        """The base, where there is one, and ``others``."""
         base = [Contender("base", ((self.base, None),), {"method": "base"})] if self.base else []
         return [*base, *self.others]
 
@@ -99,9 +100,9 @@ class Lineup:
 
 @dataclass
 class ContenderFigures:
-    """The figures of someone who is compared with the teachers as the student is; None where a metric was not asked for.
+    """The figures of a contender; None where a metric was not asked for.
 
-    about: how it was made. eps_share: of the base's error; None without a base.
+    about: how it was made. eps_share: its eps error over the base's; None without a base.
     """
 
     name: str
@@ -115,7 +116,11 @@ class ContenderFigures:
 
 @dataclass
 class Evaluation:
-    """All figures; None where a metric was not asked for. members: hash of everyone, by name. compared: everyone but the student."""
+    """All figures of an evaluation; None where a metric was not asked for. The field names are the keys of evaluation.json.
+
+    names: of the teachers. prompts: their number. members: name -> hash of every model. features: of the feature network its name, sha256
+    and sizes. pair, eps, own: PAIR, eps agreement, and the student as its own classifier. compared: the contenders.
+    """
 
     names: list[str]
     settings: EvaluationSettings
@@ -141,10 +146,11 @@ def evaluate(
     device: torch.device | None = None,
     progress: ProgressCallback | None = None,
 ) -> Evaluation:
-    """Everything that ``settings.metrics`` names, of the student and of whoever else is compared. One UNet is on the device at a time.
+    """The metrics of ``settings.metrics`` for the student and all contenders. One UNet is on the device at a time.
 
-    folder: where finished parts are kept, so that the same call goes on after an interruption; None for nowhere. Raises ValueError before
-    anything is painted for settings that make no sense, too few pictures for FID among them, and for models that do not belong together.
+    folder: where finished parts are kept, so that the same call goes on after an interruption; None for nowhere. device: None for the CPU.
+    Raises ValueError before anything is painted for invalid settings (also for fewer pictures than FID needs) and for models that do not
+    belong together.
     """
     lineup.check()
     settings.check(size_multiple(lineup.student.config), lineup.features)
@@ -153,7 +159,7 @@ def evaluate(
 
 @dataclass
 class _Painted:
-    """What a contender painted: latents by style, or of one set for all."""
+    """What a contender painted: latents (n, C, h, w) and features (n, d), one tensor for each style or a single one for all."""
 
     contender: Contender
     latents: list[Tensor]
@@ -189,7 +195,7 @@ class _Run:
         self.axes: Tensor | None = None
 
     def _work(self) -> int:
-        """Forwards, or what takes as long."""
+        """All work of this evaluation, in forwards of a UNet, for the progress bar."""
         s, n, others = self.s, len(self.names), self.lineup.compared
         batches = 3 * n + sum(len(one.painters) or 1 for one in others)
         total = batches * s.count * (painting_cost(s) + FEATURE_COST * bool(self.wants & set(OF_FEATURES)))
@@ -201,6 +207,7 @@ class _Run:
         return total + 1  # the figures, at the end
 
     def all(self) -> Evaluation:
+        """Teachers, student, base and the other contenders, in this order: a later one needs what the earlier ones painted."""
         lineup = self.lineup
         second = self._ask_teachers()
         painted, answers, own = self._ask_student()
@@ -236,7 +243,7 @@ class _Run:
         return result
 
     def _ask_teachers(self) -> list[Tensor]:
-        """Both batches, of which the second is returned, and their eps."""
+        """The teachers paint both batches and predict eps. Returns the second batch, a tensor (n, C, h, w) for each teacher."""
         runner, second = self.runner, []
         self.first, self.asked, self.said = [], [], []
         for ref in self.lineup.teachers:
@@ -250,7 +257,8 @@ class _Run:
         return second
 
     def _ask_student(self) -> tuple[list[Tensor], list[Tensor], Confusion | None]:
-        """Its pictures and its eps in every style, and what it takes the teachers' pictures for."""
+        """The student's latents (n, C, h, w) and eps (S, C, h, w) for each style, and what it takes the teachers' pictures for (None
+        where that was not asked for)."""
         runner, student = self.runner, self.lineup.student
         painted, answers = [], []
         with runner.loaded(student) as load:
@@ -270,7 +278,7 @@ class _Run:
     # --- whoever else is compared -------------------------------------------------------------------------------------
 
     def _paint_contender(self, one: Contender) -> tuple[_Painted, Tensor | None]:
-        """Its latents, for each style or one set for all, and its eps errors (N, S)."""
+        """What a contender painted, and its eps errors (N, S), None where they were not asked for."""
         runner, finish = self.runner, one.finish
         try:
             if one.tuning:

@@ -26,18 +26,23 @@ from .settings import TIMESTEPS
 LOWEST, HIGHEST = 50, 950
 """Timesteps between which pictures are judged: below nothing is hidden, above nothing is left of the picture."""
 SURE, LIKELY = 4.0, 2.0
-"""z of the best style against the second from which the answer is called so."""
+"""From this z of the best candidate against the second on, the answer is called sure or likely."""
 
 
 @dataclass
 class Verdict:
-    """names: the candidates, styles and "none"; errors (K, candidates): mean squared error in eps of each draw."""
+    """In which style the model would have painted one picture.
+
+    names: of the candidates, the model's styles and perhaps "none". errors (K, candidates): mean squared error in eps of each of K draws
+    of (t, eps), the same draws for all candidates.
+    """
 
     names: list[str]
     errors: Tensor
 
     @property
     def means(self) -> Tensor:
+        """Mean error of each candidate, (candidates,)."""
         return self.errors.mean(0)
 
     @property
@@ -47,6 +52,7 @@ class Verdict:
 
     @property
     def name(self) -> str:
+        """Of the best candidate."""
         return self.names[self.order[0]]
 
     def z(self, other: int) -> float:
@@ -57,6 +63,7 @@ class Verdict:
 
     @property
     def confidence(self) -> str:
+        """ "sure", "likely" or "unsure", by ``z`` of the best candidate against the second."""
         if len(self.names) == 1:
             return "the only candidate"
         z = self.z(self.order[1])
@@ -89,9 +96,12 @@ def identify(
     batch: int = 32,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Verdict]:
-    """Judge latents (B, C, h, w), as the UNet sees them, by a DMM model on its device. rows: their captions in its text states.
+    """The model's answer for each of B pictures.
 
-    batch: rows of one forward. on_batch: called with their number after each; what it raises passes through.
+    student: a DMM model, on the device where it is to compute. styles: the names of all its styles. latents: (B, C, h, w) float, scaled
+    as the UNet sees them. rows: (B,) captions, as rows of its text states. draws: (t, eps) for each picture, 2 or more. with_none: "none",
+    no style, is a candidate too. batch: rows of one forward. on_batch: called after each forward with its number of rows; an exception
+    that it raises ends the work. Raises ValueError where the names do not fit the model.
     """
     count = student.unet.config.num_styles
     if len(styles) != count:
@@ -120,7 +130,7 @@ def identify(
 def _errors(
     student: Teacher, schedule: NoiseSchedule, x0: Tensor, t: Tensor, *, eps: Tensor, row: Tensor, style: Tensor
 ) -> Tensor:
-    """Mean squared error in eps (B,), on the model's device; row: the caption of all, one number."""
+    """Mean squared error in eps (B,), on the model's device. row: () the caption of all, a row of the text states."""
     device = next(student.unet.parameters()).device
     x_t, t, eps = (v.to(device) for v in (schedule.add_noise(x0, eps, t), t, eps))
     out = student.predict(x_t, t, row.expand(len(t)), style).out
@@ -128,7 +138,8 @@ def _errors(
 
 
 def judged_size(config: UNetConfig, prediction: str, size: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) in pixels to which a picture of any size is brought: what this kind of model was trained at, in nearly its shape."""
+    """(width, height) in pixels to which a picture of ``size`` (width, height) is scaled and cropped before it is judged: the bucket of
+    its shape at the resolution that the model was trained at."""
     return choose_bucket(size, bucket_sizes(default_resolution(config, prediction), size_multiple(config)))
 
 

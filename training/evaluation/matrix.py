@@ -13,14 +13,14 @@ from .distances import DISTANCES, OnItem, resample
 
 NORMAL_95 = 1.96
 MANY_FEATURES = 512
-"""Above, resamples are fewer and of the diagonals only: FID costs the third power of the feature size."""
+"""With more features only the diagonals are resampled, and fewer times: the cost of FID grows with the third power of their number."""
 CHUNK = 10
-"""Resamples at a time."""
+"""Resamples that are computed at a time, which bounds the memory."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number and the spread (standard deviation) that it would have with other pictures; None where it was not resampled."""
+    """A number, and its spread: the standard deviation it would have with other pictures or samples; None where that is not known."""
 
     value: float
     spread: float | None = None
@@ -42,10 +42,12 @@ class Figure:
 
 @dataclass
 class Distances:
-    """What one distance says. m[i][j]: student in style i to teacher j; floor[i][j]: teacher i to teacher j, other seeds; base[j].
+    """One metric, "FID" or "KID", of a model to all teachers.
 
-    count: pictures a set; size: of the features. total and floor_total are the traces, excess their difference, leak the mean of
-    |m - floor| off the diagonal (None with one style); own, own_floor and own_excess: per style.
+    m[i][j]: distance of the model in style i to teacher j; floor[i][j]: of teacher i to teacher j, whose pictures are from other seeds;
+    base[j]: of the base to teacher j, None without a base. count: pictures of a style; size: of a feature vector; resamples: of the
+    bootstrap. total and floor_total: traces of m and floor; excess: their difference; leak: mean of |m - floor| off the diagonal, None with
+    one style. own, own_floor, own_excess: the diagonals and their difference, by style. base_excess: sum of base less floor_total.
     """
 
     metric: str
@@ -67,7 +69,7 @@ class Distances:
 
     @property
     def worst(self) -> int:
-        """The style with the largest excess."""
+        """Index of the style with the largest excess."""
         return max(range(len(self.names)), key=lambda i: self.own_excess[i].value)
 
 
@@ -86,7 +88,10 @@ class Sets:
 
 
 def compare(metric: str, sets: Sets, resamples: int, seed: int) -> Distances:
-    """The matrix M, its floor M_ref and what follows from both, of the student of ``sets``."""
+    """The metric "FID" or "KID" of the student of ``sets``, with all that follows from its matrix and the floor.
+
+    resamples: of the bootstrap, 0 for none. Raises ValueError for features of other shapes or that are not finite.
+    """
     count, size = sets.teacher[0].shape
     check_features("student", sets.student, n=len(sets.names), count=count, size=size)
     return Yardstick(metric, sets, resamples, seed).measure(sets.student, sets.base)
@@ -136,7 +141,10 @@ class Yardstick:
         return values.reshape(-1, n, n) if whole else torch.diag_embed(values)
 
     def measure(self, rows: Sequence[Tensor], base: Tensor | None = None) -> Distances:
-        """Of features (n, d) by style, or of one set that stands for every style."""
+        """The distances of a model, from its features (n, d): one tensor for each style, or a single one that stands for every style.
+
+        base: features (n, d) of the base, for the report. Raises ValueError for features of other shapes or that are not finite.
+        """
         sets, n = self.sets, len(self.sets.names)
         check_features("a model", rows, n=1 if len(rows) == 1 else n, count=self.count, size=self.size)
         m, drawn = self._matrices(rows)
@@ -189,7 +197,8 @@ def figures(m: Tensor, floor: Tensor) -> dict[str, Tensor]:
 
 
 def spreads(m: Tensor | None, floor: Tensor | None) -> Callable[..., float | None]:
-    """Standard deviation of a figure, by name (and style), over resampled matrices (R, N, N); None without any."""
+    """A function of a figure's name (see ``figures``) and, where it is one per style, the style's index -> its standard deviation over
+    resampled matrices (R, N, N); it gives None where there are none."""
     table = None if m is None or floor is None else {name: values.std(0) for name, values in figures(m, floor).items()}
 
     def of(name: str, index: int | None = None) -> float | None:

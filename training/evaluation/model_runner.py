@@ -1,7 +1,7 @@
-"""Painting for an evaluation, part by part: what is finished stays in a folder, and an interrupted evaluation goes on from there.
+"""Loads an evaluation's models and paints with them. Results are kept in a folder, so that an interrupted evaluation goes on from there.
 
-A part's file is named by the hash of everything that its content depends on: another model, prompt or setting makes other files, and
-nothing is ever mixed.
+Work is split into parts of ``PART`` pictures with a file each. The file's name is a hash of everything that its content depends on (model,
+prompts, settings), so results of different evaluations can share a folder.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ SMALL_PICTURE = 256 * 256
 
 @dataclass
 class PromptStates:
-    """Text states of the evaluation's prompts, as a ``Teacher`` has them. key: a hash of the text encoder, or of the states."""
+    """Text states of the evaluation's prompts: contexts (P, L, d) and, for SDXL, pooled (P, p). key: a hash of the text encoder, or of
+    the states."""
 
     key: str
     contexts: Rows
@@ -47,10 +48,10 @@ class PromptStates:
 
 @dataclass
 class ModelRef:
-    """Who takes part: a model that is loaded when it is needed. key: a hash that differs for models that paint differently.
+    """A model of an evaluation, which is loaded when it is needed.
 
-    open: its UNet and its text states of the evaluation's prompts, row 0 of the empty one. config, zero_snr, prediction, text: what they
-    say before that; merges need the last two.
+    key: a hash; models that paint differently have different ones. open: loads it, with text states of the evaluation's prompts (row 0
+    is the empty prompt). config, zero_snr, prediction, text: its own, known before it is loaded; text is needed for merges only.
     """
 
     name: str
@@ -63,7 +64,7 @@ class ModelRef:
 
     @classmethod
     def of(cls, teacher: Teacher, prompts: int) -> ModelRef:
-        """A model that is in memory already. prompts: how many it has text states of."""
+        """Of a model that is in memory already. prompts: the number of its text states."""
         rows = torch.arange(prompts)
         texts = [tensor_sha256(teacher.contexts[rows])]
         if teacher.pooled is not None:
@@ -74,7 +75,7 @@ class ModelRef:
 
 
 def check_lineup(teachers: Sequence[ModelRef], prompts: Sequence[str]) -> None:
-    """Raises ValueError for a teacher that comes twice, and for no prompts to paint (the first one is the empty one)."""
+    """Raises ValueError for a teacher that is named twice, and where there is no prompt after the first, which must be empty."""
     names = [teacher.name for teacher in teachers]
     if len(set(names)) < len(names):
         raise ValueError(f"a teacher is named twice: {', '.join(names)}")
@@ -90,10 +91,8 @@ def check_compatible(student: ModelRef, others: Sequence[ModelRef]) -> None:
 
 @dataclass
 class PixelDecoder:
-    """How latents become pictures: decode takes (B, C, h, w) as the UNet sees them and gives (B, 3, H, W) in about [-1, 1].
-
-    key: a hash of the decoder.
-    """
+    """Turns latents into pixels. decode: (B, C, h, w), scaled as the UNet sees them -> (B, 3, H, W) in about [-1, 1]. key: a hash of the
+    VAE's weights."""
 
     decode: Callable[[Tensor], Tensor]
     key: str
@@ -112,7 +111,8 @@ def placed(teacher: Teacher, device: torch.device, dtype: torch.dtype) -> Teache
 
 
 class WorkCounter:
-    """Counts work in forwards of a UNet, whether they are computed or read."""
+    """Adds up work that is done and reports it. The unit is one forward of the UNet for one picture; what is read from a folder counts as
+    much as what is computed. total: all work of the evaluation."""
 
     def __init__(self, total: int, progress: ProgressCallback | None):
         self.total, self.done, self.progress = max(total, 1), 0, progress
@@ -124,7 +124,11 @@ class WorkCounter:
 
 
 class ModelRunner:
-    """Where an evaluation's models work. folder: for finished parts, None for nowhere. prompts: ``prompts[0]`` is the empty one."""
+    """Loads models onto the device, one at a time, and computes with them.
+
+    prompts: of all text states, ``prompts[0]`` the empty one. folder: where finished parts are kept, None for nowhere. work: is told what
+    has been done.
+    """
 
     def __init__(
         self,
@@ -145,7 +149,7 @@ class ModelRunner:
 
     @contextmanager
     def loaded(self, ref: ModelRef) -> Iterator[Callable[[], Teacher]]:
-        """Inside, a function that gives the model on the device; it is loaded at its first call, and gone afterwards."""
+        """A context with a function that returns the model on the device. The first call loads it; when the context ends it is freed."""
 
         @functools.cache
         def load() -> Teacher:
@@ -161,7 +165,10 @@ class ModelRunner:
     # --- parts --------------------------------------------------------------------------------------------------------
 
     def part(self, identity: tuple, count: int, build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """A part's tensors, of ``count`` rows each: from the folder, or built now and put there."""
+        """The tensors of a part, ``count`` rows each: read from the folder, or computed by ``build`` and written there.
+
+        identity: all that they depend on, with a faithful repr.
+        """
         if self.folder is None:
             return build()
         path = self.folder / f"{repr_sha256(FORMAT, *identity)[:32]}.safetensors"
@@ -171,13 +178,15 @@ class ModelRunner:
         return found
 
     def rows(self, places: Sequence[int]) -> Tensor:
-        """Which prompts these pictures show: rows of the text states."""
+        """The prompts of pictures with these numbers, as rows (n,) of the text states: all but the empty one, in turn."""
         return torch.tensor([1 + k % (len(self.prompts) - 1) for k in places])
 
     def seeds(self, places: Sequence[int], second: bool) -> list[int]:
+        """The noise seeds of pictures with these numbers. second: of the teachers' second batch."""
         return [self.settings.seed + k + (SECOND_BATCH if second else 0) for k in places]
 
     def batches(self, count: int) -> list[list[int]]:
+        """The numbers 0..count-1 of the pictures, split into parts."""
         return [list(range(start, min(start + PART, count))) for start in range(0, count, PART)]
 
     # --- painting -----------------------------------------------------------------------------------------------------
@@ -191,7 +200,11 @@ class ModelRunner:
         second: bool = False,
         name: str = "",
     ) -> Tensor:
-        """``settings.count`` latents (n, C, h, w) float16 by a model, in one of its styles."""
+        """``settings.count`` latents (n, C, h, w) float16 on the CPU by a model.
+
+        load: gives the model, called only when something has to be painted. style: of a DMM model, None for a plain one. second: from the
+        noise of the second batch. name: for the progress report, empty for the model's. Raises ValueError for a model that paints NaN.
+        """
         s = self.settings
         parts = []
         for places in self.batches(s.count):
@@ -226,7 +239,7 @@ class ModelRunner:
         return latents.float().cpu()
 
     def split(self, work: Callable[[slice], Tensor], count: int) -> Tensor:
-        """``work`` on slices of 0..count that fit the device: halved when its memory runs out."""
+        """The results of ``work`` on slices of range(count), concatenated. The slices are halved when the device runs out of memory."""
         out, start = [], 0
         while start < count:
             try:
@@ -244,7 +257,7 @@ class ModelRunner:
     # --- features -----------------------------------------------------------------------------------------------------
 
     def features(self, latents: Tensor, network: FeatureNet, decoder: PixelDecoder, name: str) -> Tensor:
-        """Latents (n, C, h, w) -> feature vectors (n, size) float32."""
+        """Latents (n, C, h, w) -> feature vectors (n, size) float32 on the CPU. name: for the progress report."""
         parts = []
         for places in self.batches(len(latents)):
             mine = latents[places[0] : places[-1] + 1]
@@ -259,12 +272,14 @@ class ModelRunner:
 
     @torch.no_grad()
     def decoded(self, latents: Tensor, decoder: PixelDecoder) -> Tensor:
+        """Latents (B, C, h, w) -> pixels (B, 3, H, W) in about [-1, 1], on the decoder's device."""
         return decoder.decode(latents.float().to(self.device))
 
 
 FEATURE_COST = 4
-"""Of decoding a picture and looking at it, in forwards of the UNet; only the progress bar depends on it."""
+"""A guess at the cost of a picture's decoding and features, in forwards of the UNet. Only the progress bar depends on it."""
 
 
 def painting_cost(settings: EvaluationSettings) -> int:
+    """Forwards of the UNet for one picture: two a step with guidance."""
     return settings.steps * (1 if settings.cfg == 1 else 2)

@@ -1,4 +1,4 @@
-"""Curves along the way from one style to another, and what they say: does the slider do what it promises?
+"""Curves over the mixing ratio of two styles, and figures that sum them up: does a share of w look like a share of w?
 
 A curve is one number per picture and ratio, (n, R); a figure is one number per set of weights, (W,). Weights (W, n) say how often each
 picture counts: a row of ones is the pictures as they are, other rows are bootstrap resamples of the prompts.
@@ -23,19 +23,19 @@ TIE = 1e-3
 SLIP = 0.05
 """A picture's curve counts as monotone while it never falls by more."""
 LEAST_REACH = 0.1
-"""Ends whose mean scores are less apart have no way between them that could be even or uneven."""
+"""Where the mean scores at the two ends differ by less, width and half of a curve are not defined."""
 
 
 @dataclass(frozen=True)
 class FigureSpec:
-    """A figure: aim is what would be best, "high", "low", or the number to be near."""
+    """What a figure means. title: in tables. aim: its best value, "high", "low", or a number. meaning: one line for the report."""
 
     title: str
     aim: str | float
     meaning: str
 
     def measure(self, values: Tensor) -> Tensor:
-        """What is averaged over pairs and compared between paths: how far off the aim, where that is a number."""
+        """Values (W,) as they are averaged over pairs and compared between paths: their distance from the aim, where that is a number."""
         return values if isinstance(self.aim, str) else (values - self.aim).abs()
 
     @property
@@ -63,11 +63,12 @@ FIGURES = {
 
 @dataclass
 class Observations:
-    """What was seen along one path, each (n, R), the first ratio 0 and the last 1.
+    """Measurements of the n pictures of one path at R ratios, each a tensor (n, R); the first ratio is 0 and the last 1.
 
-    score: 0 to 1, how much a picture is of the second style; away: the same from the first style's side (1 less its probability), or
-    None where a judge has one score only. neither: 1 where it is taken for another style. content: 1 where shape and colour are the
-    caption's, NaN where it names none, or None without a judge. to_first, to_second: ``layout_distances``.
+    score: 0 to 1, how much a picture looks like the second style. neither: 1 where a third style fits it best, else 0. to_first,
+    to_second: ``layout_distances``. away: 1 less the probability of the first style; None where the judge gives one score only.
+    content: 1 where a picture has the shape and colour of its caption, else 0, NaN where the caption names none; None where nobody can
+    tell.
     """
 
     score: Tensor
@@ -79,9 +80,9 @@ class Observations:
 
 
 def weights_of(prompts: Sequence[int], resamples: int, seed: int) -> Tensor:
-    """(1 + resamples, n) float64, the first row of ones: a resample draws prompts, each with all its pictures.
+    """Bootstrap weights (1 + resamples, n) float64; the first row is of ones. prompts: the prompt of each picture.
 
-    Where all pictures show one prompt, they are drawn themselves.
+    A resample draws prompts, each with all its pictures; where all pictures have one prompt it draws pictures.
     """
     _, place = torch.tensor(list(prompts)).unique(return_inverse=True)
     distinct = int(place.max()) + 1
@@ -93,19 +94,19 @@ def weights_of(prompts: Sequence[int], resamples: int, seed: int) -> Tensor:
 
 
 def mean_curve(values: Tensor, weights: Tensor) -> Tensor:
-    """(n, R) or (n,), (W, n) -> (W, R) or (W,); NaN do not count, and are what comes out where nothing does."""
+    """Weighted means over the pictures: values (n, R) or (n,), weights (W, n) -> (W, R) or (W,). NaN are left out; no value gives NaN."""
     known = ~values.isnan()
     return (weights @ values.double().nan_to_num()) / (weights @ known.double())
 
 
 def curves(observed: Observations, weights: Tensor) -> dict[str, Tensor]:
-    """Every mean curve (W, R)."""
+    """The mean curve (W, R) of each measurement that there is, by name."""
     named = {name: getattr(observed, name) for name in ("score", "away", "neither", "content", "to_first", "to_second")}
     return {name: mean_curve(values, weights) for name, values in named.items() if values is not None}
 
 
 def figures(observed: Observations, ratios: Sequence[float], weights: Tensor) -> dict[str, Tensor]:
-    """Every figure (W,), see ``FIGURES``; NaN where it makes no sense."""
+    """Every figure of ``FIGURES`` that can be measured, (W,) float64; NaN where it is not defined."""
     w = torch.tensor(ratios, dtype=torch.float64)
     mean = curves(observed, weights)
     score = mean["score"]
@@ -183,7 +184,8 @@ def layout_distances(latents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def as_figure(values: Tensor) -> Figure:
-    """(W,), the first of the pictures as they are -> that value, and the spread over the others; no spread where few are numbers."""
+    """Values (W,) -> the first, which is of the pictures as they are, with the standard deviation of the others, the resamples. No spread
+    where more than half of the resamples are NaN."""
     drawn = values[1:][~values[1:].isnan()]
     spread = drawn.std().item() if len(drawn) > 1 and 2 * len(drawn) >= len(values) - 1 else None
     return Figure(values[0].item(), spread)
@@ -191,15 +193,15 @@ def as_figure(values: Tensor) -> Figure:
 
 @dataclass(frozen=True)
 class PathDifference:
-    """difference: of two paths' figures, for a figure that aims at a number of how far off they are; better: the name of the path that
-    is better by more than chance, or None."""
+    """One figure of two paths. difference: first less second, of their distances from the aim where that is a number. better: the name of
+    the path that is better with 95% confidence, or None."""
 
     difference: Figure
     better: str | None
 
 
 def mean_of(values: Sequence[Tensor]) -> Tensor:
-    """(W,) of some pairs -> their mean (W,), of those pairs for which there is a number."""
+    """Values (W,) of several pairs -> their mean (W,) over the pairs whose first value is not NaN."""
     several = torch.stack(list(values))  # (P, W)
     several = several[~several[:, 0].isnan()]
     return several.nanmean(0) if len(several) else torch.full_like(values[0], torch.nan)
@@ -208,7 +210,8 @@ def mean_of(values: Sequence[Tensor]) -> Tensor:
 def path_difference(
     spec: FigureSpec, names: tuple[str, str], first: Sequence[Tensor], second: Sequence[Tensor]
 ) -> PathDifference:
-    """A figure of two paths, each (W,) of every pair, over the same resamples; pairs count that have a number on both paths."""
+    """The difference of two paths in one figure, averaged over the pairs. names: of the paths. first, second: (W,) for each pair, from the
+    same resamples; a pair counts where both are numbers."""
     difference = as_figure(mean_of([spec.measure(a) - spec.measure(b) for a, b in zip(first, second, strict=True)]))
     better = None
     if difference.spread is not None and abs(difference.value) > NORMAL_95 * difference.spread:

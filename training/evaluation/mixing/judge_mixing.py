@@ -1,6 +1,6 @@
-"""Style mixing, judged: the way from one style to another by a blend of codes (arXiv:2504.12364, Sec. 3.2) beside merged weights.
+"""How well two styles mix: a blend of style codes (arXiv:2504.12364, Sec. 3.2) compared with merged weights.
 
-Every path shows the same prompts from the same noise at every ratio w, the share of the second style:
+A path is a way of mixing. All paths paint the same prompts from the same noise at every ratio w, the share of the second style:
 
     blend        e = (1 - w) e_i + w e_j                  the student, one forward
     merge        theta = (1 - w) theta_i + w theta_j      the two teachers, as ComfyUI's ModelMergeSimple
@@ -65,10 +65,11 @@ Pair = tuple[str, str]
 
 @dataclass
 class MixingLineup:
-    """Everyone who takes part. styles: the student's, in the order of its codebook; teachers: named like styles, for merging.
+    """The models of a judged mixing.
 
-    prompts: what all text states are of, ``prompts[0]`` the empty one. classifier: the demo classifier, which knows looks, shapes and
-    colours; without one the student judges (``identify``), and content by the latents alone.
+    styles: names of the student's styles, in the order of its codebook. teachers: named like the styles, needed for merging only.
+    prompts: of all models' text states, ``prompts[0]`` the empty one. decoder: for the classifier. classifier: the demo classifier, which
+    knows looks, shapes and colours; without one the student itself judges the style (``identify``), and nobody the content.
     """
 
     student: ModelRef
@@ -79,7 +80,7 @@ class MixingLineup:
     classifier: FeatureNet | None = None
 
     def check(self, pairs: Sequence[Pair], ratios: Sequence[float], paths: Sequence[str]) -> None:
-        """Raises ValueError for styles, ratios and paths that make no sense, and for models that do not belong together."""
+        """Raises ValueError for unknown styles or paths, invalid ratios, and models that do not belong together."""
         unknown = [name for name in paths if name not in PATHS]
         if unknown or not paths or len(set(paths)) < len(paths):
             raise ValueError(
@@ -126,7 +127,7 @@ class MixingLineup:
 
 @dataclass
 class PathResult:
-    """curves: name -> one figure a ratio; figures: as ``figures.FIGURES``."""
+    """Of one pair on one path. curves: name -> a figure for each ratio; figures: those of ``figures.FIGURES``, by name."""
 
     curves: dict[str, list[Figure]]
     figures: dict[str, Figure]
@@ -134,7 +135,7 @@ class PathResult:
 
 @dataclass
 class PairResult:
-    """paths: by name; against: every path but the first -> figure -> the first path compared with it."""
+    """Of one pair of styles. paths: by name. against: path -> figure -> the first path compared with it, for all paths but the first."""
 
     first: str
     second: str
@@ -144,8 +145,12 @@ class PairResult:
 
 @dataclass
 class Mixing:
-    """All figures. mean, against: the mean over the pairs of every figure by path (of how far off, for figures that aim at a number),
-    and the first path compared with the others. shown: latents (k, R, C, h, w) of the first pictures, by pair and path."""
+    """All figures of a judged mixing. The field names are the keys of mixing.json, but for ``shown``.
+
+    prompts: their number. captioned: pictures whose caption names a shape or a colour. members: name -> hash of every model. judge: who
+    judged. mean: path -> figure -> its mean over the pairs; where a figure aims at a number, of the distance from it. against: path ->
+    figure -> the first path compared with it, over all pairs. shown: latents (k, R, C, h, w) of the first pictures, by pair and path.
+    """
 
     settings: EvaluationSettings
     ratios: list[float]
@@ -173,10 +178,12 @@ def judge_mixing(
     device: torch.device | None = None,
     progress: ProgressCallback | None = None,
 ) -> Mixing:
-    """Paint every pair's paths and judge them; of the settings what concerns painting, ``own_draws`` and ``resamples`` count.
+    """Paint every pair of styles on every path, and judge what was painted.
 
-    folder: where finished parts are kept, so that the same call goes on after an interruption; None for nowhere. Raises ValueError
-    before anything is painted for what makes no sense. Up to two teachers and their merger are in memory at a time.
+    settings: those of painting, ``own_draws`` and ``resamples`` are read. ratios: shares of the second style, rising from 0 to 1. paths:
+    the first is compared with the others. folder: where finished parts are kept, so that the same call goes on after an interruption; None
+    for nowhere. device: None for the CPU. Raises ValueError before anything is painted for invalid arguments. Up to two teachers and their
+    merge are in memory at a time.
     """
     lineup.check(pairs, ratios, paths)
     settings = dataclasses.replace(settings, metrics=("own",))
@@ -222,14 +229,14 @@ class _Run:
             self.truth = [caption_truth(lineup.prompts[row], lineup.classifier) for row in self.rows.tolist()]
 
     def _sets(self) -> dict[str, int]:
-        """How many batches of pictures differ, by path: the ends are painted once for all pairs."""
+        """How many different sets of pictures each path has: the pure styles at the ends are painted once for all pairs."""
         inner = len(self.pairs) * (len(self.ratios) - 2)
         ends = len({name for pair in self.pairs for name in pair})
         student = [path for path in self.paths if path != MERGE]
         return {path: inner + (ends if path == MERGE or path == student[0] else 0) for path in self.paths}
 
     def _work(self) -> int:
-        """Forwards, or what takes as long."""
+        """All work of this call, in forwards of a UNet, for the progress bar."""
         s, sets = self.s, self._sets()
         look = FEATURE_COST if self.lineup.classifier is not None else s.own_draws * (len(self.lineup.styles) + 1)
         # Every pair's ends are looked at, though mostly in the folder's or the memory's copy.
@@ -348,7 +355,7 @@ class _Run:
         return self._each(painted, observe)
 
     def _content(self, answers: Mapping[str, Tensor]) -> Tensor:
-        """(n,) 1 where every word of the caption is seen, NaN for captions without any."""
+        """(n,) 1 where a picture has the shape and colour of its caption, else 0; NaN where the caption names none."""
         right = []
         for k, truth in enumerate(self.truth):
             said = truth is not None and all(answers[question][k].argmax() == answer for question, answer in truth)
@@ -371,7 +378,7 @@ class _Run:
         return self._each(painted, observe)
 
     def _errors(self, latents: Tensor, load: Callable[[], Teacher], what: str) -> Tensor:
-        """(n, draws, styles and "none"), see ``identify``."""
+        """Errors (n, draws, styles + 1) of the student for latents (n, C, h, w), see ``identify``; the last candidate is "none"."""
         s, student, parts = self.s, self.lineup.student, []
         for places in self.runner.batches(len(latents)):
             mine, rows = latents[places], self.rows[places]

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def looks_of(classifier: FeatureNet) -> list[str]:
-    """The styles that a feature network can name; none unless it is the demo classifier."""
+    """The styles that a feature network can name, in the order of its answers; [] for a network that is not the demo classifier."""
     return getattr(classifier.network, "classes", {}).get("look", [])
 
 
 def answers_of(classifier: FeatureNet, features: Tensor) -> dict[str, Tensor]:
-    """Its pooled features (n, size) -> question: (n, answers) logits float32 on the CPU."""
+    """The classifier's pooled features (n, size) -> logits (n, answers), float32 on the CPU, for each question: look, shape, colour."""
     heads = cast("Classifier", classifier.network).heads
     weight = next(heads.parameters())
     return {question: head(features.to(weight)).float().cpu() for question, head in heads.items()}
@@ -42,12 +42,12 @@ def caption_truth(caption: str, classifier: FeatureNet) -> list[tuple[str, int]]
 def wins(errors: Tensor, first: int, second: int) -> Tensor:
     """(n, draws, candidates) -> (n,): share of the draws (t, eps) in which the second style explains a picture better than the first.
 
-    A sign, not a likelihood: how much an error of eps counts would need a temperature that nothing here says. A tie counts half.
+    Only the signs of the differences count: probabilities would need a temperature, which is not known. A tie counts half.
     """
     a, b = errors[..., first], errors[..., second]
     return ((a > b).float() + 0.5 * (a == b).float()).mean(1)
 
 
 def is_neither(answer: Tensor, first: int, second: int) -> Tensor:
-    """(n,) indices -> (n,) 1.0 where it is another."""
+    """Answers (n,), indices of styles -> (n,) float: 1 where the answer is neither of the two styles."""
     return ((answer != first) & (answer != second)).float()
