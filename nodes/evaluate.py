@@ -19,8 +19,8 @@ from ..training.config import check_names
 from ..training.data.image_folder import clean_caption
 from ..training.evaluation.baselines import BASELINES, RANK, Contender, make_baselines, obstacles
 from ..training.evaluation.evaluate import Lineup, evaluate
-from ..training.evaluation.features import DEMO_FILE, FeatureNet, load_features
-from ..training.evaluation.model_runner import ModelRef, PixelDecoder
+from ..training.evaluation.features import DEMO_FILE, FeatureNet, PixelDecoder, load_features
+from ..training.evaluation.model_ref import ModelRef
 from ..training.evaluation.report import markdown, sheet, write
 from ..training.evaluation.settings import METRICS, OF_FEATURES, EvaluationSettings
 from ..training.files.hashing import repr_sha256, weights_hash

@@ -14,8 +14,8 @@ from ...dmm_core.vae import latent_scale, load_vae
 from ...training.commands.evaluation_inputs import demo_prompts
 from ...training.config import load_config
 from ...training.evaluation.evaluate import Lineup, evaluate
-from ...training.evaluation.features import DEMO_FILE, load_features
-from ...training.evaluation.model_runner import ModelRef, PixelDecoder
+from ...training.evaluation.features import DEMO_FILE, PixelDecoder, load_features
+from ...training.evaluation.model_ref import ModelRef
 from ...training.evaluation.settings import EvaluationSettings
 from ...training.files.hashing import weights_hash
 from ...training.run.load import load_run

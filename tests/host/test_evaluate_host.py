@@ -10,7 +10,7 @@ import torch
 from comfyui_dmm.dmm_core.checkpoint import load_checkpoint, save_checkpoint
 from comfyui_dmm.training.cli import main
 from comfyui_dmm.training.evaluation.baselines import make_baselines
-from comfyui_dmm.training.evaluation.model_runner import ModelRef
+from comfyui_dmm.training.evaluation.model_ref import ModelRef
 from comfyui_dmm.training.teachers.teacher import Teacher
 
 from .families import DEMO, NAMES, SMALL_SDXL, checkpoint_of, random_unet

@@ -27,9 +27,11 @@ from comfyui_dmm.training.evaluation.baselines import (
 )
 from comfyui_dmm.training.evaluation.evaluate import Lineup, evaluate
 from comfyui_dmm.training.evaluation.merges import adapter_size, chain_shares, low_rank
-from comfyui_dmm.training.evaluation.model_runner import ModelRef, ModelRunner, WorkCounter
+from comfyui_dmm.training.evaluation.model_ref import ModelRef
+from comfyui_dmm.training.evaluation.model_runner import ModelRunner
 from comfyui_dmm.training.evaluation.report import as_json, markdown, write
 from comfyui_dmm.training.evaluation.settings import SECOND_BATCH
+from comfyui_dmm.training.evaluation.work_counter import WorkCounter
 from comfyui_dmm.training.loop.new_student import new_student
 from comfyui_dmm.training.teachers.teacher import Teacher, soup
 

@@ -12,7 +12,7 @@ from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.dmm_core.style_value import Blend, mix, style_rows, vocabulary
 from comfyui_dmm.dmm_core.unet import UNet
 from comfyui_dmm.training.evaluation.evaluate import evaluate
-from comfyui_dmm.training.evaluation.features import FeatureNet
+from comfyui_dmm.training.evaluation.features import FeatureNet, PixelDecoder
 from comfyui_dmm.training.evaluation.identify import identify
 from comfyui_dmm.training.evaluation.mixing.figures import (
     FIGURES,
@@ -28,8 +28,10 @@ from comfyui_dmm.training.evaluation.mixing.judge_mixing import MixingLineup, ju
 from comfyui_dmm.training.evaluation.mixing.judges import caption_truth, wins
 from comfyui_dmm.training.evaluation.mixing.mixers import blended, merged
 from comfyui_dmm.training.evaluation.mixing.report import COLOURS, figure_text, markdown, plots, write
-from comfyui_dmm.training.evaluation.model_runner import ModelRef, ModelRunner, PixelDecoder, WorkCounter
+from comfyui_dmm.training.evaluation.model_ref import ModelRef
+from comfyui_dmm.training.evaluation.model_runner import ModelRunner
 from comfyui_dmm.training.evaluation.report import as_json
+from comfyui_dmm.training.evaluation.work_counter import WorkCounter
 from comfyui_dmm.training.teachers.teacher import Teacher
 from PIL import Image
 from scipy.stats import spearmanr

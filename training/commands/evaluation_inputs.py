@@ -15,7 +15,8 @@ from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.unet import UNetConfig, load_unet, unet_config_from_state_dict
 from ...dmm_core.vae import latent_scale, load_vae
 from ..data.text_states import TextStates
-from ..evaluation.model_runner import ModelRef, PixelDecoder, PromptStates
+from ..evaluation.features import PixelDecoder
+from ..evaluation.model_ref import ModelRef, PromptStates
 from ..evaluation.settings import usual_settings
 from ..files.hashing import repr_sha256, weights_hash
 from .progress_bar import ProgressBar

@@ -11,10 +11,9 @@ import torch
 
 from ...dmm_core.unet import unet_config_from_state_dict
 from ..data.text_states import TextStates
-from ..evaluation.features import DEMO_FILE, FeatureNet, load_features
+from ..evaluation.features import DEMO_FILE, FeatureNet, PixelDecoder, load_features
 from ..evaluation.mixing.judge_mixing import BLEND, MERGE, PATHS, RATIOS, MixingLineup, Pair, judge_mixing
 from ..evaluation.mixing.judges import looks_of
-from ..evaluation.model_runner import PixelDecoder
 from ..evaluation.settings import EvaluationSettings
 from .arguments import named_file, size
 from .evaluation_inputs import going_on, is_small, model_ref, painting, prompts_of, vae_decoder

@@ -14,7 +14,8 @@ from ..loop.losses import score_loss
 from ..seeds import hash_seed
 from ..teachers.teacher import Teacher
 from .matrix import Figure
-from .model_runner import ModelRef, ModelRunner, in_style
+from .model_ref import ModelRef
+from .model_runner import ModelRunner, in_style
 from .settings import TIMESTEPS, EvaluationSettings
 
 

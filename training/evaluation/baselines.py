@@ -22,8 +22,10 @@ from ..loop.new_student import new_student
 from ..teachers.teacher import Teacher, without_styles
 from .agreement import noised, predictions
 from .merges import adapter_size, chain_shares, is_full, low_rank, soup_shares, task_vector_shares, weighted_sum
-from .model_runner import ModelRef, ModelRunner, painting_cost
+from .model_ref import ModelRef
+from .model_runner import ModelRunner
 from .settings import EvaluationSettings
+from .work_counter import painting_cost
 
 ALL = "all"
 BASELINES = ("base", "untrained", "soup", "chain", "task-vectors", "low-rank", "teachers")

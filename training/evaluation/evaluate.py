@@ -33,20 +33,13 @@ from .agreement import (
 )
 from .baselines import Contender
 from .distances import principal_axes, resample
-from .features import FeatureNet
+from .features import FeatureNet, PixelDecoder
 from .identify import Confusion, Verdict, confusion, identify
 from .matrix import MANY_FEATURES, Distances, Sets, Yardstick
-from .model_runner import (
-    FEATURE_COST,
-    ModelRef,
-    ModelRunner,
-    PixelDecoder,
-    WorkCounter,
-    check_compatible,
-    check_lineup,
-    painting_cost,
-)
+from .model_ref import ModelRef, check_compatible, check_lineup
+from .model_runner import ModelRunner
 from .settings import OF_FEATURES, EvaluationSettings
+from .work_counter import FEATURE_COST, WorkCounter, painting_cost
 
 
 @dataclass

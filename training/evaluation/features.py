@@ -1,4 +1,6 @@
-"""Pictures to feature vectors for FID and KID: the demo family's small network, or Inception v3 from a file that the user has.
+"""Latents to pictures, and pictures to feature vectors for FID and KID.
+
+The feature network is the demo family's small one, or Inception v3 from a file that the user has.
 
 Nothing is downloaded. Figures from different networks, or from the same network with other weights, cannot be compared.
 """
@@ -22,6 +24,15 @@ INCEPTION_SIDE, INCEPTION_FEATURES = 299, 2048
 _INCEPTION_MARK = "Conv2d_1a_3x3.conv.weight"
 _UNUSED = ("AuxLogits.", "fc.")
 """Begins of keys of the layers behind the features."""
+
+
+@dataclass
+class PixelDecoder:
+    """Turns latents into pixels. decode: (B, C, h, w), scaled as the UNet sees them -> (B, 3, H, W) in about [-1, 1]. key: a hash of the
+    VAE's weights."""
+
+    decode: Callable[[Tensor], Tensor]
+    key: str
 
 
 @dataclass

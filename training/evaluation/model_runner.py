@@ -11,21 +11,21 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...dmm_core.sampling import host_noise
-from ...dmm_core.unet import UNetConfig, load_unet
+from ...dmm_core.unet import load_unet
 from ..files.hashing import repr_sha256, tensor_sha256
 from ..files.pieces import read_piece, write_piece
 from ..paint.paint_rows import paint_rows
-from ..progress import ProgressCallback
-from ..teachers.teacher import Rows, Teacher, check_architectures, check_schedules, check_text
-from .features import FeatureNet
+from ..teachers.teacher import Teacher, check_text
+from .features import FeatureNet, PixelDecoder
+from .model_ref import ModelRef
 from .settings import SECOND_BATCH, EvaluationSettings
+from .work_counter import FEATURE_COST, WorkCounter, painting_cost
 
 logger = logging.getLogger(__name__)
 
@@ -34,68 +34,6 @@ PART = 16
 FORMAT = 1
 SMALL_PICTURE = 256 * 256
 """Pixels up to which a CPU paints a whole part at a time; of larger ones it paints one."""
-
-
-@dataclass
-class PromptStates:
-    """Text states of the evaluation's prompts: contexts (P, L, d) and, for SDXL, pooled (P, p). key: a hash of the text encoder, or of
-    the states."""
-
-    key: str
-    contexts: Rows
-    pooled: Rows | None = None
-
-
-@dataclass
-class ModelRef:
-    """A model of an evaluation, which is loaded when it is needed.
-
-    key: a hash; models that paint differently have different ones. open: loads it, with text states of the evaluation's prompts (row 0
-    is the empty prompt). config, zero_snr, prediction, text: its own, known before it is loaded; text is needed for merges only.
-    """
-
-    name: str
-    key: str
-    open: Callable[[], Teacher]
-    config: UNetConfig
-    zero_snr: bool = False
-    prediction: str = "eps"
-    text: PromptStates | None = None
-
-    @classmethod
-    def of(cls, teacher: Teacher, prompts: int) -> ModelRef:
-        """Of a model that is in memory already. prompts: the number of its text states."""
-        rows = torch.arange(prompts)
-        texts = [tensor_sha256(teacher.contexts[rows])]
-        if teacher.pooled is not None:
-            texts.append(tensor_sha256(teacher.pooled[rows]))
-        key = repr_sha256(teacher.weights_sha256, teacher.style, teacher.prediction, *texts)
-        text = PromptStates(repr_sha256(*texts), teacher.contexts, teacher.pooled)
-        return cls(teacher.name, key, lambda: teacher, teacher.unet.config, teacher.zero_snr, teacher.prediction, text)
-
-
-def check_lineup(teachers: Sequence[ModelRef], prompts: Sequence[str]) -> None:
-    """Raises ValueError for a teacher that is named twice, and where there is no prompt after the first, which must be empty."""
-    names = [teacher.name for teacher in teachers]
-    if len(set(names)) < len(names):
-        raise ValueError(f"a teacher is named twice: {', '.join(names)}")
-    if len(prompts) < 2 or prompts[0]:
-        raise ValueError("no prompts to paint were given")
-
-
-def check_compatible(student: ModelRef, others: Sequence[ModelRef]) -> None:
-    """Raises ValueError for models of another architecture or noise schedule than the student's."""
-    check_architectures(student.config, [(ref.name, ref.config) for ref in others])
-    check_schedules(student.zero_snr, [(ref.name, ref.zero_snr) for ref in others])
-
-
-@dataclass
-class PixelDecoder:
-    """Turns latents into pixels. decode: (B, C, h, w), scaled as the UNet sees them -> (B, 3, H, W) in about [-1, 1]. key: a hash of the
-    VAE's weights."""
-
-    decode: Callable[[Tensor], Tensor]
-    key: str
 
 
 def in_style(teacher: Teacher, style: int | None) -> Teacher:
@@ -108,19 +46,6 @@ def placed(teacher: Teacher, device: torch.device, dtype: torch.dtype) -> Teache
     if {(p.dtype, p.device) for p in teacher.unet.parameters()} == {(dtype, device)}:
         return teacher
     return dataclasses.replace(teacher, unet=load_unet(teacher.unet.state_dict(), dtype).to(device))
-
-
-class WorkCounter:
-    """Adds up work that is done and reports it. The unit is one forward of the UNet for one picture; what is read from a folder counts as
-    much as what is computed. total: all work of the evaluation."""
-
-    def __init__(self, total: int, progress: ProgressCallback | None):
-        self.total, self.done, self.progress = max(total, 1), 0, progress
-
-    def __call__(self, forwards: int, what: str) -> None:
-        self.done += forwards
-        if self.progress:
-            self.progress(min(self.done, self.total), self.total, what)
 
 
 class ModelRunner:
@@ -274,12 +199,3 @@ class ModelRunner:
     def decoded(self, latents: Tensor, decoder: PixelDecoder) -> Tensor:
         """Latents (B, C, h, w) -> pixels (B, 3, H, W) in about [-1, 1], on the decoder's device."""
         return decoder.decode(latents.float().to(self.device))
-
-
-FEATURE_COST = 4
-"""A guess at the cost of a picture's decoding and features, in forwards of the UNet. Only the progress bar depends on it."""
-
-
-def painting_cost(settings: EvaluationSettings) -> int:
-    """Forwards of the UNet for one picture: two a step with guidance."""
-    return settings.steps * (1 if settings.cfg == 1 else 2)

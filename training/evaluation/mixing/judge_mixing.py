@@ -24,20 +24,13 @@ from ...data.buckets import size_multiple
 from ...files.hashing import repr_sha256, tensor_sha256
 from ...progress import ProgressCallback
 from ...teachers.teacher import Teacher
-from ..features import FeatureNet
+from ..features import FeatureNet, PixelDecoder
 from ..identify import identify
 from ..matrix import Figure
-from ..model_runner import (
-    FEATURE_COST,
-    ModelRef,
-    ModelRunner,
-    PixelDecoder,
-    WorkCounter,
-    check_compatible,
-    check_lineup,
-    painting_cost,
-)
+from ..model_ref import ModelRef, check_compatible, check_lineup
+from ..model_runner import ModelRunner
 from ..settings import EvaluationSettings
+from ..work_counter import FEATURE_COST, WorkCounter, painting_cost
 from .figures import (
     FIGURES,
     Observations,

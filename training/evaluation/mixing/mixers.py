@@ -15,7 +15,7 @@ from ....dmm_core.sampling import to_one_length
 from ....dmm_core.style import style_row
 from ....dmm_core.unet import UNet, load_unet
 from ...teachers.teacher import Teacher, without_styles
-from ..model_runner import ModelRef
+from ..model_ref import ModelRef
 
 
 def blended(student: Teacher, shares: Mapping[int, float]) -> Teacher:

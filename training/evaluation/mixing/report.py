@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ....dmm_core.files import atomic_write
 from ...paint.images import GAP, INK, PAPER, default_font, grid, line_height, share_label
+from ..features import PixelDecoder
 from ..matrix import NORMAL_95, Figure
-from ..model_runner import PixelDecoder
 from ..report import as_json, table
 from .figures import FIGURES, FigureSpec
 from .judge_mixing import PATHS, Mixing, PairResult
