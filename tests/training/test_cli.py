@@ -218,7 +218,7 @@ def test_a_log_holds_few_lines_in_order(folder):
     """Both streams in one file: config, progress, result, as in ``dmm ... 2>&1 | tee log``."""
     write_config(folder, train={**SHORT, "steps": 30})
     words = ["-m", "comfyui_dmm.training.cli", "--threads", "1", "distill", "--config"]
-    command = [sys.executable, *words, folder / "run.yaml"]
+    command = [sys.executable, "-W", "ignore", *words, folder / "run.yaml"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
     config, after = done.stdout.split("\n}\n")
     assert json.loads(config + "}")["train"]["steps"] == 30

@@ -265,6 +265,6 @@ def test_several_processes_need_a_newer_torch_than_one(monkeypatch):
         monkeypatch.setattr(torch, "__version__", TorchVersion(version))
         check_parallel(TrainConfig(), processes)
 
-    with_torch("2.4.0", 1), with_torch("2.8.0+cu128", 2), with_torch("2.11.0", 2)
-    with pytest.raises(ValueError, match="torch is 2.7.1.cu126.*use torch 2.8 or newer, or one process"):
-        with_torch("2.7.1+cu126", 2)
+    with_torch("2.4.0", 1), with_torch("2.9.0+cu128", 2), with_torch("2.11.0", 2)
+    with pytest.raises(ValueError, match="torch is 2.8.0.cu128.*use torch 2.9 or newer, or one process"):
+        with_torch("2.8.0+cu128", 2)

@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from .families import SMALL
 from .test_cli import SHORT, folder, unet, write_config  # noqa: F401  (a fixture)
 
-pytestmark = pytest.mark.skipif(torch.__version__ < SEVERAL, reason="several processes need torch 2.8")
+pytestmark = pytest.mark.skipif(torch.__version__ < SEVERAL, reason="several processes need torch 2.9")
 
 SLOW = {"lr": 5e-5, "steps": 4, "batch_size": 8}
 LOSS, WEIGHT = 1e-5, 1e-5
