@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .fields import about, check_fields, is_number, setting, table
 from .presets import preset
+from .yaml_file import read_yaml
 
 INITS = ("base", "soup")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -29,6 +28,17 @@ EMA_DEVICES = ("auto", "cpu")
 PARALLELS = ("ddp", "fsdp")
 SAMPLINGS = ("uniform", "adaptive")
 LOSS_WEIGHTS = ("plain", "eps", "v", "x0", "min_snr")
+# What other trainers call a setting, where that is not near enough to ours for the hint in the error.
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    "max_train_steps": "steps",
+    "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulate",
+    "mixed_precision": "precision",
+    "max_grad_norm": "grad_clip",
+    "lr_scheduler": "lr_schedule",
+    "lr_warmup_steps": "warmup",
+}
 
 
 @dataclass
@@ -101,7 +111,11 @@ class TrainConfig:
         choices=OPTIMIZERS,
     )
     betas: tuple[float, float] = setting(
-        (0.9, 0.999), "Decay of AdamW's two running averages.", low=0, below=1, expected="two from 0 to 1"
+        (0.9, 0.999),
+        "Decay of AdamW's two running averages.",
+        low=0,
+        below=1,
+        expected="two numbers from 0 to below 1, as in [0.9, 0.99]",
     )
     weight_decay: float = setting(0.01, "Decoupled weight decay, as AdamW's.", low=0)
     grad_clip: float = setting(1.0, "Longest norm of the gradient; 0: not limited.", low=0)
@@ -115,7 +129,11 @@ class TrainConfig:
     lambda_adv: float = setting(
         0.01, "Weight of the adversarial loss (eq. 11; 0.01 in the paper); 0: no discriminator.", low=0
     )
-    adv_lr: float = setting(1e-5, "Learning rate of the discriminator, which has an optimiser of its own.", above=0)
+    adv_lr: float = setting(
+        1e-5,
+        "Learning rate of the discriminator, which has an AdamW of its own: no warm-up, schedule or clipping.",
+        above=0,
+    )
     adv_start: int = setting(0, "Step from which the student listens to the discriminator.", unit="steps", low=0)
 
     # --- the rows: captions, timesteps, teachers ---
@@ -370,16 +388,12 @@ def check_names(names: list[str]) -> None:
 def load_config(path: str | Path) -> DistillConfig:
     """Read and check a YAML config. Raises ValueError naming the file and the key that is wrong."""
     path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read the config '{path}': {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{path}' is not a YAML file: {error}") from error
+    raw = read_yaml(path)
     try:
         config = _build(DistillConfig, raw, "config")
         check_fields(config)  # before paths are made of texts
         check_fields(config.data, "data.")
+        check_fields(config.train, "train.")
         for i, teacher in enumerate(config.teachers):
             check_fields(teacher, f"teachers[{i}].")
         for name in ("base", "output", "run_dir", "parts_from"):
@@ -398,12 +412,18 @@ def load_config(path: str | Path) -> DistillConfig:
 
 def _build(cls: Any, raw: Any, where: str) -> Any:
     """A dataclass from a mapping; unknown and missing keys are named, with the nearest known one."""
+    if raw is None:
+        raise ValueError(f"{where} is empty: give settings under it, or leave it out")
     if not isinstance(raw, Mapping):
         raise ValueError(f"{where} must be a mapping of settings, got {type(raw).__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in raw:
         if key not in fields and not (cls is TrainConfig and key == "preset"):
-            near = difflib.get_close_matches(str(key), fields, n=1)
+            near = (
+                [OTHER_NAMES[key]]
+                if OTHER_NAMES.get(key) in fields
+                else difflib.get_close_matches(str(key), fields, n=1)
+            )
             hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(sorted(fields))}"
             raise ValueError(f"{where} has an unknown setting '{key}'{hint}")
     values = dict(raw)

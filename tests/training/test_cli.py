@@ -251,7 +251,7 @@ BREAKAGES = {
     ),
     "no captions": (lambda f: save_file({"latents": torch.randn(2, 4, 8, 8)}, f / "data.safetensors"), "captions"),
     "no text encoder": (lambda f: save_checkpoint(f / "base.safetensors", Checkpoint(unet=unet(0))), "no text encoder"),
-    "no such config": (lambda f: (f / "run.yaml").unlink(), "cannot read the config"),
+    "no such config": (lambda f: (f / "run.yaml").unlink(), "cannot read"),
 }  # fmt: skip
 
 

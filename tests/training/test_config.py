@@ -24,6 +24,7 @@ from comfyui_dmm.training.data.rollout_paths import RolloutSettings
 from comfyui_dmm.training.fields import describe
 from comfyui_dmm.training.parallel.sharding import check_parallel
 from comfyui_dmm.training.presets import PRESETS
+from comfyui_dmm.training.yaml_file import read_yaml
 from torch.torch_version import TorchVersion
 
 
@@ -91,6 +92,9 @@ def test_a_preset_is_what_the_file_does_not_say(tmp_path, good):
         ({"teachers": [{"name": "None", "file": "a.safetensors"}]}, "cannot be called 'none'"),
         ({"teachers": [{"name": "", "file": "a.safetensors"}]}, "is empty"),
         ({"teachers": [{"name": "A", "file": "nope.safetensors"}]}, "teacher 'A': there is no file"),
+        ({"train": {"learning_rate": 1e-4}}, "unknown setting 'learning_rate'; did you mean 'lr'"),
+        ({"train": {"steps": "100"}}, "train.steps is '100': expected a whole number"),
+        ({"train": None}, "train is empty: give settings under it, or leave it out"),
         ({"teachers": [{"name": "A"}]}, "teacher 'A' has neither a file nor loras"),
     ],
 )
@@ -106,8 +110,31 @@ def test_not_a_config(tmp_path, text):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(ValueError, match="cannot read the config"):
+    with pytest.raises(ValueError, match="cannot read .*no.yaml"):
         load_config(tmp_path / "no.yaml")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "base: a\ntrain:\n  lr: 1.0e-4\n  steps: 5\n  lr: 2.0e-4\n",
+            r"run.yaml: 'lr' is given twice, in lines 3 and 5",
+        ),
+        ("base: a\nbase: b\n", r"run.yaml: 'base' is given twice, in lines 1 and 2"),
+        ("teachers:\n  - {name: A, file: a, name: B}\n", r"run.yaml: 'name' is given twice, in lines 2 and 2"),
+        ("base: a\n  steps: 3\n", r'in "run.yaml", line 2'),
+    ],
+)
+def test_a_setting_that_is_given_twice_is_refused_and_places_are_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(write(tmp_path, text))
+
+
+def test_what_is_merged_in_may_be_given_once_more(tmp_path):
+    """A YAML merge key brings defaults: that is not giving a setting twice."""
+    text = "a: &shared {steps: 3, lr: 0.1}\nb:\n  <<: *shared\n  lr: 0.2\n"
+    assert read_yaml(write(tmp_path, text))["b"] == {"steps": 3, "lr": 0.2}
 
 
 def test_the_shipped_demo_config_is_complete():
@@ -174,9 +201,9 @@ def test_every_setting_refuses_what_is_no_value_of_it(name):
             {"adaptive_floor": 1.1},
             "adaptive_floor is 1.1: expected a share from above 0 to 1: with 0, cells that went well once would never be seen again",
         ),
-        ({"betas": (0.9, 1)}, "betas is (0.9, 1): expected two from 0 to 1"),
-        ({"betas": (0.9,)}, "betas is (0.9,): expected two from 0 to 1"),
-        ({"betas": 0.9}, "betas is 0.9: expected two from 0 to 1"),
+        ({"betas": (0.9, 1)}, "betas is (0.9, 1): expected two numbers from 0 to below 1, as in [0.9, 0.99]"),
+        ({"betas": (0.9,)}, "betas is (0.9,): expected two numbers from 0 to below 1, as in [0.9, 0.99]"),
+        ({"betas": 0.9}, "betas is 0.9: expected two numbers from 0 to below 1, as in [0.9, 0.99]"),
         ({"teacher_slots": 3}, "teacher_slots is 3: expected 1 or 2"),
         ({"memory": "8"}, "memory is '8': expected GB, auto or off"),
         ({"ema_gamma": 0}, "ema_gamma is 0: expected > 0 or null"),
@@ -208,7 +235,7 @@ def test_what_is_within_the_bounds_passes():
         ({"data": {"count": 0}}, "data.count is 0: expected a whole number from 1"),
         ({"data": {"kind": "cache", "file": 7}}, "data.file is 7: expected text"),
         ({"attack": {"codes": -1}}, "attack.codes is -1: expected a whole number from 0"),
-        ({"train": {"tf32": "maybe"}}, "tf32 is 'maybe': expected true or false"),
+        ({"train": {"tf32": "maybe"}}, "train.tf32 is 'maybe': expected true or false"),
     ],
 )
 def test_values_of_a_wrong_kind_in_a_file(tmp_path, good, change, message):
