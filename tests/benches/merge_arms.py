@@ -83,7 +83,7 @@ class ReleasedTargets:
             raise RuntimeError("the batch without dropout is another one")
         g = torch.Generator().manual_seed(hash_seed(c.seed, "the teachers' own dropout", number))
         drop = torch.rand(len(batch), generator=g) < c.caption_dropout
-        return self.plain(dataclasses.replace(batch, rows=torch.where(drop, 0, undropped.rows)), x_t, t, features)
+        return self.plain(dataclasses.replace(batch, caption=torch.where(drop, 0, undropped.caption)), x_t, t, features)
 
 
 def settings(arm: str, steps: int, seed: int, rate: float | None) -> DistillConfig:

@@ -99,7 +99,12 @@ def queue(server, graph, on_message=None) -> tuple[str, list]:
                 message = (loaded["type"], loaded["data"])
             messages.append(message)
             if on_message:
-                on_message(message)
+                try:
+                    on_message(message)
+                except BaseException:
+                    # Else an endless run would keep the server from all tests after this one.
+                    requests.post(f"http://{server.address}/interrupt", json={}, timeout=30)
+                    raise
             ends = ("execution_success", "execution_error", "execution_interrupted")
             if message[0] in ends and message[1].get("prompt_id") == prompt:
                 return message[0], messages
@@ -148,7 +153,7 @@ def test_cancel_keeps_what_was_learnt_and_the_same_graph_goes_on(files):
     (path,) = saved(files, "cancelled")
     part = load_checkpoint(path).recipe["steps_done"]
     assert 3 <= part < 40
-    (run,) = (files.base / "output" / "dmm_runs").glob("cancelled-*")
+    (run,) = (files.base / "output" / "dmm_runs").glob("cancelled-????????")
     assert [p.name for p in states(run)] == [f"state-{part:08d}.safetensors"]
 
     end, messages = queue(files, graph(steps=40, name="cancelled", preview_every=0, save_every=1000))

@@ -244,7 +244,7 @@ def test_the_whole_recipe_runs_in_the_graph(files):  # noqa: F811
     train = recipe(files, "all-of-it")["train"]
     assert train["batch_size"] * train["accumulate"] == 8 and train["trainable"] == "lora"
     assert recipe(files, "all-of-it")["steps_done"] == 5
-    (run,) = (files.base / "output" / "dmm_runs").glob("all-of-it-*")
+    (run,) = (files.base / "output" / "dmm_runs").glob("all-of-it-????????")
     names = {p.name for p in run.iterdir()}
     assert {BEST, "log.jsonl", "pictures", "painted"} <= names
 

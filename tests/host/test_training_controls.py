@@ -29,7 +29,7 @@ def training(server) -> list[dict]:
 
 
 def run_folder(server, name):
-    (folder,) = (server.base / "output" / "dmm_runs").glob(f"{name}-*")
+    (folder,) = (server.base / "output" / "dmm_runs").glob(f"{name}-????????")
     return folder
 
 

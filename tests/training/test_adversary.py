@@ -49,7 +49,7 @@ def test_features_are_of_the_renoised_clean_latents(prediction):
     losses = run.losses(batch, 5)
     noise = draw_renoise(run.config.seed, 5, tuple(batch.x_t.shape), run.schedule)
     for i in range(6):
-        who, t, row = int(batch.teacher[i]), int(batch.t[i]), batch.rows[i : i + 1]
+        who, t, row = int(batch.teacher[i]), int(batch.t[i]), batch.caption[i : i + 1]
         a, b = ABAR[t].sqrt().float(), (1 - ABAR[t]).sqrt().float()
         x_t = batch.x_t[i : i + 1]
         seen = {}

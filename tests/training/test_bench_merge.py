@@ -73,9 +73,9 @@ def test_the_release_drops_captions_of_teachers_and_student_separately():
     plain = run.targets
     run.targets = ReleasedTargets(run)
     batch = run.draws(0)
-    before = batch.rows.clone()
+    before = batch.caption.clone()
     theirs, shared = (targets(batch, batch.x_t, batch.t).out for targets in (run.targets, plain))
-    assert torch.equal(batch.rows, before)  # what the student sees
+    assert torch.equal(batch.caption, before)  # what the student sees
     differ = (theirs - shared).abs().flatten(1).amax(1) > 1e-6
     assert 4 <= int(differ.sum()) <= 20  # of 24 rows half are expected to be dropped for one of the two only
     with pytest.raises(RuntimeError, match="another one"):

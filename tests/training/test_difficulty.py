@@ -173,14 +173,14 @@ def test_batches_are_drawn_by_what_is_free(kind):
     if owner is not None:
         pictures = CaptionedLatents(small_data(12).buckets[0], [f"picture {i}" for i in range(12)], owner)
         for batch in batches(chances, 30, base_share=0.2, data=pictures):
-            for who, row in zip(batch.teacher.tolist(), batch.rows.tolist()):
+            for who, row in zip(batch.teacher.tolist(), batch.caption.tolist()):
                 assert who == 3 or row == 0 or int(pictures.prompts[row].split()[1]) % 3 == who
 
 
 def test_a_batch_goes_to_its_share_with_its_weights():
     batch = batches(learnt().chances(), 1)[0]
     part = batch.share(slice(5, 9))
-    for name in ("x_t", "t", "teacher", "rows", "importance", "t_importance"):
+    for name in ("x_t", "t", "teacher", "caption", "importance", "t_importance"):
         assert torch.equal(getattr(part, name), getattr(batch, name)[5:9])
 
 
@@ -224,7 +224,7 @@ def test_without_it_batches_are_what_they_were():
     for number in range(40):
         batch = data.batch(number, Draw(7, 16, 3, 0.1, 0.1, SCHEDULE))
         assert batch.importance is None and batch.t_importance is None
-        for x in (batch.t, batch.teacher, batch.rows):
+        for x in (batch.t, batch.teacher, batch.caption):
             digest.update(x.numpy().tobytes())
     assert digest.hexdigest() == "b8292af359d33b705b81e4d14a31ca12546cb5a16ad14e3bcfad1eb66c666eac"
 

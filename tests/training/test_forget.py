@@ -49,7 +49,7 @@ def test_the_old_code_must_paint_as_without_a_style_and_the_others_as_before():
     )
     batch = run.data.batch(0, Draw(1, 30, 5, 0.0, 0.0, run.schedule))
     target = run.targets(batch, batch.x_t, batch.t).out
-    context, _ = run.base.conditioning(batch.rows, (8, 8), CPU)
+    context, _ = run.base.conditioning(batch.caption, (8, 8), CPU)
     for i, style in ((0, 0), (1, 2), (2, None), (3, None), (4, None)):
         mine = batch.teacher == i
         rows = None
@@ -100,7 +100,7 @@ def test_a_search_brings_the_style_back_where_it_is():
     """In the old model itself: the code that is there is an upper bound on what a search should come near to."""
     run = forgetting()
     one = run.kind.forgotten[0]
-    search = Search(run, run.student.unet, one.rows[1:], run.kind.sample(run, one, 2))
+    search = Search(run, run.student.unet, one.code_rows[1:], run.kind.sample(run, one, 2))
     start = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
     codes = fit_codes(search, start, 60)
     before, after = (mean_errors(search, c, range(500, 504)) for c in (start, codes))
@@ -117,11 +117,11 @@ def test_the_error_of_a_code_is_eq_9_of_its_own_samples():
     run = forgetting()
     one = run.kind.forgotten[0]
     sample = run.kind.sample(run, one, 2)
-    search = Search(run, run.student.unet, one.rows[1:], sample)
+    search = Search(run, run.student.unet, one.code_rows[1:], sample)
     codes = torch.randn(2, 256)
     batch, which, target = sample(7)
     got, _ = search.errors(codes, 7)
-    unet, (context, _) = run.student.unet, run.base.conditioning(batch.rows, (8, 8), CPU)
+    unet, (context, _) = run.student.unet, run.base.conditioning(batch.caption, (8, 8), CPU)
     book = torch.nn.Embedding.from_pretrained(codes)
     rows = torch.nn.functional.one_hot(which, 3).float()
     rows[:, -1] = 1.0

@@ -81,7 +81,7 @@ def test_old_styles_are_told_by_the_frozen_model_in_one_forward(monkeypatch):
     monkeypatch.undo()
     for row, i in enumerate(batch.teacher.tolist()):
         source = (*run.teachers, run.base)[i]
-        context, y = source.conditioning(batch.rows[row : row + 1], batch.x_t.shape[2:], run.device)
+        context, y = source.conditioning(batch.caption[row : row + 1], batch.x_t.shape[2:], run.device)
         style = style_row(3, i) if i < 3 else None
         want, blocks = source.unet(
             batch.x_t[row : row + 1], batch.t[row : row + 1], context, y, style=style, features=True
@@ -136,7 +136,7 @@ def test_a_warm_start_finds_a_better_code_and_moves_nothing_else():
     def error() -> float:
         batch = run.data.batch(0, Draw(9, 24, 4, 0.0, 0.0, run.schedule, (0.0, 0.0, 0.0, 1.0)))
         target = run.targets(batch, batch.x_t, batch.t).out
-        out = run.student.predict(batch.x_t, batch.t, batch.rows, style_rows(batch.teacher, run.num_styles)).out
+        out = run.student.predict(batch.x_t, batch.t, batch.caption, style_rows(batch.teacher, run.num_styles)).out
         return (out - target).square().mean().item()
 
     before, weights = error(), {k: v.clone() for k, v in run.student.unet.state_dict().items()}

@@ -39,13 +39,13 @@ def test_losses_equal_a_recomputation_row_by_row(config, prediction):
     """Every row on its own, straight from the definitions: tolerance 1e-5."""
     run = small_run(teachers=3, base_share=0.3, prediction=prediction, **({"config": config} if config else {}))
     batch = run.data.batch(0, Draw(run.config.seed, 16, 3, 0.3, 0.4, run.schedule))
-    assert 3 in batch.teacher and (batch.rows == 0).any() and not (batch.rows == 0).all()
+    assert 3 in batch.teacher and (batch.caption == 0).any() and not (batch.caption == 0).all()
     losses = run.losses(batch)
     abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
     everyone = [*run.teachers, run.base]
     for i in range(16):
         a, b = abar[batch.t[i]].sqrt().float(), (1 - abar[batch.t[i]]).sqrt().float()
-        x_t, row = batch.x_t[i : i + 1], int(batch.rows[i])
+        x_t, row = batch.x_t[i : i + 1], int(batch.caption[i])
         who = int(batch.teacher[i])
         style = torch.zeros(1, 4)
         if who < 3:
@@ -74,7 +74,7 @@ def test_a_batch_noises_pictures_and_drops_captions_as_it_says():
     noises, seen = [], set()
     for number in range(200):
         batch = data.batch(number, Draw(5, 2, 2, 0.2, 0.25, schedule))
-        for x_t, t, row in zip(batch.x_t, batch.t, batch.rows):
+        for x_t, t, row in zip(batch.x_t, batch.t, batch.caption):
             a, b = schedule.alphas_cumprod[t].sqrt(), (1 - schedule.alphas_cumprod[t]).sqrt()
             guesses = [(x_t - a * x0) / b for x0 in data.buckets[0]]
             which = min(range(3), key=lambda i: abs(guesses[i].square().mean().item() - 1)) if b > 0.5 else None
@@ -96,7 +96,7 @@ def test_teachers_never_move_and_everything_of_the_student_does():
     assert [k for k, v in run.student.unet.state_dict().items() if torch.equal(v, start[k])] == []
 
 
-FIELDS = ("x_t", "t", "teacher", "rows")
+FIELDS = ("x_t", "t", "teacher", "caption")
 
 
 def test_a_batch_follows_from_seed_and_number():
@@ -146,7 +146,7 @@ def test_pictures_with_an_owner_teach_no_other_teacher():
     owned = CaptionedLatents(data.buckets[0], [f"picture {i}" for i in range(12)], torch.arange(12) % 3)
     for number in range(30):
         batch = owned.batch(number, Draw(0, 8, 3, 0.2, 0.0, NoiseSchedule()))
-        for teacher, row in zip(batch.teacher.tolist(), batch.rows.tolist()):
+        for teacher, row in zip(batch.teacher.tolist(), batch.caption.tolist()):
             assert teacher in (3, int(owned.prompts[row].split()[1]) % 3)
 
 
@@ -154,7 +154,7 @@ def test_shares_of_base_rows_and_dropped_captions():
     data, schedule = small_data(64), NoiseSchedule()
     batches = [data.batch(number, Draw(0, 64, 3, 0.25, 0.1, schedule)) for number in range(60)]
     base = torch.cat([b.teacher == 3 for b in batches]).float().mean().item()
-    dropped = torch.cat([b.rows == 0 for b in batches]).float().mean().item()
+    dropped = torch.cat([b.caption == 0 for b in batches]).float().mean().item()
     assert abs(base - 0.25) < 0.03 and abs(dropped - 0.1) < 0.02  # 3840 draws: 4 sigma is 0.028 and 0.019
 
 
@@ -164,7 +164,7 @@ def test_pictures_are_not_tied_to_teachers():
     met = set()
     for number in range(120):
         b = data.batch(number, Draw(0, 12, 4, 0.0, 0.0, NoiseSchedule()))
-        met |= set(zip(b.teacher.tolist(), b.rows.tolist()))
+        met |= set(zip(b.teacher.tolist(), b.caption.tolist()))
     assert len(met) == 4 * 24
 
 

@@ -410,15 +410,17 @@ def test_targets_captions_and_dropout(made, family):
     for number in range(12):
         batch = data.batch(number, Draw(1, 8, 3, 0.2, 0.4, SCHEDULE))
         assert batch.target.shape == batch.x_t.shape and batch.x_t.dtype == batch.target.dtype == torch.float32
-        assert batch.t.dtype == torch.int64 and len(batch.rows) == 8
+        assert batch.t.dtype == torch.int64 and len(batch.caption) == 8
         for i, owner in enumerate(batch.teacher.tolist()):
             with torch.no_grad():
-                out = nets[owner](batch.x_t[i : i + 1], batch.t[i : i + 1], texts[owner][batch.rows[i : i + 1]])
+                out = nets[owner](batch.x_t[i : i + 1], batch.t[i : i + 1], texts[owner][batch.caption[i : i + 1]])
             torch.testing.assert_close(batch.target[i : i + 1], out, atol=2e-5, rtol=2**-11)
             owners.append(owner)
-            dropped += int(batch.rows[i] == 0)
+            dropped += int(batch.caption[i] == 0)
         again = data.batch(number, Draw(1, 8, 3, 0.2, 0.4, SCHEDULE))
-        assert all(torch.equal(getattr(batch, k), getattr(again, k)) for k in ("x_t", "t", "teacher", "rows", "target"))
+        assert all(
+            torch.equal(getattr(batch, k), getattr(again, k)) for k in ("x_t", "t", "teacher", "caption", "target")
+        )
     assert 0.17 < owners.count(3) / len(owners) < 0.23 and 0.25 < dropped / 96 < 0.55
 
 
@@ -476,7 +478,7 @@ def test_the_shipped_family_from_files(tmp_path):
     for i, name in enumerate(data.names):
         network, mine = load_unet(load_checkpoint(files[name]).unet).eval(), batch.teacher == i
         with torch.no_grad():
-            out = network(batch.x_t[mine], batch.t[mine], contexts[batch.rows[mine]])
+            out = network(batch.x_t[mine], batch.t[mine], contexts[batch.caption[mine]])
         torch.testing.assert_close(batch.target[mine], out, atol=4e-3, rtol=3e-3)
 
 

@@ -37,17 +37,17 @@ def test_dropped_captions_lose_their_pooled_text_with_them():
         seen_by(teacher.unet, calls)
     batch = run.draws(0)
     run.train_step()
-    dropped = batch.rows == 0
+    dropped = batch.caption == 0
     assert 5 < dropped.sum() < 27
     ((context, y, _),) = student
     sizes = timestep_embedding(torch.tensor([64, 64, 0, 0, 64, 64]), 256).flatten().expand(32, -1)
-    assert torch.equal(context, run.base.contexts[batch.rows])
-    torch.testing.assert_close(y, torch.cat([run.base.pooled[batch.rows], sizes], dim=1))
+    assert torch.equal(context, run.base.contexts[batch.caption])
+    torch.testing.assert_close(y, torch.cat([run.base.pooled[batch.caption], sizes], dim=1))
     for i, (teacher, calls) in enumerate(zip(everyone, taught)):
         mine = batch.teacher == i
         ((context, y, _),) = calls
-        assert torch.equal(context, teacher.contexts[batch.rows[mine]])
-        torch.testing.assert_close(y, torch.cat([teacher.pooled[batch.rows[mine]], sizes[mine]], dim=1))
+        assert torch.equal(context, teacher.contexts[batch.caption[mine]])
+        torch.testing.assert_close(y, torch.cat([teacher.pooled[batch.caption[mine]], sizes[mine]], dim=1))
         empty = teacher.contexts[0], teacher.pooled[0]
         assert all(
             torch.equal(part, e)
@@ -85,7 +85,7 @@ def test_mixed_predictions_meet_in_the_students():
     sigma = (1 - alpha**2).sqrt()
     for i, teacher in enumerate((eps, v)):
         mine = batch.teacher == i
-        context, y = teacher.conditioning(batch.rows[mine], (8, 8), torch.device("cpu"))
+        context, y = teacher.conditioning(batch.caption[mine], (8, 8), torch.device("cpu"))
         with torch.no_grad():
             out = teacher.unet(batch.x_t[mine], batch.t[mine], context, y)
         if i == 0:  # v = alpha eps - sigma x0 (arXiv:2202.00512), x0 = (x_t - sigma eps) / alpha

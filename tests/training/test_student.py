@@ -35,9 +35,9 @@ def test_a_low_rank_students_file_paints_what_it_painted():
     batch = run.draws(0)
     with torch.no_grad():
         rows = style_rows(batch.teacher, run.num_styles)
-        ours = run.student.predict(batch.x_t, batch.t, batch.rows, rows).out
+        ours = run.student.predict(batch.x_t, batch.t, batch.caption, rows).out
         file = load_unet(run.student_weights(averaged=False))
-        context, _ = run.base.conditioning(batch.rows, (8, 8), torch.device("cpu"))
+        context, _ = run.base.conditioning(batch.caption, (8, 8), torch.device("cpu"))
         theirs = file(batch.x_t, batch.t, context, style=rows)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 

@@ -23,7 +23,7 @@ def test_it_is_the_mean_error_of_the_averaged_student(prediction):
         for number in range(3):
             batch = run.data.batch(number, Draw(seed, 8, 3, 0.0, 0.0, run.schedule))
             for i in range(8):
-                row, who = batch.rows[i : i + 1], int(batch.teacher[i])
+                row, who = batch.caption[i : i + 1], int(batch.teacher[i])
                 style = torch.zeros(1, 4)
                 style[0, [who, 3]] = 1.0
                 x_t, t = batch.x_t[i : i + 1], batch.t[i : i + 1]
@@ -38,4 +38,4 @@ def test_it_is_the_mean_error_of_the_averaged_student(prediction):
 def test_it_does_not_look_at_dropped_captions_or_the_base():
     run = small_run(caption_dropout=0.9, base_share=0.9, validation=16)
     batch = run.data.batch(0, Draw(hash_seed(run.config.seed, "validation"), 8, 3, 0.0, 0.0, run.schedule))
-    assert (batch.rows > 0).all() and (batch.teacher < 3).all()
+    assert (batch.caption > 0).all() and (batch.teacher < 3).all()

@@ -26,7 +26,7 @@ class Batch:
     """The inputs of one forward of the student and the teachers.
 
     x_t (B, C, h, w) float32; t (B,) timesteps; teacher (B,), sorted so that each teacher's rows are a slice, N standing
-    for the base; rows (B,) of the captions in ``Teacher.contexts``, 0 where the caption is dropped. target (B, C, h,
+    for the base; caption (B,), its row in ``Teacher.contexts``, 0 where the caption is dropped. target (B, C, h,
     w): what the teachers predict, each in its own parameterisation, where the data hold it (rollouts), else None.
     importance, t_importance (B,): importance weights of rows that were not drawn uniformly (``Drawn``), else None.
     full: the batch of all processes where this is one process's share of it, its rows from ``start`` on; None where
@@ -36,7 +36,7 @@ class Batch:
     x_t: Tensor
     t: Tensor
     teacher: Tensor
-    rows: Tensor
+    caption: Tensor
     target: Tensor | None = None
     importance: Tensor | None = None
     t_importance: Tensor | None = None
@@ -56,7 +56,7 @@ class Batch:
             self.x_t[place],
             self.t[place],
             self.teacher[place],
-            self.rows[place],
+            self.caption[place],
             target=cut(self.target),
             importance=cut(self.importance),
             t_importance=cut(self.t_importance),

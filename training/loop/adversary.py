@@ -122,7 +122,7 @@ class Discriminator:
             return None
         noise = draw_renoise(self.seed, number, tuple(batch.global_batch.x_t.shape), self.schedule)
         noise = noise.rows(slice(batch.start, batch.start + len(batch))).rows(judged).to(self.device)
-        context, y = self.base.conditioning(batch.rows[judged], x_t.shape[2:], self.device)
+        context, y = self.base.conditioning(batch.caption[judged], x_t.shape[2:], self.device)
         backbone.gradient_checkpointing = self.gradient_checkpointing
         return View(self.head, backbone, self.schedule, x_t[judged], t[judged], noise, context, y, self.autocast)
 

@@ -34,12 +34,12 @@ LR = 0.03
 
 @dataclass
 class Search:
-    """What a search for codes asks: ``unet``'s rows ``rows``, of which (B,) ``which`` each sample of a batch uses, should predict
+    """What a search for codes asks: ``unet``'s rows ``code_rows``, of which (B,) ``which`` each sample of a batch uses, should predict
     ``target`` (B, C, h, w) on the samples of the batch. ``run`` gives captions, schedule and precision."""
 
     run: Trainer
     unet: UNet
-    rows: Sequence[int]
+    code_rows: Sequence[int]
     sample: Callable[[int], tuple[Batch, Tensor, Tensor]]
     """number -> (batch, which, target)"""
 
@@ -48,7 +48,7 @@ class Search:
         self.sample = functools.lru_cache(maxsize=REMEMBERED)(self.sample)
 
     def errors(self, codes: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """(eq. 9 loss (B,), which (B,)) of batch ``number`` with these codes (K, D) in the place of ``rows``."""
+        """(eq. 9 loss (B,), which (B,)) of batch ``number`` with these codes (K, D) in the place of ``code_rows``."""
         batch, which, target = self.sample(number)
         out = self._predict(codes, batch, which)
         return score_loss(out, target), which
@@ -57,13 +57,13 @@ class Search:
         run, unet = self.run, self.unet
         x_t, t = batch.x_t.to(run.device), batch.t.to(run.device)
         weight = unet.model_embedding.weight.detach().float()
-        rows = torch.tensor(self.rows, device=weight.device)
+        rows = torch.tensor(self.code_rows, device=weight.device)
         book = weight.index_copy(0, rows, codes.float()).to(unet.model_embedding.weight.dtype)
         style = torch.zeros(len(which), len(weight) + 1)
         style[torch.arange(len(which)), rows.cpu()[which]] = 1.0
         style[:, -1] = 1.0
         with run.autocast():
-            context, y = run.base.conditioning(batch.rows, x_t.shape[2:], run.device)
+            context, y = run.base.conditioning(batch.caption, x_t.shape[2:], run.device)
             given = {"y": y, "style": style.to(run.device)}
             out = functional_call(unet, {f"{CODEBOOK}.weight": book}, (x_t, t, context), given)
         return out.float()
@@ -100,7 +100,7 @@ def mean_errors(search: Search, codes: Tensor, numbers: Sequence[int]) -> Tensor
 
 def best_start(search: Search, candidates: Tensor, number: int = 0) -> Tensor:
     """(K, D): of ``candidates`` (M, D), for each code the one with the lowest error on one batch."""
-    count = len(search.rows)
+    count = len(search.code_rows)
     errors = [mean_errors(search, one.expand(count, -1), [number]) for one in candidates]
     return candidates[torch.stack(errors).argmin(0)]
 
@@ -181,7 +181,7 @@ def recover(
     for number in numbers:
         batch, _, target = test.sample(number)
         with torch.no_grad(), run.autocast():
-            context, y = run.base.conditioning(batch.rows, batch.x_t.shape[2:], device)
+            context, y = run.base.conditioning(batch.caption, batch.x_t.shape[2:], device)
             out = attacked(batch.x_t.to(device), batch.t.to(device), context, y=y)
         nothing.append(score_loss(out.float(), target).mean())
     return Recovery(

@@ -27,7 +27,7 @@ from ..progress import ProgressCallback
 from ..seeds import hash_seed
 from ..teachers.teacher import Teacher
 from .codes import Search, fit_codes, recover
-from .kinds import Distil, guarded_shares
+from .kinds import RunKind, guarded_shares
 from .trainer import Trainer
 
 
@@ -36,11 +36,11 @@ class Forgotten:
     """A style to forget: its place in the old model, and the rows of the student's codebook that stand for it."""
 
     teacher: Teacher
-    rows: list[int]
+    code_rows: list[int]
 
 
 @dataclass(frozen=True)
-class Forget(Distil):
+class Forget(RunKind):
     """``base``, a DMM model, loses the styles of ``forgotten`` and keeps the first ``kept``.
 
     While it trains, codebook rows follow those of the styles that stay: for each forgotten style its old code and ``attack.codes``
@@ -86,7 +86,7 @@ class Forget(Distil):
         unet = run.student.unet
         book = unet.model_embedding.weight
         for number, one in enumerate(self.forgotten):
-            rows = one.rows[1:]
+            rows = one.code_rows[1:]
             start = book.detach()[rows].float().clone()
             # They go on from where they were, but one begins anew: the network must not learn these few only.
             fresh = (run.step // self.attack.every) % len(rows)
@@ -104,7 +104,7 @@ class Forget(Distil):
         draw = Draw(
             hash_seed(c.seed, "search", run.step, one.teacher.name),
             c.batch_size, run.num_styles, 0.0, c.caption_dropout, run.schedule,
-            tuple(float(i == one.rows[0]) for i in range(run.num_styles)),
+            tuple(float(i == one.code_rows[0]) for i in range(run.num_styles)),
         )  # fmt: skip
 
         def batch_of(number: int) -> tuple[Batch, Tensor, Tensor]:
@@ -182,7 +182,7 @@ def forgetting(
         book, codes = run.student.unet.model_embedding.weight, base.unet.model_embedding.weight
         for one, style in zip(kind.forgotten, (old.style for old in gone)):
             if isinstance(style, int):
-                book[one.rows[0]] = codes[style].to(book)
+                book[one.code_rows[0]] = codes[style].to(book)
     return run
 
 
@@ -192,7 +192,7 @@ def ask_old(run: Trainer, style: Teacher, batch: Batch) -> Tensor:
     x_t, t = batch.x_t.to(run.device), batch.t.to(run.device)
     with run.autocast():
         # With the base's text states, which the old model's styles share.
-        return run.base.predict(x_t, t, batch.rows, style.style_row, unet=run.targets.pool.get(run.num_styles)).out
+        return run.base.predict(x_t, t, batch.caption, style.style_row, unet=run.targets.pool.get(run.num_styles)).out
 
 
 def named(styles: Sequence[Teacher], name: str) -> Teacher:

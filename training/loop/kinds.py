@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Distil:
-    """N teachers -> a student with N styles. The other kinds say what differs."""
+class RunKind:
+    """What a kind decides, and the moments at which the trainer asks it. As written here: N teachers -> a student with N styles."""
 
     # --- what a kind decides ------------------------------------------------------------------------------------------
 
@@ -64,7 +64,12 @@ class Distil:
 
 
 @dataclass(frozen=True)
-class Grow(Distil):
+class Distil(RunKind):
+    """N teachers -> a student with N styles: nothing differs."""
+
+
+@dataclass(frozen=True)
+class Grow(RunKind):
     """A DMM model learns more styles (arXiv:2504.12364, Sec. 3.5): its own styles, ``guarded`` by teacher index, have the frozen model as
     their teacher, so that they stay."""
 
@@ -81,7 +86,7 @@ class Grow(Distil):
             warm_start(run, self.guarded, tick)
 
 
-def kind_of(base: Teacher, teachers: Sequence[Teacher]) -> Distil:
+def kind_of(base: Teacher, teachers: Sequence[Teacher]) -> RunKind:
     """Grow where some teachers are styles that the base has already, else Distil."""
     guarded = tuple(i for i, t in enumerate(teachers) if t.unet is base.unet and t.style is not None)
     return Grow(guarded) if guarded else Distil()

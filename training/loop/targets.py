@@ -67,7 +67,7 @@ class Targets:
             there, teacher = rows.to(self.device), self.models[i]
             style = self._style_rows[batch.teacher[rows].to(self.device)] if unet.config.num_styles else None
             with self.autocast():
-                said = teacher.predict(x_t[there], t[there], batch.rows[rows], style, features=features, unet=unet)
+                said = teacher.predict(x_t[there], t[there], batch.caption[rows], style, features=features, unet=unet)
             targets.append(self.as_student(said.out, x_t[there], t[there], teacher))
             features_of.append(said.features)
             places.append(rows)

@@ -26,7 +26,7 @@ from .adversary import Discriminator
 from .checks import check_run
 from .draws import Draws, difficulty_of
 from .gathered import gathered
-from .kinds import Distil, kind_of
+from .kinds import RunKind, kind_of
 from .metrics import Metrics, MicroBatch, by_teacher, measured
 from .objective import Losses, Objective
 from .optimizers import learning_rate, make_optimizer, parameter_groups
@@ -54,7 +54,7 @@ class Trainer:
         config: TrainConfig,
         *,
         device: torch.device = CPU,
-        kind: Distil | None = None,
+        kind: RunKind | None = None,
         ranks: Ranks | None = None,
     ):
         c, ranks = config, ranks or Ranks()
@@ -137,7 +137,7 @@ class Trainer:
         x_t, t = batch.x_t.to(self.device), batch.t.to(self.device)
         teacher = self.targets(batch, x_t, t, features)
         style = style_rows(batch.teacher, self.num_styles)
-        student = self.student.predict(x_t, t, batch.rows, style, features=features)
+        student = self.student.predict(x_t, t, batch.caption, style, features=features)
         view = None
         if self.discriminator:
             view = self.discriminator.view(batch, number, x_t=x_t, t=t, backbone=self.targets.pool.get(self.num_styles))

@@ -27,7 +27,7 @@ def validation_error(run: Trainer) -> float:
         for number in range(math.ceil(c.validation / c.batch_size)):
             batch = run.draws.local(run.data.batch(number, draw))
             x_t, t = batch.x_t.to(run.device), batch.t.to(run.device)
-            student = run.student.predict(x_t, t, batch.rows, style_rows(batch.teacher, run.num_styles))
+            student = run.student.predict(x_t, t, batch.caption, style_rows(batch.teacher, run.num_styles))
             total += score_loss(student.out, run.targets(batch, x_t, t).out).sum().item()
             count += len(batch.t)
     total, count = run.ranks.sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
