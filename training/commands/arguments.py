@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..fields import about_field, default_of, describe
 
 
 def named_file(text: str) -> tuple[str, str]:
@@ -20,3 +24,20 @@ def size(text: str) -> tuple[int, int]:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT")
     return int(match[1]), int(match[2])
+
+
+def add_settings(
+    parser: argparse.ArgumentParser, cls: type, names: Iterable[str], defaults: Mapping[str, Any] | None = None
+) -> None:
+    """An option for each of the settings ``names`` of a dataclass with ``fields``: its help comes from there, and its default where
+    ``defaults`` has no other."""
+    rows = {row.name: row for row in describe(cls)}
+    for name in names:
+        row, default = rows[name], (defaults or {}).get(name, default_of(cls, name))
+        allowed = f" One of {row.values}." if about_field(cls, name).choices else ""
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(default),
+            default=default,
+            help=f"{row.doc}{allowed} (default: {default})",
+        )

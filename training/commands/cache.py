@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 
 from ..data.rollout_paths import RolloutSettings
-from ..fields import about_field, default_of, describe
-from .arguments import named_file, size
+from ..fields import describe
+from .arguments import add_settings, named_file, size
 from .progress_bar import ProgressBar
+
+ROLLOUT_OPTIONS = [
+    row.name for row in describe(RolloutSettings) if row.name != "sizes"
+]  # --size, which may be repeated
 
 
 def add_parsers(commands) -> None:
@@ -46,17 +50,7 @@ def add_parsers(commands) -> None:
     rollouts.add_argument(
         "--size", action="append", type=size, metavar="WxH", help="in pixels, repeatable (default: the family's)"
     )
-    for row in describe(RolloutSettings):
-        if row.name == "sizes":  # --size
-            continue
-        default = default_of(RolloutSettings, row.name)
-        allowed = f" {row.values}" if about_field(RolloutSettings, row.name).choices else ""
-        rollouts.add_argument(
-            f"--{row.name.replace('_', '-')}",
-            type=type(default),
-            default=default,
-            help=f"{row.doc}{allowed} (default: {row.default})",
-        )
+    add_settings(rollouts, RolloutSettings, ROLLOUT_OPTIONS)
     rollouts.set_defaults(run=run_rollouts)
 
     text = actions.add_parser("text", help="add teachers' text encoders to a finished cache of either kind")
@@ -108,7 +102,7 @@ def run_rollouts(args) -> None:
     names = [name for name, _ in args.teacher]
     if len(set(names)) < len(names):
         raise ValueError(f"two teachers of one name: {', '.join(names)}")
-    options = {row.name: getattr(args, row.name) for row in describe(RolloutSettings) if row.name != "sizes"}
+    options = {name: getattr(args, name) for name in ROLLOUT_OPTIONS}
     settings = RolloutSettings(sizes=tuple(args.size or ()), **options)
     captions = read_caption_file(args.captions)
     counts = build_rollouts(

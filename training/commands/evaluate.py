@@ -15,8 +15,14 @@ from ..evaluation.baselines import ALL, BASELINES, RANK, Contender, another_stud
 from ..evaluation.evaluate import Lineup, evaluate
 from ..evaluation.features import DEMO_FILE, load_features
 from ..evaluation.settings import METRICS, OF_FEATURES, EvaluationSettings
-from .arguments import named_file, size
+from .arguments import add_settings, named_file, size
 from .evaluation_inputs import going_on, is_small, model_ref, painting, prompts_of, vae_decoder
+
+OPTIONS = (
+    "count", "seed", "project", "resamples", "bins", "bin_samples", "own_pictures", "own_draws", "batch_size", "sampler", "scheduler",
+    "precision",
+)  # fmt: skip
+"""Settings whose defaults do not depend on the model."""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -46,23 +52,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--size", type=size, metavar="WxH", help="in pixels (default: the model family's)")
     p.add_argument("--cfg", type=float, help="guidance (default: 7, for the demo family 4)")
     p.add_argument("--steps", type=int, help="sampling steps (default: 25, without a GPU 15, for the demo family 12)")
-    defaults = EvaluationSettings()
-    for name, text in (
-        ("count", "pictures a style; FID needs more than its features are"),
-        ("seed", "of all noise"),
-        ("project", "compare only so many directions of the features, 0 for all"),
-        ("resamples", "of the bootstrap, -1 for what is affordable"),
-        ("bins", "of the timesteps, for the eps agreement"),
-        ("bin-samples", "samples of each bin and style"),
-        ("own-pictures", "of each teacher that the student sorts"),
-        ("own-draws", "by which it judges each of them"),
-        ("batch-size", "pictures at a time, 0 for what fits"),
-        ("sampler", "dpmpp_2m, ddim or euler"),
-        ("scheduler", "noise levels"),
-        ("precision", "auto, fp32, bf16 or fp16"),
-    ):
-        value = getattr(defaults, name.replace("-", "_"))
-        p.add_argument(f"--{name}", type=type(value), default=value, help=f"{text} (default: {value})")
+    add_settings(p, EvaluationSettings, OPTIONS)
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0")
     p.add_argument("--output", required=True, help="folder for the report and, in parts/, all that was painted")
     p.set_defaults(run=run)
@@ -102,9 +92,7 @@ def read_inputs(args: argparse.Namespace, device: torch.device) -> tuple[Lineup,
     prompts = prompts_of(args.prompts, config)
     features_file = args.features or (DEMO_FILE if is_small(config) else None)
     metrics = args.metrics or [m for m in METRICS if features_file or m not in OF_FEATURES]
-    names = ("count", "seed", "project", "resamples", "bins", "bin_samples", "own_pictures", "own_draws", "batch_size", "sampler",
-             "scheduler", "precision")  # fmt: skip
-    settings = EvaluationSettings(**painting(args, names, student, device), metrics=tuple(metrics))
+    settings = EvaluationSettings(**painting(args, OPTIONS, student, device), metrics=tuple(metrics))
     needs_features = bool(set(metrics) & set(OF_FEATURES))
     text = TextStates(prompts)
     styles = [style.name for style in student.styles]

@@ -15,20 +15,13 @@ from ..evaluation.features import DEMO_FILE, FeatureNet, PixelDecoder, load_feat
 from ..evaluation.mixing.judge_mixing import BLEND, MERGE, PATHS, RATIOS, MixingLineup, Pair, judge_mixing
 from ..evaluation.mixing.judges import looks_of
 from ..evaluation.settings import EvaluationSettings
-from .arguments import named_file, size
+from .arguments import add_settings, named_file, size
 from .evaluation_inputs import going_on, is_small, model_ref, painting, prompts_of, vae_decoder
 
-NUMBERS = {
-    "count": (64, "pictures of a pair and ratio"),
-    "seed": (0, "of all noise"),
-    "resamples": (-1, "of the bootstrap, -1 for what is usual"),
-    "own-draws": (16, "by which the student judges a picture, without a classifier"),
-    "batch-size": (0, "pictures at a time, 0 for what fits"),
-    "sampler": ("dpmpp_2m", "dpmpp_2m, ddim or euler"),
-    "scheduler": ("karras", "noise levels"),
-    "precision": ("auto", "auto, fp32, bf16 or fp16"),
-}
-"""Option -> (default, help text)."""
+OPTIONS = ("count", "seed", "resamples", "own_draws", "batch_size", "sampler", "scheduler", "precision")
+"""Settings whose defaults do not depend on the model."""
+DEFAULTS = {"count": 64, "own_draws": 16}
+"""Of those that are smaller here than in an evaluation: they count for each pair and ratio."""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -62,8 +55,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--size", type=size, metavar="WxH", help="in pixels (default: the model family's)")
     p.add_argument("--cfg", type=float, help="guidance (default: 7, for the demo family 4)")
     p.add_argument("--steps", type=int, help="sampling steps (default: 25, without a GPU 15, for the demo family 12)")
-    for name, (value, text) in NUMBERS.items():
-        p.add_argument(f"--{name}", type=type(value), default=value, help=f"{text} (default: {value})")
+    add_settings(p, EvaluationSettings, OPTIONS, DEFAULTS)
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0")
     p.add_argument("--output", required=True, help="folder for the report and, in parts/, all that was painted")
     p.set_defaults(run=run)
@@ -144,8 +136,7 @@ def read_inputs(
     pairs = named_pairs(args.pairs, styles, [name for name in styles if name in files] if merging else styles)
     used = [name for name in styles if name in files and any(name in pair for pair in pairs)] if merging else []
     read = {name: as_checkpoint(files[name], student) for name in used}
-    names = [name.replace("-", "_") for name in NUMBERS]
-    settings = EvaluationSettings(**painting(args, names, student, device))
+    settings = EvaluationSettings(**painting(args, OPTIONS, student, device))
     text = TextStates(prompts)
     decoder = vae_decoder(student, config, device) if student.vae else None
     lineup = MixingLineup(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from ...dmm_core.sampling import SAMPLERS, SCHEDULERS, choose
+from ...dmm_core.sampling import SAMPLERS, SCHEDULERS
 from ...dmm_core.unet import UNetConfig
 from ..data.buckets import default_resolution
 from ..data.rollout_paths import PRECISIONS
+from ..fields import check_fields, setting
 from .distances import check_count
 from .features import FeatureNet
 
@@ -24,53 +24,36 @@ TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """count: pictures a style and batch; picture k shows prompt k, from noise of seed ``seed + k``, as ComfyUI's KSampler draws it.
+    """Picture k of a style and batch shows prompt k, from noise of seed ``seed + k``, as ComfyUI's KSampler draws it."""
 
-    width, height in pixels; steps, cfg, sampler, scheduler as of the KSampler. metrics: of ``METRICS``. project: so many directions of
-    the features, 0 for all. resamples: of the bootstrap, -1 for 200, or 20 where a matrix is expensive (more than 512 features).
-    bins, bin_samples: of the timesteps, and samples of each bin, for the eps agreement. own_pictures: of each teacher that the student
-    sorts; own_draws: (t, eps) that it judges each by. batch_size: pictures at a time, 0 for what fits. precision: of the UNets, "auto"
-    for fp16 on a GPU and fp32 on the CPU.
-    """
-
-    count: int = 256
-    seed: int = 0
-    width: int = 512
-    height: int = 512
-    steps: int = 25
-    cfg: float = 7.0
-    sampler: str = "dpmpp_2m"
-    scheduler: str = "karras"
-    metrics: tuple[str, ...] = METRICS
-    project: int = 0
-    resamples: int = -1
-    bins: int = 10
-    bin_samples: int = 16
-    own_pictures: int = 16
-    own_draws: int = 32
-    batch_size: int = 0
-    precision: str = "auto"
+    count: int = setting(256, "Pictures a style; FID needs more than its features are.", unit="pictures", low=2)
+    seed: int = setting(0, "Of all noise.", low=0, high=2**63 - 1)
+    width: int = setting(512, "Of the pictures.", unit="pixels", low=1)
+    height: int = setting(512, "Of the pictures.", unit="pixels", low=1)
+    steps: int = setting(25, "Sampling steps.", unit="steps", low=1, high=TIMESTEPS)
+    cfg: float = setting(7.0, "Guidance.")
+    sampler: str = setting("dpmpp_2m", "Sampler, as ComfyUI's KSampler has it.", choices=tuple(SAMPLERS))
+    scheduler: str = setting("karras", "Noise levels, as ComfyUI's KSampler has them.", choices=tuple(SCHEDULERS))
+    metrics: tuple[str, ...] = setting(METRICS, "What is measured.", expected=f"some of {', '.join(METRICS)}")
+    project: int = setting(0, "Compare only so many directions of the features; 0: all.", unit="directions", low=0)
+    resamples: int = setting(
+        -1, "Of the bootstrap; -1: 200, or 20 where a matrix is expensive (more than 512 features).", low=-1
+    )
+    bins: int = setting(10, "Of the timesteps, for the eps agreement.", unit="bins", low=1, high=TIMESTEPS)
+    bin_samples: int = setting(16, "Samples of each bin and style.", unit="samples", low=1)
+    own_pictures: int = setting(16, "Pictures of each teacher that the student sorts.", unit="pictures", low=1)
+    own_draws: int = setting(32, "Draws of timestep and noise by which it judges each of them.", unit="draws", low=2)
+    batch_size: int = setting(0, "Pictures at a time; 0: what fits.", unit="pictures", low=0)
+    precision: str = setting(
+        "auto", "Of the UNets; auto: fp16 on a GPU, fp32 elsewhere.", choices=("auto", *PRECISIONS)
+    )
 
     def check(self, multiple: int, features: FeatureNet | None) -> None:
         """Raises ValueError naming what makes no sense. multiple: of pixels, that the models' sizes must be of."""
         unknown = [name for name in self.metrics if name not in METRICS]
         if unknown or not self.metrics:
             raise ValueError(f"unknown metrics {', '.join(unknown) or '(none)'}: choose from {', '.join(METRICS)}")
-        for name, low in _LOWEST.items():
-            value = getattr(self, name)
-            if value < low:
-                raise ValueError(f"{name} is {value}: expected a whole number from {low}")
-        if self.bins > TIMESTEPS:
-            raise ValueError(f"bins is {self.bins}: there are {TIMESTEPS} timesteps")
-        if self.steps > TIMESTEPS:
-            raise ValueError(f"steps is {self.steps}: choose 1 to {TIMESTEPS}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}: choose 0 to {2**63 - 1}")
-        if not math.isfinite(self.cfg):
-            raise ValueError(f"cfg is {self.cfg}: expected a number")
-        choose(SAMPLERS, "sampler", self.sampler)
-        choose(SCHEDULERS, "scheduler", self.scheduler)
-        choose({"auto": 0, **PRECISIONS}, "precision", self.precision)
+        check_fields(self)
         for name in ("width", "height"):
             value = getattr(self, name)
             if value < multiple or value % multiple:
@@ -94,12 +77,6 @@ class EvaluationSettings:
     def painting(self) -> tuple:
         """What a picture depends on, besides models and prompts."""
         return (self.seed, self.width, self.height, self.steps, self.cfg, self.sampler, self.scheduler)
-
-
-_LOWEST = {
-    "count": 2, "steps": 1, "project": 0, "resamples": -1, "bins": 1, "bin_samples": 1, "own_pictures": 1, "own_draws": 2,
-    "batch_size": 0,
-}  # fmt: skip
 
 
 def usual_dtype(device: torch.device) -> torch.dtype:
