@@ -14,7 +14,7 @@ ROLLOUT_OPTIONS = [
 ]  # --size, which may be repeated
 
 
-def add_parsers(commands) -> None:
+def add_parsers(commands: argparse._SubParsersAction) -> None:
     """Add ``cache`` and its actions to the subparsers of the ``dmm`` command."""
     cache = commands.add_parser("cache", help="encode pictures, or record teachers' paintings, once for many runs")
     actions = cache.add_subparsers(required=True, metavar="action")
@@ -73,7 +73,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0")
 
 
-def run_images(args) -> None:
+def run_images(args: argparse.Namespace) -> None:
     from ..data.cache import build_image_cache
     from ..parallel.devices import pick_device
 
@@ -94,7 +94,7 @@ def run_images(args) -> None:
     print(f"{report}\nwrote {args.output}")
 
 
-def run_rollouts(args) -> None:
+def run_rollouts(args: argparse.Namespace) -> None:
     from ..data.image_folder import read_caption_file
     from ..data.rollouts import build_rollouts
     from ..parallel.devices import pick_device
@@ -118,7 +118,7 @@ def run_rollouts(args) -> None:
     print(f"states: {', '.join(f'{name} {count}' for name, count in counts.items())}\nwrote {args.output}")
 
 
-def run_text(args) -> None:
+def run_text(args: argparse.Namespace) -> None:
     from ..data.cache import add_text
     from ..parallel.devices import pick_device
 
@@ -126,7 +126,7 @@ def run_text(args) -> None:
     print(f"{new} text encoder(s) added to {args.cache}")
 
 
-def run_check(args) -> None:
+def run_check(args: argparse.Namespace) -> None:
     from ..data.open_cache import open_cache
 
     data = open_cache(args.cache, verify=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+
 LAYOUTS = ("single", "style", "diffusers")
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add ``convert`` to the subparsers of the ``dmm`` command."""
     convert = commands.add_parser("convert", help="a model file into another layout, weights unchanged (docs/files.md)")
     convert.add_argument("source", metavar="IN", help="checkpoint file, diffusers folder, or style file with --onto")
@@ -17,7 +19,7 @@ def add_parser(commands) -> None:
     convert.set_defaults(run=run_convert)
 
 
-def run_convert(args) -> None:
+def run_convert(args: argparse.Namespace) -> None:
     from ..files.convert import convert
 
     for note in convert(args.source, args.target, args.to, parts_from=args.parts_from, onto=args.onto, half=args.half):

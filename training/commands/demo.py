@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 MODELS = str(ROOT / "models")
 
 
-def add_parsers(commands) -> None:
+def add_parsers(commands: argparse._SubParsersAction) -> None:
     """Add ``demo`` and its actions to the subparsers of the ``dmm`` command."""
     demo = commands.add_parser("demo", help="the demo family")
     actions = demo.add_subparsers(required=True, metavar="action")
@@ -31,7 +32,7 @@ def add_parsers(commands) -> None:
     tour.set_defaults(run=run_demo)
 
 
-def run_demo_build(args) -> None:
+def run_demo_build(args: argparse.Namespace) -> None:
     from ..demo.build import build_parts
     from ..demo.judge import audit
     from ..demo.ship import publish
@@ -46,13 +47,13 @@ def run_demo_build(args) -> None:
     print(audit(models))
 
 
-def run_demo_judge(args) -> None:
+def run_demo_judge(args: argparse.Namespace) -> None:
     from ..demo.judge import audit
 
     print(audit(Path(args.models), args.count))
 
 
-def run_demo(args) -> None:
+def run_demo(args: argparse.Namespace) -> None:
     from ..demo.tour import tour
 
     with watched() as watch:

@@ -27,7 +27,7 @@ class ListSettings(argparse.Action):
         parser.exit()
 
 
-def add_parsers(commands) -> None:
+def add_parsers(commands: argparse._SubParsersAction) -> None:
     """Add the three to the subparsers of the ``dmm`` command."""
     distill = commands.add_parser(
         "distill", help="distil teachers into a DMM checkpoint; the same command again goes on"
@@ -56,7 +56,7 @@ def add_parsers(commands) -> None:
         grow.set_defaults(run=run_distill, fork=None, grown=name)
 
 
-def run_distill(args) -> None:
+def run_distill(args: argparse.Namespace) -> None:
     from ..config import load_config
     from ..parallel.devices import pick_device
     from ..parallel.sharding import check_parallel

@@ -20,7 +20,7 @@ def new_bar(total: int, what: str = "", **options: Any) -> tqdm:
     """
     if sys.stderr.isatty():
         return tqdm(total=total, desc=what, dynamic_ncols=True, **options)
-    pace = {"mininterval": EVERY, "maxinterval": EVERY, "miniters": 1}
+    pace: dict[str, Any] = {"mininterval": EVERY, "maxinterval": EVERY, "miniters": 1}
     return tqdm(total=total, desc=what and f"{what}: ", file=Lines(sys.stderr), bar_format=LINE, **pace, **options)
 
 
@@ -30,10 +30,11 @@ class Lines:
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         line = text.strip()  # of the return to the line's start, and of blanks over what stood there
         if line:
             self.stream.write(line + "\n")
+        return len(text)
 
     def flush(self) -> None:
         self.stream.flush()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 
-def add_parser(commands) -> None:
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add ``sample`` to the subparsers of the ``dmm`` command."""
     sample = commands.add_parser("sample", help="paint with a checkpoint")
     sample.add_argument("checkpoint", help="model file or folder (docs/files.md)")
@@ -26,7 +28,7 @@ def add_parser(commands) -> None:
     sample.set_defaults(run=run_sample)
 
 
-def run_sample(args) -> None:
+def run_sample(args: argparse.Namespace) -> None:
     from ...dmm_core.style_value import Strength
     from ..data.buckets import default_resolution
     from ..files.model_files import load_any

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -10,6 +12,11 @@ from ..parallel.ranks import Ranks
 from ..run.watch.controls import signals
 from ..run.watch.progress import Progress
 from .progress_bar import ProgressBar, new_bar
+
+if TYPE_CHECKING:
+    from ..loop.metrics import Metrics
+    from ..loop.trainer import Trainer
+    from ..run.watch.watch import Watch
 
 
 class Bar:
@@ -20,7 +27,7 @@ class Bar:
         self.progress = Progress()
         self.painting = ProgressBar()
 
-    def __call__(self, run, metrics) -> None:
+    def __call__(self, run: Trainer, metrics: Metrics) -> None:
         if self.bar is None:
             self.bar = new_bar(metrics.steps, initial=metrics.step - 1, unit="step")
         self.progress.update(metrics)
@@ -31,7 +38,7 @@ class Bar:
 
 
 @contextlib.contextmanager
-def watched(picture_every: int = 0, ranks: Ranks | None = None):
+def watched(picture_every: int = 0, ranks: Ranks | None = None) -> Iterator[Watch]:
     """A Watch with progress bars, whose run can be asked for things by signals (see ``controls.signals``). Of several processes the
     first one has bars."""
     from ..run.watch.watch import Watch
