@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 REMEMBERED = 8
-"""Batches with their targets."""
+"""So many batches and their targets are kept in memory."""
 LR = 0.03
 """Of Adam; codes are drawn from N(0, 1), so this is a share of their size."""
 

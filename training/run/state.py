@@ -46,7 +46,8 @@ OPTIONS = {
     "sampling": ("uniform", ("adaptive_power", "adaptive_floor", "adaptive_correct")),
     "loss_weight": ("plain", ("loss_clamp",)),
 }
-"""Settings that came later, the value with which nothing changes, and the settings that then mean nothing."""
+"""Setting -> (its value when it is off, the settings that only count when it is on). When off, all of them are left out of a run's
+identity: so states of runs that were written before the setting existed still load."""
 
 
 def identity(run: Trainer) -> dict[str, str]:
