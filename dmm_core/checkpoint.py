@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .bank import BANK, bank_config
 from .metadata import StyleInfo, check_styles, default_styles, modelspec_prediction, read_metadata, write_metadata
 from .style import CODEBOOK, MLP_NAMES
 from .unet import unet_config_from_state_dict
@@ -24,7 +25,8 @@ from .weights_file import read_weights, write_weights
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 TEXT_PREFIXES = ("cond_stage_model.", "conditioner.")
-STYLE_KEYS = tuple(f"{name}." for name in (CODEBOOK, *MLP_NAMES))
+STYLE_KEYS = tuple(f"{name}." for name in (CODEBOOK, *MLP_NAMES, BANK))
+"""Of the weights that a plain UNet does not have."""
 V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
 """Empty tensors by which ComfyUI marks v-prediction and a noise schedule rescaled to end in pure noise."""
 
@@ -170,10 +172,14 @@ def assemble(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Checkpo
 
 
 def count_styles(unet: Mapping[str, Tensor]) -> int:
-    """N, after checking that codebook and MLP are complete and as wide as the time embedding; 0 without styles."""
+    """N, after checking that codebook and MLP are complete and as wide as the time embedding, and that a style bank fits the UNet's layers;
+    0 without styles."""
     style = {key: tensor for key, tensor in unet.items() if key.startswith(STYLE_KEYS)}
+    banked = [key for key in style if key.startswith(f"{BANK}.")]
     if not style:
         return 0
+    for key in banked:
+        style.pop(key)
     mlps = [name for name in MLP_NAMES if any(key.startswith(f"{name}.") for key in style)]
     if len(mlps) > 1:
         raise ValueError(f"two style MLPs ({', '.join(mlps)}), expected one (SDXL's own add_embedding is label_emb)")
@@ -200,6 +206,8 @@ def count_styles(unet: Mapping[str, Tensor]) -> int:
                 f"style weight '{key}' has shape {tuple(style[key].shape)}, expected {shape} "
                 f"for a time embedding of width {dim}"
             )
+    if banked and "input_blocks.0.0.weight" in unet:  # a file of styles alone has no layers to compare the bank with
+        bank_config(unet, codebook.shape[0])
     return codebook.shape[0]
 
 

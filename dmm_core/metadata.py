@@ -19,8 +19,9 @@ from typing import Any
 from .style_value import NO_STYLE
 from .unet import UNetConfig
 
-FORMAT = 1
-"""Version of the ``dmm.*`` keys that this code writes, and the newest that it reads."""
+FORMAT = 2
+"""The newest version of a file that this code reads. It writes 2 for a model with a style bank, and 1 for one without, which older versions
+of this pack read too."""
 
 LONGEST = {
     "name": 100,
@@ -110,7 +111,7 @@ def read_metadata(
     Raises ValueError for a newer format and for damaged entries, naming the key.
     """
     rest = dict(metadata)
-    version = rest.pop("dmm.format", str(FORMAT))
+    version = rest.pop("dmm.format", "1")
     if not re.fullmatch(r"[1-9][0-9]{0,8}", version):
         raise ValueError(f"metadata 'dmm.format' is {version[:40]!r}, not a version number: the file is damaged")
     if int(version) > FORMAT:
@@ -152,7 +153,7 @@ def write_metadata(
         metadata.pop(key, None)
     # Both spellings in use: the specification's, and the one that ComfyUI writes.
     metadata["modelspec.prediction_type"] = metadata["modelspec.predict_key"] = "v" if prediction == "v" else "epsilon"
-    metadata["dmm.format"] = str(FORMAT)
+    metadata["dmm.format"] = "2" if config.bank else "1"
     metadata["dmm.prediction"] = prediction
     if styles:
         entries = [{k: v for k, v in asdict(style).items() if v} for style in styles]

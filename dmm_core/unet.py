@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .bank import BANK, BankConfig, StyleBank, bank_config, bank_masses
 from .loading import load_strictly
 from .style import CODEBOOK, MLP_NAMES, StyleMLP, style_delta
 
@@ -46,6 +47,7 @@ class UNetConfig:
     adm_channels: int = 0
     num_styles: int = 0
     style_mlp: str = "add_embedding"
+    bank: BankConfig | None = None
 
     @property
     def embed_dim(self) -> int:
@@ -244,6 +246,7 @@ class UNet(nn.Module):
     """
 
     model_embedding: nn.Embedding  # of a config with styles, as is the MLP under the name ``config.style_mlp``
+    style_bank: StyleBank  # of a config with a bank
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -272,6 +275,9 @@ class UNet(nn.Module):
                 self.output_blocks.append(Block(*layers))
                 ch = out
         self.out = nn.Sequential(nn.GroupNorm(32, ch), nn.SiLU(), nn.Conv2d(ch, config.out_channels, 3, padding=1))
+        if config.bank:
+            self.add_module(BANK, StyleBank(self, config.bank))
+            self.style_bank.attach(self)
 
     @property
     def style_mlp(self) -> StyleMLP:
@@ -284,10 +290,14 @@ class UNet(nn.Module):
         return next(self.parameters()).dtype
 
     def style_parameters(self) -> list[nn.Parameter]:
-        """Codebook and MLP: the parameters that plain teachers do not have."""
+        """Codebook and MLP, which turn a style into an offset of the time embedding."""
         if not self.config.num_styles:
             return []
         return [*self.model_embedding.parameters(), *self.style_mlp.parameters()]
+
+    def bank_parameters(self) -> list[nn.Parameter]:
+        """Those of the style bank; none without one."""
+        return list(self.style_bank.parameters()) if self.config.bank else []
 
     def forward(
         self,
@@ -308,8 +318,8 @@ class UNet(nn.Module):
         as a ControlNet gives. Returns (B, C, h, w), and with ``features`` also the outputs of all blocks in order (eq.
         10 of arXiv:2504.12364). Raises ValueError for a style or a y that the model has no place for.
         """
-        emb = self._embed(x, t, y, style)
-        h, skips = self._encode(x, emb, context)
+        emb, masses = self._embed(x, t, y, style), self._masses(style, len(x))
+        h, skips = self._encode(x, emb, context, masses)
         outputs = [*skips, h]
         if control is not None:
             residuals, middle = control
@@ -318,14 +328,14 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
             size = skips[-1].shape[2:] if skips else h.shape[2:]
-            h = self._run(block, h, emb, context, size=size)
+            h = self._run(block, h, emb, context, size=size, masses=masses)
             outputs.append(h)
         out = self.out(h)
         return (out, outputs) if features else out
 
     def middle(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
         """The middle block's output (B, C, h', w') without a style; inputs as of ``forward``, at half of its cost."""
-        return self._encode(x, self._embed(x, t, y, None), context)[0]
+        return self._encode(x, self._embed(x, t, y, None), context, self._masses(None, len(x)))[0]
 
     def _embed(self, x: Tensor, t: Tensor, y: Tensor | None, style: Tensor | None) -> Tensor:
         if (y is not None) != bool(self.config.adm_channels):
@@ -340,22 +350,49 @@ class UNet(nn.Module):
             emb = emb + self.label_emb(y)
         return emb
 
-    def _encode(self, h: Tensor, emb: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _masses(self, style: Tensor | None, batch: int) -> Tensor | None:
+        """What the cores of the bank count in each row (B, K); None without a bank."""
+        if not self.config.bank:
+            return None
+        if style is None:
+            style = self.model_embedding.weight.new_zeros(batch, self.config.num_styles + 1)
+        return bank_masses(style, self.config.bank.cores)
+
+    def _encode(self, h: Tensor, emb: Tensor, context: Tensor, masses: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """The middle block's output (B, C', h', w'), and those of the input blocks."""
         skips = []
         for block in self.input_blocks:
-            h = self._run(block, h, emb, context)
+            h = self._run(block, h, emb, context, masses=masses)
             skips.append(h)
-        return self._run(self.middle_block, h, emb, context), skips
+        return self._run(self.middle_block, h, emb, context, masses=masses), skips
 
     def _run(
-        self, block: nn.Module, h: Tensor, emb: Tensor, context: Tensor, *, size: torch.Size | None = None
+        self,
+        block: nn.Module,
+        h: Tensor,
+        emb: Tensor,
+        context: Tensor,
+        *,
+        masses: Tensor | None,
+        size: torch.Size | None = None,
     ) -> Tensor:
         """A ``Block``'s output; size: (h, w) of it where the block is one that enlarges."""
         size = h.shape[2:] if size is None else size
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, h, emb, context, size, use_reentrant=False)
-        return block(h, emb, context, size)
+            return checkpoint(self._run_block, block, h, emb, context, size, masses, use_reentrant=False)
+        return self._run_block(block, h, emb, context, size, masses)
+
+    def _run_block(  # noqa: PLR0917, as checkpoint() calls it
+        self, block: nn.Module, h: Tensor, emb: Tensor, context: Tensor, size: torch.Size, masses: Tensor | None
+    ) -> Tensor:
+        if masses is None:
+            return block(h, emb, context, size)
+        # Here, so that a block that is computed once more in the backward pass meets them again.
+        self.style_bank.masses = masses
+        try:
+            return block(h, emb, context, size)
+        finally:
+            self.style_bank.masses = None
 
 
 def unet_config_from_state_dict(sd: Mapping[str, Tensor]) -> UNetConfig:
@@ -411,6 +448,7 @@ def unet_config_from_state_dict(sd: Mapping[str, Tensor]) -> UNetConfig:
     first = transformers[0].removesuffix("transformer_blocks.0.attn2.to_k.weight")
     mlp = next((name for name in MLP_NAMES if f"{name}.linear_1.weight" in sd), MLP_NAMES[0])
     adm = shape("label_emb.0.0.weight", 2)[1] if "label_emb.0.0.weight" in sd else 0
+    num_styles = shape(f"{CODEBOOK}.weight", 2)[0] if f"{CODEBOOK}.weight" in sd else 0
     return UNetConfig(
         in_channels=in_channels,
         out_channels=shape("out.2.weight", 4)[0],
@@ -423,8 +461,9 @@ def unet_config_from_state_dict(sd: Mapping[str, Tensor]) -> UNetConfig:
         context_dim=shape(transformers[0], 2)[1],
         linear_proj=len(shape(first + "proj_in.weight", 2, 4)) == 2,
         adm_channels=adm,
-        num_styles=shape(f"{CODEBOOK}.weight", 2)[0] if f"{CODEBOOK}.weight" in sd else 0,
+        num_styles=num_styles,
         style_mlp=mlp,
+        bank=bank_config(sd, num_styles),
     )
 
 

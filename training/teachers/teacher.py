@@ -184,7 +184,7 @@ def sound_unet(sd: Mapping[str, Tensor], name: str, copy: bool = True, look: boo
 
 def without_styles(config: UNetConfig) -> UNetConfig:
     """The sizes of the same network without a style side."""
-    return dataclasses.replace(config, num_styles=0, style_mlp=MLP_NAMES[0])
+    return dataclasses.replace(config, num_styles=0, style_mlp=MLP_NAMES[0], bank=None)
 
 
 def check_architectures(base: UNetConfig, teachers: Sequence[tuple[str, UNetConfig]]) -> None:
