@@ -28,7 +28,7 @@ check: $(VENV)/.check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/core -n $(JOBS)
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -p no:randomly
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --run-slow --run-browser

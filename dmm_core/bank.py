@@ -2,7 +2,7 @@
 
     y = W x + U (sum_k m_k C_k) (V x) + sum_k m_k b_k        for each row of a batch
 
-for the Linear and Conv2d layers of the numbered blocks. V (the ``down``) is a layer from the inputs to R channels, with the layer's own
+for all Linear and Conv2d layers of a UNet. V (the ``down``) is a layer from the inputs to R channels, with the layer's own
 kernel, stride and padding; U (the ``up``) goes from R channels to the outputs; C_k (R, R) is the *core* of style k, b_k its bias. (Where
 a layer has fewer than R inputs or outputs, V or U is complete and the core is no square.) The masses m_k are those of ``bank_masses``:
 strength times the weight of each style, so that cores blend as codes do. The code on the time embedding (``style``) stays as in
@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 BANK = "style_bank"
 """Name of the module beside a UNet's blocks, and of its keys: ``style_bank.<layer>.up.weight`` and so on."""
-BLOCKS = ("input_blocks.", "middle_block.", "output_blocks.")
+PLACES = ("time_embed.", "label_emb.", "input_blocks.", "middle_block.", "output_blocks.", "out.")
 """Only layers in here have a place in a bank."""
+TEXT_LAYERS = (".attn2.to_k", ".attn2.to_v")
+"""Ends of the names of layers whose input are the text states."""
 MAX_RANK = 4096
 PARTS = ("up", "down", "cores", "bias")
 
@@ -52,12 +54,42 @@ class BankConfig:
     bias: bool
 
 
+class PixelShares(Protocol):
+    """Shares of M styles that differ from pixel to pixel and sum to 1."""
+
+    def shares_at(self, size: tuple[int, int]) -> Tensor:
+        """(B, M, h, w) for features of the size (h, w)."""
+        ...
+
+    def size_of(self, tokens: int) -> tuple[int, int] | None:
+        """The size (h, w) of a level that has so many pixels; None where none has."""
+        ...
+
+
+@dataclass(frozen=True)
+class PixelMasses:
+    """Masses that differ from pixel to pixel: M styles with masses (B, M, K), and their shares of each pixel."""
+
+    masses: Tensor
+    shares: PixelShares
+    mean: Tensor
+    """(B, K), for what has no pixels: text states and the time embedding."""
+
+    def at(self, y: Tensor) -> Tensor | None:
+        """Shares (B, M, L) of the pixels of features (B, C, h, w), or of tokens (B, L, C) that are pixels; else None."""
+        if y.ndim == 4:
+            size: tuple[int, int] | None = (y.shape[2], y.shape[3])
+        else:
+            size = self.shares.size_of(y.shape[1]) if y.ndim == 3 else None
+        return None if size is None else self.shares.shares_at(size).flatten(2)
+
+
 class BankLayer(nn.Module):
     """What one layer has in the bank. ranks: R, S. Weights: up (out, R); down (S, in) or (S, in, k, k); cores (K, R * S); bias (K, out), or
     none.
 
-    operations: ``torch.nn``, or the host's ops, so that its casting and offloading reach these layers too; for the same reason only
-    ``forward`` of them is called.
+    of_text: its input are text states, which have no pixels. operations: ``torch.nn``, or the host's ops, so that casting and offloading
+    reach these layers too; for the same reason only ``forward`` of them is called.
     """
 
     bias: nn.Embedding | None
@@ -69,6 +101,7 @@ class BankLayer(nn.Module):
         cores: int,
         *,
         bias: bool,
+        of_text: bool = False,
         operations: Operations = nn,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
@@ -86,9 +119,18 @@ class BankLayer(nn.Module):
         self.cores = operations.Embedding(cores, ranks[0] * ranks[1], **where)
         self.bias = operations.Embedding(cores, out, **where) if bias and layer.bias is not None else None
         self.ranks = ranks
+        self.of_text = of_text
 
-    def forward(self, x: Tensor, y: Tensor, masses: Tensor) -> Tensor:
-        """What the layer makes of x, ``y``, with what the bank adds. x: (B, in), (B, L, in) or (B, in, h, w); masses (B, K)."""
+    def forward(self, x: Tensor, y: Tensor, masses: Tensor | PixelMasses) -> Tensor:
+        """What the layer makes of x, ``y``, with what the bank adds. x: (B, in), (B, L, in) or (B, in, h, w); masses (B, K), or of each
+        pixel."""
+        if isinstance(masses, PixelMasses):
+            shares = None if self.of_text else masses.at(y)
+            if shares is not None:
+                return self._by_pixel(x, y, masses.masses, shares)
+            # A time embedding for each of the M styles, or one thing for the whole picture.
+            each = masses.masses.flatten(0, 1)
+            masses = each if len(each) == len(y) else masses.mean
         every = torch.arange(masses.shape[1], device=masses.device)
         cores = self.cores(every)
         masses = masses.to(cores.dtype)
@@ -105,6 +147,21 @@ class BankLayer(nn.Module):
             return out
         added = (masses @ self.bias(every)).to(out.dtype)  # (B, out)
         return out + (added[:, :, None, None] if y.ndim == 4 else added[:, None] if y.ndim == 3 else added)
+
+    def _by_pixel(self, x: Tensor, y: Tensor, masses: Tensor, shares: Tensor) -> Tensor:
+        """The same with masses (B, M, K) of M styles and their shares (B, M, L) of each pixel: sum_m shares_m U C_m V x."""
+        every = torch.arange(masses.shape[2], device=masses.device)
+        cores = self.cores(every)
+        masses, shares = masses.to(cores.dtype), shares.to(cores.dtype)
+        z = self.down(x)
+        z = z.flatten(2) if y.ndim == 4 else z.transpose(1, 2)  # (B, S, L)
+        core = (masses @ cores).view(len(masses), -1, self.ranks[1])  # (B, M R, S)
+        each = (core @ z.to(core.dtype)).unflatten(1, (masses.shape[1], -1))  # (B, M, R, L)
+        added = self.up((each * shares[:, :, None]).sum(1).transpose(1, 2))  # (B, L, out)
+        if self.bias is not None:
+            added = added + shares.transpose(1, 2) @ (masses @ self.bias(every))  # (B, L, M) @ (B, M, out)
+        added = added.to(y.dtype)
+        return y + (added.transpose(1, 2).reshape(y.shape) if y.ndim == 4 else added)
 
 
 class StyleBank(nn.Module):
@@ -123,11 +180,12 @@ class StyleBank(nn.Module):
         device: torch.device | None = None,
     ):
         super().__init__()
-        self.masses: Tensor | None = None
+        self.cores = config.cores
+        self.masses: Tensor | PixelMasses | None = None
         for name, up, down in config.ranks:
             layer = unet.get_submodule(name)
             assert isinstance(layer, (nn.Linear, nn.Conv2d)), "bank_config() refuses other layers"
-            size: Any = {"bias": config.bias, "dtype": dtype, "device": device}
+            size: Any = {"bias": config.bias, "of_text": name.endswith(TEXT_LAYERS), "dtype": dtype, "device": device}
             put_submodule(self, name, BankLayer(layer, (up, down), config.cores, operations=operations, **size))
 
     def layers(self) -> Iterator[tuple[str, BankLayer]]:
@@ -206,8 +264,8 @@ def bank_key(name: str, what: str) -> str:
 
 def _check_layer(sd: Mapping[str, Tensor], name: str, tensors: Mapping[str, Tensor], *, cores: int, bias: bool) -> None:
     weight = sd.get(f"{name}.weight")
-    if weight is None or not name.startswith(BLOCKS) or weight.ndim not in (2, 4):
-        raise ValueError(f"the style bank has a part for '{name}', which is no layer of this UNet's blocks")
+    if weight is None or not name.startswith(PLACES) or weight.ndim not in (2, 4):
+        raise ValueError(f"the style bank has a part for '{name}', which is no layer of this UNet")
     needed = {"up", "down", "cores"} | ({"bias"} if bias and f"{name}.bias" in sd else set())
     if needed != tensors.keys():
         missing, more = sorted(needed - tensors.keys()), sorted(tensors.keys() - needed)
@@ -246,3 +304,14 @@ def layer_change(parts: Mapping[str, Tensor], masses: Tensor) -> tuple[Tensor, T
     change = parts["up"].float() @ core @ parts["down"].float().flatten(1)
     bias = masses @ parts["bias"].float() if "bias" in parts else None
     return change.view(-1, *parts["down"].shape[1:]), bias
+
+
+def with_blends(sd: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
+    """A UNet's state dict whose bank (if it has one) has blends as further styles: weights (M, N) over its N styles. Exact: cores add up as
+    codes do."""
+    out, styles = dict(sd), weights.shape[1]
+    for key, value in sd.items():
+        if key.startswith(f"{BANK}.") and split_key(key)[1] in ("cores", "bias"):
+            made = (weights @ value[:styles].float()).to(value.dtype)
+            out[key] = torch.cat([value[:styles], made, value[styles:]])  # the core of "no style" stays the last
+    return out

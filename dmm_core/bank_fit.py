@@ -8,14 +8,14 @@ sum_k (D_k^T U)(D_k^T U)^T, and again. Models whose changes have ranks that add 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .bank import BLOCKS, MAX_RANK, bank_key, part_shapes
+from .bank import bank_key
+from .bank_size import biases_of, is_banked, ranks_of
 from .style import CODEBOOK
 
 ITERATIONS = 2
@@ -74,52 +74,6 @@ def leading(columns: Tensor, rank: int) -> Tensor:
     return torch.linalg.qr(main / main.norm(dim=0).clamp(min=1e-30))[0].to(columns.dtype)
 
 
-def ranks_of(shape: Sequence[int], rank: int, cores: int) -> tuple[int, int]:
-    """Columns of U and rows of V for a layer with a weight of this shape: the rank, or as many as its outputs or inputs, or as many as
-    ``cores`` changes of it can have together."""
-    out, inputs = shape[0], math.prod(shape[1:])
-    return min(rank, out, cores * inputs), min(rank, inputs, cores * out)
-
-
-def is_banked(key: str, shape: Sequence[int]) -> bool:
-    """Whether a UNet's weight belongs to a layer that a bank has a part for: Linear and Conv2d of the numbered blocks."""
-    return key.startswith(BLOCKS) and key.endswith(".weight") and len(shape) in (2, 4)
-
-
-def bank_numbers(shape: Sequence[int], rank: int, cores: int) -> int:
-    """How many numbers a bank of this rank holds for a layer with this weight, biases apart."""
-    parts = part_shapes(shape, ranks_of(shape, rank, cores), cores)
-    return sum(math.prod(parts[what]) for what in ("up", "down", "cores"))
-
-
-def biases_of(shapes: Mapping[str, Sequence[int]]) -> list[str]:
-    """The keys of the biases of which a bank has one per core."""
-    weights = [key for key, shape in shapes.items() if is_banked(key, shape)]
-    return [bias for key in weights if (bias := key.removesuffix("weight") + "bias") in shapes]
-
-
-def bank_size(shapes: Mapping[str, Sequence[int]], rank: int, cores: int) -> int:
-    """How many numbers a bank holds that has this rank in every layer (where a layer is smaller, its largest), biases included."""
-    layers = sum(bank_numbers(shape, rank, cores) for key, shape in shapes.items() if is_banked(key, shape))
-    return layers + cores * sum(shapes[key][0] for key in biases_of(shapes))
-
-
-def rank_within(shapes: Mapping[str, Sequence[int]], numbers: int, cores: int) -> int:
-    """The largest rank for all layers whose bank holds at most so many numbers.
-
-    One rank for all: on the demo family and without training, ranks by the energy that they keep did worse at the same size (docs/bank.md).
-    Raises ValueError with the smallest size where not even rank 1 fits.
-    """
-    smallest = bank_size(shapes, 1, cores)
-    if numbers < smallest:
-        raise ValueError(f"a style bank of {numbers} numbers is too small: {cores} cores need {smallest} at least")
-    low, high = 1, MAX_RANK
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if bank_size(shapes, middle, cores) <= numbers else (low, middle - 1)
-    return low
-
-
 # --- a whole UNet -----------------------------------------------------------------------------------------------------
 
 
@@ -128,7 +82,8 @@ class Fitted:
     """One weight of a merged UNet, in the order of ``fit_bank``.
 
     key: of the weight. weights: what the merged UNet holds for it, the mean and, of a layer of the bank, its parts. kept, total (K,): as of
-    ``LayerFit``, [] of what is no layer of the bank. apart (K, K): the inner products of the models' changes from their mean, float64.
+    ``LayerFit``, [] of what is no layer of the bank. apart (K, K): the inner products of the models' changes from the centre, float64.
+    shared: the sum of squares of the centre.
     """
 
     key: str
@@ -136,6 +91,7 @@ class Fitted:
     kept: list[float]
     total: list[float]
     apart: Tensor
+    shared: float
 
 
 def fit_bank(
@@ -143,6 +99,7 @@ def fit_bank(
     none: Mapping[str, Tensor] | None,
     rank: int,
     *,
+    bias: bool = True,
     centre: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float16,
     device: torch.device | None = None,
@@ -150,14 +107,15 @@ def fit_bank(
     """The weights of a merged UNet, one after the other; of each, only the teachers' is in memory.
 
     teachers: their UNets by key, alike. none: what painting without a style is, which gets a core of its own; None: the centre is that.
-    centre: what the changes are of, None for the teachers' mean. dtype: of the result. device: where it is computed.
+    bias: whether the bank has biases. centre: what the changes are of, None for the teachers' mean. dtype: of the result. device: where
+    it is computed.
 
     The result's styles are rows 0 .. N-1 in the order of the teachers; it has no codebook and no MLP (``neutral_style``).
     Raises ValueError naming the key for weights that are not finite.
     """
     device = device or torch.device("cpu")
     shapes = {key: tuple(tensor.shape) for key, tensor in teachers[0].items()}
-    biases = set(biases_of(shapes))
+    biases = set(biases_of(shapes)) if bias else set()
     models = [*teachers, *([none] if none is not None else [])]
     for key, shape in shapes.items():
         stack = torch.stack([model[key].to(device, torch.float32) for model in models])
@@ -176,7 +134,7 @@ def fit_bank(
             kept, total = fit.kept, fit.total
         elif key in biases:
             weights[bank_key(key.removesuffix(".bias"), "bias")] = changes.to(dtype).cpu()
-        yield Fitted(key, weights, kept, total, (flat @ flat.T).double().cpu())
+        yield Fitted(key, weights, kept, total, (flat @ flat.T).double().cpu(), shared.double().square().sum().item())
 
 
 def neutral_style(num_styles: int, dim: int, mlp: str, dtype: torch.dtype) -> dict[str, Tensor]:

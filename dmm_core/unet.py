@@ -318,7 +318,24 @@ class UNet(nn.Module):
         as a ControlNet gives. Returns (B, C, h, w), and with ``features`` also the outputs of all blocks in order (eq.
         10 of arXiv:2504.12364). Raises ValueError for a style or a y that the model has no place for.
         """
-        emb, masses = self._embed(x, t, y, style), self._masses(style, len(x))
+        masses = self._masses(style, len(x))
+        if masses is None:
+            return self._forward(x, self._embed(x, t, y, style), context, None, control, features)
+        self.style_bank.masses = masses
+        try:
+            return self._forward(x, self._embed(x, t, y, style), context, masses, control, features)
+        finally:
+            self.style_bank.masses = None
+
+    def _forward(  # noqa: PLR0917
+        self,
+        x: Tensor,
+        emb: Tensor,
+        context: Tensor,
+        masses: Tensor | None,
+        control: tuple[list[Tensor], Tensor] | None,
+        features: bool,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
         h, skips = self._encode(x, emb, context, masses)
         outputs = [*skips, h]
         if control is not None:
@@ -335,7 +352,14 @@ class UNet(nn.Module):
 
     def middle(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
         """The middle block's output (B, C, h', w') without a style; inputs as of ``forward``, at half of its cost."""
-        return self._encode(x, self._embed(x, t, y, None), context, self._masses(None, len(x)))[0]
+        masses = self._masses(None, len(x))
+        if masses is None:
+            return self._encode(x, self._embed(x, t, y, None), context, None)[0]
+        self.style_bank.masses = masses
+        try:
+            return self._encode(x, self._embed(x, t, y, None), context, masses)[0]
+        finally:
+            self.style_bank.masses = None
 
     def _embed(self, x: Tensor, t: Tensor, y: Tensor | None, style: Tensor | None) -> Tensor:
         if (y is not None) != bool(self.config.adm_channels):
@@ -387,12 +411,12 @@ class UNet(nn.Module):
     ) -> Tensor:
         if masses is None:
             return block(h, emb, context, size)
-        # Here, so that a block that is computed once more in the backward pass meets them again.
-        self.style_bank.masses = masses
+        # Set here too, so that a block that is computed once more in the backward pass meets the masses again.
+        before, self.style_bank.masses = self.style_bank.masses, masses
         try:
             return block(h, emb, context, size)
         finally:
-            self.style_bank.masses = None
+            self.style_bank.masses = before
 
 
 def unet_config_from_state_dict(sd: Mapping[str, Tensor]) -> UNetConfig:

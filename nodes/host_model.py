@@ -21,10 +21,11 @@ import folder_paths
 import torch
 from torch import Tensor
 
+from ..dmm_core.bank import BANK, StyleBank, bank_config, with_blends
 from ..dmm_core.checkpoint import STYLE_KEYS, TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX, Checkpoint
 from ..dmm_core.metadata import StyleInfo
 from ..dmm_core.sdxl import SIZE_CHANNELS
-from ..dmm_core.style import CODEBOOK, StyleMLP
+from ..dmm_core.style import CODEBOOK, MLP_NAMES, StyleMLP
 from ..dmm_core.style_value import NO_STYLE, Style, check_new_name, find_style, style_rows, vocabulary
 from ..dmm_core.vae import vae_config_from_state_dict
 from ..training.files.model_files import load_any
@@ -170,7 +171,6 @@ def reload_vae(path: str, disable_dynamic: bool = False):
 
 def build_model(checkpoint: Checkpoint, disable_dynamic: bool = False):
     """The MODEL of a checkpoint, styles attached and set to no style."""
-    styles = {k: v for k, v in checkpoint.unet.items() if k.startswith(STYLE_KEYS)}
     sd = plain_unet(checkpoint)
     dtype = comfy.utils.weight_dtype(sd, UNET_PREFIX)
     config, is_known = model_config(sd)
@@ -182,8 +182,8 @@ def build_model(checkpoint: Checkpoint, disable_dynamic: bool = False):
         patcher = build_small_model(config, sd, dtype, disable_dynamic)
     set_sampling(patcher.model, checkpoint)
     region_patch.install(patcher)
-    if styles:
-        attach_styles(patcher, styles, dtype)
+    if checkpoint.num_styles:
+        attach_styles(patcher, checkpoint.unet, dtype)
         style_patch.install(patcher, vocabulary([style.name for style in checkpoint.styles]))
     info = ModelInfo(
         styles=tuple(checkpoint.styles),
@@ -253,24 +253,29 @@ def set_sampling(model, checkpoint: Checkpoint) -> None:
     model.model_sampling = comfy.model_base.model_sampling(model.model_config, model.model_type)
 
 
-def attach_styles(patcher, styles: dict[str, Tensor], file_dtype: torch.dtype) -> None:
-    """Make codebook and MLP submodules of a fresh MODEL's UNet, of layers that the host can cast and offload."""
+def attach_styles(patcher, weights: dict[str, Tensor], file_dtype: torch.dtype) -> None:
+    """Make codebook, MLP and style bank submodules of a fresh MODEL's UNet, of layers that the host can cast and offload. weights: of a
+    UNet with styles."""
     unet = patcher.model.diffusion_model
     dtype = patcher.model.get_dtype()
     dtype = dtype if dtype.itemsize > 1 else file_dtype  # eight bits are too few for the codes
     device = next(unet.parameters()).device
     ops = comfy.ops.manual_cast
-    num_styles, dim = styles[f"{CODEBOOK}.weight"].shape
-    mlp = next(k.split(".")[0] for k in styles if not k.startswith(f"{CODEBOOK}."))
+    num_styles, dim = weights[f"{CODEBOOK}.weight"].shape
+    mlp = next(name for name in MLP_NAMES if f"{name}.linear_1.weight" in weights)
     modules = {
         CODEBOOK: ops.Embedding(num_styles, dim, dtype=dtype, device=device),
         mlp: StyleMLP(dim, operations=ops, dtype=dtype, device=device),
     }
+    if bank := bank_config(weights, num_styles):  # the host names its layers as the file does
+        modules[BANK] = StyleBank(unet, bank, ops, dtype=dtype, device=device)
     for name, module in modules.items():
-        weights = {k.removeprefix(f"{name}."): v.to(dtype) for k, v in styles.items() if k.startswith(f"{name}.")}
-        module.load_state_dict(weights, assign=patcher.is_dynamic())
+        own = {k.removeprefix(f"{name}."): v.to(dtype) for k, v in weights.items() if k.startswith(f"{name}.")}
+        module.load_state_dict(own, assign=patcher.is_dynamic())
         unet.add_module(name, module.requires_grad_(False).eval())
         mm.archive_model_dtypes(module)
+    if bank:
+        unet.style_bank.attach(unet)
     patcher.size = 0  # counted anew, styles included
 
 
@@ -357,14 +362,14 @@ def to_checkpoint(model, clip=None, vae=None) -> Checkpoint:
 
 
 def with_blend_codes(unet: dict[str, Tensor], info: ModelInfo) -> tuple[dict[str, Tensor], list[StyleInfo]]:
-    """A UNet's weights whose codebook has the named blends as codes of their own, and what is known of all its styles."""
+    """A UNet's weights whose codebook and bank have the named blends as styles of their own, and what is known of all its styles."""
     styles = info.all_styles
     if not info.blends:
         return unet, styles
     codes = unet[f"{CODEBOOK}.weight"]  # a blend is a code like the others: the MLP comes after the mixing
     weights = torch.tensor([weights for _, weights in info.blends])
     blended = torch.cat([codes, (weights @ codes.float()).to(codes.dtype)])
-    return {**unet, f"{CODEBOOK}.weight": blended}, styles
+    return {**with_blends(unet, weights), f"{CODEBOOK}.weight": blended}, styles
 
 
 def part(sd: dict[str, Tensor], prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:

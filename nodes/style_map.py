@@ -68,6 +68,14 @@ class Blender:
             self.shares[size] = F.interpolate(self.shares[largest], size=size, mode="area")
         return self.shares[size]
 
+    def mean_shares(self) -> Tensor:
+        """(rows, K) shares of the whole picture."""
+        return next(iter(self.shares.values())).mean((2, 3))
+
+    def size_of(self, tokens: int) -> tuple[int, int] | None:
+        """The size of the level at hand, by its number of pixels: a ResBlock has asked for its shares before."""
+        return next((size for size in self.shares if size[0] * size[1] == tokens), None)
+
     def activated(self, emb: Tensor) -> Tensor:
         """What every block's projection gets, SiLU(emb_k) (rows * K, D), computed once a forward."""
         if self.active is None:

@@ -17,6 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy.utils import repeat_to_batch_size
 from torch import Tensor
 
+from ..dmm_core.bank import BANK, PixelMasses, StyleBank, bank_masses
 from ..dmm_core.style import CODEBOOK, MLP_NAMES, style_delta
 from ..dmm_core.style_value import NONE, Style, Vocabulary, progress_at, style_rows
 from . import style_map
@@ -159,12 +160,28 @@ def compute_delta(executor, x, t, c_concat=None, c_crossattn=None, control=None,
         return style_delta(getattr(unet, CODEBOOK), mlp, rows.to(x.device))
 
     options = {**transformer_options, DELTA: delta(rows)}
+    bank: StyleBank | None = getattr(unet, BANK, None)
     if shares is not None:
         deltas = delta(map_rows.flatten(0, 1)).unflatten(0, map_rows.shape[:2])  # (rows, K, N+1) -> (rows, K, D)
         options[MAP] = Blender(deltas, shares.to(x.device))
         # The UNet ignores it, and a compiled one sees by it that another graph is due: the host drops guards on the options.
         kwargs[MAP] = shares
-    return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    if bank is None:
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    bank.masses = masses_of(bank, rows.to(x.device), map_rows, options.get(MAP))
+    try:
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    finally:
+        bank.masses = None
+
+
+def masses_of(bank: StyleBank, rows: Tensor, map_rows: Tensor | None, blender: Blender | None) -> Tensor | PixelMasses:
+    """What the cores of the bank count in each row (rows, K), or with a map of styles at each pixel."""
+    if blender is None or map_rows is None:
+        return bank_masses(rows, bank.cores)
+    masses = bank_masses(map_rows.flatten(0, 1).to(rows), bank.cores).unflatten(0, map_rows.shape[:2])
+    shares = blender.mean_shares().to(masses)
+    return PixelMasses(masses, blender, torch.einsum("bm,bmk->bk", shares, masses))
 
 
 def add_delta(emb: Tensor, model_channels: int, transformer_options: dict) -> Tensor:

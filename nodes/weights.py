@@ -7,7 +7,7 @@ import comfy.model_management as mm
 import torch
 from torch import Tensor
 
-from ..dmm_core.style import CODEBOOK, MLP_NAMES
+from ..dmm_core.checkpoint import STYLE_KEYS
 
 PREFIX = "diffusion_model."
 
@@ -16,13 +16,13 @@ def unet_weights(patcher, styles: bool = False) -> dict[str, Tensor]:
     """A MODEL's UNet in the LDM key names, on the CPU, in the dtype it is held in; copies, usable for training.
 
     Computed from the unpatched weights and the MODEL's own patches, so it does not matter which clone of the model is loaded
-    right now. styles: with the codebook and MLP of a DMM model, which are left out otherwise.
+    right now. styles: with the codebook, MLP and bank of a DMM model, which are left out otherwise.
     """
     weights = {}
     for key, (first, *patches) in patcher.get_key_patches(PREFIX).items():
         mm.throw_exception_if_processing_interrupted()
         name = key.removeprefix(PREFIX)
-        if not styles and name.split(".")[0] in (CODEBOOK, *MLP_NAMES):
+        if not styles and name.startswith(STYLE_KEYS):
             continue
         weight, convert = first
         if patches:

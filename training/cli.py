@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from .commands import cache, convert, demo, distill, evaluate, info, mixing, sample
+from .commands import cache, convert, demo, distill, evaluate, info, merge, mixing, sample
 from .parallel.ranks import AgreedError, LostProcess, Ranks, launched
 
 
@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="command")
     distill.add_parsers(commands)
     cache.add_parsers(commands)
+    merge.add_parser(commands)
     sample.add_parser(commands)
     info.add_parser(commands)
     convert.add_parser(commands)

@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..dmm_core.bank_size import USUAL, parse_budget
 from .fields import about, check_fields, is_number, setting, table
 from .presets import preset
 from .yaml_file import read_yaml
 
-INITS = ("base", "soup")
+INITS = ("base", "soup", "bank")
 PRECISIONS = ("fp32", "bf16", "fp16")
 DATA_KINDS = ("demo_scenes", "latents", "cache")
 LR_SCHEDULES = ("constant", "cosine", "linear")
-TRAINABLE = ("all", "lora", "style")
+TRAINABLE = ("all", "bank", "lora", "style")
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "muon")
 RESIDENCIES = ("auto", "device", "offload")
 TEACHER_DTYPES = ("auto", *PRECISIONS)
@@ -202,11 +203,19 @@ class TrainConfig:
     final_sampling_steps: int = setting(25, "Sampling steps of those pictures.", unit="steps", low=1)
 
     # --- the student ---
-    init: str = setting("base", "Where the student starts: base, or soup, the teachers' average.", choices=INITS)
+    init: str = setting(
+        "base",
+        "Where the student starts: base; soup, the teachers' average; bank, their average and a style bank of what sets each apart, which "
+        "paints near the teachers before the first step.",
+        choices=INITS,
+    )
+    bank: str = setting(
+        USUAL, "Size of the style bank of init bank: a share of the UNet's weights, or of the file in MB."
+    )
     trainable: str = setting(
         "all",
-        "What learns: all weights; lora, low-rank adapters and the style side, in little memory; style, the style side only. The saved "
-        "model is whole in every case.",
+        "What learns: all weights; in little memory, bank, the style bank and the style side, or lora, low-rank adapters and the style "
+        "side; style, the style side only. The saved model is whole in every case.",
         choices=TRAINABLE,
     )
     lora_rank: int = setting(32, "Rank of the adapters of trainable lora.", low=1)
@@ -266,6 +275,9 @@ class TrainConfig:
     def check(self) -> None:
         """Raises ValueError naming the first setting that makes no sense."""
         check_fields(self)
+        parse_budget(self.bank)
+        if self.trainable == "bank" and self.init == "soup":
+            raise ValueError("trainable is 'bank' and init is 'soup', which makes none: set init to bank")
 
 
 @dataclass

@@ -1,8 +1,11 @@
 """Random DMM checkpoints of every family that the pack supports, as small as the host's model detection allows, and smaller ones."""
 
 import copy
+import dataclasses
 
 import torch
+from comfyui_dmm.dmm_core.bank import BankConfig
+from comfyui_dmm.dmm_core.bank_size import is_banked
 from comfyui_dmm.dmm_core.checkpoint import Checkpoint
 from comfyui_dmm.dmm_core.metadata import StyleInfo
 from comfyui_dmm.dmm_core.sdxl import SIZE_CHANNELS
@@ -91,6 +94,24 @@ def random_unet(config: UNetConfig, seed: int = 0) -> UNet:
         init_style(unet, torch.Generator().manual_seed(seed))
         unet.style_mlp.linear_2.weight *= 60
     return unet
+
+
+def with_bank(unet: UNet, rank: int = 3, seed: int = 5) -> UNet:
+    """A UNet with the same weights and a random style bank, of which each style shows; the last core is that of no style."""
+    layers = [key.removesuffix(".weight") for key, w in unet.state_dict().items() if is_banked(key, w.shape)]
+    ranks = tuple((name, rank, rank + i % 2) for i, name in enumerate(sorted(layers)))
+    bank = BankConfig(ranks, unet.config.num_styles + 1, True)
+    banked = UNet(dataclasses.replace(unet.config, bank=bank)).eval().requires_grad_(False)
+    banked.load_state_dict(unet.state_dict(), strict=False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, part in banked.style_bank.layers():
+        size = unet.get_submodule(name).weight.std() / rank
+        for p in part.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+        part.cores.weight *= size
+        if part.bias is not None:
+            part.bias.weight *= 0.05
+    return banked
 
 
 def checkpoint_of(unet: UNet, dtype: torch.dtype = torch.float32, whole: bool = False, **changes) -> Checkpoint:

@@ -4,7 +4,8 @@ The oracle is a twin: the same UNet without its style weights, loaded by the hos
 rule, written down by hand, gives to each row of the batch: added to the time embedding, or for a style map normalised per style in
 every ResBlock and mixed per pixel. Regions are the host's own areas and masks there, and hints are cut by hand. A feature is a function
 that paints with either side, so it needs no oracle of its own: whatever it does to the twin, it must do to the pack's MODEL, at every
-call of the UNet and in as many forwards.
+call of the UNet and in as many forwards. With a style bank, each row of a layer gets that row's change of the weights, computed from the
+bank by hand.
 
 Tolerance: 2e-4 of the largest output of each call, and of the painting (float32 sums in another order; seen: under 2e-5).
 """
@@ -15,13 +16,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from comfyui_dmm.dmm_core.bank import layer_change
 from comfyui_dmm.dmm_core.checkpoint import STYLE_KEYS, load_checkpoint, save_checkpoint
 from comfyui_dmm.dmm_core.style import no_style_row, style_delta, style_row
 from comfyui_dmm.dmm_core.style_value import PerItem, Strength, parse_style
 from comfyui_dmm.dmm_core.unet import load_unet
 
 from .conftest import HOST
-from .families import DEMO, NAMES, checkpoint_of, random_unet
+from .families import DEMO, NAMES, checkpoint_of, random_unet, with_bank
 from .sampling import conditioning, watch
 from .server import PACK, Server
 from .test_sampling_equals_core import load, with_style
@@ -74,12 +76,17 @@ def twin(unet, rule):
     def time_embed(module, args, out):
         return out + torch.stack([delta(one[0][1]) for one in now["maps"]]) if now["whole"] else out
 
+    def project(module, emb, row):
+        now["row"] = row
+        try:
+            return module[1](module[0](emb + delta(row))[None])[0]
+        finally:
+            now["row"] = None
+
     def emb_layers(module, args, out):  # (B, D) -> (B, C); with maps it is kept, and nothing is added yet
         if now["whole"]:
             return out
-        now["added"] = [
-            [module[1](module[0](emb + delta(row))) for _, row in one] for emb, one in zip(args[0], now["maps"])
-        ]
+        now["added"] = [[project(module, emb, row) for _, row in one] for emb, one in zip(args[0], now["maps"])]
         return torch.zeros_like(out)
 
     def normalise(module, args, out):
@@ -93,6 +100,40 @@ def twin(unet, rule):
             rows.append(sum(share * part for share, part in zip(shares, styled)))
         return torch.stack(rows)
 
+    def from_bank(name):
+        keys = {what: f"style_bank.{name}.{what}.weight" for what in ("up", "down", "cores", "bias")}
+        weights = unet.state_dict()
+        parts = {what: weights[key] for what, key in keys.items() if key in weights}
+
+        def changed(module, x, row):  # x of one row of the batch
+            masses = torch.cat([row[:-1] * row[-1], 1 - (row[:-1] * row[-1]).sum()[None]])
+            weight, bias = layer_change(parts, masses)
+            if x.ndim == 4:
+                return F.conv2d(x, weight, bias, module.stride, module.padding)
+            return F.linear(x, weight.flatten(1), bias)
+
+        def hook(module, args, out):
+            if now.get("row") is not None:
+                return out + changed(module, args[0], now["row"])
+            rows = []
+            for x, y, one in zip(args[0], out, now["maps"]):
+                added = [changed(module, x[None], row)[0] for _, row in one]
+                shares = [share(*now["canvas"])[None, None] for share, _ in one]
+                if y.ndim == 3:
+                    shares = [F.interpolate(share, size=y.shape[1:], mode="area")[0] for share in shares]
+                elif y.ndim == 2 and "attn2.to_k" not in name and "attn2.to_v" not in name:
+                    scale = (now["canvas"][0] * now["canvas"][1] / len(y)) ** 0.5
+                    size = tuple(round(side / scale) for side in now["canvas"])
+                    shares = [F.interpolate(share, size=size, mode="area").flatten()[:, None] for share in shares]
+                else:
+                    shares = [share.mean() for share in shares]
+                rows.append(y + sum(share * part for share, part in zip(shares, added)))
+            return torch.stack(rows)
+
+        return hook
+
+    for name, _, _ in unet.config.bank.ranks if unet.config.bank else ():
+        model.diffusion_model.get_submodule(name).register_forward_hook(from_bank(name))
     model.diffusion_model.register_forward_pre_hook(begin, with_kwargs=True)
     model.diffusion_model.time_embed.register_forward_hook(time_embed)
     for block in model.diffusion_model.modules():
@@ -115,14 +156,14 @@ class Side:
     restyle: Callable
 
 
-@pytest.fixture(scope="module")
-def unet():
-    return random_unet(DEMO)
+@pytest.fixture(scope="module", params=["codes", "bank"])
+def unet(request):
+    return random_unet(DEMO) if request.param == "codes" else with_bank(random_unet(DEMO))
 
 
 @pytest.fixture(scope="module")
 def model(models, unet):
-    return load(models, checkpoint_of(unet), "compatible")
+    return load(models, checkpoint_of(unet), f"compatible-{'bank' if unet.config.bank else 'codes'}")
 
 
 def apply(model, style):

@@ -159,6 +159,7 @@ TRAIN_JSON = (
     '"adv_lr": 1e-05, "adv_start": 0, "caption_dropout": 0.1, "base_share": 0.05, "loss_weight": "plain", "loss_clamp": 5.0, '
     '"sampling": "uniform", "adaptive_power": 1.0, "adaptive_floor": 0.25, "adaptive_correct": true, "guard": 0.5, "warm_start": 0, '
     '"final_steps": 0, "final_images": 1500, "final_lr": null, "final_cfg": 7.0, "final_sampling_steps": 25, "init": "base", '
+    '"bank": "10%", '
     '"trainable": "all", "lora_rank": 32, "ema_gamma": null, "ema_device": "auto", "precision": "fp32", "teacher_dtype": "auto", '
     '"residency": "auto", "teacher_slots": 2, "memory": "auto", "gradient_checkpointing": false, "compile": false, "parallel": "ddp", '
     '"tf32": true, "seed": 0, "device": "auto", "save_every": 500, "keep": 2, "validation": 64}'

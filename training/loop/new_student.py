@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ...dmm_core.bank import BankConfig
+from ...dmm_core.bank_fit import fit_bank
+from ...dmm_core.bank_size import bank_of, layout_of
 from ...dmm_core.style import CODEBOOK
 from ...dmm_core.unet import UNet, UNetConfig, init_style
 from ..config import TrainConfig
 from ..seeds import hash_seed
-from ..teachers.teacher import Teacher, soup
+from ..teachers.teacher import Teacher, soup, without_styles
 from .adapters import add_lora
+
+FILE_ITEMSIZE = 2
+"""Bytes of a number in a student's file, which is in half precision: what MB of a bank mean."""
 
 
 def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) -> UNet:
@@ -24,12 +30,23 @@ def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) ->
     grown = base.config.num_styles > 0
     if grown and config.init != "base":
         raise ValueError(f"init is {config.init!r}: a model that has styles already goes on from itself (init: base)")
+    if base.config.bank:
+        raise ValueError(
+            "the base is a DMM model with a style bank, which cannot be trained further yet: start from a plain model"
+        )
     sizes = {**vars(base.config), "num_styles": len(teachers)}
     if sizes["adm_channels"] and not grown:
         sizes["style_mlp"] = "add_embedding2"  # in SDXL's diffusers layout add_embedding is taken
+    if config.init == "bank":
+        sizes["bank"] = student_bank(base.config, len(teachers), config)
     student = UNet(UNetConfig(**sizes))
     init_style(student, torch.Generator().manual_seed(hash_seed(config.seed, "style")))
-    source = soup([t.unet.state_dict() for t in teachers]) if config.init == "soup" else base.state_dict()
+    if config.init == "bank":
+        source = banked(base, teachers, config)
+        nn.init.zeros_(student.style_mlp.linear_2.weight)  # at first the bank alone makes the styles
+        nn.init.zeros_(student.style_mlp.linear_2.bias)
+    else:
+        source = soup([t.unet.state_dict() for t in teachers]) if config.init == "soup" else base.state_dict()
     codes = source.pop(f"{CODEBOOK}.weight", None)
     student.load_state_dict(source, strict=False)  # all but what has no source
     for row, teacher in enumerate(teachers):
@@ -43,16 +60,41 @@ def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) ->
     return student
 
 
+def student_bank(unet: UNetConfig, teachers: int, config: TrainConfig) -> BankConfig:
+    """The bank of a student with ``init`` "bank", whose last core is that of the base. unet: of the teachers."""
+    shapes = plain_shapes(unet)
+    return layout_of(shapes, bank_of(config.bank, shapes, teachers + 1, FILE_ITEMSIZE), teachers + 1)
+
+
+def banked(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) -> dict[str, Tensor]:
+    """The teachers' mean and the bank of what sets each of them, and the base, apart; float32."""
+    size = bank_of(config.bank, plain_shapes(base.config), len(teachers) + 1, FILE_ITEMSIZE)
+    models = [teacher.unet.state_dict() for teacher in teachers]
+    with torch.no_grad():
+        fitted = fit_bank(models, base.state_dict(), size.rank, bias=size.bias, dtype=torch.float32)
+        return {key: weight for one in fitted for key, weight in one.weights.items()}
+
+
+def plain_shapes(unet: UNetConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of a UNet's weights without a style side."""
+    with torch.device("meta"):
+        return {key: tuple(weight.shape) for key, weight in UNet(without_styles(unet)).state_dict().items()}
+
+
 def choose_trained(
     student: UNet, trainable: str, *, lora_rank: int, precision: str, generator: torch.Generator | None = None
 ) -> None:
-    """Turn off the gradients of what does not learn, and attach low-rank adapters for "lora" (in place).
+    """Turn off the gradients of what does not learn, and attach low-rank adapters for "lora" (in place). Raises ValueError for "bank"
+    where there is none.
 
     With half-precision arithmetic, frozen matrices are kept in float16, which is what checkpoint files have, so that nothing is lost.
     """
     if trainable == "all":
         return
-    style = {id(p) for p in student.style_parameters()}
+    learns = [*student.style_parameters(), *(student.bank_parameters() if trainable == "bank" else [])]
+    if trainable == "bank" and not student.config.bank:
+        raise ValueError("trainable is 'bank', and the student has no style bank: set init to bank")
+    style = {id(p) for p in learns}
     for module in student.modules():
         for name, p in module.named_parameters(recurse=False):
             half = precision != "fp32" and id(p) not in style and p.ndim > 1

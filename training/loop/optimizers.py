@@ -15,11 +15,13 @@ from .muon import MuonAdamW, split
 
 
 def parameter_groups(student: UNet, config: TrainConfig) -> list[dict]:
-    """For an optimiser: the network, and the style side with its own ``scale`` of the learning rate."""
-    style = {id(p) for p in student.style_parameters()}
+    """For an optimiser: the network; the style bank, whose matrices are no layers' (``muon``); and the style side with its own ``scale``
+    of the learning rate."""
+    style, bank = ({id(p) for p in side} for side in (student.style_parameters(), student.bank_parameters()))
     named = [p for p in student.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in named if id(p) not in style], "scale": 1.0, "style": False},
+        {"params": [p for p in named if id(p) not in style | bank], "scale": 1.0, "style": False},
+        {"params": [p for p in named if id(p) in bank], "scale": 1.0, "style": True},
         {"params": [p for p in named if id(p) in style], "scale": config.style_lr_scale, "style": True},
     ]
     return [group for group in groups if group["params"]]

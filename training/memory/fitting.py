@@ -11,6 +11,7 @@ import torch
 from ...dmm_core.unet import UNetConfig
 from ..config import TrainConfig
 from ..fields import default_of
+from ..loop.new_student import student_bank
 from .planner import GB, Plan, Want, plan
 
 OPEN = {
@@ -70,6 +71,7 @@ def fitted(
         fixed=fixed,
         processes=processes,
         sharded=sharded,
+        bank=student_bank(unet, teachers, config) if config.init == "bank" else None,
     )
     found = plan(unet, latents_hw, teachers, budget, want=want)
     return dataclasses.replace(config, **found.settings(), teacher_slots=found.slots), found

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ...dmm_core.bank import BankConfig
 from ...dmm_core.unet import UNet, UNetConfig, Upsample
 from ..config import OPTIMIZERS
 from ..loop.adversary import Head, discriminator_loss, generator_loss
@@ -43,7 +44,7 @@ class Step:
     """All of a run that changes what one forward and backward needs, but the number of samples.
 
     config: of the teachers (no styles). latents_hw: latent size. precision: of the arithmetic ("fp32", "bf16", "fp16");
-    teacher_dtype: of the teachers' weights, the same names. trainable: "all", "lora" or "style". features /
+    teacher_dtype: of the teachers' weights, the same names. trainable: "all", "bank", "lora" or "style". features /
     adversarial: whether lambda_feat / lambda_adv are above 0. device: "cuda" or "cpu", for autocast's rules.
     """
 
@@ -54,6 +55,7 @@ class Step:
     teacher_dtype: str = "bf16"
     gradient_checkpointing: bool = False
     trainable: str = "all"
+    bank: BankConfig | None = None
     lora_rank: int = 32
     features: bool = True
     adversarial: bool = False
@@ -104,7 +106,7 @@ def optimizer_bytes(shapes: Iterable[torch.Size], name: str) -> int:
 
 
 def _state_of(student: UNet, trained: Sequence[nn.Parameter], name: str) -> int:
-    style = {id(p) for p in student.style_parameters()}
+    style = {id(p) for p in (*student.style_parameters(), *student.bank_parameters())}
     network, side = ([p.shape for p in trained if (id(p) in style) == is_side] for is_side in (False, True))
     return optimizer_bytes(network, name) + optimizer_bytes(side, "adamw" if name == "muon" else name)
 
@@ -196,7 +198,7 @@ def _like_cuda_autocast(unet: UNet) -> None:
 
 def _student(step: Step) -> UNet:
     """A student as the run's own code makes it, with its trainable parameters chosen."""
-    student = UNet(dataclasses.replace(step.config, num_styles=step.styles))
+    student = UNet(dataclasses.replace(step.config, num_styles=step.styles, bank=step.bank))
     choose_trained(student, step.trainable, lora_rank=step.lora_rank, precision=step.precision)
     student.gradient_checkpointing = step.gradient_checkpointing
     return student

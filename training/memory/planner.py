@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ...dmm_core.bank import BankConfig
 from ...dmm_core.unet import UNet, UNetConfig
 from .footprint import Sizes, Step, sizes, step_peak
 
@@ -52,7 +53,7 @@ class Want:
     batch_size: samples of one optimiser step. features / adversarial: whether lambda_feat / lambda_adv are above 0.
     ema: whether the weights are averaged. teacher_dtype: "auto" is the precision on CUDA, fp32 elsewhere. device:
     "cuda" or "cpu". fixed: settings that the user has chosen already, by their names in ``Choice``. processes: that
-    share the samples, each with a device of this size; sharded: each holds a shard of the student only.
+    share the samples, each with a device of this size; sharded: each holds a shard of the student only. bank: the student's style bank.
     """
 
     batch_size: int = 8
@@ -66,6 +67,7 @@ class Want:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     processes: int = 1
     sharded: bool = False
+    bank: BankConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,12 @@ class Plan(Choice):
 
     def describe(self) -> str:
         """A short table for people, in GB of 2^30 bytes."""
-        learns = {"all": "all weights", "lora": "low-rank adapters and the style side", "style": "the style side"}
+        learns = {
+            "all": "all weights",
+            "bank": "the style bank and the style side",
+            "lora": "low-rank adapters and the style side",
+            "style": "the style side",
+        }
         places = "1 place" if self.slots == 1 else f"{self.slots} places"
         where = "all on the device" if self.residency == "device" else f"in RAM, {places} on the device"
         blocks = "blocks recomputed" if self.gradient_checkpointing else "activations kept"
@@ -248,6 +255,7 @@ def _step(config: UNetConfig, latents_hw: tuple[int, int], teachers: int, *, cho
         teacher_dtype=narrow if want.teacher_dtype == "auto" else want.teacher_dtype,
         gradient_checkpointing=choice.gradient_checkpointing,
         trainable=choice.trainable,
+        bank=want.bank,
         lora_rank=want.lora_rank,
         features=want.features,
         adversarial=want.adversarial,
@@ -282,7 +290,7 @@ def choices(want: Want) -> Iterator[Choice]:
     cuda, fixed = want.device == "cuda", dict(want.fixed)
     # On the CPU "the device" and RAM are one memory: moving things between them saves nothing.
     options: dict[str, Sequence[Any]] = {
-        "trainable": ("all", "lora"),
+        "trainable": ("all", "bank" if want.bank else "lora"),
         "optimizer": [
             name for name, package in OPTIMIZER_NEEDS.items() if _importable(package) and (cuda or name != "adamw8bit")
         ],

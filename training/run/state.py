@@ -56,6 +56,8 @@ def identity(run: Trainer) -> dict[str, str]:
     for name, (off, details) in OPTIONS.items():  # left out: runs that know nothing of them go on
         if settings[name] == off:
             settings = {k: v for k, v in settings.items() if k != name and k not in details}
+    if run.config.init != "bank":
+        settings.pop("bank")
     if run.config.lr_schedule == "constant" and not run.config.final_steps:
         settings.pop("steps")  # then a longer run begins like a shorter one, which may therefore be made longer
     parts = {f"setting {k}": json.dumps(v) for k, v in settings.items()}

@@ -1,0 +1,57 @@
+"""``dmm merge``: reads the files' headers, calls ``merge.merge``, writes the model and the report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ...dmm_core.bank_size import USUAL
+from .arguments import named_file
+from .progress_bar import ProgressBar
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add ``merge`` to the subparsers of the ``dmm`` command."""
+    p = commands.add_parser(
+        "merge", help="many checkpoints into one DMM model in minutes, without training; the same command goes on"
+    )
+    p.add_argument(
+        "--teacher", action="append", required=True, type=named_file, metavar="STYLE=FILE",
+        help="repeatable; a checkpoint, or one with LoRAs: base.safetensors+lora.safetensors:0.8",
+    )  # fmt: skip
+    p.add_argument("--base", metavar="FILE", help="what is painted without a style (default: the teachers' mean)")
+    p.add_argument(
+        "--parts-from", metavar="FILE", help="full checkpoint for text encoder and VAE (default: the first file that has them)"
+    )  # fmt: skip
+    p.add_argument("--budget", default=USUAL, help="of the styles: 10%% of the UNet, or 150MB (default: 10%%)")
+    p.add_argument("--precision", choices=DTYPES, default="fp16", help="of the file (default: fp16)")
+    p.add_argument("--title", default="DMM", help="the model's title in its file (default: DMM)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0")
+    p.add_argument(
+        "--output", required=True, metavar="FILE", help="the DMM model, .safetensors; the report goes beside it"
+    )
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Merge, write model and report, print the report."""
+    from ..merge.files import merge_files
+    from ..merge.merge import MergeConfig
+    from ..parallel.devices import pick_device
+
+    config = MergeConfig(args.budget, True, DTYPES[args.precision], pick_device(args.device))
+    report, files = merge_files(
+        args.teacher,
+        Path(args.output),
+        config,
+        base=args.base,
+        parts_from=args.parts_from,
+        title=args.title,
+        progress=ProgressBar(),
+    )
+    print(report.text())
+    print("\n" + "\n".join(f"wrote {file}" for file in files))

@@ -1,0 +1,71 @@
+"""Merging files: what ``dmm merge`` does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
+from ...dmm_core.metadata import StyleInfo
+from ..files.model_files import add_parts, change_stamp, load_any
+from ..progress import ProgressCallback
+from ..teachers.lora_files import patched, recorded, split_loras
+from .merge import MergeConfig, Source, forget_parts, merge
+from .report import MergeReport
+
+
+def merge_files(
+    teachers: Sequence[tuple[str, str]],
+    output: Path,
+    config: MergeConfig,
+    *,
+    base: str | None = None,
+    parts_from: str | None = None,
+    title: str = "DMM",
+    progress: ProgressCallback | None = None,
+) -> tuple[MergeReport, list[Path]]:
+    """Merge the files of (style name, file) into ``output``, and write the report beside it: the report and all files written.
+
+    base: what is painted without a style. parts_from: where text encoder and VAE come from, else the base, else the first that has them.
+    A merge that was interrupted has left its parts beside the output, and goes on.
+    Raises ValueError naming the file, before anything is written, for what does not belong together.
+    """
+    if output.suffix != ".safetensors":
+        raise ValueError(f"output is '{output}': the file name must end in .safetensors")
+    foundation = load_any(base) if base else None
+    sources, parts = [], foundation
+    for name, file in teachers:
+        source, checkpoint = source_of(name, file, foundation)
+        sources.append(source)
+        parts = parts or (checkpoint if checkpoint.text else None)
+    if parts_from:
+        parts = add_parts(load_any(parts_from), parts or Checkpoint({}))
+    if not parts or not parts.text:
+        raise ValueError("no model has a text encoder: name a full checkpoint to take it from (--parts-from)")
+    none = None
+    if foundation is not None and base:
+        names, digest = recorded(base, [])
+        none = Source(
+            StyleInfo("base", teacher=names, sha256=digest), foundation.unet, stamp_of(base), foundation.prediction,
+            foundation.zero_snr,
+        )  # fmt: skip
+    folder = output.with_name(f".{output.stem}-merge-parts")
+    checkpoint, report = merge(sources, none, parts, config, folder=folder, progress=progress)
+    save_checkpoint(output, dataclasses.replace(checkpoint, metadata={"modelspec.title": title}))
+    forget_parts(folder)
+    return report, [output, *report.write(output.with_suffix(""))]
+
+
+def source_of(name: str, file: str, base: Checkpoint | None) -> tuple[Source, Checkpoint]:
+    """A teacher to merge, and the checkpoint it is from."""
+    path, loras = split_loras(file)
+    checkpoint = patched(load_any(path), loras, base)
+    names, digest = recorded(path, loras)
+    stamp = "\n".join(stamp_of(one) for one in (path, *(lora.file for lora in loras))) + repr(loras)
+    info = StyleInfo(name, teacher=names, sha256=digest)
+    return Source(info, checkpoint.unet, stamp, checkpoint.prediction, checkpoint.zero_snr), checkpoint
+
+
+def stamp_of(file: str) -> str:
+    return f"{Path(file).resolve()} {change_stamp(file)}"
