@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .bank import BANK
 from .sdxl import FEATURES_PER_SIZE
 from .style import CODEBOOK, MLP_NAMES
 from .unet import UNetConfig, unet_config_from_state_dict
@@ -274,6 +275,10 @@ def _renamed(weights: Mapping[str, Tensor], modules: Mapping[str, str]) -> dict[
             unknown.append(key)
         else:
             renamed[name] = tensor
+    if any(key.startswith(f"{BANK}.") for key in unknown):
+        raise ValueError(
+            "the model has a style bank, for which diffusers has no layout: keep it as a single file (--to single)"
+        )
     if unknown:
         raise ValueError(f"{len(unknown)} keys that Stable Diffusion does not have: {sorted(unknown)[:8]}")
     if len(renamed) != len(weights):

@@ -13,6 +13,7 @@ from . import (
     identify,
     legacy,
     loader,
+    merge,
     named_blend,
     paths,
     regions,
@@ -28,7 +29,7 @@ from . import (
 
 MODULES = (
     *(loader, style, style_values, style_apply, style_sheet, named_blend, edit_style, regions, save),
-    *(teacher, distill, grow, demo_scenes, evaluate, identify),
+    *(teacher, merge, distill, grow, demo_scenes, evaluate, identify),
 )
 
 

@@ -51,6 +51,7 @@ FIELDS = {
     "validation": "validation",
     "compile": "compile",
     "sampling": "sampling",
+    "bank_size": "bank",
 }
 """Input -> field of TrainConfig."""
 GROWING = {"guard": "guard", "warm_start": "warm_start"}
@@ -146,12 +147,13 @@ def setting_inputs() -> list:
         int_input("validation", 100_000, **new),
         switch("compile", **new),
         choice("sampling", **new),
+        io.String.Input("bank_size", default=DEFAULTS.bank, tooltip=doc("bank_size"), **new),
     ]
 
 
 def growing_inputs() -> list:
     """Of the nodes that go on with a DMM model: the student starts from that model, whatever else is set."""
-    return [setting for setting in setting_inputs() if setting.id != "start_from"]
+    return [setting for setting in setting_inputs() if setting.id not in ("start_from", "bank_size")]
 
 
 def guard_input():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import comfy.lora
 import comfy.model_management as mm
 import torch
@@ -12,23 +14,35 @@ from ..dmm_core.checkpoint import STYLE_KEYS
 PREFIX = "diffusion_model."
 
 
-def unet_weights(patcher, styles: bool = False) -> dict[str, Tensor]:
-    """A MODEL's UNet in the LDM key names, on the CPU, in the dtype it is held in; copies, usable for training.
+class HostWeights(Mapping[str, Tensor]):
+    """A MODEL's UNet in the LDM key names, on the CPU, in the dtype it is held in. Each weight is computed when it is asked for, and is a
+    copy that is usable for training.
 
     Computed from the unpatched weights and the MODEL's own patches, so it does not matter which clone of the model is loaded
     right now. styles: with the codebook, MLP and bank of a DMM model, which are left out otherwise.
     """
-    weights = {}
-    for key, (first, *patches) in patcher.get_key_patches(PREFIX).items():
+
+    def __init__(self, patcher, styles: bool = False):
+        held = {key.removeprefix(PREFIX): patches for key, patches in patcher.get_key_patches(PREFIX).items()}
+        self.held = {key: patches for key, patches in held.items() if styles or not key.startswith(STYLE_KEYS)}
+
+    def __getitem__(self, key: str) -> Tensor:
         mm.throw_exception_if_processing_interrupted()
-        name = key.removeprefix(PREFIX)
-        if not styles and name.startswith(STYLE_KEYS):
-            continue
-        weight, convert = first
+        (weight, convert), *patches = self.held[key]
         if patches:
             changed = convert(weight.to("cpu", torch.float32, copy=True), inplace=True)
-            changed = comfy.lora.calculate_weight(patches, changed, key)
+            changed = comfy.lora.calculate_weight(patches, changed, PREFIX + key)
             weight = changed.to(weight.dtype)
         # A clone made outside of inference mode is a normal tensor, which autograd accepts.
-        weights[name] = weight.detach().to("cpu").clone()
-    return weights
+        return weight.detach().to("cpu").clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+
+def unet_weights(patcher, styles: bool = False) -> dict[str, Tensor]:
+    """All of ``HostWeights`` at once."""
+    return dict(HostWeights(patcher, styles))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...dmm_core.bank import BANK
 from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.metadata import StyleInfo, architecture
 from ...dmm_core.style import CODEBOOK
@@ -64,6 +65,10 @@ def _sizes(checkpoint: Checkpoint) -> list[str]:
         _row("prediction", checkpoint.prediction + (", zero terminal SNR" if checkpoint.zero_snr else "")),
         _row("UNet", unet),
     ]
+    if config.bank:
+        bank = {key: weight for key, weight in checkpoint.unet.items() if key.startswith(f"{BANK}.")}
+        ranks = [max(up, down) for _, up, down in config.bank.ranks]
+        rows.append(_row("style bank", f"{_weights(bank)}, of these; rank {max(ranks)}, {config.bank.cores} cores"))
     contents = (("text encoder", checkpoint.text), ("VAE", checkpoint.vae), ("other", checkpoint.other))
     return rows + [_row(name, _weights(weights)) for name, weights in contents if weights or name != "other"]
 

@@ -1,0 +1,120 @@
+"""Merge Checkpoints to DMM: many models into one with a style each, without training."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import comfy.model_management as mm
+import comfy.utils
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+
+from ..dmm_core.bank_size import USUAL
+from ..dmm_core.checkpoint import save_checkpoint
+from ..dmm_core.metadata import StyleInfo
+from ..training.config import check_names
+from ..training.files.hashing import weights_sha256
+from ..training.merge.merge import MergeConfig, Source, forget_parts, merge
+from ..training.merge.report import MergeReport
+from . import host_model, paths
+from .preview import send_text
+from .teacher import TeacherInput
+from .training_inputs import clip_and_vae_parts, prediction, zero_snr
+from .training_run import file_stem, memory_given_back, teachers_input
+from .weights import HostWeights
+
+
+class MergeCheckpoints(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMMMerge",
+            display_name="Merge Checkpoints to DMM",
+            category="DMM/training",
+            description=(
+                "Many models become one that paints in the look of each by name, in minutes and without training: their average, and a "
+                "style bank of what sets each apart. Distill Teachers takes more time and comes nearer. Cancel keeps what is computed; "
+                "queueing the same graph again goes on from there."
+            ),
+            search_aliases=["merge", "model merge", "checkpoint merge", "instant merge", "style bank", "merge loras"],
+            inputs=[
+                io.Model.Input("base", tooltip="What the merged model paints without a style."),
+                io.Clip.Input(
+                    "clip", tooltip="The text encoder of the merged model, from the same loader as the base."
+                ),
+                io.Vae.Input("vae", tooltip="The VAE of the merged model."),
+                teachers_input(),
+                io.String.Input(
+                    "budget",
+                    default=USUAL,
+                    tooltip=(
+                        "How much the styles may add to the file: a share of the model such as 10%, or a size such as 150MB. More keeps "
+                        "more of each look; the report says how much."
+                    ),
+                ),
+                io.String.Input("name", default="merged", tooltip="The file in output/dmm begins with this."),
+            ],
+            outputs=[
+                io.Model.Output(),
+                io.Image.Output(display_name="kept", tooltip="How much of each model is kept, block by block."),
+                io.String.Output(display_name="report"),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, base, clip, vae, teachers, budget, name) -> io.NodeOutput:
+        stem, inputs = file_stem(name), [teacher for teacher in teachers.values() if teacher is not None]
+        check_names([teacher.name for teacher in inputs])
+        # Nodes run in inference mode, whose tensors a model that is trained later would refuse.
+        with torch.inference_mode(False), torch.no_grad(), memory_given_back():
+            path, report = merged(inputs, base, clip, vae, budget=budget, stem=stem, node_id=cls.hidden.unique_id)
+            picture = np.asarray(report.picture().convert("RGB"), np.float32) / 255
+        model, *_ = host_model.load(str(path))
+        said = f"saved dmm/{path.name}\n\n{report.text()}"
+        return io.NodeOutput(model, torch.from_numpy(picture)[None], report.text(), ui=ui.PreviewText(said))
+
+
+def merged(
+    teachers: Sequence[TeacherInput], base, clip, vae, *, budget: str, stem: str, node_id
+) -> tuple[Path, MergeReport]:
+    """The file of the merged model, named by a hash of all that determines it, and the report on it."""
+    send_text("reading the models", node_id)
+    foundation = source(TeacherInput("the base model", base))
+    sources = [source(teacher) for teacher in teachers]
+    config = MergeConfig(budget.strip(), device=mm.get_torch_device())
+    stamps = [one.stamp for one in (foundation, *sources)]
+    short = hashlib.sha256("\n".join([*stamps, config.budget, *(one.name for one in sources)]).encode()).hexdigest()[:8]
+    folder = Path(paths.output_folder())
+    path = folder / f"{stem}-{short}.safetensors"
+    parts = folder.with_name("dmm_runs") / f"{stem}-{short}-merge"
+    bar = comfy.utils.ProgressBar(len(foundation.unet), node_id=node_id)
+
+    def progress(done: int, total: int, what: str) -> None:
+        bar.update_absolute(done, total)
+        send_text(f"{what}: {done} of {total}", node_id)
+
+    inherited = clip_and_vae_parts(base, clip, vae)
+    checkpoint, report = merge(sources, foundation, inherited, config, folder=parts, progress=progress)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, dataclasses.replace(checkpoint, metadata={"modelspec.title": stem}))
+    forget_parts(parts)
+    report.write(parts.with_name(f"{stem}-{short}"))
+    return path, report
+
+
+def source(teacher: TeacherInput) -> Source:
+    """A MODEL as a source, of which one weight at a time is copied."""
+    who = teacher.name if teacher.name == "the base model" else f"teacher '{teacher.name}'"
+    weights = HostWeights(teacher.model, styles=True)
+    digest = weights_sha256(weights)
+    info = StyleInfo(teacher.name, teacher.description, sha256=digest)
+    return Source(info, weights, digest, prediction(teacher.model, who), zero_snr(teacher.model))
+
+
+NODES = [MergeCheckpoints]
