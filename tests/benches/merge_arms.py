@@ -59,6 +59,9 @@ ARMS = {
         "init": "soup", "ema_gamma": 6.94, "sampling": "adaptive", "optimizer": "muon", "style_lr_scale": 1.5, "lambda_adv": 0.0,
         "betas": (0.9, 0.99), "warmup": 30,
     },
+    "bank": {
+        "init": "bank", "bank": "10%", "ema_gamma": 6.94, "sampling": "adaptive", "lambda_adv": 0.0, "betas": (0.9, 0.99), "warmup": 10,
+    },
 }  # fmt: skip
 """What is changed of ``PLAIN``. release: the authors' trainer, without a discriminator, and with empty captions drawn separately for
 student and teacher. data "rollouts": a cache of 160 paintings by each teacher, five states of each, whose making counts as time."""
