@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ...dmm_core.metadata import StyleInfo
 from ..files.model_files import add_parts, change_stamp, load_any
 from ..progress import ProgressCallback
-from ..teachers.lora_files import patched, recorded, split_loras
+from ..teachers.lora_files import FoldedUNet, recorded, split_loras
 from .merge import MergeConfig, Source, forget_parts, merge
 from .report import MergeReport
 
@@ -60,11 +62,16 @@ def merge_files(
 def source_of(name: str, file: str, base: Checkpoint | None) -> tuple[Source, Checkpoint]:
     """A teacher to merge, and the checkpoint it is from."""
     path, loras = split_loras(file)
-    checkpoint = patched(load_any(path), loras, base)
+    checkpoint = load_any(path)
+    if loras:  # they may change the text encoder too, of which the merged model has only one: the base's
+        text = checkpoint.text or (base.text if base else {})
+        unet: Mapping[str, Tensor] = FoldedUNet(dataclasses.replace(checkpoint, text=text), loras)
+    else:
+        unet = checkpoint.unet
     names, digest = recorded(path, loras)
     stamp = "\n".join(stamp_of(one) for one in (path, *(lora.file for lora in loras))) + repr(loras)
     info = StyleInfo(name, teacher=names, sha256=digest)
-    return Source(info, checkpoint.unet, stamp, checkpoint.prediction, checkpoint.zero_snr), checkpoint
+    return Source(info, unet, stamp, checkpoint.prediction, checkpoint.zero_snr), checkpoint
 
 
 def stamp_of(file: str) -> str:

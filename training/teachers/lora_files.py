@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,14 +26,34 @@ from .lora_names import FIRST_TEXT, SECOND_TEXT, Target, lora_names
 
 logger = logging.getLogger(__name__)
 
-Changed = dict[tuple[str, str], Tensor]
-"""float32 weights with all changes so far, by (part, key): see ``Target``."""
-
 EXAMPLES = 4
 """Keys that an error message shows."""
 TEXT_NAMES = (*FIRST_TEXT, *SECOND_TEXT, "text_encoders.")
 _LORA = re.compile(r"\+(.+?\.safetensors)((?::[^:+]*){0,2})(?=\+|$)")
 _ENDS = sorted({**ROLES, **REFUSED}, key=len, reverse=True)  # ".lora_B.default.weight" before ".lora_B"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one LoRA file does to one weight. make: of its entries, the weight as the LoRA knows it, and the strength."""
+
+    target: Target
+    entries: Entries
+    strength: float
+    make: Callable[[Entries, Tensor, float], Tensor]
+    file: str
+
+    def put_into(self, tensor: Tensor) -> None:
+        """Change the file's tensor, float32, in place. Raises ValueError naming file and key for wrong shapes."""
+        view = self.target.view(tensor)
+        try:
+            view.copy_(self.make(self.entries, view, self.strength))
+        except ValueError as error:
+            raise ValueError(f"{self.file}: {error}") from error
+
+
+Changes = dict[tuple[str, str], list[Change]]
+"""By (part, key) of the weight, see ``Target``, in the order of the files."""
 
 
 def apply_loras(checkpoint: Checkpoint, loras: Sequence[LoraSpec], dtype: torch.dtype | None = None) -> Checkpoint:
@@ -43,49 +63,74 @@ def apply_loras(checkpoint: Checkpoint, loras: Sequence[LoraSpec], dtype: torch.
     naming file and key, for a file that is no safetensors file, of which nothing fits, that holds NaN or wrong shapes,
     or whose algorithm is not known here; before that, a file of which only some keys fit is logged as a warning.
     """
-    names = lora_names(checkpoint)
-    changed: Changed = {}
-    for lora in loras:
-        lora.check()
-        for target, entries in read_lora(lora.file, names).items():
-            strength = lora.strength if target.part == "unet" else lora.text_strength
-            try:
-                check_entries(entries)
-                if "diff_b" in entries:
-                    _change(checkpoint, target.bias, entries, strength, change=changed_bias, changed=changed)
-                if entries.keys() != {"diff_b"}:
-                    _change(checkpoint, target, entries, strength, change=changed_weight, changed=changed)
-            except ValueError as error:
-                raise ValueError(f"{lora.file}: {error}") from error
     new: dict[str, dict[str, Tensor]] = {"unet": {}, "text": {}}
-    for (part, key), tensor in changed.items():
-        tensor = tensor.to(dtype or getattr(checkpoint, part)[key].dtype)
-        if not tensor.float().isfinite().all():
-            files = ", ".join(f"'{lora.file}'" for lora in loras)
-            raise ValueError(f"weight '{key}' becomes NaN or infinite with the LoRA {files}: lower the strength")
-        new[part][key] = tensor
+    for (part, key), changes in planned_changes(checkpoint, loras).items():
+        weight = getattr(checkpoint, part)[key]
+        tensor = changed(weight, key, changes, dtype or weight.dtype)
+        if any(change.strength for change in changes):
+            new[part][key] = tensor
     return replace(checkpoint, unet={**checkpoint.unet, **new["unet"]}, text={**checkpoint.text, **new["text"]})
 
 
-def _change(
-    checkpoint: Checkpoint,
-    target: Target,
-    entries: Entries,
-    strength: float,
-    *,
-    change: Callable[[Entries, Tensor, float], Tensor],
-    changed: Changed,
-) -> None:
-    """Put ``change(entries, weight, strength)`` into ``changed`` (in place)."""
-    weights, place = getattr(checkpoint, target.part), (target.part, target.key)
-    if target.key not in weights:
-        raise ValueError(f"'{entries['diff_b'][0]}' is for a bias that the model does not have")
-    new = place not in changed
-    tensor = weights[target.key].detach().to("cpu", torch.float32, copy=True) if new else changed[place]
-    view = target.view(tensor)
-    view.copy_(change(entries, view, strength))  # even at strength 0: shapes are checked all the same
-    if strength:
-        changed[place] = tensor
+class FoldedUNet(Mapping[str, Tensor]):
+    """A UNet's weights with LoRAs folded in, each computed in float32 when it is asked for: the memory of the files, not of a copy.
+
+    Raises ValueError as ``apply_loras`` does, for what only a weight shows when that is asked for.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, loras: Sequence[LoraSpec]):
+        self.weights = checkpoint.unet
+        planned = planned_changes(checkpoint, loras)
+        self.changes = {key: changes for (part, key), changes in planned.items() if part == "unet"}
+
+    def __getitem__(self, key: str) -> Tensor:
+        weight = self.weights[key]
+        return changed(weight, key, self.changes[key], torch.float32) if key in self.changes else weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def planned_changes(checkpoint: Checkpoint, loras: Sequence[LoraSpec]) -> Changes:
+    """What LoRA files do to which weight. Raises ValueError as ``apply_loras`` does, but for shapes."""
+    names = lora_names(checkpoint)
+    out: Changes = {}
+
+    def plan(
+        target: Target, entries: Entries, lora: LoraSpec, make: Callable[[Entries, Tensor, float], Tensor]
+    ) -> None:
+        if target.key not in getattr(checkpoint, target.part):
+            raise ValueError(f"'{entries['diff_b'][0]}' is for a bias that the model does not have")
+        strength = lora.strength if target.part == "unet" else lora.text_strength
+        out.setdefault((target.part, target.key), []).append(Change(target, entries, strength, make, lora.file))
+
+    for lora in loras:
+        lora.check()
+        for target, entries in read_lora(lora.file, names).items():
+            try:
+                check_entries(entries)
+                if "diff_b" in entries:
+                    plan(target.bias, entries, lora, changed_bias)
+                if entries.keys() != {"diff_b"}:
+                    plan(target, entries, lora, changed_weight)
+            except ValueError as error:
+                raise ValueError(f"{lora.file}: {error}") from error
+    return out
+
+
+def changed(weight: Tensor, key: str, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
+    """A weight with its changes, on the CPU, computed in float32. Raises ValueError naming file and key for wrong shapes, and for NaN."""
+    tensor = weight.detach().to("cpu", torch.float32, copy=True)
+    for change in changes:  # even at strength 0: shapes are checked all the same
+        change.put_into(tensor)
+    tensor = tensor.to(dtype)
+    if not tensor.float().isfinite().all():
+        files = ", ".join(f"'{change.file}'" for change in changes)
+        raise ValueError(f"weight '{key}' becomes NaN or infinite with the LoRA {files}: lower the strength")
+    return tensor
 
 
 def read_lora(path: str | os.PathLike, names: Mapping[str, Target]) -> Mapping[Target, Entries]:
