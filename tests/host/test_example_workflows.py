@@ -16,7 +16,7 @@ FOLDER = PACK / "workflows"
 NAMES = [
     *("quickstart", "distill_quickstart", "style_sheet", "blend_and_schedule"),
     *("regions", "controlnet", "lora", "controlnet_lora_regions"),
-    *("add_teacher", "forget_style", "evaluate"),
+    *("instant_merge", "add_teacher", "forget_style", "evaluate"),
 ]
 STYLES = ["ink", "pen", "candy", "pop", "pixel", "sticker", "echo"]
 NEAR = {"ink": "pen", "pen": "ink"}
@@ -309,6 +309,17 @@ def test_all_together(server):
     framed = crops(shown["dmm-all-together"], (0, 128, 256))
     darker = np.stack([frame(place) for place in framed]) - np.stack([frame(place) for place in plain])
     assert (darker > 20).sum() >= 4, darker
+
+
+def test_the_merge_paints_every_style_without_training(server):
+    """Three pictures of each of the four looks, as shipped: the classifier knows at least ten of the twelve."""
+    graph = widened(unlabelled(twin_of("instant_merge")), 3)
+    shown = paint_all(server, graph)
+    looks = answers(shown["dmm-instant-merge"], "look")
+    styles = ["none", "ink", "pixel", "sticker", "echo"]
+    seen = [(look, style) for look, style in zip(looks, styles * 3) if style != "none"]
+    assert len(looks) == 15 and sum(same_look(*pair) for pair in seen) >= 10, seen
+    assert shown[""].shape[0] == 1 and shown[""].std() > 10  # the heat map
 
 
 def test_the_distillation_runs(server):
