@@ -200,7 +200,9 @@ class StyleBank(nn.Module):
             unet.get_submodule(name).register_forward_hook(functools.partial(_add, self, part))
 
 
-def _add(bank: StyleBank, part: BankLayer, layer: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:
+def _add(  # noqa: PLR0917, as torch calls hooks
+    bank: StyleBank, part: BankLayer, layer: nn.Module, args: tuple[Tensor], y: Tensor
+) -> Tensor:
     return y if bank.masses is None else part(args[0], y, bank.masses)
 
 
