@@ -205,11 +205,13 @@ def test_tooltips_are_the_texts_of_the_configuration(settings, grow):
 
 
 def test_a_control_offers_only_what_the_configuration_takes(settings):
-    """Both ends of every number, every choice and both positions of every switch, one at a time."""
+    """Both ends of every number, every choice, both positions of every switch and every text's default, one at a time."""
     for i in settings.setting_inputs():
         control = i.as_dict()
         for value in control.get(
-            "options", [control[end] for end in ("min", "max") if end in control] or [True, False]
+            "options",
+            [control[end] for end in ("min", "max") if end in control]
+            or ([control["default"]] if isinstance(control["default"], str) else [True, False]),
         ):
             settings.train_config({i.id: value})
 
