@@ -23,6 +23,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from . import style
+
 BANK = "style_bank"
 """Name of the module beside a UNet's blocks, and of its keys: ``style_bank.<layer>.up.weight`` and so on."""
 PLACES = ("time_embed.", "label_emb.", "input_blocks.", "middle_block.", "output_blocks.", "out.")
@@ -33,11 +35,9 @@ MAX_RANK = 4096
 PARTS = ("up", "down", "cores", "bias")
 
 
-class Operations(Protocol):
+class Operations(style.Operations, Protocol):
     """Where the classes of layers come from: ``torch.nn``, or a host's module of the same names."""
 
-    @property
-    def Linear(self) -> type[nn.Linear]: ...
     @property
     def Conv2d(self) -> type[nn.Conv2d]: ...
     @property
@@ -233,10 +233,10 @@ def bank_config(sd: Mapping[str, Tensor], num_styles: int) -> BankConfig | None:
     Raises ValueError naming the key for a bank that is not complete, does not fit its layers, or has cores for another number of styles.
     """
     parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in sd.items():
+    for key in sd:  # names first: in a mapping that computes its weights, only those of a bank are asked for
         if key.startswith(f"{BANK}."):
             name, what = split_key(key)
-            parts.setdefault(name, {})[what] = tensor
+            parts.setdefault(name, {})[what] = sd[key]
     if not parts:
         return None
     cores = {tensors["cores"].shape[0] for tensors in parts.values() if "cores" in tensors and tensors["cores"].ndim}

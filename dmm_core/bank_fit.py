@@ -99,6 +99,7 @@ def fit_bank(
     none: Mapping[str, Tensor] | None,
     rank: int,
     *,
+    shapes: Mapping[str, Sequence[int]],
     bias: bool = True,
     centre: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float16,
@@ -107,14 +108,13 @@ def fit_bank(
     """The weights of a merged UNet, one after the other; of each, only the teachers' is in memory.
 
     teachers: their UNets by key, alike. none: what painting without a style is, which gets a core of its own; None: the centre is that.
-    bias: whether the bank has biases. centre: what the changes are of, None for the teachers' mean. dtype: of the result. device: where
-    it is computed.
+    shapes: of the weights to merge, all or some; a layer's weight and bias belong together. bias: whether the bank has biases. centre:
+    what the changes are of, None for the teachers' mean. dtype: of the result. device: where it is computed.
 
     The result's styles are rows 0 .. N-1 in the order of the teachers; it has no codebook and no MLP (``neutral_style``).
     Raises ValueError naming the key for weights that are not finite.
     """
     device = device or torch.device("cpu")
-    shapes = {key: tuple(tensor.shape) for key, tensor in teachers[0].items()}
     biases = set(biases_of(shapes)) if bias else set()
     models = [*teachers, *([none] if none is not None else [])]
     for key, shape in shapes.items():

@@ -21,6 +21,11 @@ MLP_NAMES = ("add_embedding", "add_embedding2")
 """Module names of the style MLP: SD1.x / SD2.x, and SDXL (whose ``add_embedding`` is taken in the diffusers layout)."""
 
 
+def mlp_name(pooled: bool) -> str:
+    """Name of a new style MLP. pooled: of a UNet with pooled conditioning (SDXL)."""
+    return MLP_NAMES[pooled]
+
+
 class Operations(Protocol):
     """Where the class of a layer comes from: ``torch.nn``, or a host's module of the same names."""
 

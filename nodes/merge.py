@@ -85,8 +85,8 @@ def merged(
 ) -> tuple[Path, MergeReport]:
     """The file of the merged model, named by a hash of all that determines it, and the report on it."""
     send_text("reading the models", node_id)
-    foundation = source(TeacherInput("the base model", base))
-    sources = [source(teacher) for teacher in teachers]
+    foundation = source("the base model", base, StyleInfo("the base model"))
+    sources = [source(f"teacher '{one.name}'", one.model, StyleInfo(one.name, one.description)) for one in teachers]
     config = MergeConfig(budget.strip(), device=mm.get_torch_device())
     stamps = [one.stamp for one in (foundation, *sources)]
     short = hashlib.sha256("\n".join([*stamps, config.budget, *(one.name for one in sources)]).encode()).hexdigest()[:8]
@@ -108,13 +108,12 @@ def merged(
     return path, report
 
 
-def source(teacher: TeacherInput) -> Source:
-    """A MODEL as a source, of which one weight at a time is copied."""
-    who = teacher.name if teacher.name == "the base model" else f"teacher '{teacher.name}'"
-    weights = HostWeights(teacher.model, styles=True)
+def source(who: str, model, info: StyleInfo) -> Source:
+    """A MODEL as a source, of which one weight at a time is computed. who: it is, in errors."""
+    weights = HostWeights(model, styles=True)
     digest = weights_sha256(weights)
-    info = StyleInfo(teacher.name, teacher.description, sha256=digest)
-    return Source(info, weights, digest, prediction(teacher.model, who), zero_snr(teacher.model))
+    info = dataclasses.replace(info, sha256=digest)
+    return Source(info, weights, weights.shapes, digest, prediction(model, who), zero_snr(model))
 
 
 NODES = [MergeCheckpoints]

@@ -26,6 +26,11 @@ class HostWeights(Mapping[str, Tensor]):
         held = {key.removeprefix(PREFIX): patches for key, patches in patcher.get_key_patches(PREFIX).items()}
         self.held = {key: patches for key, patches in held.items() if styles or not key.startswith(STYLE_KEYS)}
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all weights, without computing them."""
+        return {key: tuple(weight.shape) for key, ((weight, _), *_) in self.held.items()}
+
     def __getitem__(self, key: str) -> Tensor:
         mm.throw_exception_if_processing_interrupted()
         (weight, convert), *patches = self.held[key]

@@ -193,9 +193,13 @@ def teachers_of(base: dict, count: int, size: float, seed=0) -> list[dict]:
     return [{key: moved(weight) for key, weight in base.items()} for _ in range(count)]
 
 
+def shapes_of(sd: dict) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(weight.shape) for key, weight in sd.items()}
+
+
 def whole_unet(teachers, none, rank, dtype=torch.float32, **more):
     sd: dict[str, torch.Tensor] = {}
-    for one in fit_bank(teachers, none, rank, dtype=dtype, **more):
+    for one in fit_bank(teachers, none, rank, shapes=shapes_of(teachers[0]), dtype=dtype, **more):
         sd |= one.weights
     config = unet_config_from_state_dict(teachers[0])
     return sd | neutral_style(len(teachers), config.embed_dim, "add_embedding", dtype)
@@ -227,7 +231,7 @@ def test_a_bank_of_full_rank_is_every_teacher():
 def test_the_parts_are_the_mean_and_what_apart_says():
     base = make(PLAIN).state_dict()
     teachers = teachers_of(base, 3, 0.1)
-    for one in fit_bank(teachers, None, 4, dtype=torch.float32):
+    for one in fit_bank(teachers, None, 4, shapes=shapes_of(base), dtype=torch.float32):
         stack = torch.stack([t[one.key].double() for t in teachers])
         mean = stack.mean(0)
         torch.testing.assert_close(one.weights[one.key].double(), mean, atol=1e-6, rtol=1e-5)
@@ -261,7 +265,7 @@ def test_nan_is_refused_by_name():
     bad = {k: v.clone() for k, v in base.items()}
     bad["middle_block.0.in_layers.2.weight"][0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"'middle_block.0.in_layers.2.weight' of a teacher holds NaN"):
-        list(fit_bank([base, bad], None, 2))
+        list(fit_bank([base, bad], None, 2, shapes=shapes_of(base)))
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------

@@ -52,13 +52,21 @@ def command(folder: Path, *more: str, names="abc", output="out.safetensors", bud
     return ["merge", *teachers, "--budget", budget, "--output", str(folder / output), *more]
 
 
+def source(name: str, unet: dict, stamp: str, **changes) -> Source:
+    return Source(StyleInfo(name), unet, {k: tuple(v.shape) for k, v in unet.items()}, stamp, **changes)
+
+
+def with_unet(one: Source, unet: dict) -> Source:
+    return source(one.name, unet, one.stamp)
+
+
 def sources(base, count=3, **changes) -> list[Source]:
-    return [Source(StyleInfo(f"t{i}"), moved(base, i + 1), f"stamp {i}", **changes) for i in range(count)]
+    return [source(f"t{i}", moved(base, i + 1), f"stamp {i}", **changes) for i in range(count)]
 
 
 def merged(base, tmp_path, teachers=None, foundation=True, progress=None, **config):
     config = MergeConfig(**{"budget": "200%", "dtype": torch.float32, **config})
-    none = Source(StyleInfo("base"), base, "base") if foundation else None
+    none = source("base", base, "base") if foundation else None
     parts = Checkpoint({}, dict(TEXT))
     return merge(teachers or sources(base), none, parts, config, folder=tmp_path / "parts", progress=progress)
 
@@ -195,7 +203,7 @@ def test_an_interrupted_merge_goes_on_and_ends_the_same(base, tmp_path):
 def test_parts_of_another_merge_are_not_taken(base, tmp_path):
     one, _ = merged(base, tmp_path, budget="30%")
     teachers = sources(base)
-    teachers[0] = dataclasses.replace(teachers[0], unet=moved(base, 77), stamp="another file")
+    teachers[0] = source("t0", moved(base, 77), "another file")
     other, _ = merged(base, tmp_path, teachers=teachers, budget="30%")
     assert not torch.equal(one.unet["out.2.weight"], other.unet["out.2.weight"])
 
@@ -207,7 +215,7 @@ def test_twins_outliers_and_doubles_are_named(base, tmp_path):
     near, far = moved(base, 1), moved(base, 5, size=0.4)
     twin = {k: near[k] + 0.01 * moved(base, 9)[k].std().nan_to_num(0) for k in base}
     everyone = {"a": near, "b": twin, "c": moved(base, 2), "d": moved(base, 3), "far": far, "e": dict(moved(base, 2))}
-    teachers = [Source(StyleInfo(name), unet, name) for name, unet in everyone.items()]
+    teachers = [source(name, unet, name) for name, unet in everyone.items()]
     _, report = merged(base, tmp_path, teachers=teachers)
     found = {one.name: one for one in report.teachers()}
     assert found["a"].nearest == "b" and found["a"].distance < 0.5 and not found["a"].same
@@ -220,9 +228,7 @@ def test_twins_outliers_and_doubles_are_named(base, tmp_path):
 def test_a_report_of_nothing_changed():
     """Two identical models: no change at all, nothing to keep, no division by zero."""
     layer = LayerFigures("middle_block.0.in_layers.2.weight", [0.0, 0.0], [0.0, 0.0], [[0.0, 0.0], [0.0, 0.0]], 4.0)
-    report = MergeReport(
-        ["a", "b"], [layer], bank_of("50%", {"middle_block.0.in_layers.2.weight": (64, 64)}, 2, 2), 2, False
-    )
+    report = MergeReport(["a", "b"], [layer], bank_of("50%", {"middle_block.0.in_layers.2.weight": (64, 64)}, 2, 2), 2)
     assert [one.kept for one in report.teachers()] == [1.0, 1.0] and all(one.same for one in report.teachers())
     assert report.blocks() == {"middle": [None, None]}
     report.picture()
@@ -268,19 +274,19 @@ def bad(base, what: str) -> list[Source]:
     if what == "sizes":
         return [
             teachers[0],
-            dataclasses.replace(odd, unet=make(dataclasses.replace(SIZES, context_dim=32)).state_dict()),
+            with_unet(odd, make(dataclasses.replace(SIZES, context_dim=32)).state_dict()),
         ]
     if what == "prediction":
         return [teachers[0], dataclasses.replace(odd, prediction="v")]
     if what == "schedule":
         return [teachers[0], dataclasses.replace(odd, zero_snr=True)]
     if what == "styles":
-        return [teachers[0], dataclasses.replace(odd, unet=make(dataclasses.replace(SIZES, num_styles=2)).state_dict())]
+        return [teachers[0], with_unet(odd, make(dataclasses.replace(SIZES, num_styles=2)).state_dict())]
     if what == "extra":
-        return [teachers[0], dataclasses.replace(odd, unet={**odd.unet, "strange.weight": torch.zeros(2)})]
+        return [teachers[0], with_unet(odd, {**odd.unet, "strange.weight": torch.zeros(2)})]
     if what == "nan":
-        return [teachers[0], dataclasses.replace(odd, unet={**odd.unet, "out.2.bias": torch.full((4,), torch.nan)})]
-    return [teachers[0], dataclasses.replace(odd, unet={"a": torch.zeros(1)})]
+        return [teachers[0], with_unet(odd, {**odd.unet, "out.2.bias": torch.full((4,), torch.nan)})]
+    return [teachers[0], with_unet(odd, {"a": torch.zeros(1)})]
 
 
 @pytest.mark.parametrize(

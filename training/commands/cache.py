@@ -9,9 +9,8 @@ from ..fields import describe
 from .arguments import add_settings, named_file, size
 from .progress_bar import ProgressBar
 
-ROLLOUT_OPTIONS = [
-    row.name for row in describe(RolloutSettings) if row.name != "sizes"
-]  # --size, which may be repeated
+# All but the sizes: --size may be repeated.
+ROLLOUT_OPTIONS = [row.name for row in describe(RolloutSettings) if row.name != "sizes"]
 
 
 def add_parsers(commands: argparse._SubParsersAction) -> None:

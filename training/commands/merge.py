@@ -27,7 +27,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p.add_argument(
         "--parts-from", metavar="FILE", help="full checkpoint for text encoder and VAE (default: the first file that has them)"
     )  # fmt: skip
-    p.add_argument("--budget", default=USUAL, help="of the styles: 10%% of the UNet, or 150MB (default: 10%%)")
+    p.add_argument(
+        "--budget",
+        default=USUAL,
+        help=f"of the styles: a share of the UNet, or 150MB (default: {USUAL})".replace("%", "%%"),
+    )
     p.add_argument("--precision", choices=DTYPES, default="fp16", help="of the file (default: fp16)")
     p.add_argument("--title", default="DMM", help="the model's title in its file (default: DMM)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0")
@@ -43,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     from ..merge.merge import MergeConfig
     from ..parallel.devices import pick_device
 
-    config = MergeConfig(args.budget, True, DTYPES[args.precision], pick_device(args.device))
+    config = MergeConfig(args.budget, DTYPES[args.precision], pick_device(args.device))
     report, files = merge_files(
         args.teacher,
         Path(args.output),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...dmm_core.bank import BankConfig
 from ...dmm_core.bank_fit import fit_bank
 from ...dmm_core.bank_size import bank_of, layout_of
-from ...dmm_core.style import CODEBOOK
+from ...dmm_core.style import CODEBOOK, mlp_name
 from ...dmm_core.unet import UNet, UNetConfig, init_style
 from ..config import TrainConfig
 from ..seeds import hash_seed
@@ -35,8 +35,8 @@ def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) ->
             "the base is a DMM model with a style bank, which cannot be trained further yet: start from a plain model"
         )
     sizes = {**vars(base.config), "num_styles": len(teachers)}
-    if sizes["adm_channels"] and not grown:
-        sizes["style_mlp"] = "add_embedding2"  # in SDXL's diffusers layout add_embedding is taken
+    if not grown:
+        sizes["style_mlp"] = mlp_name(bool(sizes["adm_channels"]))
     if config.init == "bank":
         sizes["bank"] = student_bank(base.config, len(teachers), config)
     student = UNet(UNetConfig(**sizes))
@@ -68,10 +68,10 @@ def student_bank(unet: UNetConfig, teachers: int, config: TrainConfig) -> BankCo
 
 def banked(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) -> dict[str, Tensor]:
     """The teachers' mean and the bank of what sets each of them, and the base, apart; float32."""
-    size = bank_of(config.bank, plain_shapes(base.config), len(teachers) + 1, FILE_ITEMSIZE)
-    models = [teacher.unet.state_dict() for teacher in teachers]
+    shapes, models = plain_shapes(base.config), [teacher.unet.state_dict() for teacher in teachers]
+    size = bank_of(config.bank, shapes, len(teachers) + 1, FILE_ITEMSIZE)
     with torch.no_grad():
-        fitted = fit_bank(models, base.state_dict(), size.rank, bias=size.bias, dtype=torch.float32)
+        fitted = fit_bank(models, base.state_dict(), size.rank, shapes=shapes, bias=size.bias, dtype=torch.float32)
         return {key: weight for one in fitted for key, weight in one.weights.items()}
 
 

@@ -49,7 +49,8 @@ def merge_files(
     if foundation is not None and base:
         names, digest = recorded(base, [])
         none = Source(
-            StyleInfo("base", teacher=names, sha256=digest), foundation.unet, stamp_of(base), foundation.prediction,
+            StyleInfo("base", teacher=names, sha256=digest), foundation.unet, shapes_of(foundation),
+            stamp_of(base), foundation.prediction,
             foundation.zero_snr,
         )  # fmt: skip
     folder = output.with_name(f".{output.stem}-merge-parts")
@@ -71,7 +72,12 @@ def source_of(name: str, file: str, base: Checkpoint | None) -> tuple[Source, Ch
     names, digest = recorded(path, loras)
     stamp = "\n".join(stamp_of(one) for one in (path, *(lora.file for lora in loras))) + repr(loras)
     info = StyleInfo(name, teacher=names, sha256=digest)
-    return Source(info, unet, stamp, checkpoint.prediction, checkpoint.zero_snr), checkpoint
+    return Source(info, unet, shapes_of(checkpoint), stamp, checkpoint.prediction, checkpoint.zero_snr), checkpoint
+
+
+def shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Of the UNet's weights, which LoRAs do not change."""
+    return {key: tuple(weight.shape) for key, weight in checkpoint.unet.items()}
 
 
 def stamp_of(file: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -21,13 +21,14 @@ from ...dmm_core.bank_fit import Fitted, fit_bank, neutral_style
 from ...dmm_core.bank_size import USUAL, bank_of
 from ...dmm_core.checkpoint import STYLE_KEYS, Checkpoint
 from ...dmm_core.metadata import StyleInfo
+from ...dmm_core.style import mlp_name
 from ...dmm_core.unet import UNetConfig, unet_config_from_state_dict
 from ...dmm_core.weights_file import read_weights, write_weights
 from ..config import check_names
 from ..files.hashing import repr_sha256
 from ..progress import ProgressCallback
 from ..teachers.teacher import check_architectures
-from .report import LayerFigures, MergeReport
+from .report import LayerFigures, MergeReport, block_of
 
 MOST = 64
 """Models in one merge: each has a core in every layer, and memory holds one weight of each."""
@@ -37,11 +38,12 @@ FIGURES = "dmm.merge"
 
 @dataclass(frozen=True)
 class Source:
-    """A model to merge. unet: its weights by key, of which one is read at a time; styles are left out. stamp: what changes when they do.
+    """A model to merge. unet: its weights by key, of which one is asked for at a time; shapes: theirs. stamp: what changes when they do.
     prediction, zero_snr: as of a ``Checkpoint``."""
 
     info: StyleInfo
     unet: Mapping[str, Tensor]
+    shapes: Mapping[str, tuple[int, ...]]
     stamp: str
     prediction: str = "eps"
     zero_snr: bool = False
@@ -61,11 +63,9 @@ class Source:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """budget: of the bank, see ``budget``. none: whether painting without a style gets a core of its own where a base is given; without,
-    it is the mean. dtype: of the result."""
+    """budget: of the bank, see ``bank_size.bank_of``. dtype: of the result. device: where it is computed."""
 
     budget: str = USUAL
-    none: bool = True
     dtype: torch.dtype = torch.float16
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -81,15 +81,16 @@ def merge(
 ) -> tuple[Checkpoint, MergeReport]:
     """One model that paints in the look of each teacher by name, and a report on what it keeps of them.
 
-    base: what it paints without a style; None: the teachers' mean. parts: text encoder and VAE of the result. folder: for what is
-    computed until the end; when it is there from an earlier merge of the same models, that goes on. It stays until ``forget_parts``.
+    base: what it paints without a style, which gets a core of its own; None: the teachers' mean. parts: text encoder and VAE of the
+    result. folder: for what is computed until the end; when it is there from an earlier merge of the same models, that goes on. It stays
+    until ``forget_parts``.
 
     Raises ValueError, before anything is computed, for fewer than two models, names that clash, other architectures, predictions or noise
     schedules, a model with styles, and a budget that is too small; for NaN when it is met.
     """
     models = [*teachers, *([base] if base else [])]
     unet_config, shapes = checked(teachers, models)
-    cores = len(teachers) + bool(base and config.none)
+    cores = len(teachers) + bool(base)
     size = bank_of(config.budget, shapes, cores, config.dtype.itemsize)
     what = repr_sha256([m.stamp for m in models], cores, size.rank, size.bias, str(config.dtype))[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,18 +101,18 @@ def merge(
     for name, group in groupby(sorted(shapes, key=lambda key: (block_of(key), key)), key=block_of):
         keys, path = list(group), folder / f"{what}-{name}.safetensors"
         if not path.exists():
-            chosen = [Chosen(model.unet, keys) for model in models]
-            none = chosen.pop() if base else None
+            fitted = fit_bank(
+                [model.unet for model in teachers],
+                base.unet if base else None,
+                size.rank,
+                shapes={key: shapes[key] for key in keys},
+                bias=size.bias,
+                dtype=config.dtype,
+                device=config.device,
+            )
             write_block(
                 path,
-                fit_bank(
-                    chosen,
-                    none if config.none else None,
-                    size.rank,
-                    bias=size.bias,
-                    dtype=config.dtype,
-                    device=config.device,
-                ),
+                fitted,
                 progress and (lambda k, done=done, name=name: progress(done + k, len(shapes), f"merging {name}")),
             )
         elif progress:
@@ -120,8 +121,10 @@ def merge(
         found, metadata = read_weights(path)  # finished blocks lie in files, and not in memory
         weights |= found
         figures += [LayerFigures(**values) for values in json.loads(metadata[FIGURES])]
-    weights |= neutral_style(len(teachers), unet_config.embed_dim, style_mlp(unet_config), config.dtype)
-    report = MergeReport([m.name for m in teachers], figures, size, config.dtype.itemsize, bool(base and config.none))
+    weights |= neutral_style(
+        len(teachers), unet_config.embed_dim, mlp_name(bool(unet_config.adm_channels)), config.dtype
+    )
+    report = MergeReport([m.name for m in teachers], figures, size, config.dtype.itemsize)
     recipe = {
         "merge": {"budget": config.budget, "rank": size.rank, "biases": size.bias, "kept": report.kept_by_teacher()},
         "base": {"file": base.info.teacher, "sha256": base.info.sha256} if base else None,
@@ -151,7 +154,7 @@ def write_block(path: Path, fitted: Iterable[Fitted], progress: Callable[[int], 
     write_weights(path, weights, {FIGURES: json.dumps([vars(f) for f in figures])})
 
 
-def checked(teachers: Sequence[Source], models: Sequence[Source]) -> tuple[UNetConfig, dict[str, tuple[int, ...]]]:
+def checked(teachers: Sequence[Source], models: Sequence[Source]) -> tuple[UNetConfig, Mapping[str, tuple[int, ...]]]:
     """The sizes that all models have; ValueError, naming the model, where they do not belong together."""
     if not 2 <= len(teachers) <= MOST:
         raise ValueError(f"{len(teachers)} models to merge: expected 2 to {MOST}")
@@ -168,10 +171,9 @@ def checked(teachers: Sequence[Source], models: Sequence[Source]) -> tuple[UNetC
         if len(values) > 1:
             said = "; ".join(f"'{model.name}' has {getattr(model, what)}" for model in models)
             raise ValueError(f"weights of models with another {what.replace('_', ' ')} do not add up ({said})")
-    shapes = {key: tuple(tensor.shape) for key, tensor in models[0].unet.items()}
+    shapes = models[0].shapes
     for model in models[1:]:
-        other = {key: tuple(tensor.shape) for key, tensor in model.unet.items()}
-        different = sorted(key for key in shapes.keys() | other.keys() if shapes.get(key) != other.get(key))
+        different = sorted(k for k in shapes.keys() | model.shapes.keys() if shapes.get(k) != model.shapes.get(k))
         if different:
             raise ValueError(f"'{model.name}' and '{models[0].name}' differ in the weights {', '.join(different[:4])}")
     return configs[0][1], shapes
@@ -180,30 +182,3 @@ def checked(teachers: Sequence[Source], models: Sequence[Source]) -> tuple[UNetC
 def forget_parts(folder: Path) -> None:
     """Remove what ``merge`` left in ``folder``, once its result is saved."""
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def block_of(key: str) -> str:
-    """ "input_blocks.4.1.proj_in.weight" -> "input_blocks.4", "time_embed.0.bias" -> "time_embed" """
-    first, second = (key.split(".") + [""])[:2]
-    return f"{first}.{second}" if first in ("input_blocks", "output_blocks") else first
-
-
-def style_mlp(config: UNetConfig) -> str:
-    """Name of the style MLP beside a UNet of these sizes: in SDXL's diffusers layout ``add_embedding`` is taken."""
-    return "add_embedding2" if config.adm_channels else "add_embedding"
-
-
-class Chosen(Mapping[str, Tensor]):
-    """Some of a mapping's weights; each is read when it is asked for."""
-
-    def __init__(self, weights: Mapping[str, Tensor], keys: Sequence[str]):
-        self.weights, self.chosen = weights, keys
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.weights[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.chosen)
-
-    def __len__(self) -> int:
-        return len(self.chosen)

@@ -52,13 +52,12 @@ class TeacherFigures:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """names: of the teachers. size: of the bank, in numbers of ``itemsize`` bytes. none: whether a last core is that of no style."""
+    """names: of the teachers. size: of the bank, in numbers of ``itemsize`` bytes."""
 
     names: list[str]
     layers: list[LayerFigures]
     size: Size
     itemsize: int
-    none: bool
 
     def kept_by_teacher(self) -> dict[str, float]:
         """Share of each teacher's change that the bank holds, rounded to four figures."""
@@ -168,8 +167,13 @@ class MergeReport:
         return files
 
 
+def block_of(key: str) -> str:
+    """ "input_blocks.4.1.proj_in.weight" -> "input_blocks.4", "time_embed.0.bias" -> "time_embed" """
+    first, second = (key.split(".") + [""])[:2]
+    return f"{first}.{second}" if first in ("input_blocks", "output_blocks") else first
+
+
 def block_name(key: str) -> str:
     """ "input_blocks.4.1.proj_in.weight" -> "input 4", "middle_block.0..." -> "middle", "time_embed.0..." -> "time" """
-    first, second = key.split(".")[:2]
-    name = first.split("_")[0]
-    return f"{name} {second}" if name in ("input", "output") else name
+    name, _, number = block_of(key).partition(".")
+    return f"{name.split('_')[0]} {number}".strip()

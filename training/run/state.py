@@ -14,7 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from ...dmm_core.files import atomic_write
 from ...dmm_core.weights_file import read_keys, read_weights
+from ..config import TrainConfig
 from ..files.hashing import tensor_sha256
 from ..loop.optimizers import load_optimizer, optimizer_tensors
 from ..loop.trainer import Trainer
@@ -42,24 +43,21 @@ MAY_CHANGE = (
 """Settings that do not change what a step does; every other one is part of a run's identity."""
 
 
-OPTIONS = {
-    "sampling": ("uniform", ("adaptive_power", "adaptive_floor", "adaptive_correct")),
-    "loss_weight": ("plain", ("loss_clamp",)),
-}
-"""Setting -> (its value when it is off, the settings that only count when it is on). When off, all of them are left out of a run's
-identity: so states of runs that were written before the setting existed still load."""
+LEFT_OUT: tuple[tuple[Callable[[TrainConfig], bool], tuple[str, ...]], ...] = (
+    (lambda c: c.sampling == "uniform", ("sampling", "adaptive_power", "adaptive_floor", "adaptive_correct")),
+    (lambda c: c.loss_weight == "plain", ("loss_weight", "loss_clamp")),
+    (lambda c: c.init != "bank", ("bank",)),
+    (lambda c: c.lr_schedule == "constant" and not c.final_steps, ("steps",)),
+)
+"""(when, settings that are then no part of a run's identity). Settings that came later are left out where they change nothing, so that
+states from before they existed still load; the number of steps where a longer run begins like a shorter one, which may therefore be made
+longer."""
 
 
 def identity(run: Trainer) -> dict[str, str]:
     """What must be the same for a run to go on: config, base, every teacher, data; each as text or hash."""
-    settings = {k: v for k, v in dataclasses.asdict(run.config).items() if k not in MAY_CHANGE}
-    for name, (off, details) in OPTIONS.items():  # left out: runs that know nothing of them go on
-        if settings[name] == off:
-            settings = {k: v for k, v in settings.items() if k != name and k not in details}
-    if run.config.init != "bank":
-        settings.pop("bank")
-    if run.config.lr_schedule == "constant" and not run.config.final_steps:
-        settings.pop("steps")  # then a longer run begins like a shorter one, which may therefore be made longer
+    out = {name for when, names in LEFT_OUT if when(run.config) for name in names} | set(MAY_CHANGE)
+    settings = {k: v for k, v in dataclasses.asdict(run.config).items() if k not in out}
     parts = {f"setting {k}": json.dumps(v) for k, v in settings.items()}
     parts["base model"] = run.base.weights_sha256
     parts["base text"] = rows_fingerprint(run.base.contexts)
