@@ -161,8 +161,9 @@ def checked(teachers: Sequence[Source], models: Sequence[Source]) -> tuple[UNetC
     check_names([m.name for m in teachers])
     configs = []
     for model in models:
+        plain = model.plain()
         try:
-            configs.append((model.name, unet_config_from_state_dict(model.plain())))
+            configs.append((model.name, unet_config_from_state_dict(plain)))
         except ValueError as error:
             raise ValueError(f"'{model.name}': {error}") from error
     check_architectures(configs[0][1], configs)
