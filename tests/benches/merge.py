@@ -9,6 +9,10 @@ Every arm is plain DMM with the changes of ``merge_arms.ARMS``. Plain trains fir
 until they have had its seconds too. All figures are of eps errors on 128 scenes that nothing was trained on, and of pictures painted
 from the same prompts and noise (docs/evaluation.md says what EXCESS, LEAK and PAIR are). Spread: standard deviation over the seeds.
 What is finished lies in --folder and is not made again.
+
+    python -m comfyui_dmm.tests.benches.merge --family second --family-folder FOLDER
+
+does the same on the second demo family (other looks, scenes and seeds), which `dmm demo build --family second --out FOLDER` makes.
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ...dmm_core.files import atomic_write
-from .merge_arms import ARMS, OUTLIER, ROOT, SHARES, TWINS, train_arm
+from .family_files import ROOT, FamilyFiles, family_files
+from .merge_arms import ARMS, SHARES, train_arm
 from .merge_judge import judged
 
 SHORT = ("plain", "release", "B adaptive", "standard")
@@ -39,13 +44,22 @@ def name_of(arm: str, steps: int, seed: int, rate: float | None) -> str:
     return f"{arm.replace(' ', '-')}-{steps}-{seed}" + (f"-{rate:g}" if rate else "")
 
 
-def train_and_keep(folder: Path, arm: str, steps: int, seed: int, rate: float | None, device: torch.device) -> None:
+def train_and_keep(
+    folder: Path,
+    arm: str,
+    steps: int,
+    seed: int,
+    rate: float | None,
+    *,
+    device: torch.device,
+    files: FamilyFiles,
+) -> None:
     path = folder / f"{name_of(arm, steps, seed, rate)}.json"
     at_least = 0.0
     if arm != "plain" and not rate:
         plain = json.loads((folder / f"{name_of('plain', steps, seed, None)}.json").read_text())
         at_least = plain["at"][str(steps)]["seconds"]
-    result, weights = train_arm(arm, steps, seed, device, rate, at_least)
+    result, weights = train_arm(arm, steps, seed, device, rate, at_least, files=files)
     for step, state in weights.items():
         with atomic_write(path.with_name(f"{path.stem}-at-{step}.safetensors")) as temporary:
             save_file(state, temporary)
@@ -53,11 +67,12 @@ def train_and_keep(folder: Path, arm: str, steps: int, seed: int, rate: float | 
         temporary.write_text(json.dumps(result))
 
 
-def judge(folder: Path, stem: str, count: int, device: torch.device) -> dict:
+def judge(folder: Path, stem: str, count: int, *, device: torch.device, files: FamilyFiles) -> dict:
     """The paper's figures of weights that an arm left."""
     path = folder / f"{stem}-judged-{count}.json"
     if not path.exists():
-        result = judged(load_file(folder / f"{stem}.safetensors"), folder / "parts", count, PROJECT, device)
+        weights = load_file(folder / f"{stem}.safetensors")
+        result = judged(weights, folder / "parts", count, PROJECT, device=device, files=files)
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(result))
     return json.loads(path.read_text())
@@ -67,6 +82,7 @@ def work(args, jobs: list[list[str]]) -> None:
     """Run jobs, ``args.jobs`` at a time, each in a process that computes on one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     common = ["--folder", args.folder, "--steps", str(args.steps), "--count", str(args.count), "--device", args.device]
+    common += ["--family", args.family] + (["--family-folder", args.family_folder] if args.family_folder else [])
     waiting, running = list(jobs), []
     while waiting or running:
         while waiting and len(running) < args.jobs:
@@ -109,7 +125,7 @@ def samples_to(curve: list, error: float, batch: int) -> float:
     return float("inf")
 
 
-def row(result: dict, plain: dict, judged: dict | None) -> dict[str, float]:
+def row(result: dict, plain: dict, judged: dict | None, outlier: str) -> dict[str, float]:
     """The figures of one run, beside plain's of the same seed."""
     steps, names = result["steps"], result["names"]
     end = result["at"][str(steps)]
@@ -125,8 +141,8 @@ def row(result: dict, plain: dict, judged: dict | None) -> dict[str, float]:
         "s": end["seconds"],
     }
     if judged:
-        others = [i for i, name in enumerate(names) if name != OUTLIER]
-        j = names.index(OUTLIER)
+        others = [i for i, name in enumerate(names) if name != outlier]
+        j = names.index(outlier)
         figures |= {
             "PAIR": judged["pair"],
             "PAIR worst": judged["pair worst"],
@@ -166,7 +182,11 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--folder", default=str(ROOT / "out" / "bench-merge"))
+    parser.add_argument(
+        "--folder", default=str(ROOT / "out" / "bench-merge"), help="results; of another family in a folder inside"
+    )
+    parser.add_argument("--family", default="first", help="the demo family: first, the shipped one, or second")
+    parser.add_argument("--family-folder", help="where the second family was built (out/demo-second)")
     parser.add_argument("--tune", default="", help="arms whose learning rate is to be found")
     parser.add_argument("--judged", default="plain,standard", help="arms whose pictures are judged, or all")
     parser.add_argument("--early", default="standard", help=f"arms that have rows of their own for {', '.join(SHARES)}")
@@ -174,19 +194,28 @@ def main() -> None:
     parser.add_argument("--judge", help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder, device = Path(args.folder), torch.device(args.device)
+    try:
+        files = family_files(args.family, args.family_folder)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    if not files.family.shipped:
+        folder = folder / args.family
     folder.mkdir(parents=True, exist_ok=True)
     if args.train or args.judge:
         torch.set_num_threads(1)
         if args.judge:
-            judge(folder, args.judge, args.count, device)
+            judge(folder, args.judge, args.count, device=device, files=files)
         else:
             arm, seed, rate = (*args.train.split(":"), None)[:3]
-            train_and_keep(folder, arm, args.steps, int(seed), rate and float(rate), device)
+            train_and_keep(folder, arm, args.steps, int(seed), rate and float(rate), device=device, files=files)
         return
     arms = list(ARMS) if args.arms == "all" else args.arms.split(",")
     if unknown := [arm for arm in arms + args.tune.split(",") if arm and arm not in ARMS]:
         raise SystemExit(f"unknown arms {', '.join(unknown)}: choose from {', '.join(ARMS)}")
-    (tune if args.tune else compare)(args, folder, arms)
+    if args.tune:
+        tune(args, folder)
+    else:
+        compare(args, folder, arms, files)
 
 
 def results(folder: Path, arm: str, steps: int, seed: int, rate: float | None = None) -> dict | None:
@@ -194,7 +223,7 @@ def results(folder: Path, arm: str, steps: int, seed: int, rate: float | None = 
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def tune(args, folder: Path, arms: list[str]) -> None:
+def tune(args, folder: Path) -> None:
     trials = [(arm, rate) for arm in args.tune.split(",") for rate in RATES_TRIED]
     missing = [(arm, rate) for arm, rate in trials if not results(folder, arm, args.steps, TUNING_SEED, rate)]
     work(args, [["--train", f"{arm}:{TUNING_SEED}:{rate}"] for arm, rate in missing])
@@ -209,7 +238,8 @@ def tune(args, folder: Path, arms: list[str]) -> None:
         print(f"| {arm} | " + " | ".join(f"{error:.4f}" for error in errors) + " |")
 
 
-def compare(args, folder: Path, arms: list[str]) -> None:
+def compare(args, folder: Path, arms: list[str], files: FamilyFiles) -> None:
+    family, device = files.family, torch.device(args.device)
     seeds = [int(seed) for seed in args.seeds.split(",")]
     arms = ["plain", *(arm for arm in arms if arm != "plain")]
     runs = [(arm, seed) for arm in arms for seed in seeds]
@@ -237,14 +267,15 @@ def compare(args, folder: Path, arms: list[str]) -> None:
     rows: dict[str, list[dict[str, float]]] = {}
     for (arm, seed, at), stem in shown.items():
         result, plain = (results(folder, name, args.steps, seed) for name in (arm, "plain"))
-        judged = judge(folder, stem, args.count, torch.device(args.device)) if stem in looked_at else None
+        judged = judge(folder, stem, args.count, device=device, files=files) if stem in looked_at else None
         if at != args.steps:
             result = {**result, "at": {str(args.steps): result["at"][str(at)]}}
-        one = row(result, plain, judged)
+        one = row(result, plain, judged, family.outlier)
         if at != args.steps:  # these are of the whole run
             del one["at equal seconds"], one["samples to plain's end"]
         rows.setdefault(arm if at == args.steps else f"{arm}, {early[at]}", []).append(one)
-    print(f"\n{args.steps} steps of 32 samples, seeds {args.seeds}, twins: {' and '.join(TWINS)}, outlier: {OUTLIER}\n")
+    told = f"{family.name} family, twins: {' and '.join(family.twins)}, outlier: {family.outlier}"
+    print(f"\n{args.steps} steps of 32 samples, seeds {args.seeds}, {told}\n")
     print(table(rows))
 
 

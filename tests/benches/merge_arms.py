@@ -15,8 +15,8 @@ from ...dmm_core.unet import UNet, load_unet
 from ...dmm_core.vae import load_vae
 from ...training.config import DataSpec, DistillConfig, load_config
 from ...training.data.batches import Batch, Draw
+from ...training.data.demo.family import FIRST, Family
 from ...training.data.demo.latents import captioned_latents
-from ...training.data.demo.looks import BASE_LOOK, TEACHER_LOOKS
 from ...training.demo.tour import HELD_OUT_SEED
 from ...training.evaluation.agreement import eps_of
 from ...training.loop.adversary import View
@@ -29,10 +29,8 @@ from ...training.seeds import hash_seed
 from ...training.teachers.teacher import Prediction, Teacher
 from ...training.text import ClipText
 from .demo_rollouts import build_demo_rollouts
+from .family_files import FamilyFiles, family_files
 
-ROOT = Path(__file__).parents[2]
-TWINS = ("ink", "pen")
-OUTLIER = "echo"
 PATHS = 160
 """Paintings by each teacher, for rollouts."""
 LEVEL_ENDS = (2, 3, 4, 6, 8)
@@ -124,9 +122,9 @@ def empty_cores(student: UNet) -> None:
             layer.bias.weight.zero_()
 
 
-def settings(arm: str, steps: int, seed: int, rate: float | None) -> DistillConfig:
-    """The demo family's config with an arm's settings."""
-    config = load_config(ROOT / "training" / "configs" / "demo.yaml")
+def settings(arm: str, steps: int, seed: int, rate: float | None, files: FamilyFiles | None = None) -> DistillConfig:
+    """A demo family's config (the shipped one's) with an arm's settings."""
+    config = load_config((files or family_files()).config)
     rate = rate or RATES.get(arm, RATES["plain"])
     changes = {**PLAIN, **{k: v for k, v in ARMS[arm].items() if k not in OWN_SETTINGS}, "lr": rate, "adv_lr": rate}
     config.train = dataclasses.replace(config.train, steps=steps, seed=seed, **changes)
@@ -144,8 +142,8 @@ class HeldOut:
     said: list[Tensor]
 
     @classmethod
-    def of(cls, run: Trainer, vae, text: ClipText, count: int) -> HeldOut:
-        data = captioned_latents(vae, (BASE_LOOK, *TEACHER_LOOKS), count, HELD_OUT_SEED)
+    def of(cls, run: Trainer, vae, text: ClipText, count: int, family: Family = FIRST) -> HeldOut:
+        data = captioned_latents(vae, family.painted, count, HELD_OUT_SEED + family.seed, family=family)
         g = torch.Generator().manual_seed(hash_seed(1, "bench merge"))
         t = ((torch.arange(count) + 0.5) * 1000 / count).long()[torch.randperm(count, generator=g)]
         x0 = data.buckets[0][torch.arange(count)]
@@ -177,15 +175,23 @@ class HeldOut:
 
 
 def train_arm(
-    arm: str, steps: int, seed: int, device: torch.device, rate: float | None = None, at_least: float = 0.0
+    arm: str,
+    steps: int,
+    seed: int,
+    device: torch.device,
+    rate: float | None = None,
+    at_least: float = 0.0,
+    *,
+    files: FamilyFiles,
 ) -> tuple[dict, dict[int, dict[str, Tensor]]]:
     """(figures, weights of the averaged student, by step): at the start, after the ``SHARES`` of ``steps``, and after all.
 
     at_least: seconds to train, beyond ``steps`` where they were fewer. Seconds are of this process (it computes on one thread) or, on a
     GPU, of the clock, and of the training alone.
     """
+    family = files.family
     config = settings(
-        arm, 2 * steps, seed, rate
+        arm, 2 * steps, seed, rate, files
     )  # the rate is constant: what comes after ``steps`` changes nothing before
     if config.train.warmup < 1:
         config.train = dataclasses.replace(config.train, warmup=round(config.train.warmup * steps))
@@ -196,7 +202,7 @@ def train_arm(
         # Made anew for every run, for its time counts; gone when this returns.
         made = tempfile.TemporaryDirectory(prefix="dmm-rollouts-")
         clock.start()
-        build_demo_rollouts(Path(made.name) / "cache", config, PATHS, seed)
+        build_demo_rollouts(Path(made.name) / "cache", config, PATHS, seed, family)
         clock.stop()
         config.data = DataSpec("cache", str(Path(made.name) / "cache"))
     loaded = load_run(config, device)
@@ -209,7 +215,7 @@ def train_arm(
     if ARMS[arm].get("cores") == "zero":
         empty_cores(run.student.unet)
     vae, text = load_vae(loaded.parts.vae), ClipText(loaded.parts.text)
-    few, many = (HeldOut.of(run, vae, text, count) for count in (32, 128))
+    few, many = (HeldOut.of(run, vae, text, count, family) for count in (32, 128))
     names = [teacher.name for teacher in run.teachers]
     every, curve, weights, figures = max(1, steps // LOOKS), [], {}, {}
     marks = {*(round(share * steps) for share in SHARES.values()), steps}
@@ -223,7 +229,7 @@ def train_arm(
             answers = many.answers(run)
             figures[run.step] = {
                 "errors": many.errors(answers).tolist(),
-                "contrast": many.contrast(answers, *(names.index(name) for name in TWINS)),
+                "contrast": many.contrast(answers, *(names.index(name) for name in family.twins)),
                 "seconds": clock.seconds,
             }
 

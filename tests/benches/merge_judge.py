@@ -14,24 +14,25 @@ from ...dmm_core.vae import latent_scale, load_vae
 from ...training.commands.evaluation_inputs import demo_prompts
 from ...training.config import load_config
 from ...training.evaluation.evaluate import Lineup, evaluate
-from ...training.evaluation.features import DEMO_FILE, PixelDecoder, load_features
+from ...training.evaluation.features import PixelDecoder, load_features
 from ...training.evaluation.model_ref import ModelRef
 from ...training.evaluation.settings import EvaluationSettings
 from ...training.files.hashing import weights_hash
 from ...training.run.load import load_run
 from ...training.teachers.teacher import Teacher
 from ...training.text import ClipText
+from .family_files import FamilyFiles
 
-ROOT = Path(__file__).parents[2]
 SEED = 5_000_000
 """Of the pictures' noise; no training uses it."""
 
 
-def judged(weights: Mapping[str, Tensor], parts: Path, count: int, project: int, device: torch.device) -> dict:
+def judged(
+    weights: Mapping[str, Tensor], parts: Path, count: int, project: int, *, device: torch.device, files: FamilyFiles
+) -> dict:
     """EXCESS, LEAK and PAIR with ``count`` pictures a style; the teachers' pictures are kept in ``parts``."""
-    config = load_config(ROOT / "training" / "configs" / "demo.yaml")
-    loaded = load_run(config, torch.device("cpu"))
-    prompts = ["", *demo_prompts(min(count, 64))]
+    loaded = load_run(load_config(files.config), torch.device("cpu"))
+    prompts = ["", *demo_prompts(min(count, 64), files.family)]
     contexts = ClipText(loaded.parts.text).encode(prompts)
     refs = [ModelRef.of(dataclasses.replace(teacher, contexts=contexts), len(prompts)) for teacher in loaded.teachers]
     student = ModelRef.of(Teacher("student", load_unet(dict(weights)), contexts), len(prompts))
@@ -43,7 +44,7 @@ def judged(weights: Mapping[str, Tensor], parts: Path, count: int, project: int,
         refs,
         prompts,
         decoder=PixelDecoder(lambda latents: vae.decode(latents / scale), weights_hash(loaded.parts.vae)),
-        features=load_features(DEMO_FILE),
+        features=load_features(files.features),
     )
     settings = EvaluationSettings(
         count=count, seed=SEED, width=128, height=128, steps=12, cfg=4.0, metrics=("fid", "pair"), project=project, resamples=0

@@ -38,7 +38,7 @@ def test_a_row_beside_plain():
     errors = [[0.1, 0.5], [0.7, 0.3]]
     mine = {**plain, "curve": faster, "at": {"30": {"seconds": 6.0, "errors": errors, "contrast": 0.5}}}
     judged = {"pair": 1, "pair worst": 2, "excess": 3, "leak": 4, "m": [[0, 5], [7, 0]], "floor": [[0, 8], [1, 0]]}
-    one = row(mine, plain, judged)
+    one = row(mine, plain, judged, "echo")
     assert one["eps error"] == pytest.approx(0.2) and one["worst"] == pytest.approx(0.3)
     assert one["at equal seconds"] == pytest.approx(0.325)  # a quarter of the way from 2 s to 6 s
     assert one["samples to plain's end"] == pytest.approx((10 + 20 * 2 / 3) / 30)

@@ -2,30 +2,33 @@
 
 import dataclasses
 import re
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from comfyui_dmm.training.data.demo.looks import BASE_LOOK, LOOKS, LORA_LOOK, TEACHER_LOOKS, render
-from comfyui_dmm.training.data.demo.scenes import (
-    BACKGROUNDS,
-    COLOURS,
-    SHAPES,
-    SIZE,
-    VOCABULARY,
-    Scene,
-    control_hint,
-    layers,
-    sample_scene,
-)
+from comfyui_dmm.training.data.demo.family import FAMILIES, FIRST, SECOND, family_named
+from comfyui_dmm.training.data.demo.latents import demo_images
+from comfyui_dmm.training.data.demo.scenes import SIZE, Scene, control_hint, layers, sample_scene
 from comfyui_dmm.training.demo import classifier
 from safetensors.torch import save_file
 
+EVERY_LOOK = [
+    pytest.param(family, look, id=f"{family.name}-{look}") for family in FAMILIES.values() for look in family.looks
+]
+each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
-def some_scenes(count, seed=0, **fixed):
+
+def some_scenes(count, seed=0, family=FIRST, **fixed):
     rng = np.random.default_rng(seed)
-    return [sample_scene(rng, **fixed) for _ in range(count)]
+    return [sample_scene(rng, family.world, **fixed) for _ in range(count)]
+
+
+def coarse(pictures):
+    """(M, H, W, 3) in 0..1 -> (M, H/8, W/8, 3): the latents' resolution, where the models work. Per pixel, hatching a few pixels apart
+    would count as well."""
+    return pictures.reshape(-1, SIZE // 8, 8, SIZE // 8, 8, 3).mean((2, 4))
 
 
 def edge_points(mask):
@@ -42,29 +45,38 @@ def brute_force_distance(mask):
     return np.where(mask > 0.5, -nearest, nearest)
 
 
+CARRIED_OUTSIDE = {"pop", "paper", "wash", "neon"}
+"""Looks whose dots, lowest sheet, bleeding paint or glow have the object's colour outside the object too."""
+
+
 def chroma(rgb):
     """Colour without lightness: RGB over its largest channel, so a shaded yellow is yellow. (..., 3) -> same."""
     return rgb / rgb.max(-1, keepdims=True)
 
 
-def test_every_word_is_one_clip_token_and_captions_use_no_other():
+@each_family
+def test_every_word_is_one_clip_token_and_captions_use_no_other(family):
+    vocabulary = family.world.vocabulary
     tokenizer = pytest.importorskip("open_clip", reason="needs the headless extra").SimpleTokenizer()
-    tokens = {word: tokenizer.encode(word) for word in VOCABULARY}
+    tokens = {word: tokenizer.encode(word) for word in vocabulary}
     assert {word: ids for word, ids in tokens.items() if len(ids) != 1} == {}
-    assert len(VOCABULARY) == len(set(VOCABULARY)) <= 48
+    assert len(vocabulary) == len(set(vocabulary)) <= 48
     known = {ids[0] for ids in tokens.values()}
-    used = {token for scene in some_scenes(3000) for token in tokenizer.encode(scene.caption)}
+    used = {token for scene in some_scenes(3000, family=family) for token in tokenizer.encode(scene.caption)}
     assert used == known  # nothing unknown is said, and no word is idle
 
 
-def test_the_caption_tells_the_scene():
-    for scene in some_scenes(300):
+@each_family
+def test_the_caption_tells_the_scene(family):
+    world = family.world
+    small, _, big = world.sizes
+    for scene in some_scenes(300, family=family):
         words = re.findall(r"\w+", scene.caption)
-        assert [word for word in words if word in SHAPES] == [scene.shape]
-        assert [word for word in words if word in COLOURS] == [scene.colour]
-        backgrounds = [word for word in words if word in BACKGROUNDS]
+        assert [word for word in words if word in world.objects] == [scene.shape]
+        assert [word for word in words if word in world.colours] == [scene.colour]
+        backgrounds = [word for word in words if word in world.backgrounds]
         assert backgrounds == ([] if scene.background == "plain" else [scene.background])
-        assert ("small" in words, "big" in words) == (scene.size_word == "small", scene.size_word == "big")
+        assert (small in words, big in words) == (scene.size_word == small, scene.size_word == big)
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", scene.caption)
 
 
@@ -82,52 +94,89 @@ def test_size_words_order_the_drawn_sizes():
     assert min(side["small"]) >= 0.45 * SIZE and max(side["big"]) <= 0.76 * SIZE
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_distance_field_matches_brute_force(shape):
-    drawn = layers(some_scenes(1, shape=shape)[0])
+@pytest.mark.parametrize(("family", "shape"), [(f, shape) for f in FAMILIES.values() for shape in f.world.objects])
+def test_distance_field_matches_brute_force(family, shape):
+    drawn = layers(some_scenes(1, family=family, shape=shape)[0])
     error = np.abs(drawn.distance[..., 0] - brute_force_distance(drawn.mask[..., 0]))
     assert error.mean() < 0.5 and error.max() < 2.5  # pixels; the field is computed at half resolution
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_render_depends_on_scene_and_look_alone(look):
-    scene = some_scenes(1, seed=3)[0]
-    first = render(scene, look)
-    render(some_scenes(1, seed=4)[0], "echo")
+@pytest.mark.parametrize(("family", "look"), EVERY_LOOK)
+def test_render_depends_on_scene_and_look_alone(family, look):
+    scene = some_scenes(1, seed=3, family=family)[0]
+    first = family.render(scene, look)
+    family.render(some_scenes(1, seed=4, family=family)[0], family.outlier)
     assert first.shape == (SIZE, SIZE, 3) and first.dtype == np.uint8
-    assert np.array_equal(first, render(dataclasses.replace(scene), look))
-    assert not np.array_equal(first, render(dataclasses.replace(scene, x=scene.x + 0.05), look))
+    assert np.array_equal(first, family.render(dataclasses.replace(scene), look))
+    assert not np.array_equal(first, family.render(dataclasses.replace(scene, x=scene.x + 0.05), look))
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_every_look_keeps_composition_and_colour(look):
+@pytest.mark.parametrize(("family", "look"), EVERY_LOOK)
+def test_every_look_keeps_composition_and_colour(family, look):
     """Where the picture changes when only the colour word does is the object; and the colour there is the word's."""
-    for scene in some_scenes(6, seed=1):
+    colours = family.world.colours
+    for scene in some_scenes(6, seed=1, family=family):
         mask = layers(scene).mask[..., 0] > 0.5
-        painted = {c: render(dataclasses.replace(scene, colour=c), look).astype(float) for c in COLOURS}
+        painted = {c: family.render(dataclasses.replace(scene, colour=c), look).astype(float) for c in colours}
         change = np.std(np.stack(list(painted.values())), 0).mean(2)
-        assert change[mask].mean() > (2 if look == "pop" else 8) * change[~mask].mean()  # pop dots carry the colour too
-        palette = chroma(np.array(list(COLOURS.values()), float))
-        for i, colour in enumerate(COLOURS):
+        assert change[mask].mean() > (2 if look in CARRIED_OUTSIDE else 8) * change[~mask].mean()
+        palette = chroma(np.array(list(colours.values()), float))
+        for i, colour in enumerate(colours):
             pixels = painted[colour][mask]
             strength = np.ptp(pixels, 1)
             vivid = pixels[strength > 0.75 * strength.max()]  # neither outlines nor pale parts or dots
             nearest = np.linalg.norm(chroma(vivid.mean(0)) - palette, axis=1).argmin()
-            assert nearest == i, f"{scene.caption} in {look}: {colour} reads as {list(COLOURS)[nearest]}"
+            assert nearest == i, f"{scene.caption} in {look}: {colour} reads as {list(colours)[nearest]}"
 
 
-def test_one_pair_of_twins_and_one_outlier():
-    assert set(LOOKS) == {BASE_LOOK, LORA_LOOK, *TEACHER_LOOKS}
-    scenes = some_scenes(24, seed=2)
-    pictures = {look: np.stack([render(s, look) for s in scenes]) / 255 for look in TEACHER_LOOKS}
-    # at the latents' resolution, where the models work: per pixel, hatching a few pixels apart would count as well
-    pictures = {look: p.reshape(-1, SIZE // 8, 8, SIZE // 8, 8, 3).mean((2, 4)) for look, p in pictures.items()}
-    gap = {(a, b): ((pictures[a] - pictures[b]) ** 2).mean() for a in pictures for b in pictures if a < b}
+@each_family
+def test_one_pair_of_twins_and_one_outlier(family):
+    assert set(family.looks) == {*family.painted, *filter(None, [family.lora])}
+    assert {*family.twins, family.outlier} <= set(family.teachers)
+    scenes = [layers(scene) for scene in some_scenes(24, seed=2, family=family)]
+    pictures = {
+        look: coarse(np.stack([family.render_layers(s, look) for s in scenes]) / 255) for look in family.teachers
+    }
+    gap = {frozenset((a, b)): ((pictures[a] - pictures[b]) ** 2).mean() for a in pictures for b in pictures if a < b}
     by_size = sorted(gap, key=gap.get)
-    assert by_size[0] == ("ink", "pen") and gap[by_size[0]] * 2 < gap[by_size[1]]
-    assert all("echo" in pair for pair in by_size[-(len(TEACHER_LOOKS) - 1) :])
-    largest_without, smallest_with = by_size[-len(TEACHER_LOOKS)], by_size[-len(TEACHER_LOOKS) + 1]
-    assert gap[smallest_with] > 2 * gap[largest_without]
+    assert by_size[0] == set(family.twins) and gap[by_size[0]] * 2 < gap[by_size[1]]
+    others = len(family.teachers) - 1
+    assert all(family.outlier in pair for pair in by_size[-others:])
+    largest_without, smallest_with = gap[by_size[-others - 1]], gap[by_size[-others]]
+    assert smallest_with > (2 if family is FIRST else 1.2) * largest_without
+
+
+def test_the_families_share_no_word_but_grammar_and_no_look():
+    first, second = FIRST.world, SECOND.world
+    for of in ("objects", "colours"):
+        assert not set(getattr(first, of)) & set(getattr(second, of))
+    assert set(first.vocabulary) & set(second.vocabulary) == {"a", "an", ",", "in", "the"}
+    assert not set(FIRST.looks) & set(SECOND.looks) and FIRST.seed != SECOND.seed
+
+
+def test_the_second_familys_looks_are_other_ways_to_paint():
+    """The scenes of one family in the looks of both: every look of the second is further from each of the first's than the twins are from
+    each other."""
+    scenes = [layers(scene) for scene in some_scenes(12, seed=2)]
+
+    def painted(family, look):
+        return coarse(np.stack([family.render_layers(s, look) for s in scenes]) / 255)
+
+    first = {look: painted(FIRST, look) for look in FIRST.painted}
+    twins = ((first["ink"] - first["pen"]) ** 2).mean()
+    for look in SECOND.painted:
+        mine = painted(SECOND, look)
+        nearest = min((((mine - theirs) ** 2).mean(), name) for name, theirs in first.items())
+        assert nearest[0] > 1.3 * twins, (look, nearest)
+
+
+def test_the_first_familys_scenes_are_those_of_its_models():
+    """The shipped models and figures belong to these scenes: digests of 50 scenes and captions, taken before there was a second family."""
+    scenes = some_scenes(50, seed=5)
+    said = [tuple(v for name, v in vars(scene).items() if name != "world") for scene in scenes]
+    assert sha256(repr(said).encode()).hexdigest().startswith("3e221a44fd34")
+    _, captions = demo_images(("plain",), 45, 3)
+    assert sha256("\n".join(captions).encode()).hexdigest().startswith("785abce7bda0")
 
 
 def test_control_hint_traces_the_silhouette():
@@ -142,8 +191,9 @@ def test_control_hint_traces_the_silhouette():
         assert to_line.max() < 3 and to_line.mean() < 1  # pixels: no part of the edge goes untraced
 
 
-def test_objects_stay_on_the_canvas():
-    for scene in some_scenes(400):
+@each_family
+def test_objects_stay_on_the_canvas(family):
+    for scene in some_scenes(400, family=family):
         mask = layers(scene).mask[..., 0]
         assert max(mask[0].max(), mask[-1].max(), mask[:, 0].max(), mask[:, -1].max()) == 0
 
@@ -155,9 +205,13 @@ def test_unknown_words_are_named(field):
         layers(scene)
 
 
-def test_unknown_look_is_named():
+def test_unknown_looks_and_families_are_named():
     with pytest.raises(ValueError, match="unknown look 'oil': choose one of plain"):
-        render(Scene("cat", "red", "sea"), "oil")
+        FIRST.render(Scene("cat", "red", "sea"), "oil")
+    with pytest.raises(ValueError, match="unknown look 'ink': choose one of clay"):
+        SECOND.render(some_scenes(1, family=SECOND)[0], "ink")
+    with pytest.raises(ValueError, match="no demo family 'third': choose from first, second"):
+        family_named("third")
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +232,10 @@ def test_labels_follow_the_scene():
     expected = [
         [getattr(scene, q) for q in ("shape", "colour", "background")] + [look]
         for scene in (sample_scene(rng) for _ in range(4))
-        for look in LOOKS
+        for look in FIRST.looks
     ]
-    assert [[classifier.CLASSES[q][i] for q, i in zip(classifier.CLASSES, row)] for row in labels.tolist()] == expected
+    classes = classifier.classes_of()
+    assert [[classes[q][i] for q, i in zip(classes, row)] for row in labels.tolist()] == expected
     assert images.shape == (len(expected), 3, SIZE, SIZE)
 
 
@@ -216,7 +271,7 @@ def test_disturbance_keeps_range_and_repeats():
 def test_the_shipped_judge_reads_fresh_renders():
     path = Path(__file__).parents[2] / "models" / "demo-classifier.safetensors"
     model = classifier.load_classifier(path)
-    assert model.classes == classifier.CLASSES  # else the scenes changed after it was trained
+    assert model.classes == classifier.classes_of()  # else the scenes changed after it was trained
     images, labels = classifier.labelled_renders(np.random.default_rng(2024), 40)
     share = classifier.accuracy(model, images.float() / 127.5 - 1, labels)
     assert min(share["shape"], share["colour"], share["background"]) >= 0.98 and share["look"] >= 0.95, share

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .watched import watched
+
+if TYPE_CHECKING:
+    from ..data.demo.family import Family
 
 ROOT = Path(__file__).parents[2]
 MODELS = str(ROOT / "models")
@@ -17,14 +21,18 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     demo = commands.add_parser("demo", help="the demo family")
     actions = demo.add_subparsers(required=True, metavar="action")
     build = actions.add_parser("build", help="train the whole demo family from nothing")
+    build.add_argument("--family", default="first", help="first, the shipped one, or second: other looks and scenes")
+    build.add_argument("--work", help="folder for the parts; an interrupted build goes on there (out/demo-build)")
+    build.add_argument("--models", help="where the finished files go (models/ of the pack)")
     build.add_argument(
-        "--work", default="out/demo-build", help="folder for the parts; an interrupted build goes on there"
+        "--out",
+        help="folder of another family than the shipped one: parts, and finished files in its models/ (out/demo-FAMILY)",
     )
-    build.add_argument("--models", default=MODELS, help="where the finished files go")
     build.add_argument("--jobs", type=int, default=2, help="processes at a time")
     build.set_defaults(run=run_demo_build)
     judge = actions.add_parser("judge", help="how often base, teachers and DMM paint what a caption says")
-    judge.add_argument("--models", default=MODELS, help="folder of the demo family")
+    judge.add_argument("--family", default="first", help="first or second")
+    judge.add_argument("--models", help="folder of the family's finished files")
     judge.add_argument("--count", type=int, default=200, help="pictures per model")
     judge.set_defaults(run=run_demo_judge)
     tour = actions.add_parser("run", help="distil the demo teachers, print a table, paint grids (`make demo`)")
@@ -33,24 +41,40 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
 
 
 def run_demo_build(args: argparse.Namespace) -> None:
+    from ..data.demo.family import family_named
     from ..demo.build import build_parts
     from ..demo.judge import audit
     from ..demo.ship import publish
-    from ..demo.stages import Budget
+    from ..demo.stages import BUDGETS
 
     started = time.monotonic()
-    work, models = Path(args.work), Path(args.models)
-    seconds = build_parts(work, Budget(), args.jobs)
-    for path in publish(work, models):
+    family = family_named(args.family)
+    work, models = folders(family, args.work, args.models, args.out)
+    seconds = build_parts(work, BUDGETS[family.name], args.jobs, family)
+    for path in publish(work, models, family):
         print(f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB)")
     print(f"built in {time.monotonic() - started:.0f} s: " + ", ".join(f"{n} {s:.0f} s" for n, s in seconds.items()))
-    print(audit(models))
+    print(audit(models, family=family))
+
+
+def folders(family: Family, work: str | None, models: str | None, out: str | None) -> tuple[Path, Path]:
+    """(parts, finished files). ValueError when the shipped family is given ``out``: its files go to --models."""
+    if family.shipped:
+        if out:
+            raise ValueError(
+                f"--out is for families that are not shipped: give --work and --models for the {family.name} one"
+            )
+        return Path(work or "out/demo-build"), Path(models or MODELS)
+    place = Path(out or f"out/demo-{family.name}")
+    return Path(work) if work else place, Path(models) if models else place / "models"
 
 
 def run_demo_judge(args: argparse.Namespace) -> None:
+    from ..data.demo.family import family_named
     from ..demo.judge import audit
 
-    print(audit(Path(args.models), args.count))
+    family = family_named(args.family)
+    print(audit(folders(family, None, args.models, None)[1], args.count, family))
 
 
 def run_demo(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from ..evaluation.model_ref import ModelRef, PromptStates
 from ..evaluation.settings import usual_settings
 from ..files.hashing import repr_sha256, weights_hash
 from .progress_bar import ProgressBar
+
+if TYPE_CHECKING:
+    from ..data.demo.family import Family
 
 DEMO_PROMPTS, DEMO_SEED = 64, 7_000_000
 """How many captions the demo family is evaluated with, and the seed of their scenes, which no training uses."""
@@ -67,16 +70,17 @@ def painting(
     return {**usual, **given, **{name: getattr(args, name) for name in names}}
 
 
-def demo_prompts(count: int) -> list[str]:
-    """``count`` different captions of the demo family's scenes, always the same."""
+def demo_prompts(count: int, family: Family | None = None) -> list[str]:
+    """``count`` different captions of a demo family's scenes (the shipped one's), always the same."""
     import numpy as np
 
-    from ..data.demo.scenes import sample_scene
+    from ..data.demo.family import FIRST
 
-    rng = np.random.default_rng(DEMO_SEED)
+    family = family or FIRST
+    rng = np.random.default_rng(DEMO_SEED + family.seed)
     found: dict[str, None] = {}
     while len(found) < count:
-        found[sample_scene(rng).caption] = None
+        found[family.sample_scene(rng).caption] = None
     return list(found)
 
 

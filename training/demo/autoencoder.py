@@ -1,4 +1,4 @@
-"""Train the demo family's VAE on rendered scenes in every look.
+"""Train a demo family's VAE on rendered scenes in every look.
 
 Crops keep the steps cheap, small ones first (the network is convolutional but for one small attention); afterwards each latent channel is
 shifted and scaled inside quant_conv / post_quant_conv so that ``0.18215 * latent`` has mean 0 and variance 1, which is what the host
@@ -8,6 +8,7 @@ assumes of every SD VAE.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...dmm_core.vae import SCALE_SD, AutoencoderKL, VAEConfig
-from ..data.demo.looks import LOOKS, render_layers
-from ..data.demo.scenes import layers, sample_scene
+from ..data.demo.family import FIRST, Family
+from ..data.demo.scenes import layers
 from ..paint.images import to_tensor
 
 log = logging.getLogger(__name__)
@@ -24,12 +25,14 @@ log = logging.getLogger(__name__)
 DEMO_VAE = VAEConfig(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1)
 
 
-def render_images(rng: np.random.Generator, scenes: int, looks=tuple(LOOKS), looks_per_scene: int = 1) -> np.ndarray:
+def render_images(
+    rng: np.random.Generator, scenes: int, looks_per_scene: int = 1, family: Family = FIRST
+) -> np.ndarray:
     """(scenes * looks_per_scene, 128, 128, 3) uint8 pictures of random scenes in random looks."""
-    images = []
+    images, looks = [], tuple(family.looks)
     for _ in range(scenes):
-        drawn = layers(sample_scene(rng))
-        images += [render_layers(drawn, look) for look in rng.choice(looks, looks_per_scene, replace=False)]
+        drawn = layers(family.sample_scene(rng))
+        images += [family.render_layers(drawn, look) for look in rng.choice(looks, looks_per_scene, replace=False)]
     return np.stack(images)
 
 
@@ -51,20 +54,35 @@ PHASES = ((32, 16, 2500), (64, 8, 1500), (128, 2, 400))
 """(crop in pixels, batch, steps), in this order."""
 
 
-def train_vae(phases=PHASES, *, lr: float = 2e-3, kl: float = 2e-3, seed: int = 0, progress=None) -> AutoencoderKL:
-    """Returns a trained AutoencoderKL (eval mode). ``progress(step, steps, loss)`` is called every step."""
+def train_vae(
+    phases=PHASES,
+    *,
+    lr: float = 2e-3,
+    kl: float = 2e-3,
+    seed: int = 0,
+    start: Mapping[str, Tensor] | None = None,
+    family: Family = FIRST,
+    progress=None,
+) -> AutoencoderKL:
+    """Returns a trained AutoencoderKL (eval mode). ``progress(step, steps, loss)`` is called every step.
+
+    start: weights to go on from, such as another family's; a new VAE without.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     vae = AutoencoderKL(DEMO_VAE)
-    average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+    if start:
+        vae.load_state_dict(start)
+    decay = 0.995 if start else 0.998  # the shorter training from a start averages over fewer steps
+    average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
     sizes = [(crop, batch) for crop, batch, count in phases for _ in range(count)]
     steps = len(sizes)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
-    pool = render_images(rng, 400, looks_per_scene=4)
+    pool = render_images(rng, 400, 4, family)
     for step, (crop, batch) in enumerate(sizes):
         if step % 100 == 99:  # keep the pool fresh without rendering every crop anew
-            pool = np.concatenate([pool[100:], render_images(rng, 25, looks_per_scene=4)])
+            pool = np.concatenate([pool[100:], render_images(rng, 25, 4, family)])
         x = to_tensor(random_crops(pool[rng.integers(len(pool), size=batch)], rng, crop))
         with torch.autocast("cpu", torch.bfloat16):
             mean, logvar = vae.encode_moments(x)
@@ -83,7 +101,7 @@ def train_vae(phases=PHASES, *, lr: float = 2e-3, kl: float = 2e-3, seed: int = 
         if progress:
             progress(step + 1, steps, loss.item())
     vae = average.module.eval()
-    standardise(vae, to_tensor(render_images(np.random.default_rng(seed + 1), 128, looks_per_scene=2)))
+    standardise(vae, to_tensor(render_images(np.random.default_rng(seed + 1), 128, 2, family)))
     return vae
 
 
@@ -95,6 +113,7 @@ def refine_decoder(
     lr: float = 1e-3,
     noise: float = 0.45,
     seed: int = 0,
+    family: Family = FIRST,
     progress=None,
 ):
     """Train the decoder on, with the encoder fixed, on whole pictures whose latents carry noise; in place.
@@ -112,7 +131,7 @@ def refine_decoder(
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     for step in range(steps):
-        x = to_tensor(render_images(rng, 1, looks_per_scene=batch))
+        x = to_tensor(render_images(rng, 1, batch, family))
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 z = vae.encode(x).float() * SCALE_SD

@@ -12,7 +12,8 @@ import os
 import threading
 from pathlib import Path
 
-from .stages import STAGES, Budget, run_stage
+from ..data.demo.family import FIRST, Family
+from .stages import Budget, run_stage, stages_of
 
 log = logging.getLogger(__name__)
 
@@ -28,20 +29,21 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def build_parts(work: Path, budget: Budget, jobs: int = 2) -> dict[str, float]:
-    """Train every part that is not in ``work`` yet; returns the seconds of each stage that ran."""
+def build_parts(work: Path, budget: Budget, jobs: int = 2, family: Family = FIRST) -> dict[str, float]:
+    """Train every part of a family that is not in ``work`` yet; returns the seconds of each stage that ran."""
     work.mkdir(parents=True, exist_ok=True)
-    done = {name for name in STAGES if (work / f"{name}.safetensors").exists()}
-    waiting = [name for name in STAGES if name not in done]
+    stages = stages_of(family)
+    done = {name for name in stages if (work / f"{name}.safetensors").exists()}
+    waiting = [name for name in stages if name not in done]
     seconds: dict[str, float] = {}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, context, _die_with_parent) as pool:
         running: dict[concurrent.futures.Future, str] = {}
         while waiting or running:
-            ready = [n for n in waiting if done.issuperset(STAGES[n][1])]
+            ready = [n for n in waiting if done.issuperset(stages[n][1])]
             for name in ready[: jobs - len(running)]:
                 waiting.remove(name)
-                running[pool.submit(run_stage, name, work, budget)] = name
+                running[pool.submit(run_stage, name, work, budget, family.name)] = name
             finished, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in finished:
                 name = running.pop(future)

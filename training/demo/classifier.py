@@ -8,6 +8,7 @@ obeyed; it is never a training signal.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,18 +18,28 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...dmm_core.files import atomic_write
-from ..data.demo.looks import LOOKS, render_layers
-from ..data.demo.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZE, Scene, layers, sample_scene
+from ..data.demo.family import FIRST, Family
+from ..data.demo.scenes import SIZE, Scene, layers
 
-CLASSES = {"shape": list(SHAPES), "colour": list(COLOURS), "background": list(BACKGROUNDS), "look": list(LOOKS)}
 _FORMAT = "1"
 _WIDTHS = (24, 48, 96, 96, 112)  # 0.5 MB in half precision
+
+
+def classes_of(family: Family = FIRST) -> dict[str, list[str]]:
+    """The classifier's questions and their answers."""
+    world = family.world
+    return {
+        "shape": list(world.objects),
+        "colour": list(world.colours),
+        "background": list(world.backgrounds),
+        "look": list(family.looks),
+    }
 
 
 class Classifier(nn.Module):
     """Five convolutions and one linear head per question. `classes` maps a question to its answers."""
 
-    def __init__(self, classes: dict[str, list[str]] = CLASSES):
+    def __init__(self, classes: dict[str, list[str]]):
         super().__init__()
         self.classes = {question: list(answers) for question, answers in classes.items()}
         body, width = [], 3
@@ -65,20 +76,23 @@ def classify(model: Classifier, images: Tensor) -> dict[str, Tensor]:
     return {question: torch.cat([part[question] for part in parts]).float().cpu() for question in model.classes}
 
 
-def labels_of(scene: Scene, look: str) -> list[int]:
-    """The right answers, in the order of CLASSES."""
+def labels_of(scene: Scene, look: str, classes: dict[str, list[str]]) -> list[int]:
+    """The right answers, in the order of ``classes``."""
     truth = {"shape": scene.shape, "colour": scene.colour, "background": scene.background, "look": look}
-    return [CLASSES[question].index(truth[question]) for question in CLASSES]
+    return [answers.index(truth[question]) for question, answers in classes.items()]
 
 
-def labelled_renders(rng: np.random.Generator, scenes: int, looks=tuple(LOOKS)) -> tuple[Tensor, Tensor]:
-    """Random scenes, each in every look: pictures (M, 3, 128, 128) uint8 and labels (M, 4), M = scenes * len(looks)."""
+def labelled_renders(
+    rng: np.random.Generator, scenes: int, looks: Sequence[str] = (), family: Family = FIRST
+) -> tuple[Tensor, Tensor]:
+    """Random scenes, each in every look (all): pictures (M, 3, 128, 128) uint8 and labels (M, 4), M = scenes * len(looks)."""
     images, labels = [], []
+    looks, classes = looks or tuple(family.looks), classes_of(family)
     for _ in range(scenes):
-        scene = sample_scene(rng)
+        scene = family.sample_scene(rng)
         drawn = layers(scene)
-        images += [render_layers(drawn, look) for look in looks]
-        labels += [labels_of(scene, look) for look in looks]
+        images += [family.render_layers(drawn, look) for look in looks]
+        labels += [labels_of(scene, look, classes) for look in looks]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
 
 
@@ -109,7 +123,13 @@ def disturb(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train_classifier(
-    seed: int = 0, *, samples: int = 32_000, progress=None, batch: int = 64, lr: float = 3e-3
+    seed: int = 0,
+    *,
+    samples: int = 32_000,
+    progress=None,
+    batch: int = 64,
+    lr: float = 3e-3,
+    family: Family = FIRST,
 ) -> Classifier:
     """Train from scratch, about 3 minutes on one CPU thread; returns it in eval mode.
 
@@ -118,20 +138,22 @@ def train_classifier(
     """
     torch.manual_seed(seed)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    model = Classifier()
+    model = Classifier(classes_of(family))
     steps = max(samples // batch, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     order = torch.empty(0, dtype=torch.long)
     for step in range(steps):
         if len(order) < batch:
-            images, labels = labelled_renders(rng, 128)
+            images, labels = labelled_renders(rng, 128, family=family)
             order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(4)])
         rows, order = order[:batch], order[batch:]
         x = disturb(images[rows].float() / 127.5 - 1, generator)
         with torch.autocast("cpu", torch.bfloat16):  # twice the speed, also without matrix units
             logits = model(x)
-        loss = sum(F.cross_entropy(logits[question].float(), labels[rows, i]) for i, question in enumerate(CLASSES))
+        loss = sum(
+            F.cross_entropy(logits[question].float(), labels[rows, i]) for i, question in enumerate(model.classes)
+        )
         if not torch.isfinite(loss):
             raise ValueError(f"classifier loss is {loss.item()} at step {step}: lower lr ({lr})")
         optimizer.zero_grad(set_to_none=True)
@@ -148,7 +170,7 @@ def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> dict[str, flo
     logits = classify(model, images)
     return {
         question: (logits[question].argmax(1) == labels[:, i]).float().mean().item()
-        for i, question in enumerate(CLASSES)
+        for i, question in enumerate(model.classes)
     }
 
 

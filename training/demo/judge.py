@@ -12,8 +12,7 @@ from torch import Tensor
 from ...dmm_core.checkpoint import load_checkpoint
 from ...dmm_core.unet import load_unet
 from ...dmm_core.vae import SCALE_SD
-from ..data.demo.looks import BASE_LOOK
-from ..data.demo.scenes import sample_scene
+from ..data.demo.family import FIRST, Family
 from ..paint.painter import Painter, Settings, painter
 from .classifier import Classifier, classify, load_classifier
 
@@ -41,10 +40,11 @@ def judge(
     count: int = 200,
     seed: int = 0,
     settings: Settings = SETTINGS,
+    family: Family = FIRST,
 ) -> Accuracy:
     """Paint ``count`` random captions (one seed per 25) and ask the classifier. style: (1, N+1) or None."""
-    rng = np.random.default_rng(seed)
-    scenes = [sample_scene(rng) for _ in range(count)]
+    rng = np.random.default_rng(seed + family.seed)
+    scenes = [family.sample_scene(rng) for _ in range(count)]
     right = {"shape": [], "colour": [], "look": []}
     for start in range(0, count, 25):
         part = scenes[start : start + 25]
@@ -59,21 +59,21 @@ def judge(
     return Accuracy(count, *(float(np.mean(hits)) for hits in (right["shape"], right["colour"], both, right["look"])))
 
 
-def audit(models: Path, count: int = 200) -> str:
-    """Base, teachers and the DMM student in each style of the demo family in ``models`` -> a Markdown table."""
+def audit(models: Path, count: int = 200, family: Family = FIRST) -> str:
+    """Base, teachers and, in the shipped family, the DMM student in each style of the family in ``models`` -> a Markdown table."""
     classifier = load_classifier(models / "demo-classifier.safetensors")
-    student = painter(load_checkpoint(models / "dmm" / "demo-dmm.safetensors"))
+    whole = painter(load_checkpoint(models / "dmm" / f"demo-{'dmm' if family.shipped else 'base'}.safetensors"))
 
     def row(name: str, brush: Painter, look: str, style: Tensor | None = None) -> str:
-        accuracy = judge(brush, classifier, look, style=style, count=count)
+        accuracy = judge(brush, classifier, look, style=style, count=count, family=family)
         shares = (accuracy.shape, accuracy.colour, accuracy.both, accuracy.look)
         return f"| {name} | " + " | ".join(f"{100 * share:.1f}%" for share in shares) + " |"
 
     def plain(file: str) -> Painter:
-        return replace(student, unet=load_unet(load_checkpoint(models / "dmm" / f"demo-{file}.safetensors").unet))
+        return replace(whole, unet=load_unet(load_checkpoint(models / "dmm" / f"demo-{file}.safetensors").unet))
 
     lines = [f"| {count} pictures of | object | colour | both | look |", "| --- | --- | --- | --- | --- |"]
-    lines.append(row("base", plain("base"), BASE_LOOK))
-    lines += [row(f"teacher {look}", plain(f"teacher-{look}"), look) for look in student.styles]
-    lines += [row(f"DMM, {look}", student, look, student.style_row(look)) for look in student.styles]
+    lines.append(row("base", plain("base"), family.base))
+    lines += [row(f"teacher {look}", plain(f"teacher-{look}"), look) for look in family.teachers]
+    lines += [row(f"DMM, {look}", whole, look, whole.style_row(look)) for look in whole.styles]
     return "\n".join(lines)

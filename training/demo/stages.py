@@ -6,6 +6,7 @@ At these sizes a second thread slows a training down: run_stage uses one, and bu
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -14,17 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
+from ...dmm_core.files import atomic_write
 from ...dmm_core.unet import UNet, UNetConfig, load_unet
 from ...dmm_core.vae import load_vae
 from ..config import load_config
 from ..data.batches import CaptionedLatents
+from ..data.demo.family import FAMILIES, FIRST, Family
 from ..data.demo.latents import captioned_latents
-from ..data.demo.looks import BASE_LOOK, LORA_LOOK, TEACHER_LOOKS
-from ..data.demo.scenes import control_hint, sample_scene
+from ..data.demo.scenes import control_hint
 from ..loop import adapters as lora
 from ..run.distill import distill
 from ..run.watch.watch import Watch
@@ -33,7 +35,7 @@ from . import controlnet
 from .autoencoder import PHASES, refine_decoder, train_vae
 from .classifier import save_classifier, train_classifier
 from .denoiser import fit
-from .ship import about, half, save_tensors, shipped_file
+from .ship import about, half, save_tensors, shipped_file, shipped_vae
 from .text_encoder import DIM, train_text_encoder
 
 log = logging.getLogger(__name__)
@@ -85,6 +87,21 @@ TINY = Budget(
     student_steps=2,
 )
 """Runs every stage in seconds and learns nothing: for tests of the machinery."""
+BUDGETS = {
+    "first": Budget(),
+    "second": Budget(
+        vae=((64, 8, 900), (128, 2, 300)),
+        decoder_steps=700,
+        scenes=1200,
+        classifier=24_000,
+        base=80_000,
+        settle=24_000,
+        teacher=24_000,
+    ),
+}
+"""By family. The second's is smaller: it is built on request, and only has to be painted well enough to compare recipes on."""
+DISTILLED_SCENES = 640
+"""Scenes of a family's own distillation data, as many as configs/demo.yaml has."""
 
 
 def _reporter(name: str, every: float = 20.0):
@@ -101,43 +118,62 @@ def _reporter(name: str, every: float = 20.0):
     return report
 
 
-def build_vae(work: Path, budget: Budget) -> None:
-    save_tensors(work / "vae.safetensors", train_vae(budget.vae, progress=_reporter("VAE")).state_dict())
+def build_vae(work: Path, budget: Budget, family: Family) -> None:
+    """From nothing for the shipped family; the others go on from the shipped one, which makes 14 to 26 dB of looks it has not seen."""
+    report, start = _reporter("VAE"), None if family.shipped else shipped_vae()
+    vae = train_vae(budget.vae, seed=family.seed, start=start, family=family, progress=report)
+    save_tensors(work / "vae.safetensors", vae.state_dict())
 
 
-def build_decoder(work: Path, budget: Budget) -> None:
+def build_decoder(work: Path, budget: Budget, family: Family) -> None:
     vae = load_vae(load_file(work / "vae.safetensors"))
-    refine_decoder(vae, steps=budget.decoder_steps, progress=_reporter("decoder"))
+    report = _reporter("decoder")
+    refine_decoder(vae, steps=budget.decoder_steps, seed=family.seed, family=family, progress=report)
     save_tensors(work / "decoder.safetensors", vae.state_dict())
 
 
-def build_text(work: Path, budget: Budget) -> None:
-    weights, right = train_text_encoder(budget.text_steps, progress=_reporter("text encoder"))
+def build_text(work: Path, budget: Budget, family: Family) -> None:
+    weights, right = train_text_encoder(
+        budget.text_steps, seed=family.seed, progress=_reporter("text encoder"), world=family.world
+    )
     log.info("text encoder: %.1f%% of held-out captions read without a mistake", 100 * right)
     save_tensors(work / "text.safetensors", weights)
 
 
-def build_classifier(work: Path, budget: Budget) -> None:
-    save_classifier(work / "classifier.safetensors", train_classifier(samples=budget.classifier))
+def build_classifier(work: Path, budget: Budget, family: Family) -> None:
+    model = train_classifier(family.seed, samples=budget.classifier, progress=_reporter("classifier"), family=family)
+    save_classifier(work / "classifier.safetensors", model)
 
 
-def build_latents(work: Path, budget: Budget, look: str) -> None:
+def build_scenes(work: Path, budget: Budget, family: Family) -> None:
+    """Scenes in every look, as a file that a distillation of the family reads (``kind: latents``)."""
     vae = load_vae(load_file(work / "vae.safetensors"))
-    data = captioned_latents(vae, [look], budget.scenes * (2 if look == BASE_LOOK else 1), SEED_SCENES)
+    data = captioned_latents(vae, family.painted, min(DISTILLED_SCENES, budget.scenes), family.seed, family=family)
+    captions = [data.prompts[row] for row in data.rows.tolist()]
+    with atomic_write(work / "scenes.safetensors") as temporary:
+        save_file({"latents": data.buckets[0]}, temporary, {"captions": json.dumps(captions)})
+
+
+def build_latents(work: Path, budget: Budget, family: Family, look: str) -> None:
+    vae = load_vae(load_file(work / "vae.safetensors"))
+    count, seed = budget.scenes * (2 if look == family.base else 1), SEED_SCENES + family.seed
+    data = captioned_latents(vae, [look], count, seed, family=family)
     save_tensors(work / f"latents-{look}.safetensors", {"latents": data.buckets[0]})
 
 
-def _data(work: Path, look: str) -> tuple[CaptionedLatents, Tensor]:
+def _data(work: Path, family: Family, look: str) -> tuple[CaptionedLatents, Tensor]:
     """The scenes of one look with the text encoder's states of their captions (U, 77, d)."""
     latents = load_file(work / f"latents-{look}.safetensors")["latents"]
-    rng = np.random.default_rng(SEED_SCENES)
-    data = CaptionedLatents(latents, [sample_scene(rng).caption for _ in range(len(latents))])
+    rng = np.random.default_rng(SEED_SCENES + family.seed)
+    data = CaptionedLatents(latents, [family.sample_scene(rng).caption for _ in range(len(latents))])
     encoder = ClipText(load_file(work / "text.safetensors"))
     return data, torch.cat([encoder.encode(data.prompts[i : i + 64]) for i in range(0, len(data.prompts), 64)])
 
 
-def _train_unet(work: Path, look: str, name: str, unet: UNet, *, samples: int, lr: float, offset: float = 0.0) -> None:
-    data, contexts = _data(work, look)
+def _train_unet(
+    work: Path, family: Family, look: str, name: str, unet: UNet, *, samples: int, lr: float, offset: float = 0.0
+) -> None:
+    data, contexts = _data(work, family, look)
     average = fit(
         lambda x_t, t, context, index: unet(x_t, t, context),
         list(unet.named_parameters()),
@@ -147,34 +183,35 @@ def _train_unet(work: Path, look: str, name: str, unet: UNet, *, samples: int, l
         samples=samples,
         lr=lr,
         offset=offset,
+        seed=family.seed,
         progress=_reporter(name),
     )
     save_tensors(work / f"{name}.safetensors", average)
 
 
-def build_raw(work: Path, budget: Budget) -> None:
-    torch.manual_seed(0)
-    _train_unet(work, BASE_LOOK, "base-raw", UNet(DEMO_UNET), samples=budget.base, lr=2e-3)
+def build_raw(work: Path, budget: Budget, family: Family) -> None:
+    torch.manual_seed(family.seed)
+    _train_unet(work, family, family.base, "base-raw", UNet(DEMO_UNET), samples=budget.base, lr=2e-3)
 
 
-def build_base(work: Path, budget: Budget) -> None:
+def build_base(work: Path, budget: Budget, family: Family) -> None:
     """Go on with offset noise, so that the caption decides the colours."""
     unet = load_unet(load_file(work / "base-raw.safetensors"))
-    _train_unet(work, BASE_LOOK, "base", unet, samples=budget.settle, lr=1e-3, offset=OFFSET)
+    _train_unet(work, family, family.base, "base", unet, samples=budget.settle, lr=1e-3, offset=OFFSET)
 
 
-def build_teacher(work: Path, budget: Budget, look: str) -> None:
+def build_teacher(work: Path, budget: Budget, family: Family, look: str) -> None:
     """From the finished base, with offset noise all along: started before it, teachers unlearn what colours mean."""
     unet = load_unet(load_file(work / "base.safetensors"))
-    _train_unet(work, look, look, unet, samples=budget.teacher, lr=1.5e-3, offset=OFFSET)
+    _train_unet(work, family, look, look, unet, samples=budget.teacher, lr=1.5e-3, offset=OFFSET)
 
 
-def build_lora(work: Path, budget: Budget) -> None:
+def build_lora(work: Path, budget: Budget, family: Family) -> None:
     torch.manual_seed(1)
     unet = load_unet(load_file(work / "base.safetensors")).requires_grad_(False)
     adapters = lora.add_lora(unet, LORA_RANK, LORA_RANK)
     params = [(f"{n}.{k}", p) for n, adapter in adapters.items() for k, p in adapter.named_parameters()]
-    data, contexts = _data(work, LORA_LOOK)
+    data, contexts = _data(work, family, family.lora)
     average = fit(
         lambda x_t, t, context, index: unet(x_t, t, context), params, data.buckets[0], data.rows, contexts=contexts,
         samples=budget.lora, lr=3e-3, progress=_reporter("LoRA"),
@@ -185,13 +222,13 @@ def build_lora(work: Path, budget: Budget) -> None:
     save_tensors(work / "lora.safetensors", lora.lora_state_dict(unet, adapters, LORA_RANK, LORA_RANK))
 
 
-def build_control(work: Path, budget: Budget) -> None:
+def build_control(work: Path, budget: Budget, family: Family) -> None:
     torch.manual_seed(2)
     unet = load_unet(load_file(work / "base.safetensors")).requires_grad_(False)
     net = controlnet.ControlNet(unet)
-    data, contexts = _data(work, BASE_LOOK)
-    rng = np.random.default_rng(SEED_SCENES)
-    hints = torch.from_numpy(np.stack([control_hint(sample_scene(rng)) for _ in range(len(data))]))
+    data, contexts = _data(work, family, family.base)
+    rng = np.random.default_rng(SEED_SCENES + family.seed)
+    hints = torch.from_numpy(np.stack([control_hint(family.sample_scene(rng)) for _ in range(len(data))]))
 
     def predict(x_t, t, context, index):
         hint = hints[index].permute(0, 3, 1, 2).float().contiguous() / 255  # (B, H, W, 3) -> (B, 3, H, W)
@@ -205,7 +242,7 @@ def build_control(work: Path, budget: Budget) -> None:
     save_tensors(work / "control.safetensors", net.file_state_dict())
 
 
-def build_student(work: Path, budget: Budget) -> None:
+def build_student(work: Path, budget: Budget, family: Family) -> None:
     """Distil the demo DMM checkpoint from the shipped, half-precision teachers (resumable)."""
     whole = {key: half(load_file(work / f"{part}.safetensors")) for key, part in (("text", "text"), ("vae", "decoder"))}
     unet = half(load_file(work / "base.safetensors"))
@@ -213,8 +250,8 @@ def build_student(work: Path, budget: Budget) -> None:
     config = load_config(RECIPE)
     config = dataclasses.replace(
         config,
-        base=str(shipped_file(work, "base")),
-        teachers=[dataclasses.replace(t, file=str(shipped_file(work, t.name))) for t in config.teachers],
+        base=str(shipped_file(work, "base", family)),
+        teachers=[dataclasses.replace(t, file=str(shipped_file(work, t.name, family))) for t in config.teachers],
         parts_from=str(work / "whole.safetensors"),
         output=str(work / "student.safetensors"),
         run_dir=str(work / "student-run"),
@@ -229,35 +266,43 @@ def build_student(work: Path, budget: Budget) -> None:
     distill(config, Watch(on_step=on_step))
 
 
-def _stages() -> dict[str, tuple[Callable[[Path, Budget], None], tuple[str, ...]]]:
-    """name -> (function, the stages it needs); what blocks most comes first."""
-    stages = {"vae": (build_vae, ()), "text": (build_text, ()), "classifier": (build_classifier, ())}
-    looks = (BASE_LOOK, *TEACHER_LOOKS, LORA_LOOK)
+Stage = Callable[[Path, Budget, Family], None]
+
+
+def stages_of(family: Family = FIRST) -> dict[str, tuple[Stage, tuple[str, ...]]]:
+    """name -> (function, the stages it needs); what blocks most comes first. Only the shipped family has a student and a ControlNet."""
+    stages: dict[str, tuple[Stage, tuple[str, ...]]] = {
+        "vae": (build_vae, ()),
+        "text": (build_text, ()),
+        "classifier": (build_classifier, ()),
+    }
 
     def with_look(function, look):
-        return lambda work, budget: function(work, budget, look)
+        return lambda work, budget, family: function(work, budget, family, look)
 
-    for look in looks:
+    for look in (*family.painted, *filter(None, [family.lora])):
         stages[f"latents-{look}"] = (with_look(build_latents, look), ("vae",))
-        if look == BASE_LOOK:
+        if look == family.base:
             stages["base-raw"] = (build_raw, ("text", f"latents-{look}"))
             stages["base"] = (build_base, ("base-raw",))
     stages["decoder"] = (build_decoder, ("vae",))
-    for look in TEACHER_LOOKS:
+    for look in family.teachers:
         stages[look] = (with_look(build_teacher, look), ("base", f"latents-{look}"))
-    stages["student"] = (build_student, ("text", "decoder", "base", *TEACHER_LOOKS))
-    stages["control"] = (build_control, ("base",))
-    stages["lora"] = (build_lora, ("base", f"latents-{LORA_LOOK}"))
+    if family.shipped:
+        stages["student"] = (build_student, ("text", "decoder", "base", *family.teachers))
+        stages["control"] = (build_control, ("base",))
+    else:
+        stages["scenes"] = (build_scenes, ("vae",))
+    if family.lora:
+        stages["lora"] = (build_lora, ("base", f"latents-{family.lora}"))
     return stages
 
 
-STAGES = _stages()
-
-
-def run_stage(name: str, work: Path, budget: Budget) -> float:
+def run_stage(name: str, work: Path, budget: Budget, family: str = FIRST.name) -> float:
     """One stage in this process, on one thread; returns its seconds."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(1)
     started = time.monotonic()
-    STAGES[name][0](work, budget)
+    found = FAMILIES[family]
+    stages_of(found)[name][0](work, budget, found)
     return time.monotonic() - started

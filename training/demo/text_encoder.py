@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ..data.demo.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, VOCABULARY, sample_scene
+from ..data.demo.scenes import FIRST_WORLD, sample_scene
+from ..data.demo.world import World
 from ..text import load_tokenizer, windows
 
 CLIP_VOCABULARY = 49408
@@ -24,12 +25,15 @@ LENGTH = 77
 DIM = 64
 PREFIX = "cond_stage_model.transformer."
 
-ATTRIBUTES = {  # what a caption can say; class 0 of each is "says nothing about it"
-    "shape": ("",) + SHAPES,
-    "colour": ("",) + tuple(COLOURS),
-    "background": ("",) + tuple(b for b in BACKGROUNDS if b != "plain"),
-    "size_word": ("",) + tuple(s for s in SIZES if s),
-}
+
+def attributes(world: World) -> dict[str, tuple[str, ...]]:
+    """What a caption can say; class 0 of each is "says nothing about it"."""
+    return {
+        "shape": ("", *world.objects),
+        "colour": ("", *world.colours),
+        "background": ("", *(b for b in world.backgrounds if b != "plain")),
+        "size_word": ("", *(s for s in world.sizes if s)),
+    }
 
 
 def demo_text_config(vocab_size: int) -> CLIPTextConfig:
@@ -54,18 +58,19 @@ def clip_token_ids(captions: Sequence[str]) -> Tensor:
     return torch.tensor([windows(tokenizer(caption)["input_ids"][1:-1], END)[0] for caption in captions])
 
 
-def known_token_ids() -> list[int]:
+def known_token_ids(world: World) -> list[int]:
     """The sorted CLIP ids of the captions' words and of the two special tokens."""
-    ids = clip_token_ids(VOCABULARY)  # (words, 77)
+    ids = clip_token_ids(world.vocabulary)  # (words, 77)
     return sorted(set(ids.flatten().tolist()) | {START, END})
 
 
-def batch_of_captions(rng: np.random.Generator, size: int) -> tuple[list[str], dict[str, Tensor]]:
+def batch_of_captions(rng: np.random.Generator, size: int, world: World) -> tuple[list[str], dict[str, Tensor]]:
     """Captions with parts left out, words shuffled in, and nothing at all, with the classes that each still names."""
-    captions, classes = [], {name: [] for name in ATTRIBUTES}
+    known = attributes(world)
+    captions, classes = [], {name: [] for name in known}
     for _ in range(size):
-        scene = sample_scene(rng)
-        named = {name: getattr(scene, name) for name in ATTRIBUTES}
+        scene = sample_scene(rng, world)
+        named = {name: getattr(scene, name) for name in known}
         named["background"] = "" if scene.background == "plain" else scene.background
         text = scene.caption
         if rng.uniform() < 0.3:
@@ -75,22 +80,24 @@ def batch_of_captions(rng: np.random.Generator, size: int) -> tuple[list[str], d
         if rng.uniform() < 0.2:
             text = str(rng.choice(["beautiful", "photo of", "masterpiece,", "my"])) + " " + text
         if rng.uniform() < 0.1:
-            text, named = "", dict.fromkeys(ATTRIBUTES, "")
+            text, named = "", dict.fromkeys(known, "")
         captions.append(text)
         for name, value in named.items():
-            classes[name].append(ATTRIBUTES[name].index(value))
+            classes[name].append(known[name].index(value))
     return captions, {name: torch.tensor(values) for name, values in classes.items()}
 
 
-def train_text_encoder(steps: int = 700, *, batch: int = 64, lr: float = 2e-3, seed: int = 0, progress=None):
+def train_text_encoder(
+    steps: int = 700, *, batch: int = 64, lr: float = 2e-3, seed: int = 0, progress=None, world: World = FIRST_WORLD
+):
     """Returns ({single-file key: tensor} with the full vocabulary, held-out accuracy with every attribute right)."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    known = known_token_ids()
+    known = known_token_ids(world)
     row_of = torch.full((CLIP_VOCABULARY,), len(known))  # the last row is "unknown word"
     row_of[known] = torch.arange(len(known))
     model = CLIPTextModel(demo_text_config(len(known) + 1))
-    heads = nn.ModuleDict({name: nn.Linear(DIM, len(values)) for name, values in ATTRIBUTES.items()})
+    heads = nn.ModuleDict({name: nn.Linear(DIM, len(values)) for name, values in attributes(world).items()})
     optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=lr, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
 
@@ -101,7 +108,7 @@ def train_text_encoder(steps: int = 700, *, batch: int = 64, lr: float = 2e-3, s
         return {name: head(states) for name, head in heads.items()}, after[..., 0]
 
     for step in range(steps):
-        captions, classes = batch_of_captions(rng, batch)
+        captions, classes = batch_of_captions(rng, batch, world)
         logits, after = answers(captions)
         loss = torch.zeros(())
         for name, target in classes.items():
@@ -116,7 +123,7 @@ def train_text_encoder(steps: int = 700, *, batch: int = 64, lr: float = 2e-3, s
 
     model.eval()
     with torch.no_grad():
-        captions, classes = batch_of_captions(np.random.default_rng(seed + 1), 512)
+        captions, classes = batch_of_captions(np.random.default_rng(seed + 1), 512, world)
         logits, after = answers(captions)
         last = {name: value[:, -1].argmax(-1) for name, value in logits.items()}
         right = torch.stack([last[name] == target for name, target in classes.items()]).all(0).float().mean().item()

@@ -12,27 +12,27 @@ from ....dmm_core.unet import unet_config_from_state_dict
 from ....dmm_core.vae import SCALE_SD, AutoencoderKL, latent_scale, load_vae
 from ...paint.images import to_tensor
 from ..batches import CaptionedLatents
-from .looks import BASE_LOOK, TEACHER_LOOKS, render_layers
-from .scenes import layers, sample_scene
+from .family import FIRST, Family
+from .scenes import layers
 
 
-def demo_images(looks: Sequence[str], count: int, seed: int) -> tuple[np.ndarray, list[str]]:
+def demo_images(looks: Sequence[str], count: int, seed: int, family: Family = FIRST) -> tuple[np.ndarray, list[str]]:
     """``count`` random scenes, scene i in look i mod len(looks): (count, 128, 128, 3) uint8 and their captions.
 
     Same seed, same scenes, whatever the looks.
     """
     rng = np.random.default_rng(seed)
-    scenes = [sample_scene(rng) for _ in range(count)]
-    images = [render_layers(layers(scene), looks[i % len(looks)]) for i, scene in enumerate(scenes)]
+    scenes = [family.sample_scene(rng) for _ in range(count)]
+    images = [family.render_layers(layers(scene), looks[i % len(looks)]) for i, scene in enumerate(scenes)]
     return np.stack(images), [scene.caption for scene in scenes]
 
 
 @torch.no_grad()
 def captioned_latents(
-    vae: AutoencoderKL, looks: Sequence[str], count: int, seed: int, *, scale: float = SCALE_SD
+    vae: AutoencoderKL, looks: Sequence[str], count: int, seed: int, *, scale: float = SCALE_SD, family: Family = FIRST
 ) -> CaptionedLatents:
     """``demo_images`` as latents (count, 4, 16, 16), multiplied by ``scale``."""
-    images, captions = demo_images(looks, count, seed)
+    images, captions = demo_images(looks, count, seed, family)
     latents = [scale * vae.encode(to_tensor(images[i : i + 32])) for i in range(0, count, 32)]
     return CaptionedLatents(torch.cat(latents), captions)
 
@@ -43,4 +43,4 @@ def demo_latents(checkpoint: Checkpoint, count: int, seed: int) -> CaptionedLate
     if not checkpoint.vae:
         raise ValueError("no VAE to encode the demo scenes with: name a full checkpoint as parts_from")
     scale = latent_scale(unet_config_from_state_dict(checkpoint.unet))
-    return captioned_latents(load_vae(checkpoint.vae), (BASE_LOOK, *TEACHER_LOOKS), count, seed, scale=scale)
+    return captioned_latents(load_vae(checkpoint.vae), FIRST.painted, count, seed, scale=scale)

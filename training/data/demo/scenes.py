@@ -1,4 +1,5 @@
-"""Captioned scenes of the demo family: one object, one colour, one backdrop, drawn from a handful of numbers.
+"""Captioned scenes of the demo families: one object, one colour, one backdrop, drawn from a handful of numbers. And `FIRST_WORLD`, what
+the shipped family's are made of.
 
 A `Scene` is composition only. `layers` turns it into masks, which every look (see looks.py) paints over, so the same
 scene is pixel-aligned in all looks: the teachers of the family differ in style and in nothing else.
@@ -6,11 +7,13 @@ scene is pixel-aligned in all looks: the teachers of the family differ in style 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from .world import RGB, Band, World, below, ellipse
 
 SIZE = 128  # pixels; an f8 VAE turns this into 16 latents a side
 
@@ -32,10 +35,7 @@ BACKGROUNDS = {
 }  # name -> how a caption may say it
 SIZES = {"small": (0.48, 0.53), "": (0.56, 0.66), "big": (0.69, 0.74)}  # word -> object height or width over the canvas
 
-# Each word is one CLIP token (a test asks the real tokenizer), so a text encoder of this family needs these rows only.
 VOCABULARY = ["a", "an", "small", "big", *COLOURS, *SHAPES, ",", "on", "by", "in", "the", "hills", "sea", "city"]
-
-RGB = tuple[int, int, int]
 
 _SUPERSAMPLE = 2
 _UP = SIZE * _SUPERSAMPLE
@@ -58,27 +58,27 @@ class Scene:
     size_word: str = ""
     article: bool = True
     phrase: int = 0  # which wording of the background
+    world: World = field(default_factory=lambda: FIRST_WORLD, repr=False, compare=False)
 
     @property
     def caption(self) -> str:
         """The prompt of this scene, such as "a small red star by the sea"."""
-        words = [word for word in (self.size_word, self.colour, self.shape) if word]
-        if self.article:
-            words.insert(0, "an" if words[0][0] in "aeiou" else "a")
-        wordings = BACKGROUNDS[self.background]
-        return " ".join(words) + wordings[self.phrase % len(wordings)]
+        return self.world.caption(self)
 
 
-def sample_scene(rng: np.random.Generator, **fixed: Any) -> Scene:
-    """Draw a scene; keyword arguments pin fields of `Scene`. The draws do not depend on what is pinned."""
-    size_word = ("small", "", "", "", "big")[rng.integers(5)]
+def sample_scene(rng: np.random.Generator, world: World | None = None, **fixed: Any) -> Scene:
+    """Draw a scene of ``world`` (the shipped family's). Keyword arguments pin fields of `Scene`; the draws do not depend on them."""
+    world = world or FIRST_WORLD
+    small, medium, big = world.sizes
+    size_word = (small, medium, medium, medium, big)[rng.integers(5)]
+    across, down = world.spread
     scene = {
-        "shape": SHAPES[rng.integers(len(SHAPES))],
-        "colour": list(COLOURS)[rng.integers(len(COLOURS))],
-        "background": list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))],
-        "size": float(rng.uniform(*SIZES[size_word])),
-        "x": float(rng.uniform(-0.07, 0.07)),
-        "y": float(rng.uniform(-0.06, 0.06)),
+        "shape": list(world.objects)[rng.integers(len(world.objects))],
+        "colour": list(world.colours)[rng.integers(len(world.colours))],
+        "background": list(world.backgrounds)[rng.integers(len(world.backgrounds))],
+        "size": float(rng.uniform(*world.sizes[size_word])),
+        "x": float(rng.uniform(-across, across)),
+        "y": float(rng.uniform(-down, down)),
         "tilt": float(rng.uniform(-0.22, 0.22)),
         "flip": bool(rng.integers(2)),
         "phase": float(rng.uniform()),
@@ -86,20 +86,14 @@ def sample_scene(rng: np.random.Generator, **fixed: Any) -> Scene:
         "article": bool(rng.uniform() < 0.8),
         "phrase": int(rng.integers(2)),
     }
-    return Scene(**{**scene, **fixed})
+    return Scene(**{**scene, **fixed}, world=world)
 
 
-# ---- objects: polygons in units of half the longest side, y down, as (tone, points) ----------------------------------
-# tone 0 is the caption's colour, +1 a pale part, -1 a dark part. Everything is part of the silhouette.
-
-
-def _ellipse(cx, cy, rx, ry=None, *, start=0.0, stop=2 * np.pi, n=36):
-    angle = np.linspace(start, stop, n)
-    return np.stack([cx + rx * np.cos(angle), cy + (ry or rx) * np.sin(angle)], 1)
+# ---- the first family's objects ---------------------------------------------------------------------------------------
 
 
 def _eyes(cx, cy, gap, r=0.105):
-    return [(-1, _ellipse(cx + side * gap, cy, r, r * 1.25)) for side in (-1, 1)]
+    return [(-1, ellipse(cx + side * gap, cy, r, r * 1.25)) for side in (-1, 1)]
 
 
 def _star():
@@ -117,15 +111,15 @@ def _heart():
 
 
 def _moon():
-    outer = _ellipse(0.12, 0, 1.0, start=0.30 * np.pi, stop=1.70 * np.pi)
-    inner = _ellipse(0.62, 0, 0.83, start=1.545 * np.pi, stop=0.455 * np.pi)
-    return [(0, np.concatenate([outer, inner])), (-1, _ellipse(-0.56, -0.12, 0.1, 0.13))]
+    outer = ellipse(0.12, 0, 1.0, start=0.30 * np.pi, stop=1.70 * np.pi)
+    inner = ellipse(0.62, 0, 0.83, start=1.545 * np.pi, stop=0.455 * np.pi)
+    return [(0, np.concatenate([outer, inner])), (-1, ellipse(-0.56, -0.12, 0.1, 0.13))]
 
 
 def _flower():
     angle = np.arange(6) * np.pi / 3 + np.pi / 6
-    petals = [(0, _ellipse(0.62 * np.cos(a), 0.62 * np.sin(a), 0.40)) for a in angle]
-    return [*petals, (0, _ellipse(0, 0, 0.6)), (1, _ellipse(0, 0, 0.34))]
+    petals = [(0, ellipse(0.62 * np.cos(a), 0.62 * np.sin(a), 0.40)) for a in angle]
+    return [*petals, (0, ellipse(0, 0, 0.6)), (1, ellipse(0, 0, 0.34))]
 
 
 def _house():
@@ -142,16 +136,16 @@ def _fish():
     return [
         (0, tail),
         (0, fin),
-        (0, _ellipse(-0.26, 0, 0.76, 0.56)),
-        (1, _ellipse(-0.62, -0.1, 0.19)),
-        (-1, _ellipse(-0.64, -0.1, 0.10)),
+        (0, ellipse(-0.26, 0, 0.76, 0.56)),
+        (1, ellipse(-0.62, -0.1, 0.19)),
+        (-1, ellipse(-0.64, -0.1, 0.10)),
     ]
 
 
 def _mushroom():
     stem = np.array([(-0.30, 0.05), (0.30, 0.05), (0.40, 0.92), (-0.40, 0.92)])
-    cap = np.concatenate([_ellipse(0, 0.12, 1.0, 1.02, start=np.pi, stop=2 * np.pi), [(0.86, 0.28), (-0.86, 0.28)]])
-    spots = [(1, _ellipse(x, y, r)) for x, y, r in ((-0.50, -0.16, 0.19), (0.08, -0.52, 0.2), (0.54, -0.08, 0.17))]
+    cap = np.concatenate([ellipse(0, 0.12, 1.0, 1.02, start=np.pi, stop=2 * np.pi), [(0.86, 0.28), (-0.86, 0.28)]])
+    spots = [(1, ellipse(x, y, r)) for x, y, r in ((-0.50, -0.16, 0.19), (0.08, -0.52, 0.2), (0.54, -0.08, 0.17))]
     return [(1, stem), (0, cap), *spots]
 
 
@@ -159,8 +153,8 @@ def _cat():
     ears = [(0, np.array([(s * 0.92, 0.0), (s * 0.84, -0.98), (s * 0.18, -0.52)])) for s in (-1, 1)]
     return [
         *ears,
-        (0, _ellipse(0, 0.16, 0.98, 0.76)),
-        (1, _ellipse(0, 0.46, 0.36, 0.24)),
+        (0, ellipse(0, 0.16, 0.98, 0.76)),
+        (1, ellipse(0, 0.46, 0.36, 0.24)),
         *_eyes(0, 0.02, 0.42, 0.13),
         (-1, np.array([(-0.12, 0.34), (0.12, 0.34), (0, 0.48)])),
     ]
@@ -182,29 +176,24 @@ _UPRIGHT = {"house", "mushroom", "cat", "fish"}  # half the tilt: these look wro
 # ---- backdrops: light, so that the object carries the picture ------------------------------------------------------
 
 
-def _backdrop(scene: Scene) -> tuple[RGB, list[tuple[RGB, np.ndarray]]]:
-    """(RGB of the sky, bands of the backdrop from back to front: (RGB, polygon in canvas fractions))."""
+def _backdrop(scene: Scene) -> tuple[RGB, list[Band]]:
     x = np.linspace(-0.02, 1.02, 40)
-
-    def below(y: np.ndarray) -> np.ndarray:
-        return np.concatenate([np.stack([x, y], 1), [(1.02, 1.02), (-0.02, 1.02)]])
-
     turn = 2 * np.pi * scene.phase
     if scene.background == "plain":
         return (244, 236, 220), []
     if scene.background == "hills":
         return (212, 232, 246), [
-            ((190, 222, 170), below(0.58 + 0.09 * np.sin(7 * x + turn))),
-            ((160, 204, 142), below(0.76 + 0.06 * np.sin(5 * x + 2.1 - turn))),
+            ((190, 222, 170), below(x, 0.58 + 0.09 * np.sin(7 * x + turn))),
+            ((160, 204, 142), below(x, 0.76 + 0.06 * np.sin(5 * x + 2.1 - turn))),
         ]
     if scene.background == "sea":
         return (226, 238, 246), [
-            ((166, 212, 226), below(0.52 + 0 * x)),
-            ((130, 190, 212), below(0.66 + 0.022 * np.sin(22 * x + turn))),
-            ((166, 212, 226), below(0.79 + 0.022 * np.sin(22 * x - turn))),
-            ((130, 190, 212), below(0.91 + 0.022 * np.sin(22 * x + turn))),
+            ((166, 212, 226), below(x, 0.52 + 0 * x)),
+            ((130, 190, 212), below(x, 0.66 + 0.022 * np.sin(22 * x + turn))),
+            ((166, 212, 226), below(x, 0.79 + 0.022 * np.sin(22 * x - turn))),
+            ((130, 190, 212), below(x, 0.91 + 0.022 * np.sin(22 * x + turn))),
         ]
-    bands: list[tuple[RGB, np.ndarray]] = []
+    bands: list[Band] = []
     left = -0.14 * scene.phase
     for i in range(8):
         top = 0.36 + 0.22 * (0.5 + 0.5 * np.sin(2.4 * i + turn))
@@ -224,6 +213,30 @@ def _backdrop(scene: Scene) -> tuple[RGB, list[tuple[RGB, np.ndarray]]]:
     return (240, 224, 238), bands
 
 
+def _caption(scene: Scene) -> str:
+    words = [word for word in (scene.size_word, scene.colour, scene.shape) if word]
+    if scene.article:
+        words.insert(0, "an" if words[0][0] in "aeiou" else "a")
+    wordings = BACKGROUNDS[scene.background]
+    return " ".join(words) + wordings[scene.phrase % len(wordings)]
+
+
+FIRST_WORLD = World(
+    objects=_OBJECTS,
+    upright=_UPRIGHT,
+    colours=COLOURS,
+    backgrounds=BACKGROUNDS,
+    sizes=SIZES,
+    spread=(0.07, 0.06),
+    vocabulary=VOCABULARY,
+    caption=_caption,
+    backdrop=_backdrop,
+)
+
+
+# ---- from a scene to what the looks paint over -----------------------------------------------------------------------
+
+
 @dataclass
 class Layers:
     """The masks and colours that the looks paint with. float32 in 0..1 unless said otherwise; H = W = SIZE."""
@@ -239,27 +252,28 @@ class Layers:
 
 def layers(scene: Scene) -> Layers:
     """Rasterise a scene. ValueError for a shape, colour or background that does not exist."""
-    for field, value, known in (
-        ("shape", scene.shape, SHAPES),
-        ("colour", scene.colour, COLOURS),
-        ("background", scene.background, BACKGROUNDS),
+    world = scene.world
+    for name, value, known in (
+        ("shape", scene.shape, world.objects),
+        ("colour", scene.colour, world.colours),
+        ("background", scene.background, world.backgrounds),
     ):
         if value not in known:
-            raise ValueError(f"unknown {field} {value!r}: choose one of {', '.join(known)}")
-    sky, bands = _backdrop(scene)
+            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+    sky, bands = world.backdrop(scene)
     backdrop = Image.new("RGB", (_UP, _UP), sky)
     draw = ImageDraw.Draw(backdrop)
     for rgb, points in bands:
         draw.polygon((points * _UP).ravel().tolist(), fill=rgb)
 
-    tilt = scene.tilt * (0.5 if scene.shape in _UPRIGHT else 1.0)
+    tilt = scene.tilt * (0.5 if scene.shape in world.upright else 1.0)
     cos, sin = np.cos(tilt), np.sin(tilt)
     mirror = np.array([-1.0 if scene.flip else 1.0, 1.0])
     turn = np.array([[cos, sin], [-sin, cos]])
     centre = np.array([0.5 + scene.x, 0.5 + scene.y])
     parts = Image.new("RGB", (_UP, _UP))  # R mask, G pale, B dark
     draw = ImageDraw.Draw(parts)
-    for tone, points in _OBJECTS[scene.shape]:
+    for tone, points in world.objects[scene.shape]:
         placed = ((points * mirror) @ turn * (scene.size / 2) + centre) * _UP
         fill = (255, int(255 * max(tone, 0)), int(255 * max(-tone, 0)))
         draw.polygon(placed.ravel().tolist(), fill=fill)
@@ -271,7 +285,7 @@ def layers(scene: Scene) -> Layers:
         pale=coverage[..., 1:2],
         dark=coverage[..., 2:],
         distance=_signed_distance(coverage[..., 0]),
-        colour=np.array(COLOURS[scene.colour], np.float32) / 255,
+        colour=np.array(world.colours[scene.colour], np.float32) / 255,
         centre=tuple(centre * SIZE),
     )
 
