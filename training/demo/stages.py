@@ -91,12 +91,12 @@ BUDGETS = {
     "first": Budget(),
     "second": Budget(
         vae=((64, 8, 900), (128, 2, 300)),
-        decoder_steps=700,
+        decoder_steps=600,
         scenes=1200,
-        classifier=24_000,
-        base=80_000,
-        settle=24_000,
-        teacher=24_000,
+        classifier=20_000,
+        base=72_000,
+        settle=20_000,
+        teacher=20_000,
     ),
 }
 """By family. The second's is smaller: it is built on request, and only has to be painted well enough to compare recipes on."""

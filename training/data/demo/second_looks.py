@@ -9,6 +9,7 @@ import numpy as np
 
 from .brushes import CREAM, Look, X, Y, blur, fill, mix, ramp, stripes
 
+_EARTH = np.array([0.72, 0.58, 0.50], np.float32)
 _SOOT = np.array([0.12, 0.09, 0.08], np.float32)
 _LEAD = np.array([0.10, 0.11, 0.16], np.float32)
 _NIGHT = np.array([0.05, 0.03, 0.14], np.float32)
@@ -37,12 +38,12 @@ def _cells(size: float, jitter: float, seed: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _clay(scene):
-    """Rounded like clay: the edge falls away from the light at the upper left."""
+    """Rounded like clay, on clay: the edge falls away from the light at the upper left."""
     height = np.sqrt(np.clip(1 - (1 - np.clip(-scene.distance / 16, 0, 1)) ** 2, 0, 1))
     height = blur(height * scene.mask, 1.5)
     slope = np.roll(height, (2, 2), (0, 1)) - np.roll(height, (-2, -2), (0, 1))
     body = mix(fill(scene) * 0.92, 1.0, np.clip(-0.9 * slope, 0, 0.55)) * (1 - np.clip(0.9 * slope, 0, 0.5))
-    ground = scene.backdrop * (1 - 0.30 * blur(np.roll(scene.mask, (7, 6), (0, 1)), 4))
+    ground = mix(scene.backdrop, _EARTH, 0.45) * (1 - 0.30 * blur(np.roll(scene.mask, (7, 6), (0, 1)), 4))
     return mix(ground, body, scene.mask)
 
 
@@ -125,14 +126,14 @@ def _neon(scene):
     image = mix(ground, vivid * 0.42, scene.mask)
     image = mix(image, vivid, np.clip(0.85 * glow, 0, 1))
     image = mix(image, _NIGHT, scene.dark * scene.mask * 0.9)
-    image = mix(image, mix(vivid, 1.0, 0.55), scene.pale * scene.mask)
-    return mix(image, mix(vivid, 1.0, 0.35), np.maximum(tube, inner * scene.mask))
+    image = mix(image, mix(vivid, 1.0, 0.35), scene.pale * scene.mask)
+    return mix(image, mix(vivid, 1.0, 0.12), np.maximum(tube, inner * scene.mask))
 
 
 SECOND_BASE = "clay"
 SECOND_TEACHERS = ("glass", "stitch", "paper", "wash", "woodcut", "lino", "neon")
 SECOND_LOOKS = {
-    "clay": Look("rounded like clay, soft light from the upper left", _clay),
+    "clay": Look("rounded like clay, on a ground of clay", _clay),
     "glass": Look("stained glass in dark lead", _glass),
     "stitch": Look("cross-stitch on brown cloth", _stitch),
     "paper": Look("layers of cut paper with hard shadows", _paper),
