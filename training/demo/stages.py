@@ -171,7 +171,7 @@ def _data(work: Path, family: Family, look: str) -> tuple[CaptionedLatents, Tens
 
 
 def _train_unet(
-    work: Path, family: Family, look: str, name: str, unet: UNet, *, samples: int, lr: float, offset: float = 0.0
+    work: Path, family: Family, look: str, unet: UNet, *, name: str, samples: int, lr: float, offset: float = 0.0
 ) -> None:
     data, contexts = _data(work, family, look)
     average = fit(
@@ -191,19 +191,19 @@ def _train_unet(
 
 def build_raw(work: Path, budget: Budget, family: Family) -> None:
     torch.manual_seed(family.seed)
-    _train_unet(work, family, family.base, "base-raw", UNet(DEMO_UNET), samples=budget.base, lr=2e-3)
+    _train_unet(work, family, family.base, UNet(DEMO_UNET), name="base-raw", samples=budget.base, lr=2e-3)
 
 
 def build_base(work: Path, budget: Budget, family: Family) -> None:
     """Go on with offset noise, so that the caption decides the colours."""
     unet = load_unet(load_file(work / "base-raw.safetensors"))
-    _train_unet(work, family, family.base, "base", unet, samples=budget.settle, lr=1e-3, offset=OFFSET)
+    _train_unet(work, family, family.base, unet, name="base", samples=budget.settle, lr=1e-3, offset=OFFSET)
 
 
 def build_teacher(work: Path, budget: Budget, family: Family, look: str) -> None:
     """From the finished base, with offset noise all along: started before it, teachers unlearn what colours mean."""
     unet = load_unet(load_file(work / "base.safetensors"))
-    _train_unet(work, family, look, look, unet, samples=budget.teacher, lr=1.5e-3, offset=OFFSET)
+    _train_unet(work, family, look, unet, name=look, samples=budget.teacher, lr=1.5e-3, offset=OFFSET)
 
 
 def build_lora(work: Path, budget: Budget, family: Family) -> None:

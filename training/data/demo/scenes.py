@@ -221,7 +221,7 @@ def _caption(scene: Scene) -> str:
     return " ".join(words) + wordings[scene.phrase % len(wordings)]
 
 
-FIRST_WORLD = World(
+FIRST_WORLD: World = World(
     objects=_OBJECTS,
     upright=_UPRIGHT,
     colours=COLOURS,

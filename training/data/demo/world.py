@@ -40,7 +40,16 @@ class World:
     """RGB of the sky and the bands before it, from back to front."""
 
 
-def ellipse(cx, cy, rx, ry=None, *, start=0.0, stop=2 * np.pi, n=36) -> np.ndarray:
+def ellipse(
+    cx: float,
+    cy: float,
+    rx: float,
+    ry: float | None = None,
+    *,
+    start: float = 0.0,
+    stop: float = 2 * np.pi,
+    n: int = 36,
+) -> np.ndarray:
     """(n, 2) points; angles in radians, from the right, clockwise as y points down."""
     angle = np.linspace(start, stop, n)
     return np.stack([cx + rx * np.cos(angle), cy + (ry or rx) * np.sin(angle)], 1)
