@@ -33,7 +33,8 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     judge = actions.add_parser("judge", help="how often base, teachers and DMM paint what a caption says")
     judge.add_argument("--family", default="first", help="first or second")
     judge.add_argument("--models", help="folder of the family's finished files")
-    judge.add_argument("--count", type=int, default=200, help="pictures per model")
+    judge.add_argument("--count", type=int, default=200, help="pictures per model; 0 leaves the table out")
+    judge.add_argument("--sheet", help="write a contact sheet of what base and teachers paint to this picture file")
     judge.set_defaults(run=run_demo_judge)
     tour = actions.add_parser("run", help="distil the demo teachers, print a table, paint grids (`make demo`)")
     tour.add_argument("--config", default=str(ROOT / "training" / "configs" / "demo.yaml"))
@@ -74,7 +75,14 @@ def run_demo_judge(args: argparse.Namespace) -> None:
     from ..demo.judge import audit
 
     family = family_named(args.family)
-    print(audit(folders(family, None, args.models, None)[1], args.count, family))
+    models = folders(family, None, args.models, None)[1]
+    if args.sheet:
+        from ..demo.sheet import sheet
+
+        sheet(models, family).save(args.sheet, quality=80)
+        print(f"wrote {args.sheet}")
+    if args.count:
+        print(audit(models, args.count, family))
 
 
 def run_demo(args: argparse.Namespace) -> None:

@@ -59,10 +59,15 @@ def judge(
     return Accuracy(count, *(float(np.mean(hits)) for hits in (right["shape"], right["colour"], both, right["look"])))
 
 
+def whole_file(models: Path, family: Family) -> Path:
+    """The file of a family that holds the text encoder and the VAE too."""
+    return models / "dmm" / f"demo-{'dmm' if family.shipped else 'base'}.safetensors"
+
+
 def audit(models: Path, count: int = 200, family: Family = FIRST) -> str:
     """Base, teachers and, in the shipped family, the DMM student in each style of the family in ``models`` -> a Markdown table."""
     classifier = load_classifier(models / "demo-classifier.safetensors")
-    whole = painter(load_checkpoint(models / "dmm" / f"demo-{'dmm' if family.shipped else 'base'}.safetensors"))
+    whole = painter(load_checkpoint(whole_file(models, family)))
 
     def row(name: str, brush: Painter, look: str, style: Tensor | None = None) -> str:
         accuracy = judge(brush, classifier, look, style=style, count=count, family=family)
