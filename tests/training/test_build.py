@@ -57,7 +57,7 @@ def test_the_whole_build_and_again(tmp_path):
 def test_the_second_family_is_built_where_it_is_asked_for(tmp_path, monkeypatch, capsys):
     """The command, with a budget that learns nothing: its folder can be distilled from and compared on as it is, and is gone on with."""
     monkeypatch.setitem(BUDGETS, "second", TINY)
-    command = ["demo", "build", "--family", "second", "--out", str(tmp_path), "--jobs", "2"]
+    command = ["demo", "build", "--family", "second", "--out", str(tmp_path), "--jobs", "1", "--count", "2"]
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "teacher neon" in said and "DMM" not in said  # no student: that is for the recipes that are compared

@@ -29,6 +29,9 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
         help="folder of another family than the shipped one: parts, and finished files in its models/ (out/demo-FAMILY)",
     )
     build.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    build.add_argument(
+        "--count", type=int, default=200, help="pictures per model for the table at the end; 0 leaves it out"
+    )
     build.set_defaults(run=run_demo_build)
     judge = actions.add_parser("judge", help="how often base, teachers and DMM paint what a caption says")
     judge.add_argument("--family", default="first", help="first or second")
@@ -55,7 +58,8 @@ def run_demo_build(args: argparse.Namespace) -> None:
     for path in publish(work, models, family):
         print(f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB)")
     print(f"built in {time.monotonic() - started:.0f} s: " + ", ".join(f"{n} {s:.0f} s" for n, s in seconds.items()))
-    print(audit(models, family=family))
+    if args.count:
+        print(audit(models, args.count, family))
 
 
 def folders(family: Family, work: str | None, models: str | None, out: str | None) -> tuple[Path, Path]:
