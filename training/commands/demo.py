@@ -39,6 +39,10 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     judge.add_argument("--count", type=int, default=200, help="pictures per model; 0 leaves the table out")
     judge.add_argument("--sheet", help="write a contact sheet of what base and teachers paint to this picture file")
     judge.set_defaults(run=run_demo_judge)
+    looks = actions.add_parser("looks", help="draw scenes of a demo family in each of its looks; needs no models")
+    looks.add_argument("--family", default="first", help="first or second")
+    looks.add_argument("--output", required=True, help="a picture file")
+    looks.set_defaults(run=run_demo_looks)
     tour = actions.add_parser("run", help="distil the demo teachers, print a table, paint grids (`make demo`)")
     tour.add_argument("--config", default=str(ROOT / "training" / "configs" / "demo.yaml"))
     tour.set_defaults(run=run_demo)
@@ -81,12 +85,20 @@ def run_demo_judge(args: argparse.Namespace) -> None:
     family = family_named(args.family)
     models = folders(family, None, args.models, None)[1]
     if args.sheet:
-        from ..demo.sheet import sheet
+        from ..demo.sheet import painted_sheet
 
-        sheet(models, family).save(args.sheet, quality=80)
+        painted_sheet(family, models).save(args.sheet, quality=80)
         print(f"wrote {args.sheet}")
     if args.count:
         print(audit(models, args.count, family))
+
+
+def run_demo_looks(args: argparse.Namespace) -> None:
+    from ..data.demo.family import family_named
+    from ..demo.sheet import looks_sheet
+
+    looks_sheet(family_named(args.family)).save(args.output, quality=80)
+    print(f"wrote {args.output}")
 
 
 def run_demo(args: argparse.Namespace) -> None:
