@@ -42,8 +42,8 @@ SHARES = {"untrained": 0.0, "a tenth of the samples": 0.1, "a fifth of the sampl
 """When an arm's weights are kept on the way."""
 
 PLAIN = {
-    "init": "base", "ema_gamma": None, "style_lr_scale": 1.0, "warmup": 0, "betas": (0.9, 0.999), "lr_schedule": "constant",
-    "lambda_feat": 0.001, "lambda_adv": 0.01, "validation": 0, "save_every": 10**9,
+    "init": "base", "sampling": "uniform", "ema_gamma": None, "style_lr_scale": 1.0, "warmup": 0, "betas": (0.9, 0.999),
+    "lr_schedule": "constant", "lambda_feat": 0.001, "lambda_adv": 0.01, "validation": 0, "save_every": 10**9,
 }  # fmt: skip
 """Plain DMM: the paper's three losses, uniform t, equal teacher share, constant rate, no average, start from the base."""
 SOUP = {"init": "soup", "ema_gamma": 6.94, "sampling": "adaptive", "lambda_adv": 0.0, "betas": (0.9, 0.99)}
