@@ -19,7 +19,7 @@ class FamilyFiles:
 
     @property
     def config(self) -> Path:
-        """The family's distillation: its teachers and data, and the recipe that an arm changes."""
+        """The family's distillation: its models and its data."""
         return RECIPE if self.family.shipped else self.models / "demo.yaml"
 
     @property

@@ -17,6 +17,7 @@ from ...training.config import DataSpec, DistillConfig, load_config
 from ...training.data.batches import Batch, Draw
 from ...training.data.demo.family import FIRST, Family
 from ...training.data.demo.latents import captioned_latents
+from ...training.demo.ship import RECIPE
 from ...training.demo.tour import HELD_OUT_SEED
 from ...training.evaluation.agreement import eps_of
 from ...training.loop.adversary import View
@@ -123,11 +124,11 @@ def empty_cores(student: UNet) -> None:
 
 
 def settings(arm: str, steps: int, seed: int, rate: float | None, files: FamilyFiles | None = None) -> DistillConfig:
-    """A demo family's config (the shipped one's) with an arm's settings."""
-    config = load_config((files or family_files()).config)
+    """A demo family's models and data (the shipped one's), the recipe of configs/demo.yaml, and an arm's settings."""
+    config, recipe = load_config((files or family_files()).config), load_config(RECIPE)
     rate = rate or RATES.get(arm, RATES["plain"])
     changes = {**PLAIN, **{k: v for k, v in ARMS[arm].items() if k not in OWN_SETTINGS}, "lr": rate, "adv_lr": rate}
-    config.train = dataclasses.replace(config.train, steps=steps, seed=seed, **changes)
+    config.train = dataclasses.replace(recipe.train, steps=steps, seed=seed, **changes)
     return config
 
 
