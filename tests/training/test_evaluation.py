@@ -14,13 +14,13 @@ from comfyui_dmm.training.evaluation.agreement import noised, pair
 from comfyui_dmm.training.evaluation.distances import resample
 from comfyui_dmm.training.evaluation.evaluate import Lineup, evaluate
 from comfyui_dmm.training.evaluation.features import FeatureNet, PixelDecoder
-from comfyui_dmm.training.evaluation.heatmap import colour_of, heatmap, side_by_side
 from comfyui_dmm.training.evaluation.identify import Verdict, identify
 from comfyui_dmm.training.evaluation.model_ref import ModelRef
 from comfyui_dmm.training.evaluation.model_runner import ModelRunner
 from comfyui_dmm.training.evaluation.report import as_json, markdown, write
 from comfyui_dmm.training.evaluation.settings import SECOND_BATCH, EvaluationSettings
 from comfyui_dmm.training.evaluation.work_counter import WorkCounter
+from comfyui_dmm.training.paint.heatmap import colour_of, heatmap, side_by_side
 from comfyui_dmm.training.teachers.teacher import Teacher
 from PIL import Image
 from torch import nn

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from ...dmm_core.files import atomic_write
+from ..paint.heatmap import heatmap, side_by_side
 from .agreement import PerStyle
 from .evaluate import ContenderFigures, Evaluation
-from .heatmap import heatmap, side_by_side
 from .matrix import Distances, Figure
 
 FORMAT = 1

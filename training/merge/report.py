@@ -15,7 +15,7 @@ from PIL import Image
 
 from ...dmm_core.bank_size import Size
 from ...dmm_core.files import atomic_write
-from ..evaluation.heatmap import heatmap
+from ..paint.heatmap import heatmap
 
 TWIN = 0.5
 """Two teachers are twins when they are at most so far apart, in units of the usual distance of two teachers."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..paint.images import GAP, INK, PAPER, default_font, line_height, wrap
+from .images import GAP, INK, PAPER, default_font, line_height, wrap
 
 CELL, ROW, FONT = 74, 34, 14
 PALE, DARK = (252, 252, 238), (19, 48, 96)
