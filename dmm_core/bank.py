@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from . import style
 
@@ -194,10 +195,12 @@ class StyleBank(nn.Module):
             if isinstance(module, BankLayer):
                 yield name, module
 
-    def attach(self, unet: nn.Module) -> None:
-        """Let the layers of a UNet add their part of the bank to what they make of their input."""
-        for name, part in self.layers():
+    def attach(self, unet: nn.Module) -> list[RemovableHandle]:
+        """Let the layers of a UNet add their part of the bank to what they make of their input, until the handles are removed."""
+        return [
             unet.get_submodule(name).register_forward_hook(functools.partial(_add, self, part))
+            for name, part in self.layers()
+        ]
 
 
 def _add(  # noqa: PLR0917, as torch calls hooks
