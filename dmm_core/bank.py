@@ -16,13 +16,12 @@ arXiv:2407.00066, for LoRAs of language models.) Here are the layers; ``bank_fit
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from . import style
 
@@ -195,12 +194,14 @@ class StyleBank(nn.Module):
             if isinstance(module, BankLayer):
                 yield name, module
 
-    def attach(self, unet: nn.Module) -> list[RemovableHandle]:
-        """Let the layers of a UNet add their part of the bank to what they make of their input, until the handles are removed."""
-        return [
-            unet.get_submodule(name).register_forward_hook(functools.partial(_add, self, part))
-            for name, part in self.layers()
-        ]
+    def attach(self, unet: nn.Module) -> None:
+        """Let the layers of a UNet add their part of the bank to what they make of their input."""
+        for layer, hook in self.hooks(unet):
+            layer.register_forward_hook(hook)
+
+    def hooks(self, unet: nn.Module) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+        """The layers of a UNet, and what adds their part of the bank as a forward hook of torch."""
+        return [(unet.get_submodule(name), functools.partial(_add, self, part)) for name, part in self.layers()]
 
 
 def _add(  # noqa: PLR0917, as torch calls hooks

@@ -77,9 +77,14 @@ def read_style_file(path: str | os.PathLike, header_only: bool = False) -> Style
     return StyleFile(weights, styles, recipe, rest, prediction, zero_snr, made_for)
 
 
-def save_style(path: str | os.PathLike, checkpoint: Checkpoint, made_for: MadeFor | None = None) -> None:
-    """Codebook, MLP, bank and metadata of a DMM checkpoint. made_for: whom they belong to, if not to the checkpoint's UNet. Raises
-    ValueError for a checkpoint without styles."""
+def save_style(
+    path: str | os.PathLike,
+    checkpoint: Checkpoint,
+    made_for: MadeFor | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Codebook, MLP, bank and metadata of a DMM checkpoint. made_for: whom they belong to, if not to the checkpoint's UNet. extra: more
+    metadata, such as the workflow. Raises ValueError for a checkpoint without styles."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a style file's name must end in .safetensors")
@@ -88,7 +93,7 @@ def save_style(path: str | os.PathLike, checkpoint: Checkpoint, made_for: MadeFo
     side, plain = split(checkpoint.unet)
     made_for = made_for or MadeFor(weights_sha256(plain), unet_fingerprint(plain))
     said = {key: value for key, value in zip((UNET_DIGEST, UNET_FINGERPRINT), made_for) if value}
-    write_weights(path, side, file_metadata(path, checkpoint) | said)
+    write_weights(path, side, dict(extra or {}) | file_metadata(path, checkpoint) | said)
 
 
 def recombine(style_path: str | os.PathLike, onto: str | os.PathLike) -> tuple[Checkpoint, list[str]]:
