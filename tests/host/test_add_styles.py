@@ -27,6 +27,7 @@ from .test_compatible import (
     region,
 )
 from .test_sampling_equals_core import load
+from .test_workflows import painting, pictures
 
 
 def plain_of(checkpoint: Checkpoint) -> Checkpoint:
@@ -315,6 +316,27 @@ def test_styles_only_there_and_back(models, styled, folder, monkeypatch):
     for outside in ("../dmm/x.safetensors", "missing.safetensors"):
         with pytest.raises(ValueError, match="not found: put it into models/dmm_styles"):
             paths.style_file_path(outside)
+
+
+def test_in_a_graph(server):
+    """Headless: base and styles paint the whole file's pictures; a file that is replaced is read again."""
+    unet = with_bank(random_unet(DEMO))
+    whole = checkpoint_of(unet, whole=True)
+    models = server.base / "models"
+    (models / "dmm_styles").mkdir(exist_ok=True)
+    save_checkpoint(models / "dmm" / "graph-whole.safetensors", whole)
+    save_checkpoint(models / "dmm" / "graph-base.safetensors", plain_of(whole))
+    styles = models / "dmm_styles" / "graph.safetensors"
+    save_style(styles, whole)
+    graph = painting({"a": NAMES[1], "b": "none"}, "graph-base.safetensors")
+    graph["add"] = {"class_type": "DMMAddStyles", "inputs": {"model": ["load", 0], "styles": "graph.safetensors"}}
+    for key in "ab":
+        graph[f"style {key}"]["inputs"]["model"] = ["add", 0]
+    want = pictures(server, painting({"a": NAMES[1], "b": "none"}, "graph-whole.safetensors"))
+    got = pictures(server, graph)
+    assert got.keys() == want.keys() and all((got[key] == want[key]).all() for key in want)
+    save_style(styles, checkpoint_of(with_bank(random_unet(DEMO), seed=9)))
+    assert (pictures(server, graph)["save a"] != want["save a"]).any()
 
 
 # --- a merge, as a user makes it --------------------------------------------------------------------------------------
