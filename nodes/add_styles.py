@@ -22,7 +22,8 @@ class AddStyles(io.ComfyNode):
             search_aliases=["load styles", "style add-on", "style lora", "styles only"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="From any loader, with or without LoRAs: the model that the styles were made for, or a relative."
+                    "model",
+                    tooltip="From any loader, with or without LoRAs: the model that the styles were made for, or a relative.",
                 ),
                 io.Combo.Input(
                     "styles",

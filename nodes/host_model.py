@@ -409,9 +409,7 @@ def which_base(file: StyleFile, fingerprint: str, patched: bool) -> str:
     if not file.made_for.fingerprint:
         return "the file does not say for which base the styles were made"
     if file.made_for.fingerprint != fingerprint:
-        return (
-            f"another base than the styles were made for{name}, or one in another precision: they will look different on it"
-        )
+        return f"another base than the styles were made for{name}, or one in another precision: they will look different on it"
     if patched:
         return f"on the base they were made for{name}, with LoRAs or merges: for the styles that is another base"
     return f"on the base they were made for{name}"

@@ -55,7 +55,7 @@ class AddedStyles(torch.nn.Module):
         self._hooks = (None, [])
 
     def attach(self, unet: torch.nn.Module) -> list[RemovableHandle]:
-        """Let the layers of a UNet add their part of the bank until the handles are removed: 0.7 ms for SD1.5, as measured on a CPU."""
+        """Let the layers of a UNet add their part of the bank until the handles are removed: 0.6 ms for SD1.5, on one thread of a CPU."""
         if self._hooks[0] is not unet:  # to search the layers takes ten times as long
             self._hooks = (unet, self.style_bank.hooks(unet))  # in a tuple, and so no submodule
         return [layer.register_forward_hook(hook) for layer, hook in self._hooks[1]]
@@ -202,7 +202,7 @@ def compute_delta(executor, x, t, c_concat=None, c_crossattn=None, control=None,
         kwargs[MAP] = shares
     unet = executor.class_obj.diffusion_model
     if isinstance(modules, AddedStyles):
-        kwargs[modules.mark] = True  # as with MAP: a compiled UNet does not look for patches and hooks that are new, or gone
+        kwargs[modules.mark] = True  # as with MAP: a compiled UNet does not see patches and hooks come and go
     if bank is None:
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     bank.masses = masses_of(bank, rows.to(x.device), map_rows, options.get(MAP))

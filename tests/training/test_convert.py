@@ -129,9 +129,7 @@ def test_a_style_file_of_the_time_before_fingerprints(tmp_path):
     save_file(load_file(tmp_path / "style.safetensors"), tmp_path / "old.safetensors", metadata=metadata)
     assert read_style_file(tmp_path / "old.safetensors").made_for.fingerprint == ""
     assert (
-        convert(
-            tmp_path / "old.safetensors", tmp_path / "b.safetensors", "single", onto=tmp_path / "a.safetensors"
-        )
+        convert(tmp_path / "old.safetensors", tmp_path / "b.safetensors", "single", onto=tmp_path / "a.safetensors")
         == []
     )
     assert content(tmp_path / "b.safetensors") == content(tmp_path / "a.safetensors")

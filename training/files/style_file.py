@@ -124,13 +124,12 @@ def recombine(style_path: str | os.PathLike, onto: str | os.PathLike) -> tuple[C
 
 
 def check_fits(plain: Mapping[str, Tensor], side: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless the weights of a style side have the sizes of a UNet without styles. Only sizes are read, so tensors may be on
-    the meta device."""
-    unet = {**plain, **side}
+    """Raise ValueError unless the weights of a style side have the sizes of a UNet without styles. Only sizes are read, so tensors may be
+    on the meta device."""
     pooled = bool(unet_config_from_state_dict(plain).adm_channels)
     if pooled != any(key.startswith(f"{SDXL_MLP}.") for key in side):
         raise ValueError("one of the two is an SDXL model and the other is not")
-    count_styles(unet)
+    count_styles({**plain, **side})
 
 
 def unet_digest(unet: Mapping[str, Tensor]) -> str:
@@ -144,7 +143,7 @@ def unet_fingerprint(plain: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key in sorted(plain):
         values = plain[key].detach().flatten()
-        values = values[:: max(1, len(values) // SAMPLED)][:SAMPLED].to("cpu").to(torch.float16)
+        values = values[:: -(-len(values) // SAMPLED)].to("cpu").to(torch.float16)
         digest.update(repr((key, tuple(plain[key].shape))).encode())
         digest.update(values.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -138,7 +138,10 @@ def merge(
     report = MergeReport([m.name for m in teachers], figures, size, config.dtype.itemsize, config.centre)
     recipe = {
         "merge": {
-            "budget": config.budget, "rank": size.rank, "biases": size.bias, "kept": report.kept_by_teacher(),
+            "budget": config.budget,
+            "rank": size.rank,
+            "biases": size.bias,
+            "kept": report.kept_by_teacher(),
             **({"centre": "base"} if centre else {}),
         },
         "base": {"file": base.info.teacher, "sha256": base.info.sha256} if base else None,

@@ -132,7 +132,9 @@ class MergeReport:
         ]
         if self.centre == "base":
             not_held = "norms" if self.size.bias else "norms and biases"
-            out.append(f"The model's own weights are the base's, bit for bit: what the models changed in {not_held} is lost.")
+            out.append(
+                f"The model's own weights are the base's, bit for bit: what the models changed in {not_held} is lost."
+            )
         if min(kept) > 0.98:
             out.append("All models are held almost exactly: a smaller budget may do.")
         elif outliers := [one.name for one in teachers if one.outlier]:
