@@ -8,7 +8,7 @@ differently styled clones of one model can be used in one workflow.
 
 Codebook, MLP and bank are part of the UNet of a DMM file. Those of an add-on (``added_styles``) are a model of their own beside the MODEL,
 which the host loads and offloads with it; the hooks of their bank are on the UNet's layers during a call of the UNet and no longer. (The
-host's injections stay while a model is loaded, and stay behind when the clone that has them is forgotten: not for a UNet of others.)
+host's injections would stay there while the model is loaded, between the calls.)
 """
 
 from __future__ import annotations
