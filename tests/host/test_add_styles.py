@@ -18,8 +18,12 @@ from .test_compatible import (
     NEGATIVE,
     POSITIVE,
     TOLERANCE,
+    Side,
     apply,
     assert_close,
+    controlled,
+    controls,  # noqa: F401 (a fixture)
+    differ,
     host_alone,
     lora,
     mix,
@@ -148,6 +152,16 @@ def test_regions_and_maps_are_those_of_the_whole_file(whole, styled):
                 mixed = mix(model, POSITIVE, NEGATIVE, left, mode=mode, background=NAMES[2])
                 results.append(paint(model, *mixed))
         assert torch.equal(*results), mode
+
+
+def test_a_controlnet_beside_it(whole, styled, controls):  # noqa: F811
+    results = []
+    for model in (whole, styled):
+        side = Side(apply(model, NAMES[1]), lambda h, w: (POSITIVE, NEGATIVE), None)
+        with torch.inference_mode():
+            results.append(paint(side.model, *controlled(side, controls["ControlNet"])))
+    assert torch.equal(*results)
+    assert differ(results[0], paintings(whole, NAMES[1])[0])
 
 
 def test_loras_before_and_behind(whole, styled, base, folder):

@@ -165,9 +165,9 @@ class Side:
     restyle: Callable
 
 
-@pytest.fixture(scope="module", params=["codes", "bank", "add-on"])
+@pytest.fixture(scope="module", params=["codes", "bank", pytest.param("add-on", marks=pytest.mark.slow)])
 def kind(request):
-    """Where the styles are: codes in the UNet, a bank too, or all of it beside a UNet of the host's."""
+    """Where the styles are: codes in the UNet, a bank too, or all of it beside a UNet of the host's (quick tests: test_add_styles.py)."""
     return request.param
 
 
