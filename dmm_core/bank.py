@@ -16,7 +16,7 @@ arXiv:2407.00066, for LoRAs of language models.) Here are the layers; ``bank_fit
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -196,8 +196,12 @@ class StyleBank(nn.Module):
 
     def attach(self, unet: nn.Module) -> None:
         """Let the layers of a UNet add their part of the bank to what they make of their input."""
-        for name, part in self.layers():
-            unet.get_submodule(name).register_forward_hook(functools.partial(_add, self, part))
+        for layer, hook in self.hooks(unet):
+            layer.register_forward_hook(hook)
+
+    def hooks(self, unet: nn.Module) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+        """The layers of a UNet, and what adds their part of the bank as a forward hook of torch."""
+        return [(unet.get_submodule(name), functools.partial(_add, self, part)) for name, part in self.layers()]
 
 
 def _add(  # noqa: PLR0917, as torch calls hooks

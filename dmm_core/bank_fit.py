@@ -120,7 +120,8 @@ def fit_bank(
 
     teachers: their UNets by key, alike. none: what painting without a style is, which gets a core of its own; None: the centre is that.
     shapes: of the weights to merge, all or some; a layer's weight and bias belong together. bias: whether the bank has biases. centre:
-    what the changes are of, None for the teachers' mean. dtype: of the result. device: where it is computed.
+    what the changes are of, which the result holds bit for bit; None for the teachers' mean. dtype: of the result, a centre's weights
+    apart. device: where it is computed.
 
     The result's styles are rows 0 .. N-1 in the order of the teachers; it has no codebook and no MLP (``neutral_style``).
     Raises ValueError naming the key for weights that are not finite.
@@ -130,12 +131,13 @@ def fit_bank(
     models = [*teachers, *([none] if none is not None else [])]
     for key, shape in shapes.items():
         stack = torch.stack([model[key].to(device, torch.float32) for model in models])
-        if not stack.isfinite().all():
-            raise ValueError(f"weight '{key}' of a teacher holds NaN or infinity: the file is damaged")
-        middle = stack[: len(teachers)].mean(0) if centre is None else centre[key].to(device, torch.float32)
-        shared = middle.to(dtype)
-        weights = {key: shared.cpu()}
-        changes = stack.sub_(shared.float())  # of the rounded one, so that the bank takes up what rounding left
+        held = stack[: len(teachers)].mean(0).to(dtype) if centre is None else centre[key].to(device)
+        if not (stack.isfinite().all() and held.isfinite().all()):
+            who = "a teacher" if centre is None else "a teacher or the base"
+            raise ValueError(f"weight '{key}' of {who} holds NaN or infinity: the file is damaged")
+        weights = {key: held.cpu()}
+        shared = held.float()
+        changes = stack.sub_(shared)  # of the rounded one, so that the bank takes up what rounding left
         flat, kept, total = changes.flatten(1), [], []
         if is_banked(key, shape):
             name, fit = key.removesuffix(".weight"), fit_layer(changes, rank)

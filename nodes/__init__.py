@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from . import (
+    add_styles,
     demo_scenes,
     distill,
     edit_style,
@@ -28,7 +29,7 @@ from . import (
 )
 
 MODULES = (
-    *(loader, style, style_values, style_apply, style_sheet, named_blend, edit_style, regions, save),
+    *(loader, add_styles, style, style_values, style_apply, style_sheet, named_blend, edit_style, regions, save),
     *(teacher, merge, distill, grow, demo_scenes, evaluate, identify),
 )
 

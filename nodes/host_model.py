@@ -13,6 +13,7 @@ import comfy.model_base
 import comfy.model_detection
 import comfy.model_management as mm
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.ops
 import comfy.sd
 import comfy.supported_models
@@ -23,13 +24,23 @@ from torch import Tensor
 
 from ..dmm_core.bank import BANK, StyleBank, bank_config, with_blends
 from ..dmm_core.checkpoint import STYLE_KEYS, TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX, Checkpoint
-from ..dmm_core.metadata import StyleInfo
+from ..dmm_core.metadata import StyleInfo, architecture
 from ..dmm_core.sdxl import SIZE_CHANNELS
 from ..dmm_core.style import CODEBOOK, MLP_NAMES, StyleMLP
 from ..dmm_core.style_value import NO_STYLE, Style, check_new_name, find_style, style_rows, vocabulary
+from ..dmm_core.unet import unet_config_from_state_dict
 from ..dmm_core.vae import vae_config_from_state_dict
 from ..training.files.model_files import load_any
+from ..training.files.style_file import (
+    MadeFor,
+    StyleFile,
+    check_fits,
+    is_style_file,
+    read_style_file,
+    unet_fingerprint,
+)
 from . import region_patch, style_patch
+from .weights import HostWeights
 
 TEXT_WIDTHS = {"clip_l": 768, "clip_h": 1024, "clip_g": 1280}
 """The host's text encoders of SD1.x and SDXL, of SD2.x, of SDXL, and the one width of each that it builds unasked."""
@@ -42,7 +53,8 @@ SD_WIDTH = 320
 class ModelInfo:
     """What a MODEL from a DMM file knows beyond its weights.
 
-    styles: one per code of the codebook; blends: named mixes of them, with weights (N,); dtype: of the file's UNet.
+    styles: one per code of the codebook; blends: named mixes of them, with weights (N,); dtype: of the file's UNet. Of an add-on, made_for:
+    the UNet that its styles were made for; style_dtype: of its file.
     """
 
     styles: tuple[StyleInfo, ...]
@@ -52,6 +64,8 @@ class ModelInfo:
     zero_snr: bool
     dtype: torch.dtype
     blends: tuple[tuple[StyleInfo, tuple[float, ...]], ...] = ()
+    made_for: MadeFor | None = None
+    style_dtype: torch.dtype | None = None
 
     @property
     def all_styles(self) -> list[StyleInfo]:
@@ -66,10 +80,12 @@ class ModelInfo:
 
 
 def model_info(patcher) -> ModelInfo:
-    """The information on a MODEL. Raises ValueError when it did not come from Load DMM Model."""
+    """The information on a MODEL. Raises ValueError when it did not come from Load DMM Model or Add DMM Styles to Model."""
     info = patcher.get_attachment(ATTACHMENT)
     if info is None:
-        raise ValueError("this MODEL carries no DMM styles: take it from Load DMM Model (other loaders drop them)")
+        raise ValueError(
+            "this MODEL carries no DMM styles: take it from Load DMM Model (other loaders drop them) or Add DMM Styles to Model"
+        )
     return info
 
 
@@ -146,6 +162,10 @@ def load(path: str) -> tuple:
     One without a VAE gives the host's empty VAE, whose use names the problem.
     Raises ValueError for files that are no Stable Diffusion checkpoint.
     """
+    if is_style_file(path):
+        raise ValueError(
+            f"{path} holds styles without a model: put it into models/dmm_styles and use Add DMM Styles to Model on the MODEL they are for"
+        )
     checkpoint = load_any(path)
     model, clip, vae = build_model(checkpoint), build_clip(checkpoint), build_vae(checkpoint)
     # The host reloads from these when it needs a second copy (torch.compile and hooks under DynamicVRAM, several GPUs).
@@ -254,12 +274,27 @@ def set_sampling(model, checkpoint: Checkpoint) -> None:
 
 
 def attach_styles(patcher, weights: dict[str, Tensor], file_dtype: torch.dtype) -> None:
-    """Make codebook, MLP and style bank submodules of a fresh MODEL's UNet, of layers that the host can cast and offload. weights: of a
-    UNet with styles."""
+    """Make codebook, MLP and style bank submodules of a fresh MODEL's UNet. weights: of a UNet with styles."""
     unet = patcher.model.diffusion_model
-    dtype = patcher.model.get_dtype()
-    dtype = dtype if dtype.itemsize > 1 else file_dtype  # eight bits are too few for the codes
     device = next(unet.parameters()).device
+    modules = build_style_modules(patcher.model, weights, file_dtype, device=device, assign=patcher.is_dynamic())
+    for name, module in modules.items():
+        unet.add_module(name, module)
+    if BANK in modules:
+        unet.style_bank.attach(unet)
+    patcher.size = 0  # counted anew, styles included
+
+
+def build_style_modules(
+    model, weights: dict[str, Tensor], file_dtype: torch.dtype, *, device: torch.device, assign: bool
+) -> dict[str, torch.nn.Module]:
+    """Codebook, MLP and style bank for a BaseModel, of layers that the host can cast and offload, by their names in a UNet.
+
+    weights: of a UNet with styles, or of its styles and, of the layers with a part in the bank, anything of the right shape. assign: take
+    the tensors themselves where the dtype allows.
+    """
+    dtype = model.get_dtype()
+    dtype = dtype if dtype.itemsize > 1 else file_dtype  # eight bits are too few for the codes
     ops = comfy.ops.manual_cast
     num_styles, dim = weights[f"{CODEBOOK}.weight"].shape
     mlp = next(name for name in MLP_NAMES if f"{name}.linear_1.weight" in weights)
@@ -268,15 +303,116 @@ def attach_styles(patcher, weights: dict[str, Tensor], file_dtype: torch.dtype) 
         mlp: StyleMLP(dim, operations=ops, dtype=dtype, device=device),
     }
     if bank := bank_config(weights, num_styles):  # the host names its layers as the file does
-        modules[BANK] = StyleBank(unet, bank, ops, dtype=dtype, device=device)
+        modules[BANK] = StyleBank(model.diffusion_model, bank, ops, dtype=dtype, device=device)
     for name, module in modules.items():
         own = {k.removeprefix(f"{name}."): v.to(dtype) for k, v in weights.items() if k.startswith(f"{name}.")}
-        module.load_state_dict(own, assign=patcher.is_dynamic())
-        unet.add_module(name, module.requires_grad_(False).eval())
-        mm.archive_model_dtypes(module)
-    if bank:
-        unet.style_bank.attach(unet)
-    patcher.size = 0  # counted anew, styles included
+        module.load_state_dict(own, assign=assign)
+        mm.archive_model_dtypes(module.requires_grad_(False).eval())
+    return modules
+
+
+# --- styles beside a model --------------------------------------------------------------------------------------------
+
+
+def with_added_styles(model, path: str) -> tuple:
+    """(A clone of a MODEL, from any loader, that has the styles of a style file beside its UNet; what to tell the user).
+
+    Raises ValueError for a MODEL of another kind than the styles are for, or with styles already, and for what is no style file.
+    """
+    before, file = model.get_attachment(ATTACHMENT), read_add_on(path)
+    if before is not None and before.styles:
+        names = ", ".join(style.name for style in before.styles[:8])
+        raise ValueError(
+            f"this MODEL has styles already ({names}): connect one without, as from Load Checkpoint. To have the styles of both, merge the "
+            "models that they were made of (Merge Checkpoints to DMM)"
+        )
+    held = held_unet(model)
+    predicts = "v" if isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.V_PREDICTION) else "eps"
+    check_add_on(path, file, model, held, predicts)
+    model = model.clone()
+    model.set_additional_models(style_patch.KEY, [build_added_styles(model.model, path)])
+    if before is None:
+        region_patch.install(model)
+    style_patch.install(model, vocabulary([style.name for style in file.styles]))
+    dtype = codebook_dtype(file)
+    info = ModelInfo(
+        styles=tuple(file.styles),
+        recipe=file.recipe,
+        metadata=file.metadata,
+        prediction=predicts,
+        zero_snr=bool(getattr(model.get_model_object("model_sampling"), "zsnr", False)),
+        dtype=before.dtype if before is not None else max(model.model.get_dtype(), dtype, key=lambda d: d.itemsize),
+        made_for=file.made_for,
+        style_dtype=dtype,
+    )
+    model.set_attachments(ATTACHMENT, info)
+    patched = any(key.startswith("diffusion_model.") for key in model.patches)
+    return model, which_base(file, unet_fingerprint(held), patched)
+
+
+def read_add_on(path: str) -> StyleFile:
+    """A style file. Raises ValueError naming the file for another, with what to do for a whole model."""
+    if not is_style_file(path):
+        raise ValueError(f"{path} is no file of styles alone: Load DMM Model loads whole models")
+    return read_style_file(path)
+
+
+def held_unet(model) -> dict[str, Tensor]:
+    """A MODEL's UNet without patches, in the LDM key names, where and as the host holds it. Not to be changed."""
+    return {key: patches[0][0] for key, patches in HostWeights(model).held.items()}
+
+
+def check_add_on(path: str, file: StyleFile, model, held: dict[str, Tensor], predicts: str) -> None:
+    """Raise ValueError, naming both, unless the styles of a file are for models of the kind of this MODEL."""
+    kind = type(model.model).__name__
+    width = file.weights[f"{CODEBOOK}.weight"].shape[1]
+    theirs = f"{file.metadata.get('modelspec.architecture', 'unknown')[:60]}, width {width}, {file.prediction or 'eps'}"
+    try:
+        ours = architecture(unet_config_from_state_dict(held), predicts)[0]
+        kind = f"{ours}, width {held['time_embed.2.weight'].shape[0]}, {predicts}"
+        check_fits(held, file.weights)
+        if file.prediction not in (None, predicts):
+            raise ValueError("the two predict differently")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} holds styles for another kind of model ({theirs}) than this MODEL ({kind}): {error}"
+        ) from error
+
+
+def build_added_styles(model, path: str, disable_dynamic: bool = False):
+    """A patcher for the styles of a file, made for a BaseModel. The host loads and offloads it like a ControlNet's."""
+    file = read_add_on(path)
+    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    devices = {"load_device": mm.get_torch_device(), "offload_device": mm.unet_offload_device()}
+    added = style_patch.AddedStyles()
+    patcher = patcher_class(added, **devices)
+    layers = {key: value for key, value in model.diffusion_model.state_dict().items() if not key.startswith(STYLE_KEYS)}
+    device = torch.device("cpu")
+    modules = build_style_modules(
+        model, {**layers, **file.weights}, codebook_dtype(file), device=device, assign=patcher.is_dynamic()
+    )
+    for name, module in modules.items():
+        added.add_module(name, module)
+    patcher.cached_patcher_init = (build_added_styles, (model, path))
+    patcher.size = 0  # counted anew
+    return patcher
+
+
+def codebook_dtype(file: StyleFile) -> torch.dtype:
+    return file.weights[f"{CODEBOOK}.weight"].dtype
+
+
+def which_base(file: StyleFile, fingerprint: str, patched: bool) -> str:
+    """Whether the styles were made for a UNet with this fingerprint, in words. patched: LoRAs or merges are on it."""
+    base = (file.recipe.get("base") or {}).get("file") if isinstance(file.recipe.get("base"), dict) else None
+    name = f" ({base})" if isinstance(base, str) else ""
+    if not file.made_for.fingerprint:
+        return "the file does not say for which base the styles were made"
+    if file.made_for.fingerprint != fingerprint:
+        return f"another base than the styles were made for{name}, or one in another precision: they will look different on it"
+    if patched:
+        return f"on the base they were made for{name}, with LoRAs or merges: for the styles that is another base"
+    return f"on the base they were made for{name}"
 
 
 def build_clip(checkpoint: Checkpoint, disable_dynamic: bool = False):
@@ -348,7 +484,10 @@ def to_checkpoint(model, clip=None, vae=None) -> Checkpoint:
     clip_sd = None if clip is None else clip.state_dict_for_saving()
     vae_sd = None if vae is None or vae.first_stage_model is None else vae.get_sd()
     sd = model.state_dict_for_saving(clip_sd, vae_sd)
-    unet, styles = with_blend_codes(part(sd, UNET_PREFIX, info.dtype), info)
+    unet = part(sd, UNET_PREFIX, info.dtype)
+    if added := style_patch.added_styles(model):
+        unet |= part(added.state_dict(), "", info.style_dtype)
+    unet, styles = with_blend_codes(unet, info)
     return Checkpoint(
         unet=unet,
         text={k: as_file(v, info.dtype) for k, v in sd.items() if k.startswith(TEXT_PREFIXES)},

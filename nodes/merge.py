@@ -12,13 +12,14 @@ import comfy.utils
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
+from torch import Tensor
 
 from ..dmm_core.bank_size import USUAL
 from ..dmm_core.checkpoint import save_checkpoint
 from ..dmm_core.metadata import StyleInfo
 from ..training.config import check_names
 from ..training.files.hashing import weights_sha256
-from ..training.merge.merge import MergeConfig, Source, forget_parts, merge
+from ..training.merge.merge import CENTRES, MergeConfig, Source, forget_parts, merge
 from ..training.merge.report import MergeReport
 from . import host_model, paths
 from .preview import send_text
@@ -57,6 +58,17 @@ class MergeCheckpoints(io.ComfyNode):
                     ),
                 ),
                 io.String.Input("name", default="merged", tooltip="The file in output/dmm begins with this."),
+                io.Combo.Input(
+                    "centre",
+                    options=list(CENTRES),
+                    default=CENTRES[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "What the model's own weights are. mean: of all teachers, which keeps more of them. base: the base as it is, so "
+                        "that Save DMM Model's 'styles only' can be put onto anyone's copy of the base."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(),
@@ -68,12 +80,13 @@ class MergeCheckpoints(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, base, clip, vae, teachers, budget, name) -> io.NodeOutput:
+    def execute(cls, base, clip, vae, teachers, budget, name, centre=CENTRES[0]) -> io.NodeOutput:
         stem, inputs = file_stem(name), [teacher for teacher in teachers.values() if teacher is not None]
         check_names([teacher.name for teacher in inputs])
         # Nodes run in inference mode, whose tensors a model that is trained later would refuse.
         with torch.inference_mode(False), torch.no_grad(), memory_given_back():
-            path, report = merged(inputs, base, clip, vae, budget=budget, stem=stem, node_id=cls.hidden.unique_id)
+            config = MergeConfig(budget.strip(), device=mm.get_torch_device(), centre=centre)
+            path, report = merged(inputs, base, clip, vae, config=config, stem=stem, node_id=cls.hidden.unique_id)
             picture = np.asarray(report.picture().convert("RGB"), np.float32) / 255
         model, *_ = host_model.load(str(path))
         said = f"saved dmm/{path.name}\n\n{report.text()}"
@@ -81,15 +94,15 @@ class MergeCheckpoints(io.ComfyNode):
 
 
 def merged(
-    teachers: Sequence[TeacherInput], base, clip, vae, *, budget: str, stem: str, node_id
+    teachers: Sequence[TeacherInput], base, clip, vae, *, config: MergeConfig, stem: str, node_id
 ) -> tuple[Path, MergeReport]:
     """The file of the merged model, named by a hash of all that determines it, and the report on it."""
     send_text("reading the models", node_id)
     foundation = source("the base model", base, StyleInfo("the base model"))
     sources = [source(f"teacher '{one.name}'", one.model, StyleInfo(one.name, one.description)) for one in teachers]
-    config = MergeConfig(budget.strip(), device=mm.get_torch_device())
     stamps = [one.stamp for one in (foundation, *sources)]
-    short = hashlib.sha256("\n".join([*stamps, config.budget, *(one.name for one in sources)]).encode()).hexdigest()[:8]
+    settings = [config.budget, *(one.name for one in sources), *(["base"] if config.centre == "base" else [])]
+    short = hashlib.sha256("\n".join([*stamps, *settings]).encode()).hexdigest()[:8]
     folder = Path(paths.output_folder())
     path = folder / f"{stem}-{short}.safetensors"
     parts = folder.with_name("dmm_runs") / f"{stem}-{short}-merge"
@@ -102,7 +115,8 @@ def merged(
     inherited = clip_and_vae_parts(base, clip, vae)
     checkpoint, report = merge(sources, foundation, inherited, config, folder=parts, progress=progress)
     folder.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, dataclasses.replace(checkpoint, metadata={"modelspec.title": stem}))
+    unet = as_narrow(checkpoint.unet, config.dtype)
+    save_checkpoint(path, dataclasses.replace(checkpoint, unet=unet, metadata={"modelspec.title": stem}))
     forget_parts(parts)
     report.write(parts.with_name(f"{stem}-{short}"))
     return path, report
@@ -114,6 +128,12 @@ def source(who: str, model, info: StyleInfo) -> Source:
     digest = weights_sha256(weights)
     info = dataclasses.replace(info, sha256=digest)
     return Source(info, weights, weights.shapes, digest, prediction(model, who), zero_snr(model))
+
+
+def as_narrow(unet: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A UNet in ``dtype``, if that changes no number: without a GPU the host holds in float32 what the base's file has in half."""
+    narrow = {key: weight.to(dtype) for key, weight in unet.items()}
+    return narrow if all(torch.equal(narrow[key].to(weight.dtype), weight) for key, weight in unet.items()) else unet
 
 
 NODES = [MergeCheckpoints]

@@ -1,4 +1,4 @@
-"""Where DMM models live: the host's folders, and the demo files that this pack brings along."""
+"""Where DMM models and styles alone live: the host's folders, and the demo files that this pack brings along."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import folder_paths
 from ..training.files.model_files import UNET_FILE
 
 FOLDER = "dmm"
+STYLES_FOLDER = "dmm_styles"
+"""Of style files, which are no models: Load DMM Model does not look there."""
 DIFFUSERS = "diffusers"
 FOLDERS = (FOLDER, "checkpoints", "diffusion_models", DIFFUSERS)
 """The host's names of the folders that models are looked for in, in this order."""
@@ -19,18 +21,32 @@ PACK_MODELS = Path(__file__).absolute().parents[1] / "models"
 
 
 def register() -> None:
-    """Make the host know ``models/dmm``, ``<output>/dmm`` and the pack's own demo models (idempotent)."""
-    for path in (os.path.join(folder_paths.models_dir, FOLDER), output_folder(), str(PACK_MODELS / FOLDER)):
-        folder_paths.add_model_folder_path(FOLDER, path)
-    # A folder that is new to the host would list files of any kind; extra_model_paths.yaml may have made it already.
-    folder_paths.folder_names_and_paths[FOLDER] = (folder_paths.get_folder_paths(FOLDER), EXTENSIONS)
+    """Make the host know ``models/dmm``, ``<output>/dmm``, the pack's own demo models, and the folders of style files (idempotent)."""
+    for folder, more in ((FOLDER, [str(PACK_MODELS / FOLDER)]), (STYLES_FOLDER, [])):
+        for path in (os.path.join(folder_paths.models_dir, folder), output_folder(folder), *more):
+            folder_paths.add_model_folder_path(folder, path)
+        # A folder that is new to the host would list files of any kind; extra_model_paths.yaml may have made it already.
+        folder_paths.folder_names_and_paths[folder] = (folder_paths.get_folder_paths(folder), EXTENSIONS)
     for name in ("controlnet", "loras"):
         folder_paths.add_model_folder_path(name, str(PACK_MODELS / name))
 
 
-def output_folder() -> str:
-    """Where this pack's nodes save models; Load DMM Model lists it."""
-    return os.path.join(folder_paths.get_output_directory(), FOLDER)
+def output_folder(folder: str = FOLDER) -> str:
+    """Where this pack's nodes save models, or style files; the loading nodes list it."""
+    return os.path.join(folder_paths.get_output_directory(), folder)
+
+
+def style_files() -> list[str]:
+    """Names of style files to choose from."""
+    return folder_paths.get_filename_list(STYLES_FOLDER)
+
+
+def style_file_path(name: str) -> str:
+    """The file behind a name from ``style_files``. Raises ValueError when it is gone or was never there."""
+    path = folder_paths.get_full_path(STYLES_FOLDER, name)
+    if path is None:
+        raise ValueError(f"style file '{name}' not found: put it into models/dmm_styles and refresh")
+    return path
 
 
 def model_files() -> list[str]:

@@ -1,11 +1,14 @@
-"""GET /dmm/styles?ckpt_name=NAME: the styles in a model, for the pickers in the browser. Reads the header of its file only."""
+"""GET /dmm/styles?ckpt_name=NAME, or ?styles=NAME for a file of styles alone: the styles in it, for the pickers in the browser. Reads the
+header of the file only."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 from pathlib import Path
 
 from ..training.files.model_files import load_any_info
+from ..training.files.style_file import read_style_file
 from . import paths
 
 
@@ -25,13 +28,15 @@ async def get_styles(request):
     """
     from aiohttp import web
 
-    name = request.query.get("ckpt_name", "")
+    alone = "styles" in request.query
+    name = request.query.get("styles" if alone else "ckpt_name", "")
     try:
-        path = paths.model_path(name)
+        path = paths.style_file_path(name) if alone else paths.model_path(name)
     except ValueError as error:
         return web.json_response({"error": str(error)}, status=404)
     try:
-        info = await asyncio.to_thread(load_any_info, path)
+        read = functools.partial(read_style_file, header_only=True) if alone else load_any_info
+        info = await asyncio.to_thread(read, path)
     except (ValueError, OSError) as error:
         message = str(error).replace(path, name).replace(str(Path(path)), name)  # not where it lies on the disk
         return web.json_response({"error": message}, status=422)

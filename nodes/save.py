@@ -1,4 +1,4 @@
-"""Save DMM Model: MODEL, and CLIP and VAE if given, as one safetensors file that keeps the styles."""
+"""Save DMM Model: MODEL, and CLIP and VAE if given, as one safetensors file that keeps the styles; or the styles alone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
 from ..dmm_core.checkpoint import save_checkpoint
+from ..training.files.style_file import save_style
 from . import paths
-from .host_model import to_checkpoint
+from .host_model import model_info, to_checkpoint
+
+WHOLE, STYLES = "whole model", "styles only"
 
 
 def workflow_metadata(prompt, extra_pnginfo) -> dict[str, str]:
@@ -39,6 +42,17 @@ class SaveDMMModel(io.ComfyNode):
                 io.Clip.Input("clip", optional=True),
                 io.Vae.Input("vae", optional=True),
                 io.String.Input("filename_prefix", default="model"),
+                io.Combo.Input(
+                    "what",
+                    options=[WHOLE, STYLES],
+                    default=WHOLE,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Styles only: a small file in output/dmm_styles for Add DMM Styles to Model. It is of use on the model that it is "
+                        "from; a merge centred at the base makes styles for a base that others have."
+                    ),
+                ),
             ],
             outputs=[],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -46,11 +60,15 @@ class SaveDMMModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, filename_prefix, clip=None, vae=None) -> io.NodeOutput:
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, paths.output_folder())
+    def execute(cls, model, filename_prefix, clip=None, vae=None, what=WHOLE) -> io.NodeOutput:
+        target = paths.output_folder(paths.STYLES_FOLDER if what == STYLES else paths.FOLDER)
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, target)
         path = os.path.join(folder, f"{name}_{counter:05}_.safetensors")
         extra = workflow_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
-        save_checkpoint(path, to_checkpoint(model, clip, vae), extra)
+        if what == STYLES:
+            save_style(path, to_checkpoint(model), model_info(model).made_for, extra)
+        else:
+            save_checkpoint(path, to_checkpoint(model, clip, vae), extra)
         return io.NodeOutput(ui=ui.PreviewText(f"saved {os.path.relpath(path, folder_paths.get_output_directory())}"))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dmm_core.checkpoint import STYLE_KEYS
+from .style_patch import KEY
 
 PREFIX = "diffusion_model."
 
@@ -19,11 +20,13 @@ class HostWeights(Mapping[str, Tensor]):
     copy that is usable for training.
 
     Computed from the unpatched weights and the MODEL's own patches, so it does not matter which clone of the model is loaded
-    right now. styles: with the codebook, MLP and bank of a DMM model, which are left out otherwise.
+    right now. styles: with the codebook, MLP and bank of a DMM model or an add-on, which are left out otherwise.
     """
 
     def __init__(self, patcher, styles: bool = False):
         held = {key.removeprefix(PREFIX): patches for key, patches in patcher.get_key_patches(PREFIX).items()}
+        for added in patcher.get_additional_models_with_key(KEY):
+            held |= added.get_key_patches()
         self.held = {key: patches for key, patches in held.items() if styles or not key.startswith(STYLE_KEYS)}
 
     @property

@@ -4,6 +4,7 @@ import pytest
 import torch
 from comfyui_dmm.dmm_core.checkpoint import load_checkpoint, save_checkpoint
 from comfyui_dmm.dmm_core.style_value import mix, parse_style, quote_name
+from comfyui_dmm.training.files.style_file import save_style
 
 from ..host.families import DEMO, checkpoint_of, random_unet
 from ..host.server import PACK
@@ -232,6 +233,23 @@ def test_a_named_blend_is_a_style_of_the_list(page):
     run(page)
     page.evaluate("id => { app.graph.getNodeById(id).mode = 4; }", blends[0])
     assert choices(page, 9) == [*STYLES, "second mix", "none"]
+    assert page.errors == []
+
+
+def test_the_styles_of_an_add_on(page, server):
+    """Behind Add DMM Styles to Model those of its file, whatever the model it is on has."""
+    folder = server.base / "models" / "dmm_styles"
+    folder.mkdir(exist_ok=True)
+    checkpoint = checkpoint_of(random_unet(DEMO), torch.float16)
+    save_style(folder / "menu.safetensors", checkpoint)
+    open_graph(page, graph_of("quickstart"))
+    added, selector = add(page, "DMMAddStyles"), id_of(page, "DMMStyleSelector")
+    page.evaluate("id => app.graph.getNodeById(id).widgets[0].value = 'menu.safetensors'", added)
+    link(page, id_of(page, "DMMLoadModel"), 0, added, "model")
+    link(page, added, 0, selector, "model")
+    assert choices(page, 5) == [*(style.name for style in checkpoint.styles), "none"]
+    page.evaluate("id => { app.graph.getNodeById(id).mode = 4; }", added)
+    assert choices(page, 8) == [*STYLES, "none"]
     assert page.errors == []
 
 

@@ -266,7 +266,9 @@ def test_the_parts_are_the_mean_and_what_apart_says():
 @torch.no_grad()
 def test_centred_at_the_base_no_style_is_the_base():
     base = make(PLAIN).state_dict()
-    unet = load_unet(whole_unet(teachers_of(base, 2, 0.1), None, 5, centre=base)).eval()
+    sd = whole_unet(teachers_of(base, 2, 0.1), None, 5, torch.bfloat16, centre=base)
+    assert all(torch.equal(sd[key], value) and sd[key].dtype == value.dtype for key, value in base.items())
+    unet = load_unet({key: value.float() for key, value in sd.items()}).eval()
     x, t, context, _ = inputs(DEMO)
     torch.testing.assert_close(unet(x, t, context), load_unet(base).eval()(x, t, context))
 

@@ -21,6 +21,7 @@ from comfyui_dmm.dmm_core.checkpoint import STYLE_KEYS, load_checkpoint, save_ch
 from comfyui_dmm.dmm_core.style import no_style_row, style_delta, style_row
 from comfyui_dmm.dmm_core.style_value import PerItem, Strength, parse_style
 from comfyui_dmm.dmm_core.unet import load_unet
+from comfyui_dmm.training.files.style_file import save_style
 
 from .conftest import HOST
 from .families import DEMO, NAMES, checkpoint_of, random_unet, with_bank
@@ -41,22 +42,31 @@ TOLERANCE = 2e-4
 # --- the oracle -------------------------------------------------------------------------------------------------------
 
 
-def twin(unet, rule):
-    """The host's own MODEL of a UNet, styled by torch's hooks.
-
-    rule(prompt, progress, picture) -> a style row, or [(share, style row), ...] for a style per pixel, where share(height, width)
-    is a tensor. prompt is the index in PROMPTS, progress 0 .. 1 over the timesteps, picture the index in the batch.
-    """
+def host_alone(unet):
+    """The host's own MODEL of a UNet without its styles, as the host's loader would make it."""
     import comfy.model_patcher
     import comfy.supported_models
-    from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
     from comfy.model_detection import detect_unet_config
 
     sd = {k: v.clone() for k, v in unet.state_dict().items() if not k.startswith(STYLE_KEYS)}
     config = comfy.supported_models.SD15(detect_unet_config(sd, ""))
     config.set_inference_dtype(torch.float32, None)
     config.unet_config |= {"num_heads": -1, "num_head_channels": 64}
+    cpu = torch.device("cpu")
     model = config.get_model(sd).load_model_weights(sd)
+    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def twin(unet, rule):
+    """The host's own MODEL of a UNet, styled by torch's hooks.
+
+    rule(prompt, progress, picture) -> a style row, or [(share, style row), ...] for a style per pixel, where share(height, width)
+    is a tensor. prompt is the index in PROMPTS, progress 0 .. 1 over the timesteps, picture the index in the batch.
+    """
+    from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+
+    patcher = host_alone(unet)
+    model = patcher.model
     now = {}
 
     def delta(row):
@@ -140,8 +150,7 @@ def twin(unet, rule):
         if isinstance(block, ResBlock):
             block.emb_layers.register_forward_hook(emb_layers)
             block.out_layers[0].register_forward_hook(normalise)
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+    return patcher
 
 
 # --- scenes: the same painting by the pack's nodes and by the host alone ------------------------------------------------
@@ -156,14 +165,27 @@ class Side:
     restyle: Callable
 
 
-@pytest.fixture(scope="module", params=["codes", "bank"])
-def unet(request):
-    return random_unet(DEMO) if request.param == "codes" else with_bank(random_unet(DEMO))
+@pytest.fixture(scope="module", params=["codes", "bank", pytest.param("add-on", marks=pytest.mark.slow)])
+def kind(request):
+    """Where the styles are: codes in the UNet, a bank too, or all of it beside a UNet of the host's (quick tests: test_add_styles.py)."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def model(models, unet):
-    return load(models, checkpoint_of(unet), f"compatible-{'bank' if unet.config.bank else 'codes'}")
+def unet(kind):
+    return random_unet(DEMO) if kind == "codes" else with_bank(random_unet(DEMO))
+
+
+@pytest.fixture(scope="module")
+def model(models, unet, kind, tmp_path_factory):
+    if kind != "add-on":
+        return load(models, checkpoint_of(unet), f"compatible-{kind}")
+    from comfyui_dmm.nodes import host_model
+
+    path = tmp_path_factory.mktemp("styles") / "styles.safetensors"
+    save_style(path, checkpoint_of(unet))
+    with torch.inference_mode():
+        return host_model.with_added_styles(host_alone(unet), str(path))[0]
 
 
 def apply(model, style):

@@ -42,7 +42,7 @@ def loaded(models):
     return out
 
 
-def merge(loaded, names="abc", budget="900%", name="together", base="base", teachers=None):
+def merge(loaded, names="abc", budget="900%", name="together", base="base", teachers=None, **more):
     from comfyui_dmm.nodes.merge import MergeCheckpoints
     from comfyui_dmm.nodes.teacher import TeacherInput
 
@@ -51,7 +51,7 @@ def merge(loaded, names="abc", budget="900%", name="together", base="base", teac
     sockets = {f"teacher{i}": teacher for i, teacher in enumerate(teachers)}
     MergeCheckpoints.hidden = SimpleNamespace(unique_id="merge")  # as the host's executor sets it
     with torch.inference_mode():
-        return MergeCheckpoints.execute(model, clip, vae, sockets, budget, name)
+        return MergeCheckpoints.execute(model, clip, vae, sockets, budget, name, **more)
 
 
 def files(name: str) -> list:

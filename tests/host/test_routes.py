@@ -5,8 +5,9 @@ import requests
 import torch
 from comfyui_dmm.dmm_core.checkpoint import save_checkpoint
 from comfyui_dmm.dmm_core.metadata import StyleInfo
+from comfyui_dmm.training.files.style_file import save_style
 
-from .families import DEMO, NAMES, checkpoint_of, random_unet
+from .families import DEMO, NAMES, checkpoint_of, random_unet, with_bank
 
 THUMBNAIL = "data:image/jpeg;base64,/9j/4AAQ"
 
@@ -30,6 +31,19 @@ def test_names_descriptions_and_thumbnails_in_order(server, folder):
     assert answer.status_code == 200
     expected = [{"name": s.name, "description": s.description, "thumbnail": s.thumbnail} for s in styles]
     assert answer.json() == {"styles": expected}
+
+
+def test_the_styles_of_a_file_of_styles_alone(server):
+    folder = server.base / "models" / "dmm_styles"
+    folder.mkdir(exist_ok=True)
+    save_style(folder / "alone.safetensors", checkpoint_of(with_bank(random_unet(DEMO)), torch.float16))
+    url = f"http://{server.address}/dmm/styles"
+    answer = requests.get(url, params={"styles": "alone.safetensors"}, timeout=60)
+    assert answer.status_code == 200
+    assert [style["name"] for style in answer.json()["styles"]] == NAMES
+    for outside in ("../dmm/sub/route.safetensors", "missing.safetensors", ""):
+        answer = requests.get(url, params={"styles": outside}, timeout=60)
+        assert answer.status_code == 404 and "not found" in answer.json()["error"]
 
 
 def test_markup_in_a_name_stays_a_name(server, folder):

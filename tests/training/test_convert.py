@@ -16,6 +16,7 @@ from comfyui_dmm.dmm_core.unet import UNet
 from comfyui_dmm.training.commands.convert import add_parser
 from comfyui_dmm.training.files.convert import convert
 from comfyui_dmm.training.files.model_files import CONFIG, WEIGHTS, load_any
+from comfyui_dmm.training.files.style_file import read_style_file, split, unet_fingerprint
 from comfyui_dmm.training.text import ClipText
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -105,6 +106,33 @@ def test_styles_go_onto_another_unet_with_a_remark(tmp_path):
     assert result.styles == STYLES
     assert torch.equal(result.unet["out.2.weight"], expected.unet["out.2.weight"])
     assert torch.equal(result.unet["model_embedding.weight"], checkpoint().unet["model_embedding.weight"])
+
+
+def test_the_fingerprint_of_a_unet_is_that_of_its_copies():
+    unet = {k: v.half() for k, v in UNet(SD1).state_dict().items()}
+    plain = split(unet)[1]
+    assert plain.keys() != unet.keys()
+    said = unet_fingerprint(plain)
+    assert said == unet_fingerprint({k: v.float() for k, v in reversed(plain.items())})
+    for changed in (
+        {**plain, "out.2.bias": plain["out.2.bias"] + 1},
+        {k: v for k, v in plain.items() if k != "out.2.bias"},
+        {**plain, "out.2.weight": plain["out.2.weight"].flatten()},
+    ):
+        assert unet_fingerprint(changed) != said
+
+
+def test_a_style_file_of_the_time_before_fingerprints(tmp_path):
+    convert(saved(tmp_path / "a.safetensors"), tmp_path / "style.safetensors", "style")
+    weights, metadata = content(tmp_path / "style.safetensors")
+    assert len(metadata.pop("dmm.unet_fingerprint")) == 64
+    save_file(load_file(tmp_path / "style.safetensors"), tmp_path / "old.safetensors", metadata=metadata)
+    assert read_style_file(tmp_path / "old.safetensors").made_for.fingerprint == ""
+    assert (
+        convert(tmp_path / "old.safetensors", tmp_path / "b.safetensors", "single", onto=tmp_path / "a.safetensors")
+        == []
+    )
+    assert content(tmp_path / "b.safetensors") == content(tmp_path / "a.safetensors")
 
 
 def test_half_keeps_what_is_half(tmp_path):

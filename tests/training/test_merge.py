@@ -9,11 +9,13 @@ import pytest
 import torch
 from comfyui_dmm.dmm_core.bank import bank_masses, folded_bank
 from comfyui_dmm.dmm_core.bank_size import bank_of, is_banked
-from comfyui_dmm.dmm_core.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from comfyui_dmm.dmm_core.checkpoint import STYLE_KEYS, Checkpoint, load_checkpoint, save_checkpoint
 from comfyui_dmm.dmm_core.metadata import StyleInfo
 from comfyui_dmm.dmm_core.style import style_row
 from comfyui_dmm.dmm_core.unet import UNetConfig, load_unet
+from comfyui_dmm.dmm_core.weights_file import read_weights
 from comfyui_dmm.training.cli import main
+from comfyui_dmm.training.files.convert import convert
 from comfyui_dmm.training.merge.merge import MergeConfig, Source, merge
 from comfyui_dmm.training.merge.report import LayerFigures, MergeReport
 from comfyui_dmm.training.teachers.models import as_checkpoint
@@ -148,7 +150,50 @@ def test_without_a_base_no_style_is_the_mean(files, base):
 
 
 @torch.no_grad()
-def test_loras_of_one_base_are_merged_exactly(tmp_path, base, files):
+def test_centred_at_the_base_the_model_is_the_base(base, tmp_path):
+    """Bit for bit and in its own precision, with a core for each style alone; what the bank has no part for is counted as lost."""
+    checkpoint, report = merged(base, tmp_path, dtype=torch.float16, centre="base")
+    plain = {k: v for k, v in checkpoint.unet.items() if k in base}
+    assert plain.keys() == base.keys()
+    assert all(v.dtype == base[k].dtype and torch.equal(v, base[k]) for k, v in plain.items())
+    unet = load_unet(checkpoint.unet)
+    assert unet.config.bank.cores == 3 and checkpoint.unet["style_bank.out.2.up.weight"].dtype == torch.float16
+    assert checkpoint.recipe["merge"]["centre"] == "base" and checkpoint.recipe["base"]["file"] == ""
+    for i, figures in enumerate(report.teachers()):
+        own, folded = moved(base, i + 1), folded_bank(checkpoint.unet, torch.eye(3)[i])
+        banked = {k for k in base if is_banked(k, base[k].shape)}
+        missed = sum(((folded if k in banked else base)[k] - own[k]).double().square().sum() for k in base)
+        change = sum((own[k] - base[k]).double().square().sum() for k in base)
+        assert abs(figures.kept - (1 - missed / change).item()) < 1e-4
+        assert abs(figures.kept - checkpoint.recipe["merge"]["kept"][figures.name]) < 1e-4
+    assert "apart from the base is in the bank" in report.text() and "changed in norms is lost" in report.text()
+
+
+def test_styles_alone_and_the_whole_file_become_each_other(files, capsys):
+    """``dmm merge --to style`` gives what ``dmm convert`` takes out of the whole file, and puts back onto the base, bit for bit."""
+    foundation = str(files / "base.safetensors")
+    centred = ("--base", foundation, "--centre", "base")
+    assert main(command(files, *centred, output="whole.safetensors")) == 0
+    assert main(command(files, *centred, "--to", "style", output="styles.safetensors")) == 0
+    convert(files / "whole.safetensors", files / "out-of-whole.safetensors", "style")
+    assert convert(files / "styles.safetensors", files / "put-back.safetensors", "single", onto=foundation) == []
+    for one, other in (("styles", "out-of-whole"), ("put-back", "whole")):
+        (ours, said), (theirs, says) = (read_weights(files / f"{name}.safetensors") for name in (one, other))
+        assert ours.keys() == theirs.keys()
+        assert all(v.dtype == theirs[k].dtype and torch.equal(v, theirs[k]) for k, v in ours.items())
+        date = {"modelspec.date": ""}
+        assert said | date == says | date and said["dmm.format"] == "2"
+    assert all(key.startswith(STYLE_KEYS) for key in read_weights(files / "styles.safetensors")[0])
+    assert (files / "styles-merge.md").exists() and not list(files.glob(".*"))
+    capsys.readouterr()
+    assert main(["info", str(files / "styles.safetensors")]) == 0
+    told = capsys.readouterr().out
+    assert "layout        styles alone" in told and "style bank" in told and "base.safetensors" in told
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("centre", ["mean", "base"])
+def test_loras_of_one_base_are_merged_exactly(tmp_path, base, files, centre):
     """Three LoRAs of rank 3 fit into a bank of rank 12: the merged UNet against ones with a LoRA folded in. Tolerance 1e-4 of the largest
     eps (file in float32)."""
     foundation = files / "base.safetensors"
@@ -161,6 +206,7 @@ def test_loras_of_one_base_are_merged_exactly(tmp_path, base, files):
     teachers = [word for i, file in enumerate(styles) for word in ("--teacher", f"l{i}={file}")]
     out = tmp_path / "loras.safetensors"
     common = ["--base", str(foundation), "--budget", "100%", "--precision", "fp32", "--output", str(out)]
+    common += ["--centre", centre]
     assert main(["merge", *teachers, *common]) == 0
     read = load_checkpoint(out)
     assert read.recipe["merge"]["rank"] >= 12 and min(read.recipe["merge"]["kept"].values()) > 0.9999
@@ -172,7 +218,8 @@ def test_loras_of_one_base_are_merged_exactly(tmp_path, base, files):
         got = unet(x, t, context, style=style_row(3, i).expand(2, -1))
         assert (got - want).abs().max() < 1e-4 * want.abs().max()
         assert (got - unet(x, t, context)).abs().max() > 0.01 * want.abs().max()
-    torch.testing.assert_close(unet(x, t, context), load_unet(base).eval()(x, t, context), atol=1e-4, rtol=1e-4)
+    atol = 1e-4 if centre == "mean" else 0
+    torch.testing.assert_close(unet(x, t, context), load_unet(base).eval()(x, t, context), atol=atol, rtol=atol)
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------
@@ -257,6 +304,14 @@ def test_budgets_that_make_no_sense(base, tmp_path, budget, message):
     assert not (tmp_path / "parts").exists()
 
 
+def test_a_base_with_nan_is_refused_as_the_centre(base, tmp_path):
+    damaged = {**base, "out.2.bias": torch.full_like(base["out.2.bias"], torch.nan)}
+    with pytest.raises(ValueError, match="weight 'out.2.bias' of a teacher or the base holds NaN"):
+        merged(damaged, tmp_path, teachers=sources(base), centre="base")
+    with pytest.raises(ValueError, match="the centre is 'median', expected mean or base"):
+        merged(base, tmp_path, centre="median")
+
+
 def test_megabytes_are_bytes_of_the_file(base):
     shapes = {k: tuple(v.shape) for k, v in base.items()}
     size = bank_of("0.4MB", shapes, 4, 2)
@@ -316,6 +371,8 @@ def test_the_command_explains_and_writes_nothing(files, capsys):
         (command(files, output="out.ckpt"), "must end in .safetensors"),
         (command(files, "--base", str(files / "missing.safetensors")), "missing.safetensors"),
         (command(files, "--base", str(files / "base.safetensors"), budget="0.01%"), "too small"),
+        (command(files, "--centre", "base", "--to", "style"), "needs the base: name its file with --base"),
+        (command(files, "--base", str(files / "base.safetensors"), "--to", "style"), "centre them at the base"),
     ):
         assert main(changed) == 1
         assert message in capsys.readouterr().err

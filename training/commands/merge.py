@@ -25,6 +25,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     p.add_argument("--base", metavar="FILE", help="what is painted without a style (default: the teachers' mean)")
     p.add_argument(
+        "--centre", choices=("mean", "base"), default="mean",
+        help="the model's own weights: the teachers' mean, or the base as it is, so that the styles alone can go onto any copy of it "
+        "(default: mean)",
+    )  # fmt: skip
+    p.add_argument(
+        "--to", choices=("single", "style"), default="single",
+        help="one file, or with --centre base the styles alone, for Add DMM Styles to Model (default: single)",
+    )  # fmt: skip
+    p.add_argument(
         "--parts-from", metavar="FILE", help="full checkpoint for text encoder and VAE (default: the first file that has them)"
     )  # fmt: skip
     p.add_argument(
@@ -47,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     from ..merge.merge import MergeConfig
     from ..parallel.devices import pick_device
 
-    config = MergeConfig(args.budget, DTYPES[args.precision], pick_device(args.device))
+    config = MergeConfig(args.budget, DTYPES[args.precision], pick_device(args.device), args.centre)
     report, files = merge_files(
         args.teacher,
         Path(args.output),
@@ -55,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
         base=args.base,
         parts_from=args.parts_from,
         title=args.title,
+        to=args.to,
         progress=ProgressBar(),
     )
     print(report.text())

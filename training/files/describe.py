@@ -75,16 +75,19 @@ def _sizes(checkpoint: Checkpoint) -> list[str]:
 
 def _style_sizes(file: StyleFile) -> list[str]:
     count, width = file.weights[f"{CODEBOOK}.weight"].shape
-    rows = [_row("kind", f"{count} styles of width {width}, to put onto their UNet: dmm convert --onto")]
+    what = f"{count} styles of width {width}, to put onto their UNet: dmm convert --onto, or Add DMM Styles to Model"
+    rows = [_row("kind", what)]
     if file.prediction:
         rows.append(_row("prediction", file.prediction + (", zero terminal SNR" if file.zero_snr else "")))
-    return [*rows, _row("style side", _weights(file.weights))]
+    rows.append(_row("style side", _weights(file.weights)))
+    bank = {key: weight for key, weight in file.weights.items() if key.startswith(f"{BANK}.")}
+    return [*rows, _row("style bank", f"{_weights(bank)}, of these")] if bank else rows
 
 
 def _digests(path: str | os.PathLike, model: Checkpoint | StyleFile) -> list[str]:
     """Digests of the weights, the same in every layout, by which a style file names its UNet."""
     if isinstance(model, StyleFile):
-        made_for = model.unet_sha256 or "not said"
+        made_for = model.made_for.sha256 or "not said"
         return [_row("of styles", style_digest(read_style_file(path).weights)), _row("made for UNet", made_for)]
     unet = load_any(path).unet
     rows = [_row("of the UNet", unet_digest(unet))]

@@ -1,31 +1,44 @@
-"""Style files: codebook, MLP and metadata of a DMM model without its UNet."""
+"""Style files: codebook, MLP, bank and metadata of a DMM model without its UNet. They go back onto their UNet (``recombine``), or as an
+add-on onto any other of that architecture, in ComfyUI."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ...dmm_core.checkpoint import MAX_STYLES, STYLE_KEYS, Checkpoint, count_styles
 from ...dmm_core.metadata import StyleInfo, check_styles, default_styles, read_metadata, write_metadata
-from ...dmm_core.style import CODEBOOK
+from ...dmm_core.style import CODEBOOK, mlp_name
 from ...dmm_core.unet import unet_config_from_state_dict
 from ...dmm_core.weights_file import read_keys, read_weights, write_weights
 from .hashing import weights_sha256
 from .model_files import ZERO_SNR, load_any
 
 UNET_DIGEST = "dmm.unet_sha256"
-"""Metadata: for which UNet the styles were made."""
+UNET_FINGERPRINT = "dmm.unet_fingerprint"
+"""Metadata: for which UNet the styles were made, by ``unet_digest`` and ``unet_fingerprint``."""
+SDXL_MLP = mlp_name(pooled=True)
+SAMPLED = 1024
+"""Values of each weight that a fingerprint looks at."""
+
+
+class MadeFor(NamedTuple):
+    """The UNet that styles were made for: its ``unet_digest`` and ``unet_fingerprint``, "" for what a file does not say."""
+
+    sha256: str = ""
+    fingerprint: str = ""
 
 
 @dataclass
 class StyleFile:
-    """weights: keys as in a UNet without prefix; unet_sha256: ``unet_digest`` of the UNet that learned the styles, ""
-    if not said."""
+    """weights: keys as in a UNet without prefix; made_for: the UNet that learned the styles."""
 
     weights: dict[str, Tensor]
     styles: list[StyleInfo]
@@ -33,7 +46,7 @@ class StyleFile:
     metadata: dict[str, str]
     prediction: str | None
     zero_snr: bool
-    unet_sha256: str
+    made_for: MadeFor
 
 
 def is_style_file(path: str | os.PathLike) -> bool:
@@ -49,7 +62,8 @@ def read_style_file(path: str | os.PathLike, header_only: bool = False) -> Style
     """Read a style file; with ``header_only`` the tensors are on the meta device. Raises ValueError naming a file that
     is none."""
     weights, metadata = read_weights(path, *([lambda key, shape: False] if header_only else []))
-    digest, zero_snr = metadata.pop(UNET_DIGEST, ""), metadata.pop(ZERO_SNR, None) == "true"
+    made_for = MadeFor(metadata.pop(UNET_DIGEST, ""), metadata.pop(UNET_FINGERPRINT, ""))
+    zero_snr = metadata.pop(ZERO_SNR, None) == "true"
     try:
         codebook = weights.get(f"{CODEBOOK}.weight")
         if codebook is None or codebook.ndim != 2 or not 0 < codebook.shape[0] <= MAX_STYLES:
@@ -60,18 +74,26 @@ def read_style_file(path: str | os.PathLike, header_only: bool = False) -> Style
         styles, recipe, prediction, rest = read_metadata(metadata, codebook.shape[0])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return StyleFile(weights, styles, recipe, rest, prediction, zero_snr, digest)
+    return StyleFile(weights, styles, recipe, rest, prediction, zero_snr, made_for)
 
 
-def save_style(path: str | os.PathLike, checkpoint: Checkpoint) -> None:
-    """Codebook, MLP and metadata of a DMM checkpoint. Raises ValueError for a checkpoint without styles."""
+def save_style(
+    path: str | os.PathLike,
+    checkpoint: Checkpoint,
+    made_for: MadeFor | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Codebook, MLP, bank and metadata of a DMM checkpoint. made_for: whom they belong to, if not to the checkpoint's UNet. extra: more
+    metadata, such as the workflow. Raises ValueError for a checkpoint without styles."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a style file's name must end in .safetensors")
     if not checkpoint.num_styles:
         raise ValueError(f"{path} was not saved: the model has no styles")
-    metadata = file_metadata(path, checkpoint) | {UNET_DIGEST: unet_digest(checkpoint.unet)}
-    write_weights(path, split(checkpoint.unet)[0], metadata)
+    side, plain = split(checkpoint.unet)
+    made_for = made_for or MadeFor(weights_sha256(plain), unet_fingerprint(plain))
+    said = {key: value for key, value in zip((UNET_DIGEST, UNET_FINGERPRINT), made_for) if value}
+    write_weights(path, side, dict(extra or {}) | file_metadata(path, checkpoint) | said)
 
 
 def recombine(style_path: str | os.PathLike, onto: str | os.PathLike) -> tuple[Checkpoint, list[str]]:
@@ -83,31 +105,48 @@ def recombine(style_path: str | os.PathLike, onto: str | os.PathLike) -> tuple[C
         raise ValueError(f"{style_path} is not a file of styles alone (dmm convert --to style makes them)")
     base, file = load_any(onto), read_style_file(style_path)
     _, plain = split(base.unet)
-    pooled = bool(unet_config_from_state_dict(base.unet).adm_channels)
     try:
-        unet = plain | file.weights
-        count_styles(unet)
-        if pooled != (unet_config_from_state_dict(unet).style_mlp != "add_embedding"):
-            raise ValueError("one of the two is an SDXL model and the other is not")
+        check_fits(plain, file.weights)
     except ValueError as error:
         raise ValueError(f"{style_path} does not fit onto {onto}: {error}") from error
     combined = replace(
         base,
-        unet=unet,
+        unet=plain | file.weights,
         styles=file.styles,
         recipe=file.recipe,
         metadata=file.metadata,
         prediction=file.prediction or base.prediction,
         zero_snr=file.zero_snr or base.zero_snr,
     )
-    other = file.unet_sha256 and file.unet_sha256 != unet_digest(plain)
+    other = file.made_for.sha256 and file.made_for.sha256 != unet_digest(plain)
     remark = f"{onto} is not the UNet that {style_path} was made with, or not in the same precision"
     return combined, [remark] if other else []
+
+
+def check_fits(plain: Mapping[str, Tensor], side: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the weights of a style side have the sizes of a UNet without styles. Only sizes are read, so tensors may be
+    on the meta device."""
+    pooled = bool(unet_config_from_state_dict(plain).adm_channels)
+    if pooled != any(key.startswith(f"{SDXL_MLP}.") for key in side):
+        raise ValueError("one of the two is an SDXL model and the other is not")
+    count_styles({**plain, **side})
 
 
 def unet_digest(unet: Mapping[str, Tensor]) -> str:
     """sha256 of a UNet's tensors without its style side, in the dtypes they have; the same in every layout."""
     return weights_sha256(split(unet)[1])
+
+
+def unet_fingerprint(plain: Mapping[str, Tensor]) -> str:
+    """sha256 of the names, the shapes and some values of a UNet without a style side, rounded to float16: one for a file and what is in
+    memory of it in another precision, and quick where ``unet_digest`` reads all."""
+    digest = hashlib.sha256()
+    for key in sorted(plain):
+        values = plain[key].detach().flatten()
+        values = values[:: -(-len(values) // SAMPLED)].to("cpu").to(torch.float16)
+        digest.update(repr((key, tuple(plain[key].shape))).encode())
+        digest.update(values.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def style_digest(unet: Mapping[str, Tensor]) -> str:

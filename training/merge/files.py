@@ -11,6 +11,7 @@ from torch import Tensor
 from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ...dmm_core.metadata import StyleInfo
 from ..files.model_files import add_parts, change_stamp, load_any
+from ..files.style_file import save_style
 from ..progress import ProgressCallback
 from ..teachers.lora_files import FoldedUNet, recorded, split_loras
 from .merge import MergeConfig, Source, forget_parts, merge
@@ -25,16 +26,22 @@ def merge_files(
     base: str | None = None,
     parts_from: str | None = None,
     title: str = "DMM",
+    to: str = "single",
     progress: ProgressCallback | None = None,
 ) -> tuple[MergeReport, list[Path]]:
     """Merge the files of (style name, file) into ``output``, and write the report beside it: the report and all files written.
 
     base: what is painted without a style. parts_from: where text encoder and VAE come from, else the base, else the first that has them.
-    A merge that was interrupted has left its parts beside the output, and goes on.
+    to: "single", or "style" for the styles alone, which then go onto the base. A merge that was interrupted has left its parts beside the
+    output, and goes on.
     Raises ValueError naming the file, before anything is written, for what does not belong together.
     """
     if output.suffix != ".safetensors":
         raise ValueError(f"output is '{output}': the file name must end in .safetensors")
+    if to == "style" and config.centre != "base":
+        raise ValueError(
+            "styles alone (--to style) belong on the models' mean, which would be saved nowhere: centre them at the base (--centre base)"
+        )
     foundation = load_any(base) if base else None
     sources, parts = [], foundation
     for name, file in teachers:
@@ -43,7 +50,9 @@ def merge_files(
         parts = parts or (checkpoint if checkpoint.text else None)
     if parts_from:
         parts = add_parts(load_any(parts_from), parts or Checkpoint({}))
-    if not parts or not parts.text:
+    if to == "style":
+        parts = Checkpoint({})
+    elif not parts or not parts.text:
         raise ValueError("no model has a text encoder: name a full checkpoint to take it from (--parts-from)")
     none = None
     if foundation is not None and base:
@@ -55,7 +64,8 @@ def merge_files(
         )  # fmt: skip
     folder = output.with_name(f".{output.stem}-merge-parts")
     checkpoint, report = merge(sources, none, parts, config, folder=folder, progress=progress)
-    save_checkpoint(output, dataclasses.replace(checkpoint, metadata={"modelspec.title": title}))
+    checkpoint = dataclasses.replace(checkpoint, metadata={"modelspec.title": title})
+    (save_style if to == "style" else save_checkpoint)(output, checkpoint)
     forget_parts(folder)
     return report, [output, *report.write(output.with_suffix(""))]
 

@@ -1,4 +1,5 @@
-"""Merges models into one DMM model without training: the mean of their weights, and a style bank of what sets each apart.
+"""Merges models into one DMM model without training: the mean of their weights, and a style bank of what sets each apart. Or the base's
+weights, and a bank of what sets each apart from those: then the styles alone can go onto any copy of the base (docs/bank.md).
 
 The models' tensors are read from their files one after the other, so that memory holds the result and one weight of every model. What is
 computed goes into files, block by block: a merge that was interrupted goes on from there.
@@ -34,6 +35,8 @@ MOST = 64
 """Models in one merge: each has a core in every layer, and memory holds one weight of each."""
 FIGURES = "dmm.merge"
 """Metadata of a part: the figures of its layers."""
+CENTRES = ("mean", "base")
+"""What the merged model's own weights may be."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,13 @@ class Source:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """budget: of the bank, see ``bank_size.bank_of``. dtype: of the result. device: where it is computed."""
+    """budget: of the bank, see ``bank_size.bank_of``. dtype: of the result; weights that are the base's keep theirs. device: where it is
+    computed. centre: see ``CENTRES``."""
 
     budget: str = USUAL
     dtype: torch.dtype = torch.float16
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    centre: str = "mean"
 
 
 def merge(
@@ -81,16 +86,21 @@ def merge(
 ) -> tuple[Checkpoint, MergeReport]:
     """One model that paints in the look of each teacher by name, and a report on what it keeps of them.
 
-    base: what it paints without a style, which gets a core of its own; None: the teachers' mean. parts: text encoder and VAE of the
-    result. folder: for what is computed until the end; when it is there from an earlier merge of the same models, that goes on. It stays
-    until ``forget_parts``.
+    base: what it paints without a style, which gets a core of its own; None: the teachers' mean. Centred at the base, the result holds the
+    base's weights bit for bit, and no core for it. parts: text encoder and VAE of the result. folder: for what is computed until the end;
+    when it is there from an earlier merge of the same models, that goes on. It stays until ``forget_parts``.
 
     Raises ValueError, before anything is computed, for fewer than two models, names that clash, other architectures, predictions or noise
-    schedules, a model with styles, and a budget that is too small; for NaN when it is met.
+    schedules, a model with styles, a budget that is too small, and a centre that is not there; for NaN when it is met.
     """
+    if config.centre not in CENTRES:
+        raise ValueError(f"the centre is '{config.centre}', expected {' or '.join(CENTRES)}")
+    if config.centre == "base" and base is None:
+        raise ValueError("a merge centred at the base needs the base: name its file with --base")
+    centre, none = (base, None) if config.centre == "base" else (None, base)
     models = [*teachers, *([base] if base else [])]
     unet_config, shapes = checked(teachers, models)
-    cores = len(teachers) + bool(base)
+    cores = len(teachers) + bool(none)
     size = bank_of(config.budget, shapes, cores, config.dtype.itemsize)
     what = repr_sha256([m.stamp for m in models], cores, size.rank, size.bias, str(config.dtype))[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,10 +113,11 @@ def merge(
         if not path.exists():
             fitted = fit_bank(
                 [model.unet for model in teachers],
-                base.unet if base else None,
+                none.unet if none else None,
                 size.rank,
                 shapes={key: shapes[key] for key in keys},
                 bias=size.bias,
+                centre=centre.unet if centre else None,
                 dtype=config.dtype,
                 device=config.device,
             )
@@ -124,9 +135,15 @@ def merge(
     weights |= neutral_style(
         len(teachers), unet_config.embed_dim, mlp_name(bool(unet_config.adm_channels)), config.dtype
     )
-    report = MergeReport([m.name for m in teachers], figures, size, config.dtype.itemsize)
+    report = MergeReport([m.name for m in teachers], figures, size, config.dtype.itemsize, config.centre)
     recipe = {
-        "merge": {"budget": config.budget, "rank": size.rank, "biases": size.bias, "kept": report.kept_by_teacher()},
+        "merge": {
+            "budget": config.budget,
+            "rank": size.rank,
+            "biases": size.bias,
+            "kept": report.kept_by_teacher(),
+            **({"centre": "base"} if centre else {}),
+        },
         "base": {"file": base.info.teacher, "sha256": base.info.sha256} if base else None,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }

@@ -52,12 +52,17 @@ class TeacherFigures:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """names: of the teachers. size: of the bank, in numbers of ``itemsize`` bytes."""
+    """names: of the teachers. size: of the bank, in numbers of ``itemsize`` bytes. centre: the models' "mean", or their "base"."""
 
     names: list[str]
     layers: list[LayerFigures]
     size: Size
     itemsize: int
+    centre: str = "mean"
+
+    @property
+    def centre_in_words(self) -> str:
+        return "the base" if self.centre == "base" else "the others' mean"
 
     def kept_by_teacher(self) -> dict[str, float]:
         """Share of each teacher's change that the bank holds, rounded to four figures."""
@@ -122,9 +127,14 @@ class MergeReport:
         teachers = self.teachers()
         kept = [one.kept for one in teachers]
         out = [
-            "Energy kept: how much of what sets a model apart from the others' mean is in the bank. It says nothing certain of pictures: "
-            "paint a style sheet."
+            f"Energy kept: how much of what sets a model apart from {self.centre_in_words} is in the bank. It says nothing certain of "
+            "pictures: paint a style sheet."
         ]
+        if self.centre == "base":
+            not_held = "norms" if self.size.bias else "norms and biases"
+            out.append(
+                f"The model's own weights are the base's, bit for bit: what the models changed in {not_held} is lost."
+            )
         if min(kept) > 0.98:
             out.append("All models are held almost exactly: a smaller budget may do.")
         elif outliers := [one.name for one in teachers if one.outlier]:
@@ -145,7 +155,7 @@ class MergeReport:
             list(blocks),
             self.names,
             "Energy kept by the style bank",
-            note="Share of each model's change from the mean that the bank holds, by block of the UNet.",
+            note=f"Share of each model's change from the {self.centre} that the bank holds, by block of the UNet.",
         )
 
     def to_dict(self) -> dict:

@@ -14,12 +14,17 @@ const BYPASSED = 4;
 
 // --- styles of a file ------------------------------------------------------------------------------------------------
 
-const filesStyles = new Map(); // ckpt_name -> array of names; null while unknown
+// The input of a loading node that names its file; the server's query calls it the same.
+const FILE_INPUTS = { DMMLoadModel: "ckpt_name", DMMAddStyles: "styles" };
+
+const filesStyles = new Map(); // query -> array of names; null while unknown
+
+const queryOf = (node, file) => `${FILE_INPUTS[node.comfyClass]}=${encodeURIComponent(file)}`;
 
 async function readStyles(file) {
   if (!filesStyles.has(file)) filesStyles.set(file, null);
   try {
-    const response = await api.fetchApi(`/dmm/styles?ckpt_name=${encodeURIComponent(file)}`);
+    const response = await api.fetchApi(`/dmm/styles?${file}`);
     const body = await response.json();
     filesStyles.set(file, response.ok ? body.styles.map((style) => style.name) : null);
   } catch (error) {
@@ -101,7 +106,7 @@ export function stylesFor(node) {
 
 // The styles in the graph's only model with styles, for a node that is not connected yet; null with none or several.
 export function onlyStyles() {
-  const loaders = everyNode().filter((node) => node.comfyClass === "DMMLoadModel");
+  const loaders = everyNode().filter((node) => node.comfyClass in FILE_INPUTS);
   const lists = loaders.map(stylesOfLoader).filter((names) => names?.length);
   return lists.length === 1 ? lists[0] : null;
 }
@@ -147,7 +152,7 @@ function stylesFrom(at) {
       continue;
     }
     if (node.mode !== BYPASSED) {
-      const names = { DMMLoadModel: stylesOfLoader, DMMDistillTeachers: teacherNames }[node.comfyClass];
+      const names = node.comfyClass in FILE_INPUTS ? stylesOfLoader : { DMMDistillTeachers: teacherNames }[node.comfyClass];
       if (names) return changes.reduce((list, change) => list && change(list), names(node));
       const change = CHANGES[node.comfyClass];
       if (change) changes.unshift((list) => change(node, list));
@@ -161,8 +166,8 @@ function stylesFrom(at) {
 }
 
 function stylesOfLoader(node) {
-  const file = setting(node, "ckpt_name");
-  return file ? stylesOfFile(file) : null;
+  const file = setting(node, FILE_INPUTS[node.comfyClass]);
+  return file ? stylesOfFile(queryOf(node, file)) : null;
 }
 
 function teacherNames(node) {
@@ -176,12 +181,13 @@ app.registerExtension({
 
   // Ask for a file's styles as soon as it is known, not when a list is opened.
   nodeCreated(node) {
-    const file = node.comfyClass === "DMMLoadModel" && node.widgets?.find((widget) => widget.name === "ckpt_name");
+    const input = FILE_INPUTS[node.comfyClass];
+    const file = input && node.widgets?.find((widget) => widget.name === input);
     if (!file) return;
     queueMicrotask(() => stylesOfLoader(node)); // a graph that is being opened sets the value after this
     const chosen = file.callback;
     file.callback = function (value, ...rest) {
-      readStyles(value);
+      readStyles(queryOf(node, value));
       return chosen?.call(this, value, ...rest);
     };
   },
