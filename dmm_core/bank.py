@@ -305,11 +305,16 @@ def folded_bank(sd: Mapping[str, Tensor], masses: Tensor) -> dict[str, Tensor]:
 
 def layer_change(parts: Mapping[str, Tensor], masses: Tensor) -> tuple[Tensor, Tensor | None]:
     """What a layer's weight and bias (None without one) get at the masses (K,), in float32 and the weight's shape."""
+    up, down, bias = layer_change_parts(parts, masses)
+    return (up @ down.flatten(1)).view(-1, *down.shape[1:]), bias
+
+
+def layer_change_parts(parts: Mapping[str, Tensor], masses: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same as a LoRA has it: up (out, S) and down (S, in, ...), whose product the weight gets, and what the bias gets; float32."""
     masses = masses.float()
     core = (masses @ parts["cores"].float()).view(parts["up"].shape[1], -1)
-    change = parts["up"].float() @ core @ parts["down"].float().flatten(1)
     bias = masses @ parts["bias"].float() if "bias" in parts else None
-    return change.view(-1, *parts["down"].shape[1:]), bias
+    return parts["up"].float() @ core, parts["down"].float(), bias
 
 
 def with_blends(sd: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from . import (
     distill,
     edit_style,
     evaluate,
+    fold_style,
     grow,
     identify,
     legacy,
@@ -29,7 +30,19 @@ from . import (
 )
 
 MODULES = (
-    *(loader, add_styles, style, style_values, style_apply, style_sheet, named_blend, edit_style, regions, save),
+    *(
+        loader,
+        add_styles,
+        style,
+        style_values,
+        style_apply,
+        style_sheet,
+        named_blend,
+        edit_style,
+        fold_style,
+        regions,
+        save,
+    ),
     *(teacher, merge, distill, grow, demo_scenes, evaluate, identify),
 )
 

@@ -40,6 +40,7 @@ from ..training.files.style_file import (
     unet_fingerprint,
 )
 from . import region_patch, style_patch
+from .folded import unfolded
 from .weights import HostWeights
 
 TEXT_WIDTHS = {"clip_l": 768, "clip_h": 1024, "clip_g": 1280}
@@ -479,6 +480,7 @@ def to_checkpoint(model, clip=None, vae=None) -> Checkpoint:
         raise ValueError("this MODEL has no styles (it is a plain checkpoint): save it with ComfyUI's Save Checkpoint")
     if clip is not None and not isinstance(clip.cond_stage_model, model.model.model_config.clip_target().clip):
         raise ValueError("this CLIP belongs to another kind of model than the MODEL: connect the one from its file")
+    model = unfolded(model)
     patchers = [model] if clip is None else [model, clip.load_model()]
     mm.load_models_gpu(patchers)
     clip_sd = None if clip is None else clip.state_dict_for_saving()

@@ -14,7 +14,7 @@ host's injections would stay there while the model is loaded, between the calls.
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import comfy.conds
 import torch
@@ -33,17 +33,28 @@ STYLE = "dmm_style"
 """Where a Style is: in a CONDITIONING's entries, later in ``model_conds``, and rows there; in a MODEL's options a ModelStyle."""
 FIXED = "dmm_fixed"
 """In the options of one sampling: rows of styles that do not change over it, {(Style or StyleMap, batch): CONDRegular}."""
+IDLE = "dmm_idle"
+"""In the options of one sampling: whether the bank has nothing to add in this step, as all styles are the one in the weights."""
 DELTA = "dmm_delta"
 KEY = "dmm"
 """Of our wrappers, and of the styles beside a MODEL among its additional models."""
 
 
+@dataclass(frozen=True)
+class Folded:
+    """The style that is in a MODEL's weights, and what the cores count there (K)."""
+
+    style: Style
+    masses: tuple[float, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class ModelStyle:
-    """The styles that a MODEL knows, by name, and the one it paints with."""
+    """The styles that a MODEL knows, by name, the one it paints with, and the one that is in its weights already."""
 
     known: Vocabulary
     style: Style = NONE
+    folded: Folded | None = None
 
 
 class AddedStyles(torch.nn.Module):
@@ -87,7 +98,7 @@ def set_style(patcher, style: Style) -> None:
     options = patcher.model_options["transformer_options"]
     known = options[STYLE].known
     style.check(known)
-    options[STYLE] = ModelStyle(known, style)
+    options[STYLE] = replace(options[STYLE], style=style)
 
 
 def chosen_style(patcher) -> Style:
@@ -98,7 +109,28 @@ def chosen_style(patcher) -> Style:
 def set_known(patcher, known: Vocabulary) -> None:
     """Change the styles that this MODEL knows by name."""
     options = patcher.model_options["transformer_options"]
-    options[STYLE] = ModelStyle(known, options[STYLE].style)
+    options[STYLE] = replace(options[STYLE], known=known)
+
+
+def known_styles(patcher) -> Vocabulary:
+    """The styles that this MODEL knows by name."""
+    return patcher.model_options["transformer_options"][STYLE].known
+
+
+def has_styles(patcher) -> bool:
+    """Whether this MODEL has styles at all."""
+    return STYLE in patcher.model_options["transformer_options"]
+
+
+def set_folded(patcher, folded: Folded | None) -> None:
+    """Say which style is in the weights of this MODEL, so that its bank adds what the others differ by."""
+    options = patcher.model_options["transformer_options"]
+    options[STYLE] = replace(options[STYLE], folded=folded)
+
+
+def folded_of(patcher) -> Folded | None:
+    """The style that is in the weights of this MODEL."""
+    return patcher.model_options["transformer_options"][STYLE].folded
 
 
 def check_styles(executor, noise, *args, **kwargs):
@@ -128,7 +160,7 @@ def check_styles(executor, noise, *args, **kwargs):
     return executor(noise, *args, **kwargs)
 
 
-def fill_conditionings(executor, x, timestep, *args, **kwargs):
+def fill_conditionings(executor, x, timestep, model_options={}, seed=None):  # noqa: B006, as the host has it
     """PREDICT_NOISE wrapper: give every conditioning the style rows for this noise level.
 
     All get some: conditionings are batched into one forward only if they have the same kinds of entries.
@@ -152,12 +184,20 @@ def fill_conditionings(executor, x, timestep, *args, **kwargs):
         own = {MAP_ROWS: rows(style), STYLE: rows(NONE)} if MAP in held else {STYLE: rows(style)}
         return {**c, "model_conds": {**held, **own}}
 
+    used = [c["model_conds"][STYLE].cond if STYLE in c["model_conds"] else default.style for c in all_of(guider.conds)]
+    idle = default.folded is not None and all(style == default.folded.style for style in used)
+    now = model_options.get("transformer_options", {})  # another copy of the guider's
+    model_options = {**model_options, "transformer_options": {**now, IDLE: idle}}
     styles = guider.conds
     guider.conds = {name: [filled(c) for c in conds] for name, conds in styles.items()}
     try:
-        return executor(x, timestep, *args, **kwargs)
+        return executor(x, timestep, model_options, seed)
     finally:
         guider.conds = styles
+
+
+def all_of(conds: dict[str, list[dict]]) -> list[dict]:
+    return [c for many in conds.values() for c in many]
 
 
 def rows_of(style: Style | StyleMap, known: Vocabulary, now: float, batch: int) -> Tensor:
@@ -179,6 +219,7 @@ def compute_delta(executor, x, t, c_concat=None, c_crossattn=None, control=None,
     rows, shares, map_rows = (kwargs.pop(key, None) for key in (STYLE, MAP, MAP_ROWS))
     if modules is None:  # another MODEL that a guider paints with, as DualModelGuider's
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+    idle = transformer_options.get(IDLE, False) and isinstance(rows, Tensor)
     if not isinstance(rows, Tensor):  # a conditioning that the guider never sees, as PerpNeg's empty one
         default = transformer_options[STYLE]
         chunks = len(transformer_options["cond_or_uncond"])
@@ -203,9 +244,10 @@ def compute_delta(executor, x, t, c_concat=None, c_crossattn=None, control=None,
     unet = executor.class_obj.diffusion_model
     if isinstance(modules, AddedStyles):
         kwargs[modules.mark] = True  # as with MAP: a compiled UNet does not see patches and hooks come and go
-    if bank is None:
+    if bank is None or idle:
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-    bank.masses = masses_of(bank, rows.to(x.device), map_rows, options.get(MAP))
+    folded = transformer_options[STYLE].folded
+    bank.masses = masses_of(bank, rows.to(x.device), map_rows, options.get(MAP), folded)
     handles = modules.attach(unet) if isinstance(modules, AddedStyles) else []
     try:
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
@@ -215,11 +257,14 @@ def compute_delta(executor, x, t, c_concat=None, c_crossattn=None, control=None,
             handle.remove()
 
 
-def masses_of(bank: StyleBank, rows: Tensor, map_rows: Tensor | None, blender: Blender | None) -> Tensor | PixelMasses:
-    """What the cores of the bank count in each row (rows, K), or with a map of styles at each pixel."""
+def masses_of(
+    bank: StyleBank, rows: Tensor, map_rows: Tensor | None, blender: Blender | None, folded: Folded | None = None
+) -> Tensor | PixelMasses:
+    """What the cores of the bank count in each row (rows, K), or with a map of styles at each pixel; less what is in the weights."""
+    there = rows.new_tensor(folded.masses) if folded else 0
     if blender is None or map_rows is None:
-        return bank_masses(rows, bank.cores)
-    masses = bank_masses(map_rows.flatten(0, 1).to(rows), bank.cores).unflatten(0, map_rows.shape[:2])
+        return bank_masses(rows, bank.cores) - there
+    masses = bank_masses(map_rows.flatten(0, 1).to(rows), bank.cores).unflatten(0, map_rows.shape[:2]) - there
     shares = blender.mean_shares().to(masses)
     return PixelMasses(masses, blender, torch.einsum("bm,bmk->bk", shares, masses))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dmm_core.checkpoint import STYLE_KEYS
+from .folded import unfolded
 from .style_patch import KEY
 
 PREFIX = "diffusion_model."
@@ -20,10 +21,12 @@ class HostWeights(Mapping[str, Tensor]):
     copy that is usable for training.
 
     Computed from the unpatched weights and the MODEL's own patches, so it does not matter which clone of the model is loaded
-    right now. styles: with the codebook, MLP and bank of a DMM model or an add-on, which are left out otherwise.
+    right now; a style that was folded into them is left out. styles: with the codebook, MLP and bank of a DMM model or an add-on, which
+    are left out otherwise.
     """
 
     def __init__(self, patcher, styles: bool = False):
+        patcher = unfolded(patcher)
         held = {key.removeprefix(PREFIX): patches for key, patches in patcher.get_key_patches(PREFIX).items()}
         for added in patcher.get_additional_models_with_key(KEY):
             held |= added.get_key_patches()
