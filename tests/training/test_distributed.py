@@ -109,6 +109,14 @@ CASES = {
     "fp16": {"teachers": 5, "precision": "fp16", "lambda_adv": 0.1, **SLOW},
     "adafactor": {"teachers": 5, "optimizer": "adafactor", **SLOW},
     "soup": {"teachers": 5, "init": "soup", **SLOW},
+    "bank": {"teachers": 5, "init": "bank", "bank": "60%", "lambda_adv": 0.1, "adv_lr": 1e-4, **SLOW},
+    "bank only": {"teachers": 5, "init": "bank", "bank": "60%", "trainable": "bank", "accumulate": 2, **SLOW},
+    "bank, blocks recomputed": {"teachers": 5, "init": "bank", "bank": "60%", "gradient_checkpointing": True, **SLOW},
+    "bank, bf16": {"teachers": 5, "init": "bank", "bank": "60%", "precision": "bf16", **SLOW},
+    "bank only, bf16": {"teachers": 5, "init": "bank", "bank": "60%", "trainable": "bank", "precision": "bf16", **SLOW},
+    "low rank beside a bank": {
+        "teachers": 5, "init": "bank", "bank": "60%", "trainable": "lora", "lora_rank": 4, **SLOW
+    },
     "mostly base": {"teachers": 5, "lambda_adv": 0.1, "adv_lr": 1e-4, "base_share": 0.8, **SLOW},
 }
 QUICK = [
@@ -116,6 +124,9 @@ QUICK = [
     ("everything", 3, "fsdp"),
     ("2 teachers", 3, "ddp"),
     ("bf16", 3, "ddp"),
+    ("bank", 3, "ddp"),
+    ("bank", 3, "fsdp"),
+    ("bank only", 2, "fsdp"),
 ]
 THOROUGH = [
     (name, world, parallel)
@@ -179,6 +190,14 @@ def test_several_processes_train_as_one(farm, name, world, parallel):
 @pytest.mark.parametrize("name, world, parallel", THOROUGH)
 def test_every_kind_of_run_trains_as_one(farm, name, world, parallel):
     compare(farm, name, world, parallel)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_bank_is_the_first_processes(farm, parallel):
+    """Singular vectors have no sign of their own, and another machine may choose another one: shares of two banks would be none."""
+    got = farm(2, pieces.train_with_other_signs, parallel=parallel, **CASES["bank only"])[0]
+    found = differences(alone("bank only"), got)
+    assert max(found["loss"], found["teacher"]) < LOSS and found["raw"] < WEIGHT
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
