@@ -149,7 +149,7 @@ def told(report: Callable[[Trainer, Say], str], run: Trainer, say: Say) -> str:
 def comparison(run: Trainer, say: Say | None = None) -> str:
     """How near the student is to each teacher, as a table. Of a DMM model that went on, its styles are compared with what it painted
     before."""
-    old = bool(run.base.unet.config.num_styles)
+    old = any(teacher.unet is run.base.unet for teacher in run.teachers)
     average = None if old else training_inputs.average_unet(run)
     student = training_inputs.student_unet(run)
     teachers = run.teachers[: student.config.num_styles]

@@ -25,14 +25,15 @@ def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) ->
     """A UNet with a style per teacher, on the CPU, what learns in float32; its start follows from config and seed alone.
 
     Where ``base`` is a DMM model, a teacher that is one of its styles begins with that style's code, and every other one with a
-    random code; network and style MLP are the base's. Raises ValueError for init "soup" then: the soup would lose what it knows.
+    random code; network and style MLP are the base's. Raises ValueError for init "soup" or "bank" then: they would lose what it knows.
+    Where the base has a style bank and the teachers are those of its styles, in their order (``by_style``), the student is the base.
     """
-    grown = base.config.num_styles > 0
+    grown, again = base.config.num_styles > 0, goes_on(base, teachers)
     if grown and config.init != "base":
         raise ValueError(f"init is {config.init!r}: a model that has styles already goes on from itself (init: base)")
-    if base.config.bank:
+    if base.config.bank and not again:
         raise ValueError(
-            "the base is a DMM model with a style bank, which cannot be trained further yet: start from a plain model"
+            "the base is a DMM model with a style bank, which goes on with the styles that it has and no others yet: start from a plain model"
         )
     sizes = {**vars(base.config), "num_styles": len(teachers)}
     if not grown:
@@ -47,7 +48,7 @@ def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) ->
         nn.init.zeros_(student.style_mlp.linear_2.bias)
     else:
         source = soup([t.unet.state_dict() for t in teachers]) if config.init == "soup" else base.state_dict()
-    codes = source.pop(f"{CODEBOOK}.weight", None)
+    codes = None if again else source.pop(f"{CODEBOOK}.weight", None)
     student.load_state_dict(source, strict=False)  # all but what has no source
     for row, teacher in enumerate(teachers):
         if codes is not None and teacher.unet is base and isinstance(teacher.style, int):
@@ -58,6 +59,12 @@ def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) ->
     )
     student.gradient_checkpointing = config.gradient_checkpointing
     return student
+
+
+def goes_on(base: UNet, teachers: Sequence[Teacher]) -> bool:
+    """Whether a base with a style bank, such as a merged model, learns more of the styles that it has, from other models."""
+    others = all(teacher.unet is not base for teacher in teachers)
+    return base.config.bank is not None and len(teachers) == base.config.num_styles and others
 
 
 def student_bank(unet: UNetConfig, teachers: int, config: TrainConfig) -> BankConfig:
