@@ -23,6 +23,7 @@ from comfyui_dmm.training.memory.planner import GB, Want, plan
 from comfyui_dmm.training.run.state import identity, resume, save_state
 from comfyui_dmm.training.run.watch.pictures import Pictures
 from comfyui_dmm.training.teachers.teacher import Teacher, by_style, without_styles
+from PIL import Image
 
 from .families import SMALL, SMALL_XL, small_data, small_teacher
 from .test_cli import SHORT, dmm, folder, write_config  # noqa: F401  (a fixture)
@@ -138,7 +139,7 @@ def test_teachers_in_ram_teach_the_same():
 
 def test_pictures_and_the_table_at_the_end():
     run = again(steps=30, lr=1e-3)
-    sheet = Pictures(run, lambda latents: [torch_picture(latent) for latent in latents])._sheet()
+    sheet = Pictures(run, lambda latents: [picture(latent) for latent in latents])._sheet()
     assert sheet is not None and sheet.size[1] > 3 * 8
     before = eps_errors(run.teachers, run.base, None, load_unet(run.student_weights(False)), data=run.data)
     list(run.run())
@@ -146,10 +147,8 @@ def test_pictures_and_the_table_at_the_end():
     assert all(new.student < old.student for new, old in zip(after, before, strict=True))
 
 
-def torch_picture(latent: torch.Tensor):
-    from comfyui_dmm.training.paint.images import to_pil
-
-    return to_pil(latent[None, :3].clamp(-1, 1))[0]
+def picture(latent: torch.Tensor) -> Image.Image:
+    return Image.fromarray((127 + 127 * latent[:3].clamp(-1, 1)).byte().permute(1, 2, 0).numpy())
 
 
 # --- teachers by name -------------------------------------------------------------------------------------------------
@@ -266,13 +265,13 @@ def test_the_base_is_counted_as_it_is():
 
 
 def test_in_little_memory_the_bank_learns_alone():
-    """Of a student that has one from its base, as of one that gets one; and adapters of one without."""
-    banked = merged_model(MIDDLE, 3, "10%")[0].unet.config
+    """Of a student that has one from its base; and adapters of one without. (Of one that gets one: test_bank_run.)"""
+    banked = merged_model(SMALL, 3, "10%")[0].unet.config
 
-    def chosen(unet, **settings) -> list[str]:
-        config, found = TrainConfig(lambda_adv=0.0, batch_size=4, **settings), []
-        for share in (64, 4, 2, 1.5, 1.2, 1.0, 0.85, 0.7, 0.5):
-            memory = share * 4 * sum(p.numel() for p in UNet(unet).parameters()) * 3 / GB
+    def chosen(unet) -> list[str]:
+        config, found = TrainConfig(lambda_adv=0.0, lambda_feat=0.0, batch_size=1), []
+        for step in range(40):
+            memory = 0.2 * 0.85**step
             try:
                 fits, at = fitted(dataclasses.replace(config, memory=memory), unet, (8, 8), 3, device=torch.device("cpu"))
             except ValueError:
@@ -282,9 +281,7 @@ def test_in_little_memory_the_bank_learns_alone():
         return found
 
     assert chosen(banked) == ["all", "bank"]
-    assert chosen(without_styles(banked), init="bank") == ["all", "bank"]
     assert chosen(without_styles(banked)) == ["all", "lora"]
-    assert chosen(banked, trainable="lora") == ["lora"]
 
 
 def test_the_plan_is_printed(merged, capsys):
