@@ -210,7 +210,8 @@ class TrainConfig:
         choices=INITS,
     )
     bank: str = setting(
-        USUAL, "Size of the style bank of init bank: a share of the UNet's weights, or of the file in MB."
+        USUAL,
+        "Size of the style bank of init bank: a share of the UNet's weights, or of the file in MB. A base that has a bank keeps its own.",
     )
     trainable: str = setting(
         "all",
@@ -313,7 +314,7 @@ class DistillConfig:
     no teachers.
     """
 
-    base: str = field(metadata=about("The checkpoint that the student starts from; to grow or forget, the DMM model."))
+    base: str = field(metadata=about("The checkpoint that the student starts from, or a merged model that goes on; to grow or forget, the DMM model."))
     output: str = field(metadata=about("The student's file, .safetensors."))
     run_dir: str = field(metadata=about("Folder of the run: its states, log and pictures."))
     teachers: list[TeacherSpec] = field(

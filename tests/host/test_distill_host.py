@@ -182,7 +182,9 @@ def merged_first(merge_of=(0, 1), **settings) -> dict:
 def test_a_merged_model_goes_on(files):
     """Merge -> Distill Teachers -> picture: the student begins as the merged model, keeps the order of its styles and tells where it is
     from; the sockets of the second node have the teachers in another order."""
-    end, messages = queue(files, merged_first((1, 0), steps=2, learning_rate=1e-6, name="after-merge", trainable="bank"))
+    end, messages = queue(
+        files, merged_first((1, 0), steps=2, learning_rate=1e-6, name="after-merge", trainable="bank")
+    )
     assert end == "execution_success", messages[-1]
     (path,), (merged,) = saved(files, "after-merge"), saved(files, "merged-first")
     before, after = load_checkpoint(merged), load_checkpoint(path)
@@ -192,7 +194,9 @@ def test_a_merged_model_goes_on(files):
     assert [entry["styles"] for entry in after.recipe["history"]] == [[*reversed(TEACHERS)]]
     changed = set()
     for key, weight in after.unet.items():  # two steps of 1e-6, and a file in half precision
-        assert (weight.float() - before.unet[key].float()).abs().max() < 2e-3 * before.unet[key].float().abs().max() + 1e-5, key
+        assert (weight.float() - before.unet[key].float()).abs().max() < 2e-3 * before.unet[
+            key
+        ].float().abs().max() + 1e-5, key
         changed |= set() if torch.equal(weight, before.unet[key]) else {key.split(".")[0]}
     assert "style_bank" in changed and changed <= {"style_bank", "model_embedding", "add_embedding"}
     executed = {d["node"]: d["output"] for kind, d in messages if kind == "executed"}

@@ -115,7 +115,12 @@ CASES = {
     "bank, bf16": {"teachers": 5, "init": "bank", "bank": "60%", "precision": "bf16", **SLOW},
     "bank only, bf16": {"teachers": 5, "init": "bank", "bank": "60%", "trainable": "bank", "precision": "bf16", **SLOW},
     "low rank beside a bank": {
-        "teachers": 5, "init": "bank", "bank": "60%", "trainable": "lora", "lora_rank": 4, **SLOW
+        "teachers": 5,
+        "init": "bank",
+        "bank": "60%",
+        "trainable": "lora",
+        "lora_rank": 4,
+        **SLOW,
     },
     "mostly base": {"teachers": 5, "lambda_adv": 0.1, "adv_lr": 1e-4, "base_share": 0.8, **SLOW},
 }
@@ -126,7 +131,6 @@ QUICK = [
     ("bf16", 3, "ddp"),
     ("bank", 3, "ddp"),
     ("bank", 3, "fsdp"),
-    ("bank only", 2, "fsdp"),
 ]
 THOROUGH = [
     (name, world, parallel)
@@ -192,7 +196,7 @@ def test_every_kind_of_run_trains_as_one(farm, name, world, parallel):
     compare(farm, name, world, parallel)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_a_bank_is_the_first_processes(farm, parallel):
     """Singular vectors have no sign of their own, and another machine may choose another one: shares of two banks would be none."""
     got = farm(2, pieces.train_with_other_signs, parallel=parallel, **CASES["bank only"])[0]
@@ -248,6 +252,22 @@ def test_a_process_reads_the_teachers_that_it_meets(farm, folder):  # noqa: F811
     assert want["settled"] == list(range(7))
     assert [one["settled"] for one in got] == [[0, 1], [2, 3], [4, 5]]
     for one in got:
+        assert one["identity"] == want["identity"]
+        assert all(math.isclose(a, b, rel_tol=LOSS) for a, b in zip(one["losses"], want["losses"], strict=True))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_a_merged_model_goes_on_with_several(farm, folder, parallel):  # noqa: F811
+    """Its teachers in another order than its styles: one process and three take the same steps."""
+    names = ("one", "two")
+    teachers = [word for name in names for word in ("--teacher", f"{name}={folder / name}.safetensors")]
+    whole = ["--parts-from", str(folder / "base.safetensors"), "--budget", "60%"]
+    assert main(["merge", *teachers, *whole, "--output", str(folder / "merged.safetensors")]) == 0
+    given = [{"name": name, "file": f"{name}.safetensors"} for name in reversed(names)]
+    train = {**SHORT, "batch_size": 12, "lr": 1e-4, "base_share": 0.2, "parallel": parallel}
+    write_config(folder, base="merged.safetensors", teachers=given, train=train)
+    want = pieces.load_and_train(Ranks(), str(folder / "run.yaml"))
+    for one in farm(3, pieces.load_and_train, config=str(folder / "run.yaml")):
         assert one["identity"] == want["identity"]
         assert all(math.isclose(a, b, rel_tol=LOSS) for a, b in zip(one["losses"], want["losses"], strict=True))
 

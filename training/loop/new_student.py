@@ -100,7 +100,7 @@ def choose_trained(
         return
     learns = [*student.style_parameters(), *(student.bank_parameters() if trainable == "bank" else [])]
     if trainable == "bank" and not student.config.bank:
-        raise ValueError("trainable is 'bank', and the student has no style bank: set init to bank")
+        raise ValueError("trainable is 'bank', and the student has no style bank: set init to bank, or go on from a merged model")
     style = {id(p) for p in learns}
     for module in student.modules():
         for name, p in module.named_parameters(recurse=False):

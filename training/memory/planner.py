@@ -199,7 +199,9 @@ def plan(
 def resident_bytes(each: Sizes, teachers: int, choice: Choice, want: Want) -> dict[str, int]:
     """Bytes that are on the device from the first step to the last, by what they hold."""
     places = teachers  # beside the base
-    if choice.residency == "offload":  # the discriminator looks through the base, which then stays, as one of other sizes does
+    if (
+        choice.residency == "offload"
+    ):  # the discriminator looks through the base, which then stays, as one of other sizes does
         stays = want.adversarial or want.base is not None
         places = min(places, choice.slots if stays else choice.slots - 1)
     needs = {
