@@ -27,8 +27,8 @@ class DistillTeachers(io.ComfyNode):
                 io.Model.Input(
                     "base",
                     tooltip=(
-                        "Where the student starts, and what it paints without a style. A model from Merge Checkpoints to DMM goes on with its "
-                        "styles, each with the teacher of its name."
+                        "Where the student starts, and what it paints without a style. A model from Merge Checkpoints to DMM goes on with "
+                        "its styles, each with the teacher of its name."
                     ),
                 ),
                 io.Clip.Input("clip", tooltip="The text encoder of the base; it becomes the student's."),

@@ -314,7 +314,11 @@ class DistillConfig:
     no teachers.
     """
 
-    base: str = field(metadata=about("The checkpoint that the student starts from, or a merged model that goes on; to grow or forget, the DMM model."))
+    base: str = field(
+        metadata=about(
+            "The checkpoint that the student starts from, or a merged model that goes on; to grow or forget, the DMM model."
+        )
+    )
     output: str = field(metadata=about("The student's file, .safetensors."))
     run_dir: str = field(metadata=about("Folder of the run: its states, log and pictures."))
     teachers: list[TeacherSpec] = field(

@@ -9,7 +9,6 @@ from comfyui_dmm.dmm_core.bank_fit import fit_bank, neutral_style
 from comfyui_dmm.dmm_core.bank_size import bank_of
 from comfyui_dmm.dmm_core.checkpoint import load_checkpoint
 from comfyui_dmm.dmm_core.metadata import StyleInfo
-from comfyui_dmm.dmm_core.style import style_row
 from comfyui_dmm.dmm_core.unet import UNet, load_unet
 from comfyui_dmm.training.config import TrainConfig
 from comfyui_dmm.training.data.batches import Draw

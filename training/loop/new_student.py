@@ -33,7 +33,8 @@ def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) ->
         raise ValueError(f"init is {config.init!r}: a model that has styles already goes on from itself (init: base)")
     if base.config.bank and not again:
         raise ValueError(
-            "the base is a DMM model with a style bank, which goes on with the styles that it has and no others yet: start from a plain model"
+            "the base is a DMM model with a style bank, which goes on with the styles that it has, and no others yet: start from a plain "
+            "model"
         )
     sizes = {**vars(base.config), "num_styles": len(teachers)}
     if not grown:
@@ -100,7 +101,9 @@ def choose_trained(
         return
     learns = [*student.style_parameters(), *(student.bank_parameters() if trainable == "bank" else [])]
     if trainable == "bank" and not student.config.bank:
-        raise ValueError("trainable is 'bank', and the student has no style bank: set init to bank, or go on from a merged model")
+        raise ValueError(
+            "trainable is 'bank', and the student has no style bank: set init to bank, or go on from a merged model"
+        )
     style = {id(p) for p in learns}
     for module in student.modules():
         for name, p in module.named_parameters(recurse=False):

@@ -43,9 +43,10 @@ WIDE = (nn.GroupNorm, nn.LayerNorm, Upsample)
 class Step:
     """All of a run that changes what one forward and backward needs, but the number of samples.
 
-    config: of the teachers (no styles). base: of the base where it is a DMM model, None where it is as the teachers are. latents_hw: latent size. precision: of the arithmetic ("fp32", "bf16", "fp16");
-    teacher_dtype: of the teachers' weights, the same names. bank: the student's style bank. trainable: "all", "bank", "lora" or "style". features /
-    adversarial: whether lambda_feat / lambda_adv are above 0. device: "cuda" or "cpu", for autocast's rules.
+    config: of the teachers (no styles). base: of the base where it is a DMM model, None where it is as the teachers are.
+    latents_hw: latent size. precision: of the arithmetic ("fp32", "bf16", "fp16"); teacher_dtype: of the teachers' weights, the same
+    names. bank: the student's style bank. trainable: "all", "bank", "lora" or "style". features / adversarial: whether lambda_feat /
+    lambda_adv are above 0. device: "cuda" or "cpu", for autocast's rules.
     """
 
     config: UNetConfig

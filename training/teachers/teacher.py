@@ -91,11 +91,15 @@ class Teacher:
         return one
 
     def goes_on_as(self, style: StyleInfo) -> None:
-        """Teach what the run's base knows as ``style`` already: what its file says of the style stays, but for where it was learnt from, and
-        for what this teacher says of itself (in place; call it once file and sha256 are known)."""
-        said = {"description": self.description, "licence": self.licence}
-        said = {name: text for name, text in said.items() if text}
-        self.known = dataclasses.replace(style, teacher=self.file, sha256=self.sha256, **said)
+        """Teach what the run's base knows as ``style`` already: what its file says of the style stays, but for where it was learnt from
+        and for what this teacher says of itself (in place; call it once file and sha256 are known)."""
+        self.known = dataclasses.replace(
+            style,
+            teacher=self.file,
+            sha256=self.sha256,
+            description=self.description or style.description,
+            licence=self.licence or style.licence,
+        )
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -175,8 +179,8 @@ def by_style(styles: Sequence[StyleInfo], teachers: Sequence[Named]) -> list[Nam
     problems += [f"no style {', '.join(strange)} in it"] if strange else []
     if problems:
         raise ValueError(
-            f"the base is a DMM model that goes on with the styles that it has, each with the teacher of its name: {'; '.join(problems)}. Its "
-            f"styles are {', '.join(style.name for style in styles)} (more styles: Add Teacher to DMM, dmm add-teacher)"
+            f"the base is a DMM model that goes on with the styles that it has, each with the teacher of its name: {'; '.join(problems)}. "
+            f"Its styles are {', '.join(style.name for style in styles)} (more styles: Add Teacher to DMM, dmm add-teacher)"
         )
     return [named[name] for name in names]
 
