@@ -211,7 +211,7 @@ class TrainConfig:
     init: str = setting(
         "base",
         "Where the student starts: base; soup, the teachers' average; bank, their average and a style bank of what sets each apart, which "
-        "paints near the teachers before the first step.",
+        "paints near the teachers before the first step. A base that has a bank goes on from itself.",
         choices=INITS,
     )
     bank: str = setting(

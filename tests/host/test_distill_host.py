@@ -201,7 +201,12 @@ def test_a_merged_model_goes_on(files):
     assert "style_bank" in changed and changed <= {"style_bank", "model_embedding", "add_embedding"}
     executed = {d["node"]: d["output"] for kind, d in messages if kind == "executed"}
     assert files.image(executed["show"]["images"][0]).size == (128, 128)
-    assert "eps error against each teacher" in executed["distil"]["text"][0]
+    table = executed["distil"]["text"][0].split("eps error against each teacher\n")[1].splitlines()
+    columns = table[0].replace("DMM, its style", "DMM").split()
+    numbers = dict(zip(columns, table[-1].split(), strict=False))
+    assert columns[3:5] == ["merged", "DMM"] and abs(float(numbers["merged"]) - float(numbers["DMM"])) < 0.01 * float(
+        numbers["base"]
+    )
 
 
 def test_a_merged_model_without_a_teacher_is_named(files):

@@ -65,9 +65,10 @@ def again(config=SMALL, base=None, teachers=None, **settings) -> Trainer:
 # --- where it starts --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [SMALL, SMALL_XL])
-def test_the_student_starts_as_the_merged_model(config):
-    run = again(config)
+@pytest.mark.parametrize(("config", "init"), [(SMALL, "base"), (SMALL_XL, "base"), (SMALL, "bank")])
+def test_the_student_starts_as_the_merged_model(config, init):
+    """With init bank too, as the presets have: it has its bank, whatever size they name."""
+    run = again(config, init=init, bank="20%")
     base, student = run.base.unet, run.student.unet
     assert student.config == base.config and student.config.bank
     theirs, ours = base.state_dict(), student.state_dict()
@@ -249,7 +250,6 @@ def test_a_merged_file_goes_on_from_files(merged, capsys):
     [
         ({"teachers": TEACHERS[:1]}, "no teacher for one. Its styles are one, two"),
         ({"teachers": [*TEACHERS, {"name": "oil", "file": "one.safetensors"}]}, "no style oil in it"),
-        ({"train": {**SHORT, "init": "bank"}}, "init is 'bank': a model that has styles already goes on from itself"),
         ({"train": {**SHORT, "init": "soup"}}, "init is 'soup': a model that has styles already goes on from itself"),
         (
             {"teachers": [TEACHERS[0], {"name": "one", "file": "merged.safetensors"}]},
@@ -312,6 +312,10 @@ def test_in_little_memory_the_bank_learns_alone():
         config = TrainConfig(lambda_adv=0.0, lambda_feat=0.0, batch_size=1, memory=models * size / GB)
         fits, found = fitted(config, banked, (8, 8), 3, device=torch.device("cpu"))
         assert fits.trainable == trainable and found.peak < models * size
+        named = dataclasses.replace(
+            config, init="bank", bank="90%"
+        )  # of which only a bank of its own would have the size
+        assert fitted(named, banked, (8, 8), 3, device=torch.device("cpu"))[1].breakdown == found.breakdown
 
 
 def test_the_plan_is_printed(merged, capsys):

@@ -26,10 +26,12 @@ def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) ->
 
     Where ``base`` is a DMM model, a teacher that is one of its styles begins with that style's code, and every other one with a
     random code; network and style MLP are the base's. Raises ValueError for init "soup" or "bank" then: they would lose what it knows.
-    Where the base has a style bank and the teachers are those of its styles, in their order (``by_style``), the student is the base.
+    Where the base has a style bank and the teachers are those of its styles, in their order (``by_style``), the student is the base, by
+    init "base" as by "bank", since it has one.
     """
     grown, again = base.config.num_styles > 0, goes_on(base, teachers)
-    if grown and config.init != "base":
+    banks = config.init == "bank" and not again  # it gets a bank of its own
+    if grown and (banks or config.init == "soup"):
         raise ValueError(f"init is {config.init!r}: a model that has styles already goes on from itself (init: base)")
     if base.config.bank and not again:
         raise ValueError(
@@ -39,11 +41,11 @@ def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) ->
     sizes = {**vars(base.config), "num_styles": len(teachers)}
     if not grown:
         sizes["style_mlp"] = mlp_name(bool(sizes["adm_channels"]))
-    if config.init == "bank":
+    if banks:
         sizes["bank"] = student_bank(base.config, len(teachers), config)
     student = UNet(UNetConfig(**sizes))
     init_style(student, torch.Generator().manual_seed(hash_seed(config.seed, "style")))
-    if config.init == "bank":
+    if banks:
         source = banked(base, teachers, config)
         nn.init.zeros_(student.style_mlp.linear_2.weight)  # at first the bank alone makes the styles
         nn.init.zeros_(student.style_mlp.linear_2.bias)

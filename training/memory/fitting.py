@@ -72,7 +72,7 @@ def fitted(
         fixed=fixed,
         processes=processes,
         sharded=sharded,
-        bank=student_bank(unet, teachers, config) if config.init == "bank" else unet.bank,
+        bank=student_bank(unet, teachers, config) if config.init == "bank" and not unet.bank else unet.bank,
         base=unet if unet.num_styles else None,
     )
     found = plan(without_styles(unet), latents_hw, teachers, budget, want=want)
