@@ -231,6 +231,11 @@ def bank_masses(style_rows: Tensor, cores: int) -> Tensor:
 # --- a bank in a state dict -------------------------------------------------------------------------------------------
 
 
+def has_bank(sd: Mapping[str, Tensor]) -> bool:
+    """Whether a UNet's state dict has keys of a bank, sound or not."""
+    return any(key.startswith(f"{BANK}.") for key in sd)
+
+
 def bank_config(sd: Mapping[str, Tensor], num_styles: int) -> BankConfig | None:
     """The sizes of the bank in a UNet's state dict; None where there is no bank.
 

@@ -24,7 +24,13 @@ class DistillTeachers(io.ComfyNode):
             search_aliases=["train dmm", "merge models", "distillation"],
             is_input_list=True,
             inputs=[
-                io.Model.Input("base", tooltip="Where the student starts, and what it paints without a style."),
+                io.Model.Input(
+                    "base",
+                    tooltip=(
+                        "Where the student starts, and what it paints without a style. A model from Merge Checkpoints to DMM goes on with "
+                        "its styles, each with the teacher of its name."
+                    ),
+                ),
                 io.Clip.Input("clip", tooltip="The text encoder of the base; it becomes the student's."),
                 io.Vae.Input("vae", tooltip="Saved with the student, and shows the previews."),
                 teachers_input(),
@@ -40,7 +46,7 @@ class DistillTeachers(io.ComfyNode):
     def execute(cls, teachers, latents, captions, **lists) -> io.NodeOutput:
         one, config = given(lists)
         teachers = connected(teachers)
-        parts = training_inputs.clip_and_vae_parts(one["base"], one["clip"], one["vae"])
+        parts = training_inputs.base_parts(one["base"], one["clip"], one["vae"])
 
         def gather(say):
             return training_inputs.gather(

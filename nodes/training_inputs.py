@@ -10,6 +10,7 @@ import comfy.model_sampling
 import torch
 from torch import Tensor
 
+from ..dmm_core.bank import has_bank
 from ..dmm_core.checkpoint import Checkpoint
 from ..dmm_core.unet import UNet, load_unet
 from ..training.config import AttackConfig, TrainConfig, check_names
@@ -18,10 +19,18 @@ from ..training.loop.forget import forgetting, named
 from ..training.loop.trainer import Trainer
 from ..training.memory.fitting import fitted
 from ..training.progress import ProgressCallback
-from ..training.teachers.teacher import Teacher, check_architectures, plain_unet, soup, styled_unet
+from ..training.teachers.teacher import (
+    Teacher,
+    by_style,
+    check_architectures,
+    plain_unet,
+    soup,
+    styled_unet,
+    without_styles,
+)
 from . import host_model
 from .teacher import TeacherInput
-from .weights import unet_weights
+from .weights import HostWeights, unet_weights
 
 Say = Callable[[str], None]
 """Shows a text to the user."""
@@ -33,11 +42,19 @@ def gather(
 ) -> Trainer:
     """Everything a run needs, copied from the host's objects; call it outside of inference mode. say: is told the memory plan.
 
+    A base with a style bank goes on with the styles that it has: the teachers are put in their order, by name.
     Raises ValueError naming the input that does not fit.
     """
     data = captioned_latents(base, latents, captions)
-    foundation = frozen_base(base, clip, plain_unet(unet_weights(base, styles=True), "the base model"), data.prompts)
+    weights, styles = unet_weights(base, styles=True), []
+    if goes_on(base):
+        weights, styles = host_model.with_blend_codes(weights, host_model.model_info(base))
+        teachers = by_style(styles, teachers)
+    unet = (styled_unet if styles else plain_unet)(weights, "the base model")
+    foundation = frozen_base(base, clip, unet, data.prompts)
     frozen = frozen_teachers(teachers, foundation, clip, data.prompts)
+    for teacher, style in zip(frozen, styles):
+        teacher.goes_on_as(style)
     config, device = ready(config, foundation, len(frozen), data=data, say=say)
     return Trainer(foundation, frozen, data, config, device=device)
 
@@ -66,6 +83,11 @@ def gather_forgetting(
         named(old, name)
     config, device = ready(config, foundation, 1, data=data, say=say)
     return forgetting(foundation, old, forget, data, config=config, device=device, attack=attack)
+
+
+def goes_on(base) -> bool:
+    """Whether a MODEL has a style bank, with which a distillation goes on."""
+    return has_bank(HostWeights(base, styles=True))
 
 
 def frozen_base(base, clip, unet: UNet, prompts: Sequence[str]) -> Teacher:
@@ -134,6 +156,11 @@ def clip_and_vae_parts(base, clip, vae) -> Checkpoint:
     return Checkpoint(unet={}, prediction=prediction(base, "the base model"), **parts)
 
 
+def base_parts(base, clip, vae) -> Checkpoint:
+    """What a student inherits from the base of a distillation."""
+    return (dmm_parts if goes_on(base) else clip_and_vae_parts)(base, clip, vae)
+
+
 def dmm_parts(model, clip, vae) -> Checkpoint:
     """As ``clip_and_vae_parts``, with what the DMM model says of its styles and its making."""
     info = host_model.model_info(model)
@@ -182,7 +209,7 @@ def text_states(model, clip, prompts: Sequence[str]) -> tuple[Tensor, Tensor | N
 
 def average_unet(run: Trainer) -> UNet:
     """The soup of the teachers, a baseline for the report."""
-    unet = UNet(run.base.unet.config)
+    unet = UNet(without_styles(run.base.unet.config))
     unet.load_state_dict(soup([teacher.unet.state_dict() for teacher in run.teachers]))
     return unet.to(run.device)
 

@@ -20,6 +20,7 @@ from comfy_api.latest import io, ui
 from ..dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ..training.config import TrainConfig, check_names
 from ..training.loop.eps_table import eps_errors, format_table
+from ..training.loop.new_student import goes_on
 from ..training.loop.trainer import Trainer
 from ..training.run.state import identity
 from ..training.run.student_file import student_checkpoint
@@ -147,13 +148,15 @@ def told(report: Callable[[Trainer, Say], str], run: Trainer, say: Say) -> str:
 
 
 def comparison(run: Trainer, say: Say | None = None) -> str:
-    """How near the student is to each teacher, as a table. Of a DMM model that went on, its styles are compared with what it painted
-    before."""
-    old = bool(run.base.unet.config.num_styles)
+    """How near the student is to each teacher, as a table. Of a DMM model that grew, its styles are compared with what it painted before;
+    where a merged model went on, it stands beside the student."""
+    old = any(teacher.unet is run.base.unet for teacher in run.teachers)
     average = None if old else training_inputs.average_unet(run)
     student = training_inputs.student_unet(run)
     teachers = run.teachers[: student.config.num_styles]
-    errors = eps_errors(teachers, run.base, average, student, data=run.data, pool=run.targets.pool)
+    pool = run.targets.pool
+    merged = pool.get(run.num_styles) if goes_on(run.base.unet, run.teachers) else None
+    errors = eps_errors(teachers, run.base, average, student, data=run.data, pool=pool, merged=merged)
     against = "each teacher, old styles against the model before" if old else "each teacher"
     return f"eps error against {against}\n{format_table(errors)}"
 

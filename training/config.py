@@ -211,11 +211,12 @@ class TrainConfig:
     init: str = setting(
         "base",
         "Where the student starts: base; soup, the teachers' average; bank, their average and a style bank of what sets each apart, which "
-        "paints near the teachers before the first step.",
+        "paints near the teachers before the first step. A base that has a bank goes on from itself.",
         choices=INITS,
     )
     bank: str = setting(
-        USUAL, "Size of the style bank of init bank: a share of the UNet's weights, or of the file in MB."
+        USUAL,
+        "Size of the style bank of init bank: a share of the UNet's weights, or of the file in MB. A base that has a bank keeps its own.",
     )
     trainable: str = setting(
         "all",
@@ -318,7 +319,11 @@ class DistillConfig:
     no teachers.
     """
 
-    base: str = field(metadata=about("The checkpoint that the student starts from; to grow or forget, the DMM model."))
+    base: str = field(
+        metadata=about(
+            "The checkpoint that the student starts from, or a merged model that goes on; to grow or forget, the DMM model."
+        )
+    )
     output: str = field(metadata=about("The student's file, .safetensors."))
     run_dir: str = field(metadata=about("Folder of the run: its states, log and pictures."))
     teachers: list[TeacherSpec] = field(

@@ -169,6 +169,53 @@ def test_cancel_keeps_what_was_learnt_and_the_same_graph_goes_on(files):
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
+def merged_first(merge_of=(0, 1), **settings) -> dict:
+    """The same graph, with Merge Checkpoints to DMM before it, whose MODEL is the base; ``merge_of``: its teachers."""
+    g = graph(**settings)
+    merge = {"base": ["whole", 0], "clip": ["whole", 1], "vae": ["whole", 2], "budget": "80%", "name": "merged-first"}
+    merge |= {f"teachers.teacher{socket}": [f"teacher {i}", 0] for socket, i in enumerate(merge_of)}
+    g["merge"] = {"class_type": "DMMMerge", "inputs": merge}
+    g["distil"]["inputs"]["base"] = ["merge", 0]
+    return g
+
+
+def test_a_merged_model_goes_on(files):
+    """Merge -> Distill Teachers -> picture: the student begins as the merged model, keeps the order of its styles and tells where it is
+    from; the sockets of the second node have the teachers in another order."""
+    end, messages = queue(
+        files, merged_first((1, 0), steps=2, learning_rate=1e-6, name="after-merge", trainable="bank")
+    )
+    assert end == "execution_success", messages[-1]
+    (path,), (merged,) = saved(files, "after-merge"), saved(files, "merged-first")
+    before, after = load_checkpoint(merged), load_checkpoint(path)
+    assert [style.name for style in after.styles] == [style.name for style in before.styles] == [*reversed(TEACHERS)]
+    assert [style.sha256 for style in after.styles] == [style.sha256 for style in before.styles]
+    assert after.unet.keys() == before.unet.keys() and after.recipe["train"]["trainable"] == "bank"
+    assert [entry["styles"] for entry in after.recipe["history"]] == [[*reversed(TEACHERS)]]
+    changed = set()
+    for key, weight in after.unet.items():  # two steps of 1e-6, and a file in half precision
+        assert (weight.float() - before.unet[key].float()).abs().max() < 2e-3 * before.unet[
+            key
+        ].float().abs().max() + 1e-5, key
+        changed |= set() if torch.equal(weight, before.unet[key]) else {key.split(".")[0]}
+    assert "style_bank" in changed and changed <= {"style_bank", "model_embedding", "add_embedding"}
+    executed = {d["node"]: d["output"] for kind, d in messages if kind == "executed"}
+    assert files.image(executed["show"]["images"][0]).size == (128, 128)
+    table = executed["distil"]["text"][0].split("eps error against each teacher\n")[1].splitlines()
+    columns = table[0].replace("DMM, its style", "DMM").split()
+    numbers = dict(zip(columns, table[-1].split(), strict=False))
+    assert columns[3:5] == ["merged", "DMM"] and abs(float(numbers["merged"]) - float(numbers["DMM"])) < 0.01 * float(
+        numbers["base"]
+    )
+
+
+def test_a_merged_model_without_a_teacher_is_named(files):
+    g = merged_first(name="no-teacher")
+    del g["distil"]["inputs"]["teachers.teacher1"]
+    with pytest.raises(NodeError, match=f"no teacher for {TEACHERS[1]}. Its styles are {TEACHERS[0]}, {TEACHERS[1]}"):
+        files.run(g)
+
+
 def test_a_lora_on_a_teacher_is_part_of_it(files):
     """The trainer's copy of a patched MODEL is what the host itself would paint with."""
     import comfy.lora

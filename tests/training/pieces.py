@@ -30,6 +30,17 @@ def train_all(ranks, **settings) -> dict:
     return {"metrics": metrics, "difficulty": run.difficulty and run.difficulty.loss, **weights}
 
 
+def train_with_other_signs(ranks, **settings) -> dict:
+    """``train_all`` where every process but the first is a machine whose eigenvectors point the other way."""
+    eigh = torch.linalg.eigh
+    if ranks.rank:
+        torch.linalg.eigh = lambda matrix: torch.return_types.linalg_eigh((eigh(matrix)[0], -eigh(matrix)[1]))
+    try:
+        return train_all(ranks, **settings)
+    finally:
+        torch.linalg.eigh = eigh
+
+
 def first_gradients(ranks, **settings) -> dict[str, torch.Tensor]:
     """Of the student and the discriminator's head, as the optimisers get them in the first step."""
     run = begun(ranks, grad_clip=0.0, **settings)

@@ -109,6 +109,19 @@ CASES = {
     "fp16": {"teachers": 5, "precision": "fp16", "lambda_adv": 0.1, **SLOW},
     "adafactor": {"teachers": 5, "optimizer": "adafactor", **SLOW},
     "soup": {"teachers": 5, "init": "soup", **SLOW},
+    "bank": {"teachers": 5, "init": "bank", "bank": "60%", "lambda_adv": 0.1, "adv_lr": 1e-4, **SLOW},
+    "bank only": {"teachers": 5, "init": "bank", "bank": "60%", "trainable": "bank", "accumulate": 2, **SLOW},
+    "bank, blocks recomputed": {"teachers": 5, "init": "bank", "bank": "60%", "gradient_checkpointing": True, **SLOW},
+    "bank, bf16": {"teachers": 5, "init": "bank", "bank": "60%", "precision": "bf16", **SLOW},
+    "bank only, bf16": {"teachers": 5, "init": "bank", "bank": "60%", "trainable": "bank", "precision": "bf16", **SLOW},
+    "low rank beside a bank": {
+        "teachers": 5,
+        "init": "bank",
+        "bank": "60%",
+        "trainable": "lora",
+        "lora_rank": 4,
+        **SLOW,
+    },
     "mostly base": {"teachers": 5, "lambda_adv": 0.1, "adv_lr": 1e-4, "base_share": 0.8, **SLOW},
 }
 QUICK = [
@@ -116,6 +129,8 @@ QUICK = [
     ("everything", 3, "fsdp"),
     ("2 teachers", 3, "ddp"),
     ("bf16", 3, "ddp"),
+    ("bank", 3, "ddp"),
+    ("bank", 3, "fsdp"),
 ]
 THOROUGH = [
     (name, world, parallel)
@@ -181,6 +196,14 @@ def test_every_kind_of_run_trains_as_one(farm, name, world, parallel):
     compare(farm, name, world, parallel)
 
 
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+def test_a_bank_is_the_first_processes(farm, parallel):
+    """Singular vectors have no sign of their own, and another machine may choose another one: shares of two banks would be none."""
+    got = farm(2, pieces.train_with_other_signs, parallel=parallel, **CASES["bank only"])[0]
+    found = differences(alone("bank only"), got)
+    assert max(found["loss"], found["teacher"]) < LOSS and found["raw"] < WEIGHT
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_gradients_are_those_of_one_process(farm, parallel):
     """Before any optimiser: student and discriminator, uneven shares (8 rows for 3), tolerance 1e-5 of each tensor's largest."""
@@ -229,6 +252,22 @@ def test_a_process_reads_the_teachers_that_it_meets(farm, folder):  # noqa: F811
     assert want["settled"] == list(range(7))
     assert [one["settled"] for one in got] == [[0, 1], [2, 3], [4, 5]]
     for one in got:
+        assert one["identity"] == want["identity"]
+        assert all(math.isclose(a, b, rel_tol=LOSS) for a, b in zip(one["losses"], want["losses"], strict=True))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_a_merged_model_goes_on_with_several(farm, folder, parallel):  # noqa: F811
+    """Its teachers in another order than its styles: one process and three take the same steps."""
+    names = ("one", "two")
+    teachers = [word for name in names for word in ("--teacher", f"{name}={folder / name}.safetensors")]
+    whole = ["--parts-from", str(folder / "base.safetensors"), "--budget", "60%"]
+    assert main(["merge", *teachers, *whole, "--output", str(folder / "merged.safetensors")]) == 0
+    given = [{"name": name, "file": f"{name}.safetensors"} for name in reversed(names)]
+    train = {**SHORT, "batch_size": 12, "lr": 1e-4, "base_share": 0.2, "parallel": parallel}
+    write_config(folder, base="merged.safetensors", teachers=given, train=train)
+    want = pieces.load_and_train(Ranks(), str(folder / "run.yaml"))
+    for one in farm(3, pieces.load_and_train, config=str(folder / "run.yaml")):
         assert one["identity"] == want["identity"]
         assert all(math.isclose(a, b, rel_tol=LOSS) for a, b in zip(one["losses"], want["losses"], strict=True))
 

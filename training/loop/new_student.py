@@ -25,29 +25,33 @@ def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) ->
     """A UNet with a style per teacher, on the CPU, what learns in float32; its start follows from config and seed alone.
 
     Where ``base`` is a DMM model, a teacher that is one of its styles begins with that style's code, and every other one with a
-    random code; network and style MLP are the base's. Raises ValueError for init "soup" then: the soup would lose what it knows.
+    random code; network and style MLP are the base's. Raises ValueError for init "soup" or "bank" then: they would lose what it knows.
+    Where the base has a style bank and the teachers are those of its styles, in their order (``by_style``), the student is the base, by
+    init "base" as by "bank", since it has one.
     """
-    grown = base.config.num_styles > 0
-    if grown and config.init != "base":
+    grown, again = base.config.num_styles > 0, goes_on(base, teachers)
+    banks = config.init == "bank" and not again  # it gets a bank of its own
+    if grown and (banks or config.init == "soup"):
         raise ValueError(f"init is {config.init!r}: a model that has styles already goes on from itself (init: base)")
-    if base.config.bank:
+    if base.config.bank and not again:
         raise ValueError(
-            "the base is a DMM model with a style bank, which cannot be trained further yet: start from a plain model"
+            "the base is a DMM model with a style bank, which goes on with the styles that it has, and no others yet: start from a plain "
+            "model"
         )
     sizes = {**vars(base.config), "num_styles": len(teachers)}
     if not grown:
         sizes["style_mlp"] = mlp_name(bool(sizes["adm_channels"]))
-    if config.init == "bank":
+    if banks:
         sizes["bank"] = student_bank(base.config, len(teachers), config)
     student = UNet(UNetConfig(**sizes))
     init_style(student, torch.Generator().manual_seed(hash_seed(config.seed, "style")))
-    if config.init == "bank":
+    if banks:
         source = banked(base, teachers, config)
         nn.init.zeros_(student.style_mlp.linear_2.weight)  # at first the bank alone makes the styles
         nn.init.zeros_(student.style_mlp.linear_2.bias)
     else:
         source = soup([t.unet.state_dict() for t in teachers]) if config.init == "soup" else base.state_dict()
-    codes = source.pop(f"{CODEBOOK}.weight", None)
+    codes = None if again else source.pop(f"{CODEBOOK}.weight", None)
     student.load_state_dict(source, strict=False)  # all but what has no source
     for row, teacher in enumerate(teachers):
         if codes is not None and teacher.unet is base and isinstance(teacher.style, int):
@@ -58,6 +62,12 @@ def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) ->
     )
     student.gradient_checkpointing = config.gradient_checkpointing
     return student
+
+
+def goes_on(base: UNet, teachers: Sequence[Teacher]) -> bool:
+    """Whether a base with a style bank, such as a merged model, learns more of the styles that it has, from other models."""
+    others = all(teacher.unet is not base for teacher in teachers)
+    return base.config.bank is not None and len(teachers) == base.config.num_styles and others
 
 
 def student_bank(unet: UNetConfig, teachers: int, config: TrainConfig) -> BankConfig:
@@ -93,7 +103,9 @@ def choose_trained(
         return
     learns = [*student.style_parameters(), *(student.bank_parameters() if trainable == "bank" else [])]
     if trainable == "bank" and not student.config.bank:
-        raise ValueError("trainable is 'bank', and the student has no style bank: set init to bank")
+        raise ValueError(
+            "trainable is 'bank', and the student has no style bank: set init to bank, or go on from a merged model"
+        )
     style = {id(p) for p in learns}
     for module in student.modules():
         for name, p in module.named_parameters(recurse=False):

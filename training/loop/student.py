@@ -44,6 +44,10 @@ class Student:
         self.sharded = c.parallel == "fsdp" and ranks.world > 1
         self.unet = new_student(base.unet, teachers, c)
         if self.sharded:
+            # Each process cuts its share out of a student of its own: where the signs of singular vectors are other machines' (init: bank),
+            # the shares would not belong together. (DDP begins with the first process's student by itself.)
+            for p in self.unet.bank_parameters():
+                ranks.align(p.detach())
             shard(self.unet, c.precision, device, ranks.world)
         self.unet.to(device)
         self.trained = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}

@@ -12,6 +12,7 @@ from ...dmm_core.unet import UNetConfig
 from ..config import TrainConfig
 from ..fields import default_of
 from ..loop.new_student import student_bank
+from ..teachers.teacher import without_styles
 from .planner import GB, Plan, Want, plan
 
 OPEN = {
@@ -46,7 +47,7 @@ def fitted(
     """The settings that fit into ``config.memory``, with the same samples per step, and the plan they are from, if one
     was made.
 
-    unet: of the teachers; latents_hw: of the largest pictures. processes: of the run, each with such a device; begun:
+    unet: of the base, which may be a DMM model; latents_hw: of the largest pictures. processes: of the run, each with such a device; begun:
     the batch_size with which the run has begun, which it keeps (see ``begun_with``). Raises ValueError when nothing
     fits.
     """
@@ -71,9 +72,10 @@ def fitted(
         fixed=fixed,
         processes=processes,
         sharded=sharded,
-        bank=student_bank(unet, teachers, config) if config.init == "bank" else None,
+        bank=student_bank(unet, teachers, config) if config.init == "bank" and not unet.bank else unet.bank,
+        base=unet if unet.num_styles else None,
     )
-    found = plan(unet, latents_hw, teachers, budget, want=want)
+    found = plan(without_styles(unet), latents_hw, teachers, budget, want=want)
     return dataclasses.replace(config, **found.settings(), teacher_slots=found.slots), found
 
 

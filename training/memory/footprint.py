@@ -43,9 +43,10 @@ WIDE = (nn.GroupNorm, nn.LayerNorm, Upsample)
 class Step:
     """All of a run that changes what one forward and backward needs, but the number of samples.
 
-    config: of the teachers (no styles). latents_hw: latent size. precision: of the arithmetic ("fp32", "bf16", "fp16");
-    teacher_dtype: of the teachers' weights, the same names. trainable: "all", "bank", "lora" or "style". features /
-    adversarial: whether lambda_feat / lambda_adv are above 0. device: "cuda" or "cpu", for autocast's rules.
+    config: of the teachers (no styles). base: of the base where it is a DMM model, None where it is as the teachers are.
+    latents_hw: latent size. precision: of the arithmetic ("fp32", "bf16", "fp16"); teacher_dtype: of the teachers' weights, the same
+    names. bank: the student's style bank. trainable: "all", "bank", "lora" or "style". features / adversarial: whether lambda_feat /
+    lambda_adv are above 0. device: "cuda" or "cpu", for autocast's rules.
     """
 
     config: UNetConfig
@@ -61,19 +62,21 @@ class Step:
     adversarial: bool = False
     accumulating: bool = True
     device: str = "cuda"
+    base: UNetConfig | None = None
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Bytes that stay in use from the first step to the last. student: weights (and adapters) in float32; trained: of
-    those that learn, and so of their gradients and of their average; largest: of one of these. teacher: one. head: the
-    discriminator with gradients and optimiser. optimizer: state by the optimiser's name.
+    those that learn, and so of their gradients and of their average; largest: of one of these. teacher: one. base: the model that answers
+    for rows without a style. head: the discriminator with gradients and optimiser. optimizer: state by the optimiser's name.
     """
 
     student: int
     trained: int
     largest: int
     teacher: int
+    base: int
     head: int
     optimizer: dict[str, int]
 
@@ -115,15 +118,17 @@ def _state_of(student: UNet, trained: Sequence[nn.Parameter], name: str) -> int:
 def sizes(step: Step) -> Sizes:
     """Exact, from the modules' shapes."""
     with torch.device("meta"):
-        student, teacher = _student(step), UNet(step.config)
+        student, teacher, base = _student(step), UNet(step.config), UNet(step.base or step.config)
         head = Head(_middle_channels(step.config), step.styles)
     trained = [p for p in student.parameters() if p.requires_grad]
-    teacher.to(DTYPES[step.teacher_dtype])
+    for frozen in (teacher, base):
+        frozen.to(DTYPES[step.teacher_dtype])
     return Sizes(
         student=tensor_bytes(student.parameters()),
         trained=tensor_bytes(trained),
         largest=max(tensor_bytes([p]) for p in trained),
         teacher=tensor_bytes(teacher.parameters()),
+        base=tensor_bytes(base.parameters()),
         head=4 * tensor_bytes(head.parameters()) if step.adversarial else 0,  # weights, gradients, AdamW's two moments
         optimizer={name: _state_of(student, trained, name) for name in OPTIMIZERS},
     )
@@ -135,7 +140,7 @@ def step_peak(step: Step, batch: int) -> int:
     included there).
 
     Seconds of one CPU core, hardly any memory. All rows are taken to be one teacher's: the worst case of a teacher's
-    forward.
+    forward, and with a DMM model as the base its own.
     """
     with torch.inference_mode(False), torch.enable_grad(), FakeTensorMode():  # ComfyUI calls nodes in inference mode
         student, teacher = _student(step), _teacher(step)
@@ -207,7 +212,7 @@ def _student(step: Step) -> UNet:
 def _teacher(step: Step) -> UNet:
     """A frozen teacher in its dtype, norms in float32 as their inputs are (Module.to does not convert fake tensors)."""
     with torch.device("meta"):
-        teacher = UNet(step.config)
+        teacher = UNet(step.base or step.config)
     norms = {name for name, module in teacher.named_modules() if isinstance(module, WIDE[:2])}
     weights = {}
     for key, value in teacher.state_dict().items():

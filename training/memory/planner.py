@@ -3,7 +3,7 @@ loaded.
 
 The order, best first. What comes first is given up last:
 
-1. all weights learn, rather than low-rank adapters and the style side only;
+1. all weights learn, rather than the style bank and the style side only, or without a bank, low-rank adapters and the style side;
 2. AdamW, rather than its 8-bit form, rather than Adafactor;
 3. forwards of at least 4 samples (gradients add up to the batch that was asked for, so less costs time, not quality);
 4. two places on the device for the teachers that wait in RAM, rather than one;
@@ -14,6 +14,7 @@ The order, best first. What comes first is given up last:
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,6 +55,7 @@ class Want:
     ema: whether the weights are averaged. teacher_dtype: "auto" is the precision on CUDA, fp32 elsewhere. device:
     "cuda" or "cpu". fixed: settings that the user has chosen already, by their names in ``Choice``. processes: that
     share the samples, each with a device of this size; sharded: each holds a shard of the student only. bank: the student's style bank.
+    base: the sizes of a base that is a DMM model, None for one as the teachers are.
     """
 
     batch_size: int = 8
@@ -68,6 +70,7 @@ class Want:
     processes: int = 1
     sharded: bool = False
     bank: BankConfig | None = None
+    base: UNetConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -195,9 +198,12 @@ def plan(
 
 def resident_bytes(each: Sizes, teachers: int, choice: Choice, want: Want) -> dict[str, int]:
     """Bytes that are on the device from the first step to the last, by what they hold."""
-    places = teachers + 1  # and the base
-    if choice.residency == "offload":  # the discriminator looks through the base, which then stays
-        places = min(places, choice.slots + (1 if want.adversarial else 0))
+    places = teachers  # beside the base
+    if (
+        choice.residency == "offload"
+    ):  # the discriminator looks through the base, which then stays, as one of other sizes does
+        stays = want.adversarial or want.base is not None
+        places = min(places, choice.slots if stays else choice.slots - 1)
     needs = {
         "student": each.student,
         "gradients": each.trained,
@@ -206,7 +212,7 @@ def resident_bytes(each: Sizes, teachers: int, choice: Choice, want: Want) -> di
     }
     if want.sharded:
         needs = {name: -(-size // want.processes) for name, size in needs.items()}
-    return {**needs, "teachers": places * each.teacher, "discriminator": each.head}
+    return {**needs, "teachers": places * each.teacher + each.base, "discriminator": each.head}
 
 
 def rows_at_once(micro_batch: int, want: Want) -> int:
@@ -220,11 +226,12 @@ def blocks_in_use(config: UNetConfig, want: Want) -> int:
     if not want.sharded:
         return 0
     with torch.device("meta"):
-        student = UNet(config)
+        student = UNet(dataclasses.replace(config, bank=want.bank))
     blocks = [*student.input_blocks, student.middle_block, *student.output_blocks]
-    rest = sum(p.numel() for name, p in student.named_parameters() if "_block" not in name)
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
-    return (3 * largest + rest) * (2 if want.precision in ("bf16", "fp16") else 4)
+    bank = sum(p.numel() for p in student.bank_parameters())  # of no block: whole throughout, and so are its gradients
+    rest = sum(p.numel() for p in student.parameters()) - sum(p.numel() for b in blocks for p in b.parameters()) - bank
+    return (3 * largest + rest + 2 * bank) * (2 if want.precision in ("bf16", "fp16") else 4)
 
 
 def activation_bytes(step: Step, choice: Choice, want: Want, factor: float = 1.0) -> int:
@@ -261,13 +268,14 @@ def _step(config: UNetConfig, latents_hw: tuple[int, int], teachers: int, *, cho
         adversarial=want.adversarial,
         accumulating=choice.accumulate > 1,
         device=want.device,
+        base=want.base,
     )
 
 
 def _ram(each: Sizes, teachers: int, choice: Choice, want: Want) -> int:
     """Bytes of teachers and average in RAM."""
     average = each.trained if want.ema and choice.ema_device == "cpu" else 0
-    return average + ((teachers + 1) * each.teacher if choice.residency == "offload" else 0)
+    return average + (teachers * each.teacher + each.base if choice.residency == "offload" else 0)
 
 
 def _importable(package: str | None) -> bool:

@@ -71,6 +71,8 @@ def shard(student: UNet, precision: str, device: torch.device, world: int) -> No
     mesh = init_device_mesh(device.type, (world,))
     half = HALVES.get(precision)
     policy = MixedPrecisionPolicy(half, torch.float32 if half else None, cast_forward_inputs=False)
+    # A style bank belongs to the student itself, not to the blocks whose layers call it: it is whole from the first block's forward to the
+    # last's backward, a tenth of a model at the usual size.
     for block in (*student.input_blocks, student.middle_block, *student.output_blocks, student):
         # The student itself too: a forward without a backward would leave its own weights gathered, and later changes unseen.
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

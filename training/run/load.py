@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...dmm_core.bank import has_bank
 from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.unet import UNet
 from ..config import AttackConfig, DistillConfig, TeacherSpec, TrainConfig
@@ -26,7 +28,7 @@ from ..memory.planner import Plan
 from ..parallel.ranks import Ranks
 from ..teachers.lora_files import patched, recorded, with_loras
 from ..teachers.models import base_with_parts
-from ..teachers.teacher import Teacher, check_architectures, check_text, plain_unet, styled_unet
+from ..teachers.teacher import Teacher, by_style, check_architectures, check_text, plain_unet, styled_unet
 
 Named = Mapping[str, tuple[Checkpoint, str]]
 """(checkpoint, file) by teacher name."""
@@ -66,11 +68,15 @@ class Run:
 def load_run(config: DistillConfig, device: torch.device, grown: bool = False, ranks: Ranks | None = None) -> Run:
     """grown: the base is a DMM model, whose styles stay (or are forgotten) and come first. ranks: the processes of the run.
 
+    Where it is not grown, a base with a style bank goes on with the styles that it has: the teachers are put in their order, by name.
     Raises ValueError for files that are not what the config says or do not belong together.
     """
     base = base_with_parts(config.base, config.parts_from or None)
+    again = not grown and has_bank(base.unet)
+    if again:
+        config = dataclasses.replace(config, teachers=by_style(base.styles, config.teachers))
     files: Named = {spec.name: load_teacher(spec, base, config) for spec in config.teachers}
-    base_unet = styled_unet(base.unet, "the base model") if grown else plain_unet(base.unet, "the base model")
+    base_unet = (styled_unet if grown or again else plain_unet)(base.unet, "the base model")
     ranks = ranks or Ranks()
     unets = teacher_unets(config, files, ranks)
     check_architectures(base_unet.config, [(name, unet.config) for name, unet in unets.items()])
@@ -99,6 +105,8 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
     train, plan = fitted(
         config.train, base_unet.config, data.shape[1:], len(files), device=device, processes=ranks.world, begun=begun
     )
+    for teacher, style in zip(frozen.values(), base.styles if again else ()):
+        teacher.goes_on_as(style)
     base.unet = {}  # the copy in ``foundation`` is enough
     old = [foundation.as_style(i, style) for i, style in enumerate(base.styles)] if grown else []
     return Run(

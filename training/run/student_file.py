@@ -29,10 +29,9 @@ def student_checkpoint(
         "data": {"count": len(run.data), "sha256": run.data.fingerprint()},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
-    if changes := run.kind.recipe_changes(
-        run.teachers
-    ):  # what was learnt now, and how the model came to what it knew before
-        recipe |= changes
+    changes = run.kind.recipe_changes(run.teachers)
+    if changes or base.styles:  # what was learnt now, and how the model came to what it knew before
+        recipe |= changes or {}
         before = {k: v for k, v in base.recipe.items() if k != "history"}
         recipe["history"] = [*base.recipe.get("history", []), {"styles": [s.name for s in base.styles], **before}]
     return Checkpoint(

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -90,6 +90,17 @@ class Teacher:
         one.weights_sha256 = self.weights_sha256  # one UNet, hashed once
         return one
 
+    def goes_on_as(self, style: StyleInfo) -> None:
+        """Teach what the run's base knows as ``style`` already: what its file says of the style stays, but for where it was learnt from
+        and for what this teacher says of itself (in place; call it once file and sha256 are known)."""
+        self.known = dataclasses.replace(
+            style,
+            teacher=self.file,
+            sha256=self.sha256,
+            description=self.description or style.description,
+            licence=self.licence or style.licence,
+        )
+
     @cached_property
     def weights_sha256(self) -> str:
         """``hashing.weights_sha256`` of the UNet at the time of the first call; a run calls it before it converts the
@@ -143,6 +154,35 @@ class Teacher:
             return context, None
         height, width = size
         return context, sdxl_vector(self.pooled[rows].to(device), 8 * height, 8 * width)
+
+
+class HasName(Protocol):
+    """Anything that has a name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Named = TypeVar("Named", bound=HasName)
+
+
+def by_style(styles: Sequence[StyleInfo], teachers: Sequence[Named]) -> list[Named]:
+    """The teachers in the order of a DMM model's styles, each of them of its name (case and spaces aside).
+
+    Raises ValueError naming the styles that no teacher has the name of, and the teachers that no style has the name of.
+    """
+    named = {teacher.name.strip().casefold(): teacher for teacher in teachers}
+    names = [style.name.strip().casefold() for style in styles]
+    missing = [style.name for style, name in zip(styles, names) if name not in named]
+    strange = [teacher.name for name, teacher in named.items() if name not in names]
+    problems = [f"no teacher for {', '.join(missing)}"] if missing else []
+    problems += [f"no style {', '.join(strange)} in it"] if strange else []
+    if problems:
+        raise ValueError(
+            f"the base is a DMM model that goes on with the styles that it has, each with the teacher of its name: {'; '.join(problems)}. "
+            f"Its styles are {', '.join(style.name for style in styles)} (more styles: Add Teacher to DMM, dmm add-teacher)"
+        )
+    return [named[name] for name in names]
 
 
 def plain_unet(sd: Mapping[str, Tensor], name: str, copy: bool = True, look: bool = True) -> UNet:
