@@ -302,8 +302,13 @@ def folded_bank(sd: Mapping[str, Tensor], masses: Tensor) -> dict[str, Tensor]:
 def layer_change(parts: Mapping[str, Tensor], masses: Tensor) -> tuple[Tensor, Tensor | None]:
     """What a layer's weight and bias (None without one) get at the masses (K,), in float32 and the weight's shape."""
     masses = masses.float()
-    core = (masses @ parts["cores"].float()).view(parts["up"].shape[1], -1)
-    change = parts["up"].float() @ core @ parts["down"].float().flatten(1)
+    up, down = parts["up"].float(), parts["down"].float().flatten(1)
+    core = (masses @ parts["cores"].float()).view(up.shape[1], -1)
+    # Without the directions that the core does not use: a style's weights keep every bit when its bank grows (``bank_grow``).
+    rows, columns = core.any(1), core.any(0)
+    if not (rows.all() and columns.all()):
+        up, core, down = up[:, rows], core[rows][:, columns], down[columns]
+    change = up @ core @ down
     bias = masses @ parts["bias"].float() if "bias" in parts else None
     return change.view(-1, *parts["down"].shape[1:]), bias
 

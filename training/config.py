@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..dmm_core.bank_grow import USUAL_GROWTH
 from ..dmm_core.bank_size import USUAL, parse_budget
 from .fields import about, check_fields, is_number, setting, table
 from .presets import preset
@@ -193,6 +194,12 @@ class TrainConfig:
         low=0,
     )
 
+    growth: str = setting(
+        USUAL_GROWTH,
+        "When a model with a style bank grows: what the new styles add to it before the first step, as a share of the UNet's weights or of "
+        "the file in MB; 0%: their cores alone, in the basis as it is.",
+    )
+
     # --- the final stage ---
     final_steps: int = setting(
         0, "More steps at the end, on pictures that the teachers paint then.", unit="steps", low=0
@@ -276,6 +283,7 @@ class TrainConfig:
         """Raises ValueError naming the first setting that makes no sense."""
         check_fields(self)
         parse_budget(self.bank)
+        parse_budget(self.growth)
         if self.trainable == "bank" and self.init == "soup":
             raise ValueError("trainable is 'bank' and init is 'soup', which makes none: set init to bank")
 
