@@ -4,11 +4,12 @@ A style's code, cores and biases go. Two traces of it would stay, and are taken 
 
 - The mean gives it away. In a merge W is the mean of all teachers, so their cores sum to zero, and a deleted one is minus the sum of the
   others, to the last digit. Therefore W moves to the mean of the styles that stay, W' = W + U mean(C_j) V and C_j' = C_j - mean(C_j): they
-  paint what they painted, up to rounding, and their cores say no more of the one that went than its relatives do.
+  paint what they painted, up to rounding, and their cores say of the one that went what they are like it. The core of "no style" says more:
+  the base lies near the mean of all.
 - Directions that only it used, as those of a style that ``bank_grow`` added, go with it.
 
-What stays: the directions of U and V that it shared, and its share of what the bank never held (norms, the part of W outside of the basis).
-An attack that looks for codes and cores finds how much that is (``training.loop.forget``).
+What stays: the directions of U and V that it shared, that core, and its share of what the bank never held (norms, the part of W outside of
+the basis). An attack that looks for codes and cores finds how much that is (``training.loop.forget``).
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ from ..teachers.teacher import check_architectures
 from .merge import MOST, Source, block_of
 from .report import LayerFigures, MergeReport, TeacherFigures
 
+STALE = ("modelspec.date", "modelspec.merged_from")
+
 
 @dataclass(frozen=True)
 class GrowthReport(MergeReport):
@@ -160,7 +162,7 @@ def add_teachers(
     }}  # fmt: skip
     styles = [*model.styles, *(one.info for one in teachers)]
     unet = {**model.unet, **weights, **codes}
-    return dataclasses.replace(model, unet=unet, styles=styles, recipe=recipe_of(model, made, base)), report
+    return changed(model, unet, styles, recipe_of(model, made, base)), report
 
 
 def with_bank(model: Checkpoint) -> tuple[UNetConfig, BankConfig]:
@@ -211,6 +213,14 @@ def before_nothing(teachers: Sequence[Source]) -> list[float]:
     return [0.0] * len(teachers)
 
 
+def changed(
+    model: Checkpoint, unet: dict[str, Tensor], styles: list[StyleInfo], recipe: dict[str, Any]
+) -> Checkpoint:
+    """The model with another UNet and other styles; what its metadata say of the time and the models it was made of is said anew."""
+    metadata = {key: value for key, value in model.metadata.items() if key not in STALE}
+    return dataclasses.replace(model, unet=unet, styles=styles, recipe=recipe, metadata=metadata)
+
+
 def recipe_of(model: Checkpoint, made: Mapping[str, Any], base: StyleInfo | None) -> dict[str, Any]:
     """What was done now, and how the model came to what it was before."""
     before = {key: value for key, value in model.recipe.items() if key != "history"}
@@ -235,7 +245,7 @@ def delete_styles(
     stay = [style for i, style in enumerate(model.styles) if i not in gone]
     forgotten = [model.styles[i].name for i in gone]
     made = {"forgotten": forgotten, "deleted": {"mean moved": dropped.moved}}
-    left = dataclasses.replace(model, unet=dropped.unet, styles=stay, recipe=recipe_of(model, made, base))
+    left = changed(model, dropped.unet, stay, recipe_of(model, made, base))
     return left, DeletionReport(forgotten, dropped.told, dropped.moved)
 
 
@@ -271,11 +281,11 @@ class DeletionReport:
             if self.moved:
                 lines.append(
                     f"The cores that stay told {before} of '{name}' (in a merge all cores add up to zero), so the mean was moved to that of the "
-                    f"styles that stay: now they tell {around}, as much as they are alike. They paint as before, up to rounding."
+                    f"styles that stay: now they tell {around}. They paint as before, up to rounding."
                 )
             else:
                 lines.append(
-                    f"The cores that stay tell {around} of '{name}', as much as they are alike. They paint as before, bit for bit."
+                    f"The cores that stay tell {around} of '{name}', as much as they are like it. They paint as before, bit for bit."
                 )
         lines.append(
             "What is still there: the directions that it shared with others, and its share of the mean where the bank does not reach (norms, "
