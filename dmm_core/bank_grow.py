@@ -39,7 +39,7 @@ class Growth:
     share: float
 
 
-def growth_of(budget: str, shapes: Mapping[str, Sequence[int]], bank: BankConfig, new: int, itemsize: int) -> Growth:
+def growth_of(budget: str, shapes: Mapping[str, Sequence[int]], bank: BankConfig, *, new: int, itemsize: int) -> Growth:
     """The largest growth within a budget for ``new`` styles together: "2%" of the UNet's numbers, or "10MB" (of 10^6 bytes). With "0%"
     they get what they cannot do without: a core in each layer, in the basis as it is.
 
@@ -307,7 +307,9 @@ def grown_unet(
     shapes: Mapping[str, Sequence[int]],
 ) -> dict[str, Tensor]:
     """The whole state dict of a model with M more styles: what ``grow_bank``, ``grow_codes`` and ``take_up_offsets`` make of it."""
-    changed = {key: value for one in grow_bank(model, teachers, rank, shapes=shapes) for key, value in one.weights.items()}
+    changed = {
+        key: value for one in grow_bank(model, teachers, rank, shapes=shapes) for key, value in one.weights.items()
+    }
     codes, offsets = grow_codes(model, len(teachers))
     take_up_offsets(changed, offsets, len(model[f"{CODEBOOK}.weight"]))
     return {**model, **changed, **codes}

@@ -9,7 +9,7 @@ import torch
 from comfyui_dmm.dmm_core.bank import BankConfig, bank_key, folded_bank
 from comfyui_dmm.dmm_core.bank_drop import drop_styles, recentred, what_is_told
 from comfyui_dmm.dmm_core.bank_fit import fit_bank, fit_layer, neutral_style
-from comfyui_dmm.dmm_core.bank_grow import grow_codes, grow_layer, growth_of, growth_size, grown_unet
+from comfyui_dmm.dmm_core.bank_grow import grow_codes, grow_layer, grown_unet, growth_of, growth_size
 from comfyui_dmm.dmm_core.bank_size import bank_size, is_banked
 from comfyui_dmm.dmm_core.style import CODEBOOK, style_row
 from comfyui_dmm.dmm_core.unet import load_unet, unet_config_from_state_dict
@@ -68,8 +68,8 @@ def test_in_the_old_basis_the_core_is_numpys_least_squares(shape, dtype):
 
 
 def test_new_directions_are_near_the_best_there_are():
-    """From an empty-handed basis (nothing in common) they are the leading singular directions of numpy's SVD; a change of rank r is exact."""
-    shape, r = (24, 18), 3
+    """Where the old basis holds nothing of a change they are the leading singular directions of numpy's SVD; rank r is exact."""
+    r = 3
     g = torch.Generator().manual_seed(3)
     basis, _ = torch.linalg.qr(torch.randn(24, 24, generator=g))
     other, _ = torch.linalg.qr(torch.randn(18, 18, generator=g))
@@ -182,7 +182,7 @@ def test_a_budget_counts_what_is_added():
     old = merged()
     bank = unet_config_from_state_dict(old).bank
     for budget in ("0%", "8%", "30%", "0.05MB", "900%"):
-        growth = growth_of(budget, SHAPES, bank, 2, 2)
+        growth = growth_of(budget, SHAPES, bank, new=2, itemsize=2)
         new = grown_unet(old, TEACHERS[3:], growth.rank, shapes=SHAPES)
         added = sum(v.numel() for v in new.values()) - sum(v.numel() for v in old.values()) - 2 * PLAIN.embed_dim
         assert added == growth.numbers
@@ -190,8 +190,8 @@ def test_a_budget_counts_what_is_added():
         if budget in ("8%", "30%"):
             assert growth.share == pytest.approx(added / total) and growth.share <= float(budget[:-1]) / 100
             assert growth_size(SHAPES, bank, 2, growth.rank + 1) > float(budget[:-1]) / 100 * total
-    assert growth_of("0%", SHAPES, bank, 2, 2).rank == 0
-    assert growth_of("900%", SHAPES, bank, 2, 2).rank < 4096
+    assert growth_of("0%", SHAPES, bank, new=2, itemsize=2).rank == 0
+    assert growth_of("900%", SHAPES, bank, new=2, itemsize=2).rank < 4096
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_a_budget_counts_what_is_added():
 )
 def test_budgets_that_make_no_sense(budget, message):
     with pytest.raises(ValueError, match=message):
-        growth_of(budget, SHAPES, unet_config_from_state_dict(merged()).bank, 2, 2)
+        growth_of(budget, SHAPES, unet_config_from_state_dict(merged()).bank, new=2, itemsize=2)
 
 
 def test_nan_is_named():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...dmm_core.bank import bank_config, bank_masses
 from ...dmm_core.bank_drop import by_style, moves, recentred, what_is_told
-from ...dmm_core.bank_grow import growth_of, grown_unet
+from ...dmm_core.bank_grow import grown_unet, growth_of
 from ...dmm_core.checkpoint import STYLE_KEYS
 from ...dmm_core.style import CODEBOOK
 from ...dmm_core.unet import UNet
@@ -67,5 +67,5 @@ def grown(weights: dict[str, Tensor], new: Sequence[Teacher], config: TrainConfi
     shapes = {key: tuple(value.shape) for key, value in weights.items() if not key.startswith(STYLE_KEYS)}
     bank = bank_config(weights, len(weights[f"{CODEBOOK}.weight"]))
     assert bank is not None
-    rank = growth_of(config.growth, shapes, bank, len(new), FILE_ITEMSIZE).rank
+    rank = growth_of(config.growth, shapes, bank, new=len(new), itemsize=FILE_ITEMSIZE).rank
     return grown_unet(weights, [teacher.unet.state_dict() for teacher in new], rank, shapes=shapes)

@@ -1,7 +1,7 @@
 """Style codes learnt with everything else frozen: the warm start of a new style, and the attack that looks for a forgotten one.
 
-A code is one vector (D,) of the codebook; an attack on a model with a style bank looks for a core and a bias of every layer beside it, and a
-"code" is all of these numbers in a row. Textual inversion (arXiv:2208.01618) is the same idea for a word; here the target is what
+A code is one vector (D,) of the codebook; an attack on a model with a style bank looks for a core and a bias of every layer beside it,
+and a "code" is all of these numbers in a row. Textual inversion (arXiv:2208.01618) is the same idea for a word; here the target is what
 another model predicts, so no picture is needed that this model painted.
 """
 
@@ -194,8 +194,8 @@ def recover(
     tick: Callable[[int], None] | None = None,
 ) -> Recovery:
     """Look for a code with which ``unet``, frozen, predicts what ``truth`` does: ``tries`` codes at once, from random beginnings and the
-    known codes' mean, on the run's pictures. cores: for cores and biases of its bank too (``hostile_start``). batches: of the run's size, for
-    the final figures."""
+    known codes' mean, on the run's pictures. cores: for cores and biases of its bank too (``hostile_start``). batches: of the run's size,
+    for the final figures."""
     device, c = run.device, run.config
     attacked = with_more_codes(unet, tries).to(device)
 
@@ -233,8 +233,8 @@ def recover(
 
 
 def hostile_start(found: Sequence[Table], styles: int, tries: int, g: torch.Generator) -> Tensor:
-    """(tries, P) of the tables behind the first: what is known of cores and biases to begin with. The mean of the N ``styles`` that are there;
-    minus their sum, which in a merge is the style that was taken away; then random mixes of them."""
+    """(tries, P) of the tables behind the first: what is known of cores and biases to begin with. The mean of the N ``styles`` that are
+    there; minus their sum, which in a merge is the style that was taken away; then random mixes of them."""
     weights = torch.rand(tries, styles, generator=g)
     weights /= weights.sum(1, keepdim=True)
     weights[:1] = 1 / styles

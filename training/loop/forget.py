@@ -91,7 +91,7 @@ class Forget(RunKind):
         return tables(unet, cores=unet.config.bank is not None)
 
     def search(self, run: Trainer) -> None:
-        """Find codes (and cores, where there is a bank) with which the student, as it is now, paints the forgotten styles again (in place)."""
+        """Find codes (and cores, where there is a bank) with which the student, as it is now, paints the forgotten styles (in place)."""
         unet = run.student.unet
         found, banked = self.tables(unet), unet.config.bank is not None
         for number, one in enumerate(self.forgotten):
@@ -140,8 +140,11 @@ class Forget(RunKind):
         if run.base.unet.config.bank:
             return self.bank_report(run, steps, tick)
         width = max(len("a search for"), *(len(one.teacher.name) for one in self.forgotten))
-        lines = [f"{'a search for':<{width}}  found before   found now  without a style"]
-        networks = (run.base.unet, load_unet(run.student_weights()).to(run.device))  # equal before the first step
+        networks = [run.base.unet]  # a deleted code changes nothing else
+        if run.step:
+            networks.append(load_unet(run.student_weights()).to(run.device))
+        now = "   found now" if run.step else ""
+        lines = [f"{'a search for':<{width}}  found before{now}  without a style"]
         total = len(networks) * steps * len(self.forgotten)
         for place, one in enumerate(self.forgotten):
             found = []
@@ -149,10 +152,9 @@ class Forget(RunKind):
                 done, what = steps * (len(networks) * place + half), f"searching for '{one.teacher.name}'"
                 report = later(tick, done, total, what) if tick else None
                 found.append(recover(run, unet, functools.partial(ask_old, run, one.teacher), steps, tick=report))
-            before, now = found
-            lines.append(f"{one.teacher.name:<{width}}  {before.error:12.5f}{now.error:12.5f}{now.untouched:17.5f}")
+            cells = "".join(f"{one.error:12.5f}" for one in found)
+            lines.append(f"{one.teacher.name:<{width}}  {cells}{found[-1].untouched:17.5f}")
         return "\n".join(lines)
-
 
     def bank_report(self, run: Trainer, steps: int, tick: ProgressCallback | None) -> str:
         """The same for a model with a bank: found by a search for codes, and for codes and cores, in the file whose cores were only deleted
@@ -183,8 +185,8 @@ class Forget(RunKind):
 def told_lines(names: Sequence[str], dropped: Dropped) -> list[str]:
     """What deleting alone meant, in sentences."""
     out = [
-        "eps errors against what the model painted in the style: 0 is that look again. 'codes' looks for a style vector, 'and cores' for the "
-        "style's part of the bank too, which anyone can do who has the file and pictures of the look."
+        "eps errors against what the model painted in the style: 0 is that look again. 'codes' looks for a style vector, 'and cores' for "
+        "the style's part of the bank too, which anyone can do who has the file and pictures of the look."
     ]
     for name, told in zip(names, dropped.told):
         if dropped.moved:

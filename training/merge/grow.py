@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...dmm_core.bank import BANK, BankConfig
 from ...dmm_core.bank_drop import Told, drop_styles
-from ...dmm_core.bank_grow import Growth, Grown, grow_bank, grow_codes, growth_of, take_up_offsets
+from ...dmm_core.bank_grow import Grown, Growth, grow_bank, grow_codes, growth_of, take_up_offsets
 from ...dmm_core.bank_size import Size
 from ...dmm_core.checkpoint import STYLE_KEYS, Checkpoint
 from ...dmm_core.metadata import StyleInfo
@@ -64,8 +64,8 @@ class GrowthReport(MergeReport):
         """The report as Markdown."""
         mb = self.growth.numbers * self.itemsize / 1e6
         lines = [
-            f"The style bank of rank {self.from_rank} grew by rank {self.growth.rank}: {mb:.1f} MB more, +{100 * self.growth.share:.1f}% of "
-            "the UNet. The styles that were there are unchanged.",
+            f"The style bank of rank {self.from_rank} grew by rank {self.growth.rank}: {mb:.1f} MB more, "
+            f"+{100 * self.growth.share:.1f}% of the UNet. The styles that were there are unchanged.",
             "",
             "| new style | energy kept | in the basis as it was | change | nearest | |",
             "| --- | --- | --- | --- | --- | --- |",
@@ -81,8 +81,8 @@ class GrowthReport(MergeReport):
     def advice(self) -> list[str]:
         """What to do about it, in sentences."""
         out = [
-            "Energy kept: how much of what sets a model apart from the bank's mean is in the bank now. It says nothing certain of pictures: "
-            "paint a style sheet."
+            "Energy kept: how much of what sets a model apart from the bank's mean is in the bank now. It says nothing certain of "
+            "pictures: paint a style sheet."
         ]
         low = [one.name for one in self.teachers() if one.kept < 0.5]
         if low and not self.growth.rank:
@@ -137,7 +137,7 @@ def add_teachers(
     config, bank = with_bank(model)
     shapes = checked(model, config, teachers)
     itemsize = model.unet[f"{bank.ranks[0][0]}.weight"].element_size()
-    growth = growth_of(budget, shapes, bank, len(teachers), itemsize)
+    growth = growth_of(budget, shapes, bank, new=len(teachers), itemsize=itemsize)
     codes, offsets = grow_codes(model.unet, len(teachers))
     weights: dict[str, Tensor] = {}
     layers, before = [], [0.0] * len(teachers)
@@ -213,9 +213,7 @@ def before_nothing(teachers: Sequence[Source]) -> list[float]:
     return [0.0] * len(teachers)
 
 
-def changed(
-    model: Checkpoint, unet: dict[str, Tensor], styles: list[StyleInfo], recipe: dict[str, Any]
-) -> Checkpoint:
+def changed(model: Checkpoint, unet: dict[str, Tensor], styles: list[StyleInfo], recipe: dict[str, Any]) -> Checkpoint:
     """The model with another UNet and other styles; what its metadata say of the time and the models it was made of is said anew."""
     metadata = {key: value for key, value in model.metadata.items() if key not in STALE}
     return dataclasses.replace(model, unet=unet, styles=styles, recipe=recipe, metadata=metadata)
@@ -250,7 +248,7 @@ def delete_styles(
 
 
 def indices_of(model: Checkpoint, names: Sequence[str]) -> list[int]:
-    """The places of styles, each once. Raises ValueError listing those that there are for a name that is none, or where no name is given."""
+    """The places of styles, each once. Raises ValueError listing those that there are for a name that is none, or without a name."""
     known = [style.name.strip() for style in model.styles]
     for name in names:
         if name.strip() not in known:
@@ -272,24 +270,24 @@ class DeletionReport:
         """In sentences."""
         if not self.told:
             return (
-                f"Deleted: {', '.join(self.names)}. Only the codes are gone: what the network knows of such styles is still in it, and a search "
-                "finds it. Train to forget them."
+                f"Deleted: {', '.join(self.names)}. Only the codes are gone: what the network knows of such styles is still in it, and a "
+                "search finds it. Train to forget them."
             )
         lines = [f"Deleted: {', '.join(self.names)}: code and cores are out of the file."]
         for name, told in zip(self.names, self.told):
             before, around = f"{100 * told.before:.0f}%", f"{100 * told.around:.0f}%"
             if self.moved:
                 lines.append(
-                    f"The cores that stay told {before} of '{name}' (in a merge all cores add up to zero), so the mean was moved to that of the "
-                    f"styles that stay: now they tell {around}. They paint as before, up to rounding."
+                    f"The cores that stay told {before} of '{name}' (in a merge all cores add up to zero), so the mean was moved to that "
+                    f"of the styles that stay: now they tell {around}. They paint as before, up to rounding."
                 )
             else:
                 lines.append(
                     f"The cores that stay tell {around} of '{name}', as much as they are like it. They paint as before, bit for bit."
                 )
         lines.append(
-            "What is still there: the directions that it shared with others, and its share of the mean where the bank does not reach (norms, "
-            "and what the bank left out). Someone with pictures or a model of that style can fit new cores: training makes that harder, not "
-            "impossible."
+            "What is still there: the directions that it shared with others, and its share of the mean where the bank does not reach "
+            "(norms, and what the bank left out). Someone with pictures or a model of that style can fit new cores: training makes that "
+            "harder, not impossible."
         )
         return "\n".join(lines)
