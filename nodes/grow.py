@@ -210,7 +210,8 @@ def at_once(one, node_id, change: Change) -> io.NodeOutput:
         path = folder / f"{stem}-{short}.safetensors"
         save_checkpoint(path, dataclasses.replace(after, metadata={**after.metadata, "modelspec.title": stem}))
     model, *_ = host_model.load(str(path))
-    return io.NodeOutput(model, {"loss": []}, ui=ui.PreviewText(f"saved dmm/{path.name}\n\n{report}"))
+    # The host's Loss Graph needs a number.
+    return io.NodeOutput(model, {"loss": [0.0]}, ui=ui.PreviewText(f"saved dmm/{path.name}\n\n{report}"))
 
 
 def grown(before: Checkpoint, teachers: Sequence[TeacherInput], budget: str, node_id) -> tuple[Checkpoint, str, str]:

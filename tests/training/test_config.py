@@ -157,7 +157,7 @@ TRAIN_JSON = (
     '{"steps": 100000, "batch_size": 8, "accumulate": 1, "lr": 1e-05, "style_lr_scale": 1.0, "lr_schedule": "constant", "warmup": 0, '
     '"optimizer": "adamw", "betas": [0.9, 0.999], "weight_decay": 0.01, "grad_clip": 1.0, "lambda_feat": 0.001, "lambda_adv": 0.01, '
     '"adv_lr": 1e-05, "adv_start": 0, "caption_dropout": 0.1, "base_share": 0.05, "loss_weight": "plain", "loss_clamp": 5.0, '
-    '"sampling": "uniform", "adaptive_power": 1.0, "adaptive_floor": 0.25, "adaptive_correct": true, "guard": 0.5, "warm_start": 0, '
+    '"sampling": "uniform", "adaptive_power": 1.0, "adaptive_floor": 0.25, "adaptive_correct": true, "guard": 0.5, "warm_start": 0, "growth": "2%", '
     '"final_steps": 0, "final_images": 1500, "final_lr": null, "final_cfg": 7.0, "final_sampling_steps": 25, "init": "base", '
     '"bank": "10%", '
     '"trainable": "all", "lora_rank": 32, "ema_gamma": null, "ema_device": "auto", "precision": "fp32", "teacher_dtype": "auto", '
