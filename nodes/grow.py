@@ -11,6 +11,7 @@ import comfy.model_management as mm
 import comfy.utils
 import torch
 from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ..dmm_core.metadata import StyleInfo
@@ -210,8 +211,8 @@ def at_once(one, node_id, change: Change) -> io.NodeOutput:
         path = folder / f"{stem}-{short}.safetensors"
         save_checkpoint(path, dataclasses.replace(after, metadata={**after.metadata, "modelspec.title": stem}))
     model, *_ = host_model.load(str(path))
-    # The host's Loss Graph needs a number.
-    return io.NodeOutput(model, {"loss": [0.0]}, ui=ui.PreviewText(f"saved dmm/{path.name}\n\n{report}"))
+    # There are no losses: a Loss Graph behind the node is left out.
+    return io.NodeOutput(model, ExecutionBlocker(None), ui=ui.PreviewText(f"saved dmm/{path.name}\n\n{report}"))
 
 
 def grown(before: Checkpoint, teachers: Sequence[TeacherInput], budget: str, node_id) -> tuple[Checkpoint, str, str]:
