@@ -103,10 +103,8 @@ def what_is_told(model: Mapping[str, Tensor], gone: Sequence[int]) -> list[Told]
     layers = banked_layers(model)
     if not layers:
         return []
-    styles, products = model[f"{CODEBOOK}.weight"].shape[0], 0.0
-    for name in layers:
-        products = products + changes_product(layer_parts(model, name))
-    assert isinstance(products, Tensor)
+    styles = model[f"{CODEBOOK}.weight"].shape[0]
+    products = torch.stack([changes_product(layer_parts(model, name)) for name in layers]).sum(0)
     stay = remaining(model, gone)
     centre = torch.eye(len(products), dtype=products.dtype, device=products.device)
     centre[:, stay] -= 1 / len(stay)

@@ -35,7 +35,7 @@ def bank_start(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) -> 
         raise ValueError("the teachers of new styles come after the styles that the model has")
     weights = {key: value.float() for key, value in base_around(base, own).items()}
     styles = base.config.num_styles
-    masses = torch.cat([row for teacher in own if (row := teacher.style_row) is not None])  # (n, N+1)
+    rows = torch.cat([style for teacher in own if (style := teacher.style_row) is not None])  # (n, N+1)
     codes = torch.randn(
         len(own), base.config.embed_dim, generator=torch.Generator().manual_seed(hash_seed(config.seed, "style"))
     )
@@ -44,7 +44,7 @@ def bank_start(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) -> 
             codes[row] = weights[f"{CODEBOOK}.weight"][teacher.style]
     for key, value in weights.items():
         if by_style(key) and key != f"{CODEBOOK}.weight":
-            weights[key] = torch.cat([bank_masses(masses, len(value)) @ value, value[styles:]])
+            weights[key] = torch.cat([bank_masses(rows, len(value)) @ value, value[styles:]])
     weights[f"{CODEBOOK}.weight"] = codes
     return grown(weights, new, config) if new else weights
 
