@@ -133,7 +133,7 @@ def setting_inputs() -> list:
         choice("memory", MEMORY, optional=True),
         int_input("accumulate", 4096, **new),
         choice("rate_schedule", **new),
-        int_input("warmup", 1_000_000, **new),
+        number("warmup", 1_000_000, 0.01, **new),
         number("adversarial_weight", 10, 1e-3, **new),
         number("adversarial_rate", 0.1, 1e-8, low=1e-8, **new),
         # a number's control has no null: 0 stands for it

@@ -188,8 +188,10 @@ def feature_network(choice: str, config: UNetConfig) -> tuple[FeatureNet | None,
 def possible_baselines(lineup: Lineup, rank: int) -> tuple[list[Contender], str]:
     """All baselines that the connected models allow, and what there is to say about the others."""
     against = obstacles(lineup.teachers, lineup.base)
-    names = [name for name in BASELINES if name not in against]
-    said = "".join(f"\n- {name}: {why}" for name, why in against.items())
+    # A merge holds all teachers in memory at once; Merge Checkpoints to DMM makes one, which can be evaluated as a model.
+    offered = [name for name in BASELINES if name != "merge"]
+    names = [name for name in offered if name not in against]
+    said = "".join(f"\n- {name}: {against[name]}" for name in offered if name in against)
     made = make_baselines(names, lineup.student, lineup.styles, lineup.teachers, base=lineup.base, rank=rank)
     return made, f"Baselines that are left out:\n{said}" if said else ""
 

@@ -106,7 +106,12 @@ class TrainConfig:
         1.0, "Learning rate of the style side (codebook and MLP), as a multiple of the network's.", above=0
     )
     lr_schedule: str = setting("constant", "How the learning rate goes on after the warm-up.", choices=LR_SCHEDULES)
-    warmup: int = setting(0, "Steps in which the learning rate rises to its full value.", unit="steps", low=0)
+    warmup: float = setting(
+        0,
+        "Steps in which the learning rate rises to its full value; below 1 a share of the steps.",
+        unit="steps",
+        low=0,
+    )
     optimizer: str = setting(
         "adamw",
         "adafactor, adamw8bit and muon need less memory; adamw8bit needs the package bitsandbytes and a GPU, adafactor transformers.",

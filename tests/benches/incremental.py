@@ -26,7 +26,7 @@ from ...dmm_core.files import atomic_write
 from ...dmm_core.metadata import StyleInfo
 from ...dmm_core.unet import load_unet
 from ...dmm_core.vae import load_vae
-from ...training.config import AttackConfig, load_config
+from ...training.config import AttackConfig
 from ...training.data.demo.latents import captioned_latents
 from ...training.data.demo.looks import BASE_LOOK, TEACHER_LOOKS
 from ...training.demo.tour import HELD_OUT_SEED
@@ -38,6 +38,7 @@ from ...training.run.load import load_run
 from ...training.run.train import train
 from ...training.teachers.teacher import Teacher
 from ...training.text import ClipText
+from .demo_recipe import demo_config
 
 ROOT = Path(__file__).parents[2]
 FIRST, LATER = ("ink", "candy", "pop", "pixel"), ("sticker", "pen", "echo")
@@ -50,7 +51,7 @@ ADDING = {"lr": 1e-3, "base_share": 0.05}
 class Bench:
     def __init__(self, folder: Path, seed: int, steps: int, added: int):
         self.folder, self.seed, self.steps, self.added = folder, seed, steps, added
-        config = load_config(ROOT / "training" / "configs" / "demo.yaml")
+        config = demo_config()
         loaded = load_run(config, CPU)
         self.base, self.data, self.config = loaded.base, loaded.data, dataclasses.replace(loaded.config, seed=seed)
         self.teachers = {t.name: t for t in loaded.teachers}

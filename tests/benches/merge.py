@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ...dmm_core.files import atomic_write
-from .merge_arms import ARMS, OUTLIER, ROOT, TWINS, train_arm
+from .merge_arms import ARMS, OUTLIER, ROOT, SHARES, TWINS, train_arm
 from .merge_judge import judged
 
 SHORT = ("plain", "release", "B adaptive", "standard")
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--folder", default=str(ROOT / "out" / "bench-merge"))
     parser.add_argument("--tune", default="", help="arms whose learning rate is to be found")
     parser.add_argument("--judged", default="plain,standard", help="arms whose pictures are judged, or all")
-    parser.add_argument("--fifth", default="standard", help="arms that are judged after a fifth of the samples too")
+    parser.add_argument("--early", default="standard", help=f"arms that have rows of their own for {', '.join(SHARES)}")
     parser.add_argument("--train", help=argparse.SUPPRESS)  # the jobs: arm:seed[:rate], and what to judge
     parser.add_argument("--judge", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -219,9 +219,10 @@ def compare(args, folder: Path, arms: list[str]) -> None:
         ]
         work(args, [["--train", f"{arm}:{seed}"] for arm, seed in missing])
     shown = {(arm, seed, args.steps): f"{name_of(arm, args.steps, seed, None)}-at-{args.steps}" for arm, seed in runs}
-    fifth = round(args.steps / 5)
-    for arm in (arm for arm in args.fifth.split(",") if arm in arms):
-        shown |= {(arm, seed, fifth): f"{name_of(arm, args.steps, seed, None)}-at-{fifth}" for seed in seeds}
+    early = {round(share * args.steps): words for words, share in SHARES.items()}
+    for arm in (arm for arm in args.early.split(",") if arm in arms):
+        for at in early:
+            shown |= {(arm, seed, at): f"{name_of(arm, args.steps, seed, None)}-at-{at}" for seed in seeds}
     chosen = arms if args.judged == "all" else args.judged.split(",")
     looked_at = {stem for (arm, *_), stem in shown.items() if args.count and arm in chosen}
     if looked_at:
@@ -242,7 +243,7 @@ def compare(args, folder: Path, arms: list[str]) -> None:
         one = row(result, plain, judged)
         if at != args.steps:  # these are of the whole run
             del one["at equal seconds"], one["samples to plain's end"]
-        rows.setdefault(arm if at == args.steps else f"{arm}, a fifth of the samples", []).append(one)
+        rows.setdefault(arm if at == args.steps else f"{arm}, {early[at]}", []).append(one)
     print(f"\n{args.steps} steps of 32 samples, seeds {args.seeds}, twins: {' and '.join(TWINS)}, outlier: {OUTLIER}\n")
     print(table(rows))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...dmm_core.unet import load_unet
+from ...dmm_core.unet import UNet, load_unet
 from ...dmm_core.vae import load_vae
 from ...training.config import DataSpec, DistillConfig, load_config
 from ...training.data.batches import Batch, Draw
@@ -19,8 +19,11 @@ from ...training.data.demo.latents import captioned_latents
 from ...training.data.demo.looks import BASE_LOOK, TEACHER_LOOKS
 from ...training.demo.tour import HELD_OUT_SEED
 from ...training.evaluation.agreement import eps_of
+from ...training.loop.adversary import View
 from ...training.loop.losses import score_loss
+from ...training.loop.objective import Losses, Objective
 from ...training.loop.trainer import Trainer
+from ...training.presets import preset
 from ...training.run.load import load_run
 from ...training.seeds import hash_seed
 from ...training.teachers.teacher import Prediction, Teacher
@@ -32,15 +35,23 @@ TWINS = ("ink", "pen")
 OUTLIER = "echo"
 PATHS = 160
 """Paintings by each teacher, for rollouts."""
+LEVEL_ENDS = (2, 3, 4, 6, 8)
+"""The ends of the levels among the nine blocks of the demo UNet, as diffusers' classes have them: input_blocks.2 and .3, the middle,
+output_blocks.1 and .3."""
 LOOKS = 10
 """How often an arm is looked at until it has seen its samples."""
+SHARES = {"untrained": 0.0, "a tenth of the samples": 0.1, "a fifth of the samples": 0.2}
+"""When an arm's weights are kept on the way."""
 
 PLAIN = {
-    "init": "base", "ema_gamma": None, "style_lr_scale": 1.0, "warmup": 0, "betas": (0.9, 0.999), "lr_schedule": "constant",
-    "lambda_feat": 0.001, "lambda_adv": 0.01, "validation": 0, "save_every": 10**9,
+    "init": "base", "sampling": "uniform", "ema_gamma": None, "style_lr_scale": 1.0, "warmup": 0, "betas": (0.9, 0.999),
+    "lr_schedule": "constant", "lambda_feat": 0.001, "lambda_adv": 0.01, "validation": 0, "save_every": 10**9,
 }  # fmt: skip
 """Plain DMM: the paper's three losses, uniform t, equal teacher share, constant rate, no average, start from the base."""
-ARMS = {
+SOUP = {"init": "soup", "ema_gamma": 6.94, "sampling": "adaptive", "lambda_adv": 0.0, "betas": (0.9, 0.99)}
+STANDARD = {k: v for k, v in preset("standard").items() if k not in ("steps", "batch_size", "accumulate", "lr")}
+"""The preset is the recipe: the arm has its own rate only, as networks of this size learn at another."""
+ARMS: dict[str, dict] = {
     "plain": {},
     "release": {"lambda_adv": 0.0, "lambda_feat": 0.002},
     "no adversary": {"lambda_adv": 0.0},
@@ -55,17 +66,20 @@ ARMS = {
     "A rollouts": {"data": "rollouts", "lambda_feat": 0.0, "lambda_adv": 0.0},
     "style rate x3": {"style_lr_scale": 3.0},
     "Muon": {"optimizer": "muon"},
-    "standard": {
-        "init": "soup", "ema_gamma": 6.94, "sampling": "adaptive", "optimizer": "muon", "style_lr_scale": 1.5, "lambda_adv": 0.0,
-        "betas": (0.9, 0.99), "warmup": 30,
-    },
-    "bank": {
-        "init": "bank", "bank": "10%", "ema_gamma": 6.94, "sampling": "adaptive", "lambda_adv": 0.0, "betas": (0.9, 0.99), "warmup": 10,
-    },
+    "soup Muon": {**SOUP, "optimizer": "muon", "style_lr_scale": 1.5, "warmup": 30},
+    "standard": STANDARD,
+    "standard Muon": {**STANDARD, "optimizer": "muon", "style_lr_scale": 1.5, "betas": (0.9, 0.99)},
+    "standard zero cores": {**STANDARD, "cores": "zero"},
+    "standard bank only": {**STANDARD, "trainable": "bank"},
+    "standard bank 60%": {**STANDARD, "bank": "60%"},
 }  # fmt: skip
-"""What is changed of ``PLAIN``. release: the authors' trainer, without a discriminator, and with empty captions drawn separately for
-student and teacher. data "rollouts": a cache of 160 paintings by each teacher, five states of each, whose making counts as time."""
-RATES = {"plain": 2e-3, "Muon": 4e-3, "standard": 4e-3}
+"""What is changed of ``PLAIN``. release: the authors' trainer, without a discriminator, with its own feature loss (``ReleasedObjective``),
+and with empty captions drawn separately for student and teacher. data "rollouts": a cache of 160 paintings by each teacher, five states of
+each, whose making counts as time. cores "zero": a bank of the same size that starts with nothing in it, the teachers' mean alone: what
+more numbers do without the start. "soup Muon" was called standard until 2026-11-28."""
+OWN_SETTINGS = ("data", "cores")
+"""Of an arm, and not of the trainer."""
+RATES = {"plain": 2e-3, "Muon": 4e-3, "soup Muon": 4e-3, "standard Muon": 4e-3}
 """Learning rates as tuned (``--tune``); an arm without one has plain's. The discriminator's is the student's, as in the paper."""
 
 
@@ -89,11 +103,32 @@ class ReleasedTargets:
         return self.plain(dataclasses.replace(batch, caption=torch.where(drop, 0, undropped.caption)), x_t, t, features)
 
 
+class ReleasedObjective(Objective):
+    """The objective with the authors' feature loss: the mean over ``LEVEL_ENDS``, where eq. 10 has the sum over all blocks."""
+
+    def losses(self, batch: Batch, student: Prediction, teacher: Prediction, view: View | None = None) -> Losses:
+        losses = super().losses(batch, level_ends(student), level_ends(teacher), view)
+        return dataclasses.replace(losses, feature=losses.feature / len(LEVEL_ENDS))
+
+
+def level_ends(said: Prediction) -> Prediction:
+    return dataclasses.replace(said, features=[said.features[block] for block in LEVEL_ENDS])
+
+
+@torch.no_grad()
+def empty_cores(student: UNet) -> None:
+    """Take out of a fresh student's bank what sets its styles apart (in place)."""
+    for _, layer in student.style_bank.layers():
+        layer.cores.weight.zero_()
+        if layer.bias is not None:
+            layer.bias.weight.zero_()
+
+
 def settings(arm: str, steps: int, seed: int, rate: float | None) -> DistillConfig:
     """The demo family's config with an arm's settings."""
     config = load_config(ROOT / "training" / "configs" / "demo.yaml")
     rate = rate or RATES.get(arm, RATES["plain"])
-    changes = {**PLAIN, **{k: v for k, v in ARMS[arm].items() if k != "data"}, "lr": rate, "adv_lr": rate}
+    changes = {**PLAIN, **{k: v for k, v in ARMS[arm].items() if k not in OWN_SETTINGS}, "lr": rate, "adv_lr": rate}
     config.train = dataclasses.replace(config.train, steps=steps, seed=seed, **changes)
     return config
 
@@ -144,7 +179,7 @@ class HeldOut:
 def train_arm(
     arm: str, steps: int, seed: int, device: torch.device, rate: float | None = None, at_least: float = 0.0
 ) -> tuple[dict, dict[int, dict[str, Tensor]]]:
-    """(figures, weights of the averaged student after a fifth of ``steps`` and after all, by step).
+    """(figures, weights of the averaged student, by step): at the start, after the ``SHARES`` of ``steps``, and after all.
 
     at_least: seconds to train, beyond ``steps`` where they were fewer. Seconds are of this process (it computes on one thread) or, on a
     GPU, of the clock, and of the training alone.
@@ -152,6 +187,8 @@ def train_arm(
     config = settings(
         arm, 2 * steps, seed, rate
     )  # the rate is constant: what comes after ``steps`` changes nothing before
+    if config.train.warmup < 1:
+        config.train = dataclasses.replace(config.train, warmup=round(config.train.warmup * steps))
     if config.train.lr_schedule != "constant":
         config.train, at_least = dataclasses.replace(config.train, steps=steps), 0.0
     clock = Clock(device)
@@ -163,29 +200,39 @@ def train_arm(
         clock.stop()
         config.data = DataSpec("cache", str(Path(made.name) / "cache"))
     loaded = load_run(config, device)
+    clock.start()
     run = loaded.start()
+    clock.stop()  # the start out of the teachers' weights counts as time
     if arm == "release":
         run.targets = ReleasedTargets(run)
+        run.objective = ReleasedObjective(**vars(run.objective))
+    if ARMS[arm].get("cores") == "zero":
+        empty_cores(run.student.unet)
     vae, text = load_vae(loaded.parts.vae), ClipText(loaded.parts.text)
     few, many = (HeldOut.of(run, vae, text, count) for count in (32, 128))
     names = [teacher.name for teacher in run.teachers]
     every, curve, weights, figures = max(1, steps // LOOKS), [], {}, {}
+    marks = {*(round(share * steps) for share in SHARES.values()), steps}
+
+    def look() -> None:
+        if run.step % every == 0 or run.step == steps:
+            own = few.errors(few.answers(run)).diagonal()
+            curve.append((run.step, clock.seconds, own.mean().item(), own.max().item()))
+        if run.step in marks:
+            weights[run.step] = run.student_weights()
+            answers = many.answers(run)
+            figures[run.step] = {
+                "errors": many.errors(answers).tolist(),
+                "contrast": many.contrast(answers, *(names.index(name) for name in TWINS)),
+                "seconds": clock.seconds,
+            }
+
+    look()
     while run.step < config.train.steps and (run.step < steps or clock.seconds < at_least):
         clock.start()
         run.train_step()
         clock.stop()
-        if run.step % every == 0 or run.step == steps:
-            own = few.errors(few.answers(run)).diagonal()
-            curve.append((run.step, clock.seconds, own.mean().item(), own.max().item()))
-        if run.step in (steps, round(steps / 5)):
-            weights[run.step] = run.student_weights()
-            answers = many.answers(run)
-            table = many.errors(answers)
-            figures[run.step] = {
-                "errors": table.tolist(),
-                "contrast": many.contrast(answers, *(names.index(name) for name in TWINS)),
-                "seconds": clock.seconds,
-            }
+        look()
     run.targets.pool.close()
     about = {
         "arm": arm,

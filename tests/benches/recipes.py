@@ -3,7 +3,7 @@
     python -m comfyui_dmm.tests.benches.recipes                              (about an hour on one CPU core)
     python -m comfyui_dmm.tests.benches.recipes --arms plain,adversarial --seeds 0,1,2 --steps 700
 
-Every arm is the recipe of training/configs/demo.yaml with the changes of ``ARMS``. The table gives, over the teachers, the mean eps
+Every arm is the recipe of ``demo_recipe`` with the changes of ``ARMS``. The table gives, over the teachers, the mean eps
 error on 128 scenes that no arm has seen, the worst teacher's, and what the classifier of the demo family says of 25 pictures a
 style: painted in its look, and showing what the caption says. Spread: over the seeds. One process, one arm after the other.
 """
@@ -22,7 +22,7 @@ from PIL import Image
 
 from ...dmm_core.unet import UNet, load_unet
 from ...dmm_core.vae import load_vae
-from ...training.config import DataSpec, DistillConfig, load_config
+from ...training.config import DataSpec, DistillConfig
 from ...training.data.cache import build_image_cache
 from ...training.data.demo.latents import captioned_latents, demo_images
 from ...training.data.demo.looks import BASE_LOOK, TEACHER_LOOKS
@@ -35,6 +35,7 @@ from ...training.run.load import load_run
 from ...training.run.train import train
 from ...training.teachers.teacher import Teacher, soup
 from ...training.text import ClipText
+from .demo_recipe import demo_config
 from .demo_rollouts import build_demo_rollouts
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +66,7 @@ def settings(base, changes: dict, steps: int, seed: int):
 
 def one(arm: str, steps: int, seed: int) -> dict:
     """Train an arm and judge it."""
-    config = load_config(ROOT / "training" / "configs" / "demo.yaml")
+    config = demo_config()
     config.train = settings(dataclasses.replace(config.train, lambda_adv=0.0), ARMS[arm], steps, seed)
     if kind := ARMS[arm].get("data"):
         config.data = DataSpec("cache", str(make_cache(kind, config, ARMS[arm].get("paths"))))

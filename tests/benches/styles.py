@@ -3,6 +3,7 @@
     python -m comfyui_dmm.tests.benches.styles --family demo       (half a minute on a CPU)
     python -m comfyui_dmm.tests.benches.styles --family sd15       (the real size, random weights: for a GPU)
     python -m comfyui_dmm.tests.benches.styles --family sd15 --cpu --steps 1 --rounds 5 --only "one pass" "one style /"
+    python -m comfyui_dmm.tests.benches.styles --family sd15 --cpu --bank 10% --pixels 256 --steps 1 --only "one style" "2 styles"
 
 Every line alternates its two sides and gives the median of the ratios, with the quartiles. Needs a ComfyUI (COMFYUI_PATH).
 """
@@ -10,6 +11,7 @@ Every line alternates its two sides and gives the median of the ratios, with the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import tempfile
@@ -18,21 +20,28 @@ from pathlib import Path
 
 import torch
 
+from ...dmm_core.bank_size import bank_of, layout_of
 from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ...dmm_core.metadata import default_styles
 from ...dmm_core.unet import UNet, UNetConfig, init_style
 from ...training.host_path import find_host
+from ...training.loop.new_student import plain_shapes
 
 STYLES = 8
 
 
-def sizes(family: str) -> tuple[UNetConfig, int]:
-    """The UNet and the side of its native canvas in latents."""
-    if family == "sd15":
-        return UNetConfig(num_styles=STYLES), 64
-    from ...training.demo.stages import DEMO_UNET
+def sizes(family: str, bank: str = "") -> tuple[UNetConfig, int]:
+    """The UNet, with a style bank of the size ``bank`` if that is said, and the side of its native canvas in latents."""
+    config, side = UNetConfig(), 64
+    if family != "sd15":
+        from ...training.demo.stages import DEMO_UNET
 
-    return UNetConfig(**{**DEMO_UNET.__dict__, "num_styles": STYLES}), 16
+        config, side = DEMO_UNET, 16
+    layout = None
+    if bank:
+        shapes = plain_shapes(config)
+        layout = layout_of(shapes, bank_of(bank, shapes, STYLES + 1, 2), STYLES + 1)
+    return dataclasses.replace(config, num_styles=STYLES, bank=layout), side
 
 
 def start_host(cpu: bool, folder: Path):
@@ -111,7 +120,7 @@ class Bench:
 
 
 def run(args) -> None:
-    config, side = sizes(args.family)
+    config, side = sizes(args.family, args.bank)
     side = args.pixels // 8 or side
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         start_host(args.cpu or not torch.cuda.is_available(), Path(folder))
@@ -126,7 +135,8 @@ def run(args) -> None:
         pair = bench.prompts[:2]
         device = torch.cuda.get_device_name() if dtype == torch.float16 else "CPU"
         print(
-            f"{args.family}, {8 * side} x {8 * side} pixels, {dtype}, {device}, {args.steps} steps, {args.rounds} rounds\n"
+            f"{args.family}, bank {args.bank or 'none'}, {8 * side} x {8 * side} pixels, {dtype}, {device}, {args.steps} steps, "
+            f"{args.rounds} rounds\n"
         )
         print("| other / one | median ratio | quartiles | one, ms a step | aim |\n| --- | --- | --- | --- | --- |")
 
@@ -180,6 +190,7 @@ def run(args) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=["demo", "sd15"], default="demo")
+    parser.add_argument("--bank", default="", help="size of a style bank, such as 10%%")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--cpu", action="store_true")

@@ -21,7 +21,7 @@ def test_a_preset_fills_in_and_a_change_makes_it_custom(page, tmp_path_factory):
     open_graph(page, graph)
     page.wait_for_function("fetch('/dmm/presets').then((answer) => answer.ok)")
     before = values(page)
-    assert before["preset"] == "custom" and before["steps"] == 400 and before["adversarial_weight"] == 0
+    assert before["preset"] == "custom" and before["steps"] == 200 and before["adversarial_weight"] == 0
     choose(page, "preset", "paper")
     after = values(page)
     paper = PRESETS["paper"]

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from comfyui_dmm.dmm_core import bank_fit
 from comfyui_dmm.dmm_core.bank import BANK, BankConfig, bank_config, bank_key, bank_masses, folded_bank, layer_change
 from comfyui_dmm.dmm_core.bank_fit import fit_bank, fit_layer, neutral_style
 from comfyui_dmm.dmm_core.bank_size import bank_size, biases_of, is_banked, rank_within
@@ -169,6 +170,28 @@ def test_changes_of_low_rank_are_held_exactly():
             got, _ = layer_change({"up": fit.up, "down": fit.down, "cores": fit.cores}, masses)
             assert (got.flatten(1) - change).abs().max() < 1e-5 * change.abs().max()
     assert sum(fit_layer(changes.view(5, 64, 10, 3, 3), 14).kept) < 0.999 * sum(fit.total)
+
+
+def test_the_basis_of_large_layers_is_as_good_as_the_exact_one(monkeypatch):
+    """Wide layers take a randomized range finder: within 1% of the energy that all eigenvectors keep, and as orthonormal; what has few
+    directions is held exactly by both."""
+    g = torch.Generator().manual_seed(5)
+    sizes = torch.arange(1, 97).float() ** -0.7
+    slow = torch.stack(
+        [(torch.randn(96, 96, generator=g) * sizes) @ torch.randn(96, 200, generator=g) for _ in range(4)]
+    )
+    few = torch.stack([torch.randn(96, 3, generator=g) @ torch.randn(3, 200, generator=g) for _ in range(4)])
+    exact = fit_layer(slow, 12)
+    monkeypatch.setattr(bank_fit, "EXACT", 16)
+    asked = []
+    monkeypatch.setattr(bank_fit, "leading", lambda c, r, plain=bank_fit.leading: asked.append(c.shape) or plain(c, r))
+    near = fit_layer(slow, 12)
+    assert any(shape[0] == 1 for shape in asked)  # within a subspace
+    assert sum(exact.kept) * 0.99 < sum(near.kept) <= sum(exact.kept) * 1.001 and not torch.equal(near.up, exact.up)
+    assert torch.allclose(near.up.T @ near.up, torch.eye(12), atol=1e-5)
+    held = fit_layer(few, 12)
+    made = held.up @ held.cores.view(4, 12, 12) @ held.down
+    assert torch.allclose(made, few, atol=1e-4 * few.abs().max())
 
 
 def test_a_shared_basis_beats_separate_ones_of_the_same_size():

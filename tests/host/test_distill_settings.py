@@ -85,7 +85,11 @@ CONTROLS = [
             "optional": True,
         },
     ),
-    ("warmup", "INT", {"advanced": True, "default": 0, "min": 0, "max": 1000000, "optional": True}),
+    (
+        "warmup",
+        "FLOAT",
+        {"advanced": True, "default": 0, "min": 0, "max": 1000000, "optional": True, "round": False, "step": 0.01},
+    ),
     (
         "adversarial_weight",
         "FLOAT",

@@ -194,7 +194,7 @@ def test_every_setting_refuses_what_is_no_value_of_it(name):
     "settings, message",
     [
         ({"steps": True}, "steps is True: expected a whole number from 1"),
-        ({"warmup": -1}, "warmup is -1: expected a whole number from 0"),
+        ({"warmup": -1}, "warmup is -1: expected 0 or more"),
         ({"seed": 1.5}, "seed is 1.5: expected a whole number"),
         ({"lr": 0}, "lr is 0: expected a positive number"),
         ({"grad_clip": -1}, "grad_clip is -1: expected 0 or more"),

@@ -11,7 +11,11 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from comfyui_dmm.dmm_core.unet import UNet
+from comfyui_dmm.dmm_core.bank import folded_bank
+from comfyui_dmm.dmm_core.bank_fit import fit_bank
+from comfyui_dmm.dmm_core.bank_size import bank_of
+from comfyui_dmm.dmm_core.checkpoint import STYLE_KEYS
+from comfyui_dmm.dmm_core.unet import UNet, load_unet
 from comfyui_dmm.training.config import TrainConfig
 from comfyui_dmm.training.evaluation.agreement import eps_per_style, noised, stratified_error
 from comfyui_dmm.training.evaluation.baselines import (
@@ -124,6 +128,27 @@ def test_merges_are_the_sums_that_they_are_called(config):
         same_weights(the_model(tuning.merged(scale)).unet, want)
     same_weights(the_model(tuning.merged(1 / 3)).unet, soup(weights))
     assert all(torch.equal(v, before[k]) for k, v in teachers[0].unet.state_dict().items()), "teachers are only read"
+
+
+def test_the_merge_is_what_dmm_merge_makes():
+    """Against the same fit, folded for each style by hand; in the order of the teachers, whatever the student's."""
+    student, teachers, base = family()
+    shapes = {key: tuple(w.shape) for key, w in base.unet.state_dict().items()}
+    size = bank_of("40%", shapes, 4, 2)
+    weights = [teacher.unet.state_dict() for teacher in teachers]
+    fitted = fit_bank(weights, base.unet.state_dict(), size.rank, shapes=shapes, bias=size.bias, dtype=torch.float32)
+    want = {key: value for one in fitted for key, value in one.weights.items()}
+    who, first = ModelRef.of(student, len(PROMPTS)), ModelRef.of(base, len(PROMPTS))
+    (one,) = make_baselines(["merge"], who, NAMES, refs(teachers), base=first, budget="40%")
+    assert [place for _, place in one.painters] == [0, 1, 2] and one.about["rank"] == size.rank
+    got = the_model(one).unet.state_dict()
+    masses = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    same_weights(load_unet(folded_bank(plain_keys(got), masses)), folded_bank(want, masses))
+
+
+def plain_keys(sd: dict) -> dict:
+    """Without codebook and MLP."""
+    return {key: value for key, value in sd.items() if key.startswith("style_bank.") or not key.startswith(STYLE_KEYS)}
 
 
 def test_the_chain_depends_on_the_order():
@@ -244,7 +269,7 @@ def test_everyone_is_in_one_table(everything):
     (student, teachers, base), e = everything
     s, rows = settings(), rows_of(e)
     assert list(rows) == [
-        "base", "untrained", "soup", "chain", "task vectors", "low-rank bank", *(f"teacher {name}" for name in NAMES),
+        "base", "untrained", "soup", "chain", "task vectors", "low-rank bank", "merge", *(f"teacher {name}" for name in NAMES),
     ]  # fmt: skip
     # The soup as if it were the base: other code computes its figures there.
     model = the_model(made("soup", student, teachers))
@@ -477,7 +502,7 @@ def test_what_cannot_be_made_is_refused_by_name():
         ):
             make_baselines([name], who, NAMES, all_of, base=None)
     mixed = refs([*teachers[:2], dataclasses.replace(teachers[2], prediction="v")])
-    assert set(obstacles(mixed, first)) == {"soup", "chain", "task-vectors", "low-rank"}
+    assert set(obstacles(mixed, first)) == {"soup", "chain", "task-vectors", "low-rank", "merge"}
     with pytest.raises(
         ValueError, match=rf"soup, chain: weights that predict different things.*'{NAMES[2]}' predict v"
     ):

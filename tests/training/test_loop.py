@@ -1,5 +1,6 @@
 """The distillation loop: losses by hand, who sees what, gradients, averages, and that training does what it is for."""
 
+import dataclasses
 import itertools
 import math
 
@@ -242,6 +243,8 @@ def test_learning_rate_schedules(schedule, at_end):
     if schedule == "cosine":
         assert math.isclose(rates[55], 1.0)
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    share = dataclasses.replace(run.config, warmup=0.1)  # the same steps, said as a share of them
+    assert [learning_rate(share, s) for s in range(101)] == rates
 
 
 def test_the_final_stage_has_a_rate_of_its_own():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ...dmm_core.bank_size import USUAL
 from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.unet import unet_config_from_state_dict
 from ..data.text_states import TextStates
@@ -39,6 +40,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--baselines", metavar="NAMES", help=f"{ALL}, or with commas of {', '.join(BASELINES)} (docs/evaluation.md)"
     )
     p.add_argument("--rank", type=int, default=RANK, help=f"of the baseline low-rank (default: {RANK})")
+    p.add_argument(
+        "--budget", default=USUAL, help=f"size of the baseline merge's style bank (default: {USUAL})".replace("%", "%%")
+    )
     p.add_argument(
         "--also", action="append", default=[], type=named_file, metavar="NAME=FILE", help="repeatable; a further DMM model, or a plain one"
     )  # fmt: skip
@@ -110,7 +114,7 @@ def read_inputs(args: argparse.Namespace, device: torch.device) -> tuple[Lineup,
         base,
         vae_decoder(student, config, device) if needs_features else None,
         load_features(features_file) if needs_features and features_file else None,
-        [*others, *make_baselines(chosen, painter, styles, teachers, base=base, rank=args.rank)],
+        [*others, *make_baselines(chosen, painter, styles, teachers, base=base, rank=args.rank, budget=args.budget)],
     )
     return lineup, settings
 

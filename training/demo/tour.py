@@ -1,4 +1,4 @@
-"""`make demo`: distil the demo teachers, compare the student with them, paint, and say where everything is."""
+"""`make demo`: merge the demo teachers at once, distil from there, compare both with the teachers, paint, and say where everything is."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from ...dmm_core.unet import UNet, load_unet
 from ..config import load_config
 from ..data.demo.latents import demo_latents
 from ..loop.eps_table import eps_errors, format_table
+from ..merge.files import merge_files
+from ..merge.merge import MergeConfig
 from ..paint.images import blend_strip, grid
 from ..paint.painter import Painter, Settings, painter
 from ..run.distill import distill
@@ -38,9 +40,23 @@ def tour(config_path: str, watch: Watch) -> None:
     started = time.monotonic()
     config = load_config(config_path)
     output = Path(config.output)
+    at_once = output.with_name(output.stem.removesuffix("-dmm") + "-merged.safetensors")
+    report, _ = merge_files(
+        [(spec.name, spec.file) for spec in config.teachers],
+        at_once,
+        MergeConfig(config.train.bank),
+        base=config.base,
+        parts_from=config.parts_from,
+        title=f"{config.title}, merged without training",
+    )
+    merged = time.monotonic()
+    print(
+        f"\n1. Merged without training, in {merged - started:.1f} s: {at_once}\n\n{report.text()}\n\n2. Distilled from there\n"
+    )
     run = distill(config, watch)
     trained = time.monotonic()
 
+    first_look = load_checkpoint(at_once)
     student = load_unet(load_checkpoint(output).unet)  # what was written, not what is in memory
     average = UNet(run.base.unet.config)
     average.load_state_dict(soup([t.unet.state_dict() for t in run.teachers]))
@@ -48,21 +64,30 @@ def tour(config_path: str, watch: Watch) -> None:
     brush = painter(load_checkpoint(output))
     contexts = brush.text.encode(data.prompts)  # the demo family shares one text encoder
     base, *teachers = (replace(teacher, contexts=contexts) for teacher in (run.base, *run.teachers))
-    table = eps_errors(teachers, base, average, student, data=data, samples=len(data))
+    table = eps_errors(
+        teachers, base, average, student, data=data, samples=len(data), merged=load_unet(first_look.unet)
+    )
     print(f"\neps error against each teacher (mean squared, {len(data)} unseen scenes; smaller is closer)\n")
     print(format_table(table))
 
+    at_first = painter(first_look)
     rows, labels = [], []
     for spec, teacher in zip(config.teachers, run.teachers):
         plain = Painter(teacher.unet, brush.text, brush.vae)
         for name, who, row in (
             (f"{spec.name}: teacher", plain, None),
-            (f"{spec.name}: DMM", brush, brush.style_row(spec.name)),
+            (f"{spec.name}: merged", at_first, at_first.style_row(spec.name)),
+            (f"{spec.name}: distilled", brush, brush.style_row(spec.name)),
         ):
             labels.append(name)
             rows.append(who.pictures(who.latents(CAPTIONS, row, seed=1, settings=SETTINGS)))
     sheet = output.with_name(output.stem + "-grid.png")
-    grid(rows, labels, CAPTIONS, title="Each teacher, and the one DMM model in its style").save(sheet)
+    grid(
+        rows,
+        labels,
+        CAPTIONS,
+        title="Each teacher, and one model in its style: merged without training, and distilled from there",
+    ).save(sheet)
 
     first, second = BLEND
     shares = [i / 6 for i in range(7)]
@@ -74,7 +99,9 @@ def tour(config_path: str, watch: Watch) -> None:
     blend_strip(frames, first, second, shares, title="One model, two styles, seven blends").save(strip)
 
     print(f"\ncheckpoint  {output} ({output.stat().st_size / 1e6:.1f} MB)\npictures    {sheet}\nblend       {strip}")
-    print(f"distilled in {trained - started:.0f} s, all in {time.monotonic() - started:.0f} s")
+    print(
+        f"merged in {merged - started:.1f} s, distilled in {trained - merged:.0f} s, all in {time.monotonic() - started:.0f} s"
+    )
     print(
         "\nIn ComfyUI: copy the checkpoint into ComfyUI/models/dmm (or models/checkpoints), open the template "
         "'quickstart' of this pack and pick the file in the 'Load DMM Model' node."

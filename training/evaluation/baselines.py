@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...dmm_core.bank_size import USUAL, bank_of
 from ...dmm_core.unet import UNet, UNetConfig, load_unet
 from ..config import TrainConfig
 from ..files.hashing import repr_sha256
 from ..loop.losses import score_loss
-from ..loop.new_student import new_student
+from ..loop.new_student import FILE_ITEMSIZE, new_student
 from ..teachers.teacher import Teacher, without_styles
 from .agreement import noised, predictions
 from .merges import adapter_size, chain_shares, is_full, low_rank, soup_shares, task_vector_shares, weighted_sum
@@ -28,9 +29,9 @@ from .settings import EvaluationSettings
 from .work_counter import painting_cost
 
 ALL = "all"
-BASELINES = ("base", "untrained", "soup", "chain", "task-vectors", "low-rank", "teachers")
-NEED_BASE = ("base", "untrained", "task-vectors")
-MERGES = ("soup", "chain", "task-vectors", "low-rank")
+BASELINES = ("base", "untrained", "soup", "chain", "task-vectors", "low-rank", "merge", "teachers")
+NEED_BASE = ("base", "untrained", "task-vectors", "merge")
+MERGES = ("soup", "chain", "task-vectors", "low-rank", "merge")
 """Weighted sums of models, which must all predict the same: eps, or v."""
 RANK = 8
 """Default rank of the low-rank bank."""
@@ -101,9 +102,10 @@ def make_baselines(
     *,
     base: ModelRef | None,
     rank: int = RANK,
+    budget: str = USUAL,
 ) -> list[Contender]:
     """The named baselines; "base" adds nothing, as a ``Lineup`` has the base by itself. styles: names of the student's styles. rank: of
-    the low-rank bank.
+    the low-rank bank. budget: of the merge's style bank.
 
     Raises ValueError with the reasons for baselines that cannot be made of these models, and for a rank below 1.
     """
@@ -129,6 +131,9 @@ def make_baselines(
             out.append(Contender("task vectors", (), {"method": name}, Tuning(student, teachers, base)))
         elif name == "low-rank":
             out.append(low_rank_bank(student, teachers, rank))
+        elif name == "merge":
+            assert base is not None, "obstacles() refuses it without one"
+            out.append(merge_with_bank(student, teachers, base, budget))
         elif name == "teachers":
             out += [Contender(f"teacher {one.name}", ((one, None),), {"method": name}) for one in teachers]
     return out
@@ -287,6 +292,22 @@ class _Bank:
 def parameter_shapes(config: UNetConfig) -> Mapping[str, torch.Size]:
     with torch.device("meta"):
         return {name: p.shape for name, p in UNet(without_styles(config)).named_parameters()}
+
+
+# --- a style bank -----------------------------------------------------------------------------------------------------
+
+
+def merge_with_bank(student: ModelRef, teachers: Sequence[ModelRef], base: ModelRef, budget: str) -> Contender:
+    """What ``dmm merge`` makes without training: the soup and a style bank of this size. All teachers are in memory while it is made."""
+    size = bank_of(budget, parameter_shapes(base.config), len(teachers) + 1, FILE_ITEMSIZE)
+
+    def make() -> UNet:
+        config = TrainConfig(init="bank", bank=budget, seed=0)
+        return new_student(base.open().unet, [one.open() for one in teachers], config).requires_grad_(False)
+
+    ref = derived("merge", ("merge", budget), [base, *teachers], student=student, make=make)
+    about = {"method": "merge", "budget": budget, "rank": size.rank, "bank_share": size.share}
+    return Contender("merge", [(ref, i) for i in range(len(teachers))], about)
 
 
 # --- a student before its training ------------------------------------------------------------------------------------

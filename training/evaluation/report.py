@@ -248,6 +248,12 @@ def notes(e: Evaluation) -> list[str]:
             f"is a bank of {about['adapters']} adapters, not one model: {about['adapters']} x {one:,} numbers beside the UNet's {whole:,} "
             f"({100 * about['adapters'] * one / whole:.0f}%)."
         )
+    if "merge" in made:
+        about = made["merge"].about
+        out.append(
+            f"- merge, zero training: the mean of the teachers with a style bank of rank {about['rank']}, "
+            f"{100 * about['bank_share']:.0f}% of the UNet (dmm merge --budget {about['budget']})."
+        )
     return ["\n".join(out)] if out else []
 
 

@@ -24,8 +24,8 @@ Predict = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass
 class EpsErrors:
-    """Mean (eps - eps_teacher)^2 for one teacher: of the base, of the soup (the teachers' average), of the student in this
-    teacher's style, and of the student in every other style (``wrong`` their mean, ``wrong_best`` the lowest)."""
+    """Mean (eps - eps_teacher)^2 for one teacher: of the base, of the soup (the teachers' average), of the student in this teacher's style,
+    and in every other style (``wrong`` their mean, ``wrong_best`` the lowest); ``merged``: of a second student in this style."""
 
     teacher: str
     base: float
@@ -33,6 +33,7 @@ class EpsErrors:
     student: float
     wrong: float
     wrong_best: float
+    merged: float = float("nan")
 
 
 @torch.no_grad()
@@ -46,9 +47,10 @@ def eps_errors(
     samples: int = 64,
     seed: int = 1,
     pool: TeacherPool | None = None,
+    merged: UNet | None = None,
 ) -> list[EpsErrors]:
     """Compare on the same x_t, spread evenly over t, the first ``samples`` pictures of one size of ``data``; all models on one device,
-    or the teachers and the base where their ``pool`` has them.
+    or the teachers and the base where their ``pool`` has them. merged: a second student with the same styles.
 
     Everything is compared in the parameterisation of the model's output; teachers must share the base's.
     """
@@ -70,6 +72,7 @@ def eps_errors(
     of_base = predict(unet_of(len(teachers)), base)
     of_soup = predict(soup, base) if soup else torch.full_like(of_base, float("nan"))
     of_student = [predict(student, base, i) for i in range(len(teachers))]
+    of_merged = [predict(merged, base, i) for i in range(len(teachers))] if merged else []
     table = []
     for i, teacher in enumerate(teachers):
         target = predict(unet_of(i), teacher)
@@ -83,6 +86,7 @@ def eps_errors(
                 student=error[i],
                 wrong=sum(wrong) / len(wrong) if wrong else float("nan"),
                 wrong_best=min(wrong, default=float("nan")),
+                merged=score_loss(of_merged[i], target).mean().item() if of_merged else float("nan"),
             )
         )
     return table
@@ -94,6 +98,7 @@ def format_table(table: Sequence[EpsErrors]) -> str:
     titles = {
         "base": "base",
         "soup": "soup",
+        "merged": "merged",
         "student": "DMM, its style",
         "wrong": "other styles",
         "wrong_best": "nearest other",

@@ -32,9 +32,10 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     c = config
     if c.final_steps and step >= c.steps:
         return c.final_lr or c.lr
-    if step < c.warmup:
-        return c.lr * (step + 1) / c.warmup
-    done = (step - c.warmup) / max(1, c.steps - c.warmup)
+    warmup = round(c.warmup * c.steps) if c.warmup < 1 else c.warmup
+    if step < warmup:
+        return c.lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, c.steps - warmup)
     if c.lr_schedule == "cosine":
         return c.lr * 0.5 * (1 + math.cos(math.pi * done))
     return c.lr * (1 - done) if c.lr_schedule == "linear" else c.lr
