@@ -91,6 +91,7 @@ class AddTeacher(io.ComfyNode):
     @classmethod
     def execute(cls, teachers, latents=None, captions=None, **lists) -> io.NodeOutput:
         one, config = given(lists)
+        config = dataclasses.replace(config, init="base")  # from the model, whatever a preset says
         teachers = connected(teachers)
         if one.get("instant"):
             node_id = cls.hidden.unique_id
@@ -149,6 +150,7 @@ class ForgetStyle(io.ComfyNode):
     @classmethod
     def execute(cls, latents=None, captions=None, **lists) -> io.NodeOutput:
         one, config = given(lists)
+        config = dataclasses.replace(config, init="base")  # from the model, whatever a preset says
         attack = AttackConfig(**{field: one[name] for name, field in ATTACK.items()})
         attack.validate()
         forget = style_names(one["styles"])

@@ -29,8 +29,12 @@ def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) ->
     grown = base.config.num_styles > 0
     if grown and config.init != "base":
         raise ValueError(f"init is {config.init!r}: a model that has styles already goes on from itself (init: base)")
-    if base.config.bank:
+    if base.config.bank and any(teacher.unet is base for teacher in teachers):
         return ready(load_unet(bank_start(base, teachers, config)), config)
+    if base.config.bank:
+        raise ValueError(
+            "the base is a DMM model with a style bank, which cannot be trained further yet: start from a plain model"
+        )
     sizes = {**vars(base.config), "num_styles": len(teachers)}
     if not grown:
         sizes["style_mlp"] = mlp_name(bool(sizes["adm_channels"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,8 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
     train, plan = fitted(
         config.train, base_unet.config, data.shape[1:], len(files), device=device, processes=ranks.world, begun=begun
     )
+    if grown:  # such a student starts from the model, whatever a preset says
+        train = dataclasses.replace(train, init="base")
     base.unet = {}  # the copy in ``foundation`` is enough
     old = [foundation.as_style(i, style) for i, style in enumerate(base.styles)] if grown else []
     return Run(
