@@ -76,7 +76,7 @@ class BankBench(Bench):
     def forgetting(self, gone: str, budget: str, check: int) -> None:
         everyone = list(self.teachers)
         old, styles = self.as_base(self.merged(everyone, budget), everyone)
-        config = self.settings(self.steps, init="base", **ADDING)
+        config = self.settings(self.steps, init="base", batch_size=16, **ADDING)
         run = forgetting(old, styles, [gone], self.data, config=config, device=CPU, attack=AttackConfig())
         place = everyone.index(gone)
         stay = [name for name in everyone if name != gone]
@@ -86,7 +86,9 @@ class BankBench(Bench):
             flush=True,
         )
         arms = {"deleted": dropped.unet, "never there": self.merged(stay, budget)}
+        started = time.monotonic()
         train(run, None)
+        print(f"  trained {self.steps} steps in {time.monotonic() - started:.0f} s", flush=True)
         arms["deleted and trained"] = run.student_weights()
         everywhere = self.errors(old.unet.state_dict(), everyone)
         print(f"  before: {gone} {everywhere[gone]:.4f}, others {mean_of(everywhere, stay):.4f}", flush=True)

@@ -97,11 +97,11 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
     foundation.file, foundation.sha256 = recorded(config.base, [])
     begun = begun_with(Path(config.run_dir))
     check_text((foundation, *frozen.values()))
+    # A student that goes on with its styles starts from the model, whatever a preset says.
+    settings = dataclasses.replace(config.train, init="base") if grown else config.train
     train, plan = fitted(
-        config.train, base_unet.config, data.shape[1:], len(files), device=device, processes=ranks.world, begun=begun
+        settings, base_unet.config, data.shape[1:], len(files), device=device, processes=ranks.world, begun=begun
     )
-    if grown:  # such a student starts from the model, whatever a preset says
-        train = dataclasses.replace(train, init="base")
     base.unet = {}  # the copy in ``foundation`` is enough
     old = [foundation.as_style(i, style) for i, style in enumerate(base.styles)] if grown else []
     return Run(
