@@ -317,9 +317,14 @@ def layer_change(parts: Mapping[str, Tensor], masses: Tensor) -> tuple[Tensor, T
 def layer_change_parts(parts: Mapping[str, Tensor], masses: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """The same as a LoRA has it: up (out, S) and down (S, in, ...), whose product the weight gets, and what the bias gets; float32."""
     masses = masses.float()
-    core = (masses @ parts["cores"].float()).view(parts["up"].shape[1], -1)
+    up, down = parts["up"].float(), parts["down"].float()
+    core = (masses @ parts["cores"].float()).view(up.shape[1], -1)
+    # Without the directions that the core does not use: a style's weights keep every bit when its bank grows (``bank_grow``).
+    rows, columns = core.any(1), core.any(0)
+    if not (rows.all() and columns.all()):
+        up, core, down = up[:, rows], core[rows][:, columns], down[columns]
     bias = masses @ parts["bias"].float() if "bias" in parts else None
-    return parts["up"].float() @ core, parts["down"].float(), bias
+    return up @ core, down, bias
 
 
 def with_blends(sd: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:

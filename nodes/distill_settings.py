@@ -54,7 +54,7 @@ FIELDS = {
     "bank_size": "bank",
 }
 """Input -> field of TrainConfig."""
-GROWING = {"guard": "guard", "warm_start": "warm_start"}
+GROWING = {"guard": "guard", "warm_start": "warm_start", "growth": "growth"}
 """The same, of the nodes that go on with a DMM model."""
 
 
@@ -162,6 +162,10 @@ def guard_input():
 
 def warm_start_input():
     return int_input("warm_start", 100_000)
+
+
+def growth_input():
+    return io.String.Input("growth", default=DEFAULTS.growth, tooltip=doc("growth"), advanced=True, optional=True)
 
 
 def train_config(given: Mapping[str, Any]) -> TrainConfig:

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import comfy.model_management as mm
+import comfy.utils
+import torch
+from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
+
+from ..dmm_core.checkpoint import Checkpoint, save_checkpoint
+from ..dmm_core.metadata import StyleInfo
 from ..dmm_core.style_value import NO_STYLE, Mix, parse_style
 from ..training.config import AttackConfig
-from . import training_inputs
-from .distill_settings import growing_inputs, guard_input, int_input, warm_start_input
-from .training_run import comparison, connected, data_inputs, given, learn, outputs, teachers_input
+from ..training.files.hashing import weights_sha256
+from ..training.merge.grow import add_teachers, delete_styles
+from . import host_model, paths, training_inputs
+from .distill_settings import growing_inputs, growth_input, guard_input, int_input, warm_start_input
+from .merge import source
+from .preview import send_text
+from .teacher import TeacherInput
+from .training_run import (
+    comparison,
+    connected,
+    data_inputs,
+    file_stem,
+    given,
+    learn,
+    memory_given_back,
+    outputs,
+    teachers_input,
+)
 
 ATTACK = {"attack_codes": "codes", "attack_every": "every", "attack_steps": "steps", "check_steps": "check"}
 """Input of Forget Style -> field of AttackConfig."""
@@ -42,10 +68,20 @@ class AddTeacher(io.ComfyNode):
             inputs=[
                 *model_inputs("its styles stay."),
                 teachers_input(),
-                *data_inputs("my-dmm-grown"),
+                *data_inputs("my-dmm-grown", optional=True),
                 guard_input(),
                 warm_start_input(),
                 *growing_inputs(),
+                growth_input(),
+                io.Boolean.Input(
+                    "instant",
+                    default=False,
+                    optional=True,
+                    tooltip=(
+                        "No training: the looks join the style bank of a merged model at once, and the styles that it has keep every bit. "
+                        "Needs no latents and captions."
+                    ),
+                ),
             ],
             outputs=outputs(),
             hidden=[io.Hidden.unique_id],
@@ -53,9 +89,14 @@ class AddTeacher(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, teachers, latents, captions, **lists) -> io.NodeOutput:
+    def execute(cls, teachers, latents=None, captions=None, **lists) -> io.NodeOutput:
         one, config = given(lists)
+        config = dataclasses.replace(config, init="base")  # from the model, whatever a preset says
         teachers = connected(teachers)
+        if one.get("instant"):
+            node_id = cls.hidden.unique_id
+            return at_once(one, node_id, lambda before, say: grown(before, teachers, config.growth, node_id))
+        needed(latents, captions, "instant")
         parts = training_inputs.dmm_parts(one["model"], one["clip"], one["vae"])
 
         def gather(say):
@@ -84,13 +125,22 @@ class ForgetStyle(io.ComfyNode):
                 io.String.Input(
                     "styles", default="", tooltip="What to forget: a name, or several with commas between them."
                 ),
-                *data_inputs("my-dmm-less"),
+                *data_inputs("my-dmm-less", optional=True),
                 guard_input(),
                 attack_input("attack_codes", 64),
                 attack_input("attack_every", 100_000, advanced=True),
                 attack_input("attack_steps", 10_000, advanced=True),
                 attack_input("check_steps", 100_000),
                 *growing_inputs(),
+                io.Boolean.Input(
+                    "only_delete",
+                    default=False,
+                    optional=True,
+                    tooltip=(
+                        "No training: what the file holds of the styles alone goes. What the network knows stays; with latents and "
+                        "captions the report says how much of the looks a search finds back."
+                    ),
+                ),
             ],
             outputs=outputs(),
             hidden=[io.Hidden.unique_id],
@@ -98,18 +148,24 @@ class ForgetStyle(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, latents, captions, **lists) -> io.NodeOutput:
+    def execute(cls, latents=None, captions=None, **lists) -> io.NodeOutput:
         one, config = given(lists)
+        config = dataclasses.replace(config, init="base")  # from the model, whatever a preset says
         attack = AttackConfig(**{field: one[name] for name, field in ATTACK.items()})
         attack.validate()
         forget = style_names(one["styles"])
-        parts = training_inputs.dmm_parts(one["model"], one["clip"], one["vae"])
 
         def gather(say):
             model, clip = one["model"], one["clip"]
             return training_inputs.gather_forgetting(
                 model, clip, forget, latents=latents, captions=captions, config=config, attack=attack, say=say
             )
+
+        if one.get("only_delete"):
+            searched = gather if latents is not None and captions is not None else None
+            return at_once(one, cls.hidden.unique_id, lambda before, say: deleted(before, forget, searched, say))
+        needed(latents, captions, "only_delete")
+        parts = training_inputs.dmm_parts(one["model"], one["clip"], one["vae"])
 
         def report(run, say) -> str:
             return (
@@ -126,6 +182,70 @@ def style_names(text: str) -> list[str]:
     if not names or NO_STYLE in names:
         raise ValueError(f"styles is '{text}': name one style, or several with commas between them")
     return names
+
+
+# --- without training -------------------------------------------------------------------------------------------------
+
+Change = Callable[[Checkpoint, training_inputs.Say], tuple[Checkpoint, str, str]]
+"""(model, where to say things) -> the model that it becomes, what else determines it, and the report."""
+
+
+def needed(latents, captions, instead: str) -> None:
+    """Raises ValueError without training pictures."""
+    if latents is None or captions is None:
+        raise ValueError(f"training needs latents and captions: connect them, or switch '{instead}' on")
+
+
+def at_once(one, node_id, change: Change) -> io.NodeOutput:
+    """A node's work without training: the MODEL of the inputs as it would be saved, changed, in a new file. one: the node's inputs."""
+    stem = file_stem(one["name"])
+
+    def say(text: str) -> None:
+        send_text(text, node_id)
+
+    # Nodes run in inference mode, whose tensors a model that is trained later would refuse.
+    with torch.inference_mode(False), torch.no_grad(), memory_given_back():
+        before = host_model.to_checkpoint(one["model"], one["clip"], one["vae"])
+        after, what, report = change(before, say)
+        short = hashlib.sha256("\n".join([weights_sha256(before.unet), what]).encode()).hexdigest()[:8]
+        folder = Path(paths.output_folder())
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{stem}-{short}.safetensors"
+        save_checkpoint(path, dataclasses.replace(after, metadata={**after.metadata, "modelspec.title": stem}))
+    model, *_ = host_model.load(str(path))
+    # There are no losses: a Loss Graph behind the node is left out.
+    return io.NodeOutput(model, ExecutionBlocker(None), ui=ui.PreviewText(f"saved dmm/{path.name}\n\n{report}"))
+
+
+def grown(before: Checkpoint, teachers: Sequence[TeacherInput], budget: str, node_id) -> tuple[Checkpoint, str, str]:
+    """The model with a style for each teacher, as ``Change`` has it."""
+    sources = [source(f"teacher '{one.name}'", one.model, StyleInfo(one.name, one.description)) for one in teachers]
+    bar = comfy.utils.ProgressBar(len(before.unet), node_id=node_id)
+
+    def progress(done: int, total: int, what: str) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+        send_text(f"{what}: {done} of {total}", node_id)
+
+    after, report = add_teachers(before, sources, budget, device=mm.get_torch_device(), progress=progress)
+    return after, repr([budget, *((one.name, one.stamp) for one in sources)]), report.text()
+
+
+def deleted(
+    before: Checkpoint, forget: Sequence[str], gather: Callable | None, say: training_inputs.Say
+) -> tuple[Checkpoint, str, str]:
+    """The model without some styles, as ``Change`` has it. gather: makes a run that can search for them, where there are pictures."""
+    after, report = delete_styles(before, forget)
+    text = report.text()
+    if gather:
+        run = gather(say)
+        try:
+            found = run.kind.final_report(run, training_inputs.interruptible(say))
+        finally:
+            run.targets.pool.close()
+            vars(run).clear()
+        text = f"{text}\n\n{found}".rstrip()
+    return after, repr(sorted(forget)), text
 
 
 NODES = [AddTeacher, ForgetStyle]

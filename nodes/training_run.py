@@ -47,10 +47,12 @@ def teachers_input():
     return io.Autogrow.Input("teachers", template=template)
 
 
-def data_inputs(name: str) -> list:
+def data_inputs(name: str, optional: bool = False) -> list:
+    """optional: the pictures and their captions, which a node can do without."""
+    latents = "The training pictures: from VAE Encode, one by one or as batches."
     return [
-        io.Latent.Input("latents", tooltip="The training pictures: from VAE Encode, one by one or as batches."),
-        io.String.Input("captions", force_input=True, tooltip="One text for each picture."),
+        io.Latent.Input("latents", tooltip=latents, optional=optional),
+        io.String.Input("captions", force_input=True, tooltip="One text for each picture.", optional=optional),
         io.String.Input("name", default=name, tooltip="The file in output/dmm begins with this."),
     ]
 

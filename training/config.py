@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..dmm_core.bank_grow import USUAL_GROWTH
 from ..dmm_core.bank_size import USUAL, parse_budget
 from .fields import about, check_fields, is_number, setting, table
 from .presets import preset
@@ -198,6 +199,12 @@ class TrainConfig:
         low=0,
     )
 
+    growth: str = setting(
+        USUAL_GROWTH,
+        "When a model with a style bank grows: what the new styles add to it before the first step, as a share of the UNet's weights or of "
+        "the file in MB; 0%: their cores alone, in the basis as it is.",
+    )
+
     # --- the final stage ---
     final_steps: int = setting(
         0, "More steps at the end, on pictures that the teachers paint then.", unit="steps", low=0
@@ -282,6 +289,7 @@ class TrainConfig:
         """Raises ValueError naming the first setting that makes no sense."""
         check_fields(self)
         parse_budget(self.bank)
+        parse_budget(self.growth)
         if self.trainable == "bank" and self.init == "soup":
             raise ValueError("trainable is 'bank' and init is 'soup', which makes none: set init to bank")
 
@@ -407,11 +415,17 @@ def check_names(names: list[str]) -> None:
         seen[folded] = name
 
 
-def load_config(path: str | Path) -> DistillConfig:
-    """Read and check a YAML config. Raises ValueError naming the file and the key that is wrong."""
+def load_config(path: str | Path, grown: bool = False) -> DistillConfig:
+    """Read and check a YAML config. grown: of a run that goes on with a DMM model, where a preset has no say in how a student starts.
+
+    Raises ValueError naming the file and the key that is wrong.
+    """
     path = Path(path)
     raw = read_yaml(path)
     try:
+        train = raw.get("train") if isinstance(raw, Mapping) else None
+        if grown and isinstance(train, Mapping) and "preset" in train:
+            raw = {**raw, "train": {"init": TrainConfig.init, "bank": TrainConfig.bank, **train}}
         config = _build(DistillConfig, raw, "config")
         check_fields(config)  # before paths are made of texts
         check_fields(config.data, "data.")

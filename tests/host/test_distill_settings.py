@@ -157,6 +157,7 @@ CONTROLS = [
     ("bank_size", "STRING", {"advanced": True, "default": "10%", "multiline": False, "optional": True}),
     ("guard", "FLOAT", {"default": 0.5, "min": 0, "max": 0.95, "step": 0.05, "round": False}),
     ("warm_start", "INT", {"default": 0, "min": 0, "max": 100000}),
+    ("growth", "STRING", {"advanced": True, "default": "2%", "multiline": False, "optional": True}),
     ("attack_codes", "INT", {"default": 3, "min": 0, "max": 64}),
     ("attack_every", "INT", {"advanced": True, "default": 25, "min": 1, "max": 100000}),
     ("attack_steps", "INT", {"advanced": True, "default": 10, "min": 1, "max": 10000}),
@@ -188,7 +189,8 @@ def grow(settings):
 
 def test_the_controls_stay(settings, grow):
     attack = [i for i in grow.ForgetStyle.define_schema().inputs if i.id in grow.ATTACK]
-    inputs = [*settings.setting_inputs(), settings.guard_input(), settings.warm_start_input(), *attack]
+    growing = [settings.guard_input(), settings.warm_start_input(), settings.growth_input()]
+    inputs = [*settings.setting_inputs(), *growing, *attack]
     found = []
     for i in inputs:
         said = {k: v for k, v in i.as_dict().items() if k != "tooltip" and (k, v) != ("optional", False)}

@@ -4,7 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from comfyui_dmm.dmm_core.bank import folded_bank
+from comfyui_dmm.dmm_core.bank_fit import fit_bank, neutral_style
 from comfyui_dmm.dmm_core.checkpoint import load_checkpoint, save_checkpoint
+from comfyui_dmm.dmm_core.metadata import StyleInfo
 
 from .families import DEMO, NAMES, checkpoint_of, random_unet
 from .test_distill_host import graph, queue, saved
@@ -100,9 +103,78 @@ def test_a_style_is_forgotten_by_name(files):
     assert (new.unet["model_embedding.weight"].float() - old[[0, 2]]).abs().max() < 6e-3
 
 
+@pytest.fixture(scope="module")
+def merged(files):
+    """A merge of two models with a style bank, as a file."""
+    paths = [files.base / "models" / "dmm" / f"{name}.safetensors" for name in ("a", "b", "whole")]
+    a, b, base = (load_checkpoint(path) for path in paths)
+    shapes = {key: tuple(weight.shape) for key, weight in base.unet.items()}
+    fitted = fit_bank([a.unet, b.unet], base.unet, 4, shapes=shapes)
+    unet = {key: value for one in fitted for key, value in one.weights.items()}
+    unet |= neutral_style(2, DEMO.embed_dim, "add_embedding", torch.float16)
+    styles = [StyleInfo("one"), StyleInfo("two")]
+    save_checkpoint(
+        files.base / "models" / "dmm" / "merged.safetensors", dataclasses.replace(base, unet=unet, styles=styles)
+    )
+    return unet
+
+
+def without_pictures(g: dict) -> dict:
+    """The graph with no latents and captions on its trainer."""
+    for name in ("latents", "captions"):
+        del g["distil"]["inputs"][name]
+    return g
+
+
+def test_a_bank_grows_at_once_and_forgets_at_once(files, merged):
+    """Added, painted with, deleted again: the old styles' weights keep every bit, and at the end the old file's weights are back."""
+    g = without_pictures(grown("DMMAddTeacher", "at-once", file="merged", instant=True, growth="30%"))
+    g["load 0"]["inputs"]["ckpt_name"] = "whole.safetensors"
+    end, messages = queue(files, g)
+    assert end == "execution_success", messages[-1]
+    (path,) = saved(files, "at-once")
+    after = load_checkpoint(path)
+    assert [style.name for style in after.styles] == ["one", "two", "new"] and after.recipe["added"] == ["new"]
+    assert "grew by rank" in text_of(messages) and "| new |" in text_of(messages)
+    for style, grown_style in ((0, 0), (1, 1), (2, 3)):  # the last is "no style"
+        before, now = folded_bank(merged, torch.eye(3)[style]), folded_bank(after.unet, torch.eye(4)[grown_style])
+        assert all(torch.equal(value, now[key]) for key, value in before.items() if key != "model_embedding.weight")
+
+    (files.base / "models" / "dmm" / "grown-bank.safetensors").write_bytes(path.read_bytes())
+    g = without_pictures(grown("DMMForgetStyle", "deleted", file="grown-bank", styles="new", only_delete=True))
+    g["style"]["inputs"]["style"] = "two"
+    end, messages = queue(files, g)
+    assert end == "execution_success", messages[-1]
+    (path,) = saved(files, "deleted")
+    less = load_checkpoint(path)
+    assert [style.name for style in less.styles] == ["one", "two"] and "bit for bit" in text_of(messages)
+    assert less.unet.keys() == merged.keys() and all(torch.equal(less.unet[key], merged[key]) for key in merged)
+
+
+def test_a_bank_learns_and_forgets_by_training(files, merged):
+    end, messages = queue(files, grown("DMMAddTeacher", "trained-bank", file="merged", growth="20%"))
+    assert end == "execution_success", messages[-1]
+    (path,) = saved(files, "trained-bank")
+    after = load_checkpoint(path)
+    assert [style.name for style in after.styles] == ["one", "two", "new"]
+    assert any(".cores." in key and len(value) == 4 for key, value in after.unet.items())
+    g = grown("DMMForgetStyle", "forgot-bank", file="merged", styles="one")
+    g["style"]["inputs"]["style"] = "two"
+    end, messages = queue(files, g)
+    assert end == "execution_success", messages[-1]
+    (path,) = saved(files, "forgot-bank")
+    assert [style.name for style in load_checkpoint(path).styles] == ["two"]
+    assert "deleted: and cores" in text_of(messages) and "trained: and cores" in text_of(messages)
+    assert "The cores that stay told 100% of 'one'" in text_of(messages)
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
+        ("DMMAddTeacher", {"instant": True}, "no style bank"),
+        ("DMMAddTeacher", {"latents": None}, "connect them, or switch 'instant' on"),
+        ("DMMForgetStyle", {"styles": NAMES[0], "latents": None}, "switch 'only_delete' on"),
+        ("DMMForgetStyle", {"styles": "blue", "only_delete": True}, "no style 'blue'"),
         ("DMMAddTeacher", {"teacher": NAMES[0]}, "are the same style name"),
         ("DMMAddTeacher", {"model": ["whole", 0]}, "carries no DMM styles|has no styles"),
         ("DMMForgetStyle", {"styles": "watercolour"}, "no style 'watercolour'.*ink"),
@@ -113,6 +185,7 @@ def test_a_style_is_forgotten_by_name(files):
 def test_what_does_not_fit_is_explained_on_the_node(files, kind, changes, message):
     teacher = changes.pop("teacher", "new") if "teacher" in changes else "new"
     g = grown(kind, "refused", **changes)
+    g["distil"]["inputs"] = {key: value for key, value in g["distil"]["inputs"].items() if value is not None}
     if kind == "DMMAddTeacher":
         g["teacher 0"]["inputs"]["name"] = teacher
     end, messages = queue(files, g)
@@ -127,7 +200,6 @@ def test_what_does_not_fit_is_explained_on_the_node(files, kind, changes, messag
 
 def test_blends_become_styles_of_the_grown_model(host, models):
     """In process: the frozen old model knows a named blend as a code of its own."""
-    from comfyui_dmm.dmm_core.metadata import StyleInfo
     from comfyui_dmm.dmm_core.style_value import parse_style
     from comfyui_dmm.nodes import host_model, training_inputs
 

@@ -146,6 +146,15 @@ def test_the_shipped_demo_config_is_complete():
     assert len(config.teachers) == 7
 
 
+def test_a_preset_has_no_say_in_the_start_of_a_model_that_goes_on(tmp_path, good):
+    path = write(tmp_path, {**good, "train": {"preset": "standard", "guard": 0.25}})
+    assert load_config(path).train.init == "bank"
+    grown = load_config(path, grown=True).train
+    assert grown.init == "base" and grown.guard == 0.25 and grown.sampling == "adaptive"
+    path = write(tmp_path, {**good, "train": {"preset": "standard", "init": "soup"}})
+    assert load_config(path, grown=True).train.init == "soup"  # what is said is said, and refused later
+
+
 def test_names():
     check_names(["x", "y"])
     TrainConfig().check()
@@ -158,6 +167,7 @@ TRAIN_JSON = (
     '"optimizer": "adamw", "betas": [0.9, 0.999], "weight_decay": 0.01, "grad_clip": 1.0, "lambda_feat": 0.001, "lambda_adv": 0.01, '
     '"adv_lr": 1e-05, "adv_start": 0, "caption_dropout": 0.1, "base_share": 0.05, "loss_weight": "plain", "loss_clamp": 5.0, '
     '"sampling": "uniform", "adaptive_power": 1.0, "adaptive_floor": 0.25, "adaptive_correct": true, "guard": 0.5, "warm_start": 0, '
+    '"growth": "2%", '
     '"final_steps": 0, "final_images": 1500, "final_lr": null, "final_cfg": 7.0, "final_sampling_steps": 25, "init": "base", '
     '"bank": "10%", '
     '"trainable": "all", "lora_rank": 32, "ema_gamma": null, "ema_device": "auto", "precision": "fp32", "teacher_dtype": "auto", '

@@ -6,11 +6,14 @@ import argparse
 import json
 from pathlib import Path
 
+from ...dmm_core.bank_grow import USUAL_GROWTH
 from ..config import TrainConfig, settings_tables
 from ..fields import about_field
 from ..parallel.devices import local_device
 from ..parallel.ranks import joined, launched
 from ..run.watch.controls import StopAndSave
+from .arguments import named_file
+from .progress_bar import ProgressBar
 from .watched import watched
 
 MEMORY_HELP = "GB, auto or off. " + about_field(TrainConfig, "memory").doc
@@ -50,10 +53,78 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
         ("forget", "take styles out of a DMM model, without their teachers' files"),
     ):
         grow = commands.add_parser(name, help=what)
-        grow.add_argument("--config", required=True, help="YAML file as for distill; its base is the DMM model")
+        grow.add_argument("--config", help="YAML file as for distill; its base is the DMM model")
         grow.add_argument("--dry-run", action="store_true", help="check all files, print config and memory plan")
         grow.add_argument("--memory", type=memory, help=f"{MEMORY_HELP} (default: the config's)")
-        grow.set_defaults(run=run_distill, fork=None, grown=name)
+        INSTANT[name][0](grow)
+        grow.set_defaults(run=run_grown, fork=None, grown=name)
+
+
+def instant_add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--instant", action="store_true",
+        help="without training and without a config, into the style bank of a merged model: --model, --teacher, --output",
+    )  # fmt: skip
+    parser.add_argument("--model", metavar="FILE", help="with --instant: the DMM model")
+    parser.add_argument(
+        "--teacher", action="append", type=named_file, metavar="STYLE=FILE",
+        help="with --instant, repeatable: a checkpoint, or one with LoRAs: base.safetensors+lora.safetensors:0.8",
+    )  # fmt: skip
+    doc = about_field(TrainConfig, "growth").doc
+    parser.add_argument(
+        "--budget", help=f"with --instant. {doc} (default: {USUAL_GROWTH})".replace("%", "%%"), metavar="SIZE"
+    )
+    parser.add_argument("--output", metavar="FILE", help="with --instant: the new model, .safetensors")
+
+
+def instant_forget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--instant", action="store_true",
+        help="only delete, without training and without a config: --model, --style, --output. What the network knows stays in it",
+    )  # fmt: skip
+    parser.add_argument("--model", metavar="FILE", help="with --instant: the DMM model")
+    parser.add_argument("--style", action="append", metavar="NAME", help="with --instant, repeatable: what goes")
+    parser.add_argument("--output", metavar="FILE", help="with --instant: the new model, .safetensors")
+
+
+def run_grown(args: argparse.Namespace) -> None:
+    """``dmm add-teacher`` and ``dmm forget``: by training as a config says, or at once."""
+    _, run, names = INSTANT[args.grown]
+    given = [f"--{name}" for name in names if getattr(args, name)]
+    if not args.instant:
+        if given:
+            raise ValueError(f"{', '.join(given)} belong to --instant: a config says all of it")
+        if not args.config:
+            raise ValueError("name what to train with --config, or do it at once with --instant")
+        return run_distill(args)
+    if args.config or args.dry_run or args.memory is not None:
+        raise ValueError("--instant trains nothing: it takes no --config, --dry-run or --memory")
+    if missing := [f"--{name}" for name in names if name != "budget" and not getattr(args, name)]:
+        raise ValueError(f"--instant lacks {', '.join(missing)}")
+    run(args)
+
+
+def run_instant_add(args: argparse.Namespace) -> None:
+    from ..merge.files import grow_file
+
+    budget = args.budget or USUAL_GROWTH
+    report, files = grow_file(args.model, args.teacher, Path(args.output), budget, progress=ProgressBar())
+    print(report.text())
+    print("\n" + "\n".join(f"wrote {file}" for file in files))
+
+
+def run_instant_forget(args: argparse.Namespace) -> None:
+    from ..merge.files import delete_from_file
+
+    print(delete_from_file(args.model, args.style, Path(args.output)).text())
+    print(f"\nwrote {args.output}")
+
+
+INSTANT = {
+    "add-teacher": (instant_add, run_instant_add, ("model", "teacher", "budget", "output")),
+    "forget": (instant_forget, run_instant_forget, ("model", "style", "output")),
+}
+"""Of each command: its options, what it does at once, and the names of the options that belong to that."""
 
 
 def run_distill(args: argparse.Namespace) -> None:
@@ -63,7 +134,7 @@ def run_distill(args: argparse.Namespace) -> None:
     from ..run.distill import distill
     from ..run.load import load_run
 
-    config = load_config(args.config)
+    config = load_config(args.config, grown=bool(args.grown))
     if bool(config.forget) != (args.grown == "forget"):
         raise ValueError(
             "forget: in the config names styles to forget: run it with dmm forget"

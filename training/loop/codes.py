@@ -1,11 +1,13 @@
 """Style codes learnt with everything else frozen: the warm start of a new style, and the attack that looks for a forgotten one.
 
-A code is one vector (D,) of the codebook. Textual inversion (arXiv:2208.01618) is the same idea for a word; here the target is what
+A code is one vector (D,) of the codebook; an attack on a model with a style bank looks for a core and a bias of every layer beside it,
+and a "code" is all of these numbers in a row. Textual inversion (arXiv:2208.01618) is the same idea for a word; here the target is what
 another model predicts, so no picture is needed that this model painted.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -16,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from ...dmm_core.bank_drop import by_style
 from ...dmm_core.style import CODEBOOK
-from ...dmm_core.unet import UNet, UNetConfig
+from ...dmm_core.unet import UNet
 from ..data.batches import Batch, Draw
 from ..progress import ProgressCallback
 from ..seeds import hash_seed
@@ -32,20 +35,50 @@ LR = 0.03
 """Of Adam; codes are drawn from N(0, 1), so this is a share of their size."""
 
 
+@dataclass(frozen=True)
+class Table:
+    """A weight of a UNet with a row for each style. scale: the size of its numbers, by which a search divides them."""
+
+    key: str
+    weight: Tensor
+    scale: float
+
+    def rows(self, which: Sequence[int]) -> Tensor:
+        """(k, n) of these styles, as a search has them."""
+        return self.weight.detach()[list(which)].float() / self.scale
+
+    @torch.no_grad()
+    def put(self, which: Sequence[int], rows: Tensor) -> None:
+        """Write rows (k, n) back (in place)."""
+        self.weight[list(which)] = (rows * self.scale).to(self.weight)
+
+
+def tables(unet: UNet, cores: bool = False) -> list[Table]:
+    """What a style is in a UNet: its code, and with ``cores`` what it has in the bank."""
+    found = [Table(f"{CODEBOOK}.weight", unet.model_embedding.weight, 1.0)]  # codes are drawn from N(0, 1)
+    for key, weight in unet.named_parameters() if cores else ():
+        if by_style(key) and key != found[0].key:
+            found.append(Table(key, weight, max(weight.detach().float().square().mean().sqrt().item(), 1e-6)))
+    return found
+
+
 @dataclass
 class Search:
     """What a search for codes asks: ``unet``'s rows ``code_rows``, of which (B,) ``which`` each sample of a batch uses, should predict
-    ``target`` (B, C, h, w) on the samples of the batch. ``run`` gives captions, schedule and precision."""
+    ``target`` (B, C, h, w) on the samples of the batch. ``run`` gives captions, schedule and precision. cores: codes are those of all
+    ``tables``, side by side."""
 
     run: Trainer
     unet: UNet
     code_rows: Sequence[int]
     sample: Callable[[int], tuple[Batch, Tensor, Tensor]]
     """number -> (batch, which, target)"""
+    cores: bool = False
 
     def __post_init__(self) -> None:
         # Several codes are tried on the same few batches, and a target costs another model's forward.
         self.sample = functools.lru_cache(maxsize=REMEMBERED)(self.sample)
+        self.tables = tables(self.unet, self.cores)
 
     def errors(self, codes: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """(eq. 9 loss (B,), which (B,)) of batch ``number`` with these codes (K, D) in the place of ``code_rows``."""
@@ -56,16 +89,20 @@ class Search:
     def _predict(self, codes: Tensor, batch: Batch, which: Tensor) -> Tensor:
         run, unet = self.run, self.unet
         x_t, t = batch.x_t.to(run.device), batch.t.to(run.device)
-        weight = unet.model_embedding.weight.detach().float()
-        rows = torch.tensor(self.code_rows, device=weight.device)
-        book = weight.index_copy(0, rows, codes.float()).to(unet.model_embedding.weight.dtype)
-        style = torch.zeros(len(which), len(weight) + 1)
+        rows = torch.tensor(self.code_rows, device=codes.device)
+        mine, start = {}, 0
+        for table in self.tables:
+            width = table.weight.shape[1]
+            part = codes[:, start : start + width].float() * table.scale
+            mine[table.key] = table.weight.detach().float().index_copy(0, rows, part).to(table.weight.dtype)
+            start += width
+        style = torch.zeros(len(which), unet.config.num_styles + 1)
         style[torch.arange(len(which)), rows.cpu()[which]] = 1.0
         style[:, -1] = 1.0
         with run.autocast():
             context, y = run.base.conditioning(batch.caption, x_t.shape[2:], run.device)
             given = {"y": y, "style": style.to(run.device)}
-            out = functional_call(unet, {f"{CODEBOOK}.weight": book}, (x_t, t, context), given)
+            out = functional_call(unet, mine, (x_t, t, context), given)
         return out.float()
 
 
@@ -151,12 +188,14 @@ def recover(
     truth: Callable[[Batch], Tensor],
     steps: int,
     *,
+    cores: bool = False,
     tries: int = 4,
     batches: int = 8,
     tick: Callable[[int], None] | None = None,
 ) -> Recovery:
     """Look for a code with which ``unet``, frozen, predicts what ``truth`` does: ``tries`` codes at once, from random beginnings and the
-    known codes' mean, on the run's pictures. batches: of the run's size, for the final figures."""
+    known codes' mean, on the run's pictures. cores: for cores and biases of its bank too (``hostile_start``). batches: of the run's size,
+    for the final figures."""
     device, c = run.device, run.config
     attacked = with_more_codes(unet, tries).to(device)
 
@@ -170,11 +209,13 @@ def recover(
         return one
 
     rows = list(range(unet.config.num_styles, unet.config.num_styles + tries))
-    learn, test = (Search(run, attacked, rows, sample(seed)) for seed in ("attack", "attack test"))
+    learn, test = (Search(run, attacked, rows, sample(seed), cores) for seed in ("attack", "attack test"))
     g = torch.Generator().manual_seed(hash_seed(c.seed, "attack codes"))
     start = torch.randn(tries, unet.config.embed_dim, generator=g).to(device)
     if unet.config.num_styles:
         start[0] = unet.model_embedding.weight.detach().float().mean(0).to(device)
+    if cores:
+        start = torch.cat([start, hostile_start(learn.tables, unet.config.num_styles, tries, g)], 1)
     codes = fit_codes(learn, start, steps, tick=tick)
     numbers = range(batches)
     nothing = []
@@ -191,12 +232,27 @@ def recover(
     )
 
 
+def hostile_start(found: Sequence[Table], styles: int, tries: int, g: torch.Generator) -> Tensor:
+    """(tries, P) of the tables behind the first: what is known of cores and biases to begin with. The mean of the N ``styles`` that are
+    there; minus their sum, which in a merge is the style that was taken away; then random mixes of them."""
+    weights = torch.rand(tries, styles, generator=g)
+    weights /= weights.sum(1, keepdim=True)
+    weights[:1] = 1 / styles
+    weights[1:2] = -1
+    return torch.cat([weights.to(table.weight.device) @ table.rows(range(styles)) for table in found[1:]], 1)
+
+
 def with_more_codes(unet: UNet, count: int) -> UNet:
-    """A frozen copy of a DMM UNet with ``count`` more codes (of zeros) at the end of its codebook."""
+    """A frozen copy of a DMM UNet with ``count`` more styles (of zeros) at the end of its codebook, and of its bank if it has one."""
+    styles = unet.config.num_styles
+    weights = {
+        # in a bank the row of "no style" stays the last
+        k: torch.cat([v[:styles], v.new_zeros(count, v.shape[1]), v[styles:]]) if by_style(k) else v.clone()
+        for k, v in ((k, v.detach()) for k, v in unet.state_dict().items())
+    }
+    bank = unet.config.bank
+    bank = bank and dataclasses.replace(bank, cores=bank.cores + count)
     with torch.device("meta"):
-        grown = UNet(UNetConfig(**{**vars(unet.config), "num_styles": unet.config.num_styles + count}))
-    weights = {k: v.detach().clone() for k, v in unet.state_dict().items()}
-    book = weights[f"{CODEBOOK}.weight"]
-    weights[f"{CODEBOOK}.weight"] = torch.cat([book, book.new_zeros(count, book.shape[1])])
-    grown.load_state_dict(weights, assign=True)
-    return grown.requires_grad_(False).eval()
+        more = UNet(dataclasses.replace(unet.config, num_styles=styles + count, bank=bank))
+    more.load_state_dict(weights, assign=True)
+    return more.requires_grad_(False).eval()

@@ -17,16 +17,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...dmm_core.bank_drop import Dropped, by_style, drop_styles, without_rows
 from ...dmm_core.metadata import StyleInfo
 from ...dmm_core.style import CODEBOOK
-from ...dmm_core.unet import load_unet
+from ...dmm_core.unet import UNet, load_unet
 from ..config import AttackConfig, TrainConfig
 from ..data.batches import Batch, Draw, TrainingData
 from ..parallel.ranks import Ranks
 from ..progress import ProgressCallback
 from ..seeds import hash_seed
 from ..teachers.teacher import Teacher
-from .codes import Search, fit_codes, recover
+from .bank_start import base_around
+from .codes import Search, Table, fit_codes, hostile_start, recover, tables
 from .kinds import RunKind, guarded_shares
 from .trainer import Trainer
 
@@ -63,8 +65,9 @@ class Forget(RunKind):
         return super().styles(teachers[: self.kept])
 
     def finished(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        weights[f"{CODEBOOK}.weight"] = weights[f"{CODEBOOK}.weight"][: self.kept].clone()
-        return weights
+        styles = weights[f"{CODEBOOK}.weight"].shape[0]
+        hostile = range(self.kept, styles)
+        return {key: without_rows(value, hostile, styles) if by_style(key) else value for key, value in weights.items()}
 
     def recipe_changes(self, teachers: Sequence[Teacher]) -> dict[str, list[str]]:
         return {"forgotten": [one.teacher.name for one in self.forgotten]}
@@ -75,28 +78,40 @@ class Forget(RunKind):
 
     @contextlib.contextmanager
     def around_update(self, run: Trainer) -> Iterator[None]:
-        book = run.student.unet.model_embedding.weight
-        hostile = book.detach()[self.kept :].clone()
+        hostile = slice(self.kept, run.num_styles)  # in a bank "no style" comes after them
+        before = [(table.weight, table.weight.detach()[hostile].clone()) for table in self.tables(run.student.unet)]
         yield
         with torch.no_grad():
-            book[self.kept :] = hostile  # else the codes would step aside instead of the network
+            for weight, rows in before:
+                weight[hostile] = rows  # else the codes would step aside instead of the network
+
+    @staticmethod
+    def tables(unet: UNet) -> list[Table]:
+        """What the attack looks for in a network: codes, and where there is a bank, cores and biases."""
+        return tables(unet, cores=unet.config.bank is not None)
 
     def search(self, run: Trainer) -> None:
-        """Find codes with which the student, as it is now, paints the forgotten styles again (in place)."""
+        """Find codes (and cores, where there is a bank) with which the student, as it is now, paints the forgotten styles (in place)."""
         unet = run.student.unet
-        book = unet.model_embedding.weight
+        found, banked = self.tables(unet), unet.config.bank is not None
         for number, one in enumerate(self.forgotten):
             rows = one.code_rows[1:]
-            start = book.detach()[rows].float().clone()
+            start = torch.cat([table.rows(rows) for table in found], 1)
             # They go on from where they were, but one begins anew: the network must not learn these few only.
             fresh = (run.step // self.attack.every) % len(rows)
             g = torch.Generator().manual_seed(hash_seed(run.config.seed, "hostile code", number, run.step))
-            start[fresh] = torch.randn(start.shape[1], generator=g).to(start)
-            search = Search(run, unet, rows, self.sample(run, one, len(rows)))
+            width = unet.config.embed_dim
+            start[fresh, :width] = torch.randn(width, generator=g).to(start)
+            if banked:
+                # The mean of what is there, minus its sum, a mix of it: in turn.
+                turn = run.step // self.attack.every % 3
+                start[fresh, width:] = hostile_start(found, self.kept, 3, g)[turn]
+            search = Search(run, unet, rows, self.sample(run, one, len(rows)), banked)
             codes = fit_codes(search, start, self.attack.steps)
-            with torch.no_grad():
-                book[rows] = codes.to(book)
-        run.ranks.align(book.detach())
+            for table, part in zip(found, codes.split([table.weight.shape[1] for table in found], 1)):
+                table.put(rows, part)
+        for table in found:
+            run.ranks.align(table.weight.detach())
 
     def sample(self, run: Trainer, one: Forgotten, count: int) -> Callable[[int], tuple[Batch, Tensor, Tensor]]:
         """Batches by number whose targets are what the old model paints in the style, as ``Search`` takes them."""
@@ -122,9 +137,14 @@ class Forget(RunKind):
         steps = self.attack.check
         if not steps:
             return ""
+        if run.base.unet.config.bank:
+            return self.bank_report(run, steps, tick)
         width = max(len("a search for"), *(len(one.teacher.name) for one in self.forgotten))
-        lines = [f"{'a search for':<{width}}  found before   found now  without a style"]
-        networks = (run.base.unet, load_unet(run.student_weights()).to(run.device))
+        networks = [run.base.unet]  # a deleted code changes nothing else
+        if run.step:
+            networks.append(load_unet(run.student_weights()).to(run.device))
+        now = "   found now" if run.step else ""
+        lines = [f"{'a search for':<{width}}  found before{now}  without a style"]
         total = len(networks) * steps * len(self.forgotten)
         for place, one in enumerate(self.forgotten):
             found = []
@@ -132,9 +152,51 @@ class Forget(RunKind):
                 done, what = steps * (len(networks) * place + half), f"searching for '{one.teacher.name}'"
                 report = later(tick, done, total, what) if tick else None
                 found.append(recover(run, unet, functools.partial(ask_old, run, one.teacher), steps, tick=report))
-            before, now = found
-            lines.append(f"{one.teacher.name:<{width}}  {before.error:12.5f}{now.error:12.5f}{now.untouched:17.5f}")
+            cells = "".join(f"{one.error:12.5f}" for one in found)
+            lines.append(f"{one.teacher.name:<{width}}  {cells}{found[-1].untouched:17.5f}")
         return "\n".join(lines)
+
+    def bank_report(self, run: Trainer, steps: int, tick: ProgressCallback | None) -> str:
+        """The same for a model with a bank: found by a search for codes, and for codes and cores, in the file whose cores were only deleted
+        and in the trained one (in a run without steps, in the former alone)."""
+        places = [one.teacher.style for one in self.forgotten if isinstance(one.teacher.style, int)]
+        dropped = drop_styles(run.base.unet.state_dict(), places)
+        networks = {"deleted": load_unet(dropped.unet).to(run.device)}
+        if run.step:
+            networks["trained"] = load_unet(run.student_weights()).to(run.device)
+        heads = [f"{name}: {what}" for name in networks for what in ("codes", "and cores")]
+        width = max(len("a search in"), *(len(one.teacher.name) for one in self.forgotten))
+        lines = [f"{'a search in':<{width}}{''.join(f'{head:>20}' for head in heads)}{'without a style':>20}"]
+        total, done = len(heads) * steps * len(self.forgotten), 0
+        for one in self.forgotten:
+            found = []
+            for unet in networks.values():
+                for cores in (False, True):
+                    report = later(tick, done, total, f"searching for '{one.teacher.name}'") if tick else None
+                    ask = functools.partial(ask_old, run, one.teacher)
+                    found.append(recover(run, unet, ask, steps, cores=cores, tick=report))
+                    done += steps
+            cells = [*(one.error for one in found), found[0].untouched]
+            lines.append(f"{one.teacher.name:<{width}}{''.join(f'{cell:20.5f}' for cell in cells)}")
+        lines += ["", *told_lines([one.teacher.name for one in self.forgotten], dropped)]
+        return "\n".join(lines)
+
+
+def told_lines(names: Sequence[str], dropped: Dropped) -> list[str]:
+    """What deleting alone meant, in sentences."""
+    out = [
+        "eps errors against what the model painted in the style: 0 is that look again. 'codes' looks for a style vector, 'and cores' for "
+        "the style's part of the bank too, which anyone can do who has the file and pictures of the look."
+    ]
+    for name, told in zip(names, dropped.told):
+        if dropped.moved:
+            out.append(
+                f"The cores that stay told {100 * told.before:.0f}% of '{name}' before the mean was moved to that of the styles that stay, "
+                f"{100 * told.around:.0f}% after it."
+            )
+        else:
+            out.append(f"The cores that stay tell {100 * told.around:.0f}% of '{name}'.")
+    return out
 
 
 def later(tick: ProgressCallback, before: int, total: int, what: str) -> Callable[[int], None]:
@@ -178,11 +240,12 @@ def forgetting(
         places += [as_without_style(old, i) for i in range(len(rows))]
     kind = Forget(len(stay), tuple(forgotten), attack)
     run = Trainer(base, places, data, dataclasses.replace(config, warm_start=0), device=device, kind=kind, ranks=ranks)
-    with torch.no_grad():
-        book, codes = run.student.unet.model_embedding.weight, base.unet.model_embedding.weight
+    sources = base_around(base.unet, stay) if base.unet.config.bank else base.unet.state_dict()
+    for table in kind.tables(run.student.unet):
         for one, style in zip(kind.forgotten, (old.style for old in gone)):
             if isinstance(style, int):
-                book[one.code_rows[0]] = codes[style].to(book)
+                with torch.no_grad():
+                    table.weight[one.code_rows[0]] = sources[table.key][style].to(table.weight)
     return run
 
 

@@ -11,28 +11,28 @@ from ...dmm_core.bank import BankConfig
 from ...dmm_core.bank_fit import fit_bank
 from ...dmm_core.bank_size import bank_of, layout_of
 from ...dmm_core.style import CODEBOOK, mlp_name
-from ...dmm_core.unet import UNet, UNetConfig, init_style
+from ...dmm_core.unet import UNet, UNetConfig, init_style, load_unet
 from ..config import TrainConfig
 from ..seeds import hash_seed
 from ..teachers.teacher import Teacher, soup, without_styles
 from .adapters import add_lora
-
-FILE_ITEMSIZE = 2
-"""Bytes of a number in a student's file, which is in half precision: what MB of a bank mean."""
+from .bank_start import FILE_ITEMSIZE, bank_start
 
 
 def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) -> UNet:
     """A UNet with a style per teacher, on the CPU, what learns in float32; its start follows from config and seed alone.
 
     Where ``base`` is a DMM model, a teacher that is one of its styles begins with that style's code, and every other one with a
-    random code; network and style MLP are the base's. Raises ValueError for init "soup" or "bank" then: they would lose what it knows.
-    Where the base has a style bank and the teachers are those of its styles, in their order (``by_style``), the student is the base, by
-    init "base" as by "bank", since it has one.
+    random code; network and style MLP are the base's. Where the base has a style bank, it goes on with the teachers of its own styles, in
+    their order (``goes_on``), or with more styles or fewer (``bank_start``); init "bank" is "base" then, since it has one. Raises
+    ValueError for init "soup", and for init "bank" of a model with styles and no bank: they would lose what it knows.
     """
     grown, again = base.config.num_styles > 0, goes_on(base, teachers)
-    banks = config.init == "bank" and not again  # it gets a bank of its own
+    banks = config.init == "bank" and not base.config.bank  # it gets a bank of its own
     if grown and (banks or config.init == "soup"):
         raise ValueError(f"init is {config.init!r}: a model that has styles already goes on from itself (init: base)")
+    if base.config.bank and any(teacher.unet is base for teacher in teachers):
+        return ready(load_unet(bank_start(base, teachers, config)), config)
     if base.config.bank and not again:
         raise ValueError(
             "the base is a DMM model with a style bank, which goes on with the styles that it has, and no others yet: start from a plain "
@@ -56,6 +56,11 @@ def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) ->
     for row, teacher in enumerate(teachers):
         if codes is not None and teacher.unet is base and isinstance(teacher.style, int):
             student.model_embedding.weight.data[row] = codes[teacher.style]
+    return ready(student, config)
+
+
+def ready(student: UNet, config: TrainConfig) -> UNet:
+    """The student, with what learns chosen (in place)."""
     generator = torch.Generator().manual_seed(hash_seed(config.seed, "lora"))
     choose_trained(
         student.float(), config.trainable, lora_rank=config.lora_rank, precision=config.precision, generator=generator

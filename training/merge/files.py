@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
@@ -14,6 +15,7 @@ from ..files.model_files import add_parts, change_stamp, load_any
 from ..files.style_file import save_style
 from ..progress import ProgressCallback
 from ..teachers.lora_files import FoldedUNet, recorded, split_loras
+from .grow import DeletionReport, GrowthReport, add_teachers, delete_styles
 from .merge import MergeConfig, Source, forget_parts, merge
 from .report import MergeReport
 
@@ -36,8 +38,7 @@ def merge_files(
     output, and goes on.
     Raises ValueError naming the file, before anything is written, for what does not belong together.
     """
-    if output.suffix != ".safetensors":
-        raise ValueError(f"output is '{output}': the file name must end in .safetensors")
+    checked_output(output)
     if to == "style" and config.centre != "base":
         raise ValueError(
             "styles alone (--to style) belong on the models' mean, which would be saved nowhere: centre them at the base (--centre base)"
@@ -56,9 +57,8 @@ def merge_files(
         raise ValueError("no model has a text encoder: name a full checkpoint to take it from (--parts-from)")
     none = None
     if foundation is not None and base:
-        names, digest = recorded(base, [])
         none = Source(
-            StyleInfo("base", teacher=names, sha256=digest), foundation.unet, shapes_of(foundation),
+            file_info(base), foundation.unet, shapes_of(foundation),
             stamp_of(base), foundation.prediction,
             foundation.zero_snr,
         )  # fmt: skip
@@ -68,6 +68,44 @@ def merge_files(
     (save_style if to == "style" else save_checkpoint)(output, checkpoint)
     forget_parts(folder)
     return report, [output, *report.write(output.with_suffix(""))]
+
+
+def grow_file(
+    model: str,
+    teachers: Sequence[tuple[str, str]],
+    output: Path,
+    budget: str,
+    *,
+    device: torch.device | None = None,
+    progress: ProgressCallback | None = None,
+) -> tuple[GrowthReport, list[Path]]:
+    """The DMM model in the file ``model`` with a style more for each (style name, file), into ``output`` without training, and the report
+    beside it: the report and all files written. Raises ValueError as ``add_teachers`` does, before anything is written."""
+    checked_output(output)
+    before = load_any(model)
+    sources = [source_of(name, file, before)[0] for name, file in teachers]
+    after, report = add_teachers(before, sources, budget, base=file_info(model), device=device, progress=progress)
+    save_checkpoint(output, after)
+    return report, [output, *report.write(output.with_suffix(""))]
+
+
+def delete_from_file(model: str, styles: Sequence[str], output: Path) -> DeletionReport:
+    """The DMM model in the file ``model`` without some of its styles, into ``output``. Raises ValueError as ``delete_styles`` does."""
+    checked_output(output)
+    after, report = delete_styles(load_any(model), styles, base=file_info(model))
+    save_checkpoint(output, after)
+    return report
+
+
+def checked_output(output: Path) -> None:
+    if output.suffix != ".safetensors":
+        raise ValueError(f"output is '{output}': the file name must end in .safetensors")
+
+
+def file_info(file: str) -> StyleInfo:
+    """A file and its sha256, as recipes have it."""
+    names, digest = recorded(file, [])
+    return StyleInfo("base", teacher=names, sha256=digest)
 
 
 def source_of(name: str, file: str, base: Checkpoint | None) -> tuple[Source, Checkpoint]:

@@ -10,6 +10,7 @@ import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from PIL import Image
 
@@ -63,6 +64,9 @@ class MergeReport:
     @property
     def centre_in_words(self) -> str:
         return "the base" if self.centre == "base" else "the others' mean"
+
+    ending: ClassVar[str] = "merge"
+    """Of the names of the report's files."""
 
     def kept_by_teacher(self) -> dict[str, float]:
         """Share of each teacher's change that the bank holds, rounded to four figures."""
@@ -167,8 +171,8 @@ class MergeReport:
         }
 
     def write(self, stem: Path) -> list[Path]:
-        """<stem>-merge.md, .json and .png; the files' paths."""
-        files = [stem.with_name(f"{stem.name}-merge{end}") for end in (".md", ".json", ".png")]
+        """<stem>-merge.md (see ``ending``), .json and .png; the files' paths."""
+        files = [stem.with_name(f"{stem.name}-{self.ending}{end}") for end in (".md", ".json", ".png")]
         for path, text in zip(files, (self.text() + "\n", json.dumps(self.to_dict(), indent=2) + "\n")):
             with atomic_write(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")

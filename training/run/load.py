@@ -102,8 +102,10 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
     foundation.file, foundation.sha256 = recorded(config.base, [])
     begun = begun_with(Path(config.run_dir))
     check_text((foundation, *frozen.values()))
+    # A student that goes on with its styles starts from the model, whatever a preset says.
+    settings = dataclasses.replace(config.train, init="base") if grown else config.train
     train, plan = fitted(
-        config.train, base_unet.config, data.shape[1:], len(files), device=device, processes=ranks.world, begun=begun
+        settings, base_unet.config, data.shape[1:], len(files), device=device, processes=ranks.world, begun=begun
     )
     for teacher, style in zip(frozen.values(), base.styles if again else ()):
         teacher.goes_on_as(style)

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from ...dmm_core.files import atomic_write
 from ...dmm_core.weights_file import read_keys, read_weights
 from ..config import TrainConfig
+from ..fields import default_of
 from ..files.hashing import tensor_sha256
 from ..loop.optimizers import load_optimizer, optimizer_tensors
 from ..loop.trainer import Trainer
@@ -47,6 +48,7 @@ LEFT_OUT: tuple[tuple[Callable[[TrainConfig], bool], tuple[str, ...]], ...] = (
     (lambda c: c.sampling == "uniform", ("sampling", "adaptive_power", "adaptive_floor", "adaptive_correct")),
     (lambda c: c.loss_weight == "plain", ("loss_weight", "loss_clamp")),
     (lambda c: c.init != "bank", ("bank",)),
+    (lambda c: c.growth == default_of(TrainConfig, "growth"), ("growth",)),
     (lambda c: c.lr_schedule == "constant" and not c.final_steps, ("steps",)),
 )
 """(when, settings that are then no part of a run's identity). Settings that came later are left out where they change nothing, so that
