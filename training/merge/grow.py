@@ -21,7 +21,7 @@ from ...dmm_core.checkpoint import STYLE_KEYS, Checkpoint
 from ...dmm_core.metadata import StyleInfo
 from ...dmm_core.unet import UNetConfig, unet_config_from_state_dict
 from ..config import check_names
-from ..evaluation.heatmap import heatmap
+from ..paint.heatmap import heatmap
 from ..progress import ProgressCallback
 from ..teachers.teacher import check_architectures
 from .merge import MOST, Source, block_of
