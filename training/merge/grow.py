@@ -30,7 +30,7 @@ from .report import LayerFigures, MergeReport, TeacherFigures
 STALE = ("modelspec.date", "modelspec.merged_from")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GrowthReport(MergeReport):
     """What a model with a bank keeps of the models that it took in. names: all its styles, the ``new`` ones last; before: of each new one,
     the sum of squares that the basis as it was would have held. size: what came on top. from_rank: the largest rank before. rest: the
@@ -156,7 +156,9 @@ def add_teachers(
     rank = max(max(up, down) for _, up, down in bank.ranks)
     held = sum(math.prod(model.unet[key].shape) for key in model.unet if key.startswith(f"{BANK}.")) + growth.numbers
     size = Size(rank + growth.rank, bank.bias, held, held / sum(map(math.prod, shapes.values())))
-    report = GrowthReport(names, layers, size, itemsize, growth, len(teachers), before, rank, rest)
+    report = GrowthReport(
+        names, layers, size, itemsize, growth=growth, new=len(teachers), before=before, from_rank=rank, rest=rest
+    )
     made = {"added": [one.name for one in teachers], "growth": {
         "budget": budget.strip(), "rank": growth.rank, "kept": report.kept_by_teacher(),
     }}  # fmt: skip
