@@ -135,7 +135,7 @@ def merge(
     weights |= neutral_style(
         len(teachers), unet_config.embed_dim, mlp_name(bool(unet_config.adm_channels)), config.dtype
     )
-    report = MergeReport([m.name for m in teachers], figures, size, config.dtype.itemsize, config.centre)
+    report = MergeReport([m.name for m in teachers], figures, size, config.dtype.itemsize, centre=config.centre)
     recipe = {
         "merge": {
             "budget": config.budget,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -59,7 +59,7 @@ class MergeReport:
     layers: list[LayerFigures]
     size: Size
     itemsize: int
-    centre: str = "mean"
+    centre: str = field(default="mean", kw_only=True)
 
     @property
     def centre_in_words(self) -> str:
