@@ -152,7 +152,7 @@ function stylesFrom(at) {
       continue;
     }
     if (node.mode !== BYPASSED) {
-      const names = node.comfyClass in FILE_INPUTS ? stylesOfLoader : { DMMDistillTeachers: teacherNames }[node.comfyClass];
+      const names = node.comfyClass in FILE_INPUTS ? stylesOfLoader : OF_TEACHERS[node.comfyClass];
       if (names) return changes.reduce((list, change) => list && change(list), names(node));
       const change = CHANGES[node.comfyClass];
       if (change) changes.unshift((list) => change(node, list));
@@ -169,6 +169,8 @@ function stylesOfLoader(node) {
   const file = setting(node, FILE_INPUTS[node.comfyClass]);
   return file ? stylesOfFile(queryOf(node, file)) : null;
 }
+
+const OF_TEACHERS = { DMMDistillTeachers: teacherNames, DMMMerge: teacherNames };
 
 function teacherNames(node) {
   const teachers = node.inputs.filter((i) => i.type === "DMM_TEACHER" && i.link != null).map((i) => origin(node, i)?.node);
