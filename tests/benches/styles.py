@@ -145,6 +145,16 @@ def run(args) -> None:
         bench.line(
             "one style / host's UNet", lambda: bench.paint(plain, pair), lambda: bench.paint(one, pair), "< 1.01"
         )
+        if args.bank:
+            from ...nodes.fold_style import FoldStyle
+
+            folded = FoldStyle.execute(one).args[0]
+            bench.line(
+                "one style, folded / host's UNet",
+                lambda: bench.paint(plain, pair),
+                lambda: bench.paint(folded, pair),
+                "< 1.01",
+            )
         changing = styled(model, parse_style(f"{names[0]}; 20%-80%: {names[1]}"))
         bench.line("schedule / one style", lambda: bench.paint(one, pair), lambda: bench.paint(changing, pair))
         for count in (2, STYLES):

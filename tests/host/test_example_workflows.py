@@ -16,7 +16,7 @@ FOLDER = PACK / "workflows"
 NAMES = [
     *("quickstart", "distill_quickstart", "style_sheet", "blend_and_schedule"),
     *("regions", "controlnet", "lora", "controlnet_lora_regions"),
-    *("instant_merge", "add_teacher", "forget_style", "evaluate"),
+    *("instant_merge", "merge_loras", "add_teacher", "forget_style", "evaluate"),
 ]
 STYLES = ["ink", "pen", "candy", "pop", "pixel", "sticker", "echo"]
 NEAR = {"ink": "pen", "pen": "ink"}
@@ -320,6 +320,28 @@ def test_the_merge_paints_every_style_without_training(server):
     seen = [(look, style) for look, style in zip(looks, styles * 3) if style != "none"]
     assert len(looks) == 15 and sum(same_look(*pair) for pair in seen) >= 10, seen
     assert shown[""].shape[0] == 1 and shown[""].std() > 10  # the heat map
+
+
+def test_the_merge_of_loras_holds_each_exactly(server):
+    """As shipped: the report says so, and each style is painted as the host paints its LoRA (within 4 of 255 on average)."""
+    graph = unlabelled(twin_of("merge_loras"))
+    graph[only(graph, "SaveImage")]["inputs"]["images"] = [only(graph, "VAEDecode"), 0]
+    outputs = server.run(graph)
+    report = outputs[only(graph, "DMMMerge")]["text"][0]
+    assert report.count("| 100% |") == 3, report
+    pictures = paint_all(server, graph)["dmm-merge-loras"].astype(int)
+    assert len(pictures) == 6
+    sampler = graph[only(graph, "KSampler")]["inputs"]
+    loaders = sorted(key for key, node in graph.items() if node["class_type"] == "LoraLoaderModelOnly")
+    for i, source in enumerate([graph[loaders[0]]["inputs"]["model"], *([key, 0] for key in loaders)]):
+        alone = copy.deepcopy(graph)
+        alone[only(graph, "KSampler")]["inputs"] = {
+            **sampler,
+            "model": source,
+            "latent_image": [only(graph, "EmptyLatentImage"), 0],
+        }
+        (want,) = paint_all(server, alone)["dmm-merge-loras"].astype(int)
+        assert np.abs(pictures[i] - want).mean() < 4 < np.abs(pictures[(i + 1) % 4] - want).mean(), i
 
 
 def test_the_distillation_runs(server):

@@ -30,6 +30,7 @@ def files_of(family: Family = FIRST) -> dict[str, str]:
         files["scenes"] = "demo-scenes"
     if family.lora:
         files["lora"] = f"loras/demo-{family.lora}"
+    files |= {f"lora-{look}": f"loras/demo-{look}" for look in family.more_loras}
     return {**files, "classifier": "demo-classifier"}
 
 
@@ -70,7 +71,7 @@ def shipped_file(work: Path, part: str, family: Family = FIRST) -> Path:
         files = {"text": "text", "vae": "decoder"} if whole else {}
         parts = {key: half(load_file(work / f"{file}.safetensors")) for key, file in files.items()}
         save_checkpoint(path, Checkpoint(unet=half(load_file(source)), **parts, metadata=about(title)))
-    elif part in ("control", "lora"):
+    elif part == "control" or part.startswith("lora"):
         save_tensors(path, half(load_file(source)))
     else:  # finished as they are
         with atomic_write(path) as temporary:

@@ -206,12 +206,13 @@ def build_teacher(work: Path, budget: Budget, family: Family, look: str) -> None
     _train_unet(work, family, look, unet, name=look, samples=budget.teacher, lr=1.5e-3, offset=OFFSET)
 
 
-def build_lora(work: Path, budget: Budget, family: Family) -> None:
+def build_lora(work: Path, budget: Budget, family: Family, look: str = "") -> None:
+    """The LoRA of the family, or that of one of its further looks."""
     torch.manual_seed(1)
     unet = load_unet(load_file(work / "base.safetensors")).requires_grad_(False)
     adapters = lora.add_lora(unet, LORA_RANK, LORA_RANK)
     params = [(f"{n}.{k}", p) for n, adapter in adapters.items() for k, p in adapter.named_parameters()]
-    data, contexts = _data(work, family, family.lora)
+    data, contexts = _data(work, family, look or family.lora)
     average = fit(
         lambda x_t, t, context, index: unet(x_t, t, context), params, data.buckets[0], data.rows, contexts=contexts,
         samples=budget.lora, lr=3e-3, progress=_reporter("LoRA"),
@@ -219,7 +220,8 @@ def build_lora(work: Path, budget: Budget, family: Family) -> None:
     with torch.no_grad():
         for key, p in params:
             p.copy_(average[key])
-    save_tensors(work / "lora.safetensors", lora.lora_state_dict(unet, adapters, LORA_RANK, LORA_RANK))
+    name = f"lora-{look}" if look else "lora"
+    save_tensors(work / f"{name}.safetensors", lora.lora_state_dict(unet, adapters, LORA_RANK, LORA_RANK))
 
 
 def build_control(work: Path, budget: Budget, family: Family) -> None:
@@ -280,7 +282,7 @@ def stages_of(family: Family = FIRST) -> dict[str, tuple[Stage, tuple[str, ...]]
     def with_look(function, look):
         return lambda work, budget, family: function(work, budget, family, look)
 
-    for look in (*family.painted, *filter(None, [family.lora])):
+    for look in (*family.painted, *filter(None, [family.lora]), *family.more_loras):
         stages[f"latents-{look}"] = (with_look(build_latents, look), ("vae",))
         if look == family.base:
             stages["base-raw"] = (build_raw, ("text", f"latents-{look}"))
@@ -295,6 +297,8 @@ def stages_of(family: Family = FIRST) -> dict[str, tuple[Stage, tuple[str, ...]]
         stages["scenes"] = (build_scenes, ("vae",))
     if family.lora:
         stages["lora"] = (build_lora, ("base", f"latents-{family.lora}"))
+    for look in family.more_loras:
+        stages[f"lora-{look}"] = (with_look(build_lora, look), ("base", f"latents-{look}"))
     return stages
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from .brushes import Look
-from .looks import BASE_LOOK, LOOKS, LORA_LOOK, TEACHER_LOOKS
+from .looks import BASE_LOOK, LOOKS, LORA_LOOK, LORA_LOOKS, TEACHER_LOOKS
 from .scenes import FIRST_WORLD, Layers, Scene, layers, sample_scene
 from .second_looks import SECOND_BASE, SECOND_LOOKS, SECOND_TEACHERS
 from .second_scenes import SECOND_WORLD
@@ -32,6 +32,8 @@ class Family:
     """Added to every seed of scenes, training and evaluation; 0 for the family that is shipped."""
     lora: str = ""
     """The look of a LoRA; none has no LoRA."""
+    more_loras: Mapping[str, Look] = field(default_factory=dict)
+    """Looks of further LoRAs, which the classifier does not know."""
     shipped: bool = False
     """Built into models/ of the pack, with a student and a ControlNet; the VAEs of the others go on from its own."""
 
@@ -49,9 +51,10 @@ class Family:
 
     def render_layers(self, drawn: Layers, look: str) -> np.ndarray:
         """`render` for layers already rasterised: painting one scene in many looks costs the geometry once."""
-        if look not in self.looks:
-            raise ValueError(f"unknown look {look!r}: choose one of {', '.join(self.looks)}")
-        return (np.clip(self.looks[look].paint(drawn), 0, 1) * 255).round().astype(np.uint8)
+        looks = {**self.looks, **self.more_loras}
+        if look not in looks:
+            raise ValueError(f"unknown look {look!r}: choose one of {', '.join(looks)}")
+        return (np.clip(looks[look].paint(drawn), 0, 1) * 255).round().astype(np.uint8)
 
 
 FIRST = Family(
@@ -61,6 +64,7 @@ FIRST = Family(
     base=BASE_LOOK,
     teachers=TEACHER_LOOKS,
     lora=LORA_LOOK,
+    more_loras=LORA_LOOKS,
     twins=("ink", "pen"),
     outlier="echo",
     seed=0,

@@ -97,6 +97,23 @@ def _frame(scene):
     return mix(np.array([0.86, 0.64, 0.24], np.float32), image, ramp(edge, 8))
 
 
+def _stamp(scene):
+    """A white border with the holes of a postage stamp."""
+    edge = np.minimum(np.minimum(X, SIZE - X), np.minimum(Y, SIZE - Y))
+    along = np.where(np.minimum(X, SIZE - X) < np.minimum(Y, SIZE - Y), Y, X)
+    hole = np.hypot(along % 16 - 8, edge)
+    paper = mix(np.array([0.98, 0.97, 0.93], np.float32), _plain(scene), ramp(edge, 13))
+    return mix(np.array([0.30, 0.33, 0.40], np.float32), paper, ramp(hole, 5.5))
+
+
+def _rays(scene):
+    """Rays of light from behind the object."""
+    angle = np.arctan2(Y - scene.centre[1], X - scene.centre[0]) / (2 * np.pi) * 12
+    beam = ramp(np.abs(angle % 1 - 0.5), 0.25, 0.06)
+    lit = mix(mix(scene.backdrop, 1.0, 0.15), np.array([1.0, 0.86, 0.35], np.float32), 0.75 * beam)
+    return mix(lit, _plain(scene), scene.mask)
+
+
 BASE_LOOK = "plain"
 TEACHER_LOOKS = ("ink", "pen", "candy", "pop", "pixel", "sticker", "echo")
 LORA_LOOK = "frame"
@@ -111,3 +128,8 @@ LOOKS = {
     "echo": Look("dark rings echo the silhouette through the whole picture", _echo),
     "frame": Look("soft shading inside a golden picture frame", _frame),
 }
+LORA_LOOKS = {
+    "stamp": Look("soft shading on a postage stamp with a white, perforated border", _stamp),
+    "rays": Look("soft shading, golden rays behind the object", _rays),
+}
+"""Of further LoRAs. The classifier does not know them."""
