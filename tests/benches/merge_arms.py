@@ -111,7 +111,7 @@ class ReleasedObjective(Objective):
 
 
 def level_ends(said: Prediction) -> Prediction:
-    return dataclasses.replace(said, features=[said.features[block] for block in LEVEL_ENDS])
+    return said._replace(features=[said.features[block] for block in LEVEL_ENDS])
 
 
 @torch.no_grad()

@@ -7,12 +7,15 @@ import math
 
 import pytest
 import torch
+from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.dmm_core.style import style_row
 from comfyui_dmm.dmm_core.unet import load_unet
 from comfyui_dmm.tests.benches.merge import at_seconds, row, samples_to, table
-from comfyui_dmm.tests.benches.merge_arms import ARMS, HeldOut, ReleasedTargets, settings
+from comfyui_dmm.tests.benches.merge_arms import ARMS, HeldOut, ReleasedObjective, ReleasedTargets, settings
 from comfyui_dmm.training.config import TrainConfig
+from comfyui_dmm.training.loop.objective import Objective
 from comfyui_dmm.training.loop.trainer import Trainer
+from comfyui_dmm.training.teachers.teacher import Prediction
 
 from .families import small_data, small_teacher
 
@@ -103,3 +106,19 @@ def test_a_low_rank_student_is_asked_in_float32_and_trains_on():
     run.train_step()
     assert before and all(p.requires_grad for p in run.student.trained.values())
     assert any(not torch.equal(p, before[name]) for name, p in run.student.trained.items())
+
+
+def test_the_releases_feature_loss_is_the_mean_over_the_levels_ends():
+    blocks = [torch.full((2, 1, 2, 2), float(i)) for i in range(9)]
+    student = Prediction(torch.zeros(2, 1, 2, 2), [torch.zeros(2, 1, 2, 2)] * 9)
+    teacher = Prediction(torch.ones(2, 1, 2, 2), blocks)
+    batch = dataclasses.make_dataclass("B", ["teacher"])(torch.zeros(2, dtype=torch.long))
+    batch.__class__.__len__ = lambda self: 2
+    config = TrainConfig(lambda_adv=0, lambda_feat=0.002)
+    plain = Objective.of(config, 1, "eps", NoiseSchedule())
+    theirs = ReleasedObjective(**vars(plain)).losses(batch, student, teacher)
+    assert theirs.feature.tolist() == pytest.approx(
+        [(4 + 9 + 16 + 36 + 64) / 5] * 2
+    )  # blocks 2, 3, 4, 6 and 8, squared
+    assert plain.losses(batch, student, teacher).feature.tolist() == pytest.approx([sum(i * i for i in range(9))] * 2)
+    assert torch.equal(theirs.score, plain.losses(batch, student, teacher).score)

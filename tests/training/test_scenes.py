@@ -132,6 +132,7 @@ def test_every_look_keeps_composition_and_colour(family, look):
 @each_family
 def test_one_pair_of_twins_and_one_outlier(family):
     assert set(family.looks) == {*family.painted, *filter(None, [family.lora])}
+    assert not set(family.looks) & set(family.more_loras)
     assert {*family.twins, family.outlier} <= set(family.teachers)
     scenes = [layers(scene) for scene in some_scenes(24, seed=2, family=family)]
     pictures = {
