@@ -172,7 +172,8 @@ def test_cancel_keeps_what_was_learnt_and_the_same_graph_goes_on(files):
 def merged_first(merge_of=(0, 1), **settings) -> dict:
     """The same graph, with Merge Checkpoints to DMM before it, whose MODEL is the base; ``merge_of``: its teachers."""
     g = graph(**settings)
-    merge = {"base": ["whole", 0], "clip": ["whole", 1], "vae": ["whole", 2], "budget": "80%", "name": "merged-first"}
+    merge = {"base": ["whole", 0], "clip": ["whole", 1], "vae": ["whole", 2], "budget": "80%"}
+    merge["name"] = "merged-" + "-".join(map(str, merge_of))  # other tests merge in another order
     merge |= {f"teachers.teacher{socket}": [f"teacher {i}", 0] for socket, i in enumerate(merge_of)}
     g["merge"] = {"class_type": "DMMMerge", "inputs": merge}
     g["distil"]["inputs"]["base"] = ["merge", 0]
@@ -186,7 +187,7 @@ def test_a_merged_model_goes_on(files):
         files, merged_first((1, 0), steps=2, learning_rate=1e-6, name="after-merge", trainable="bank")
     )
     assert end == "execution_success", messages[-1]
-    (path,), (merged,) = saved(files, "after-merge"), saved(files, "merged-first")
+    (path,), (merged,) = saved(files, "after-merge"), saved(files, "merged-1-0")
     before, after = load_checkpoint(merged), load_checkpoint(path)
     assert [style.name for style in after.styles] == [style.name for style in before.styles] == [*reversed(TEACHERS)]
     assert [style.sha256 for style in after.styles] == [style.sha256 for style in before.styles]

@@ -509,7 +509,7 @@ def test_what_cannot_be_made_is_refused_by_name():
         make_baselines(["soup", "chain"], who, NAMES, mixed, base=first)
     assert len(make_baselines(["teachers", "untrained"], who, NAMES, mixed, base=first)) == 4
     all_v = refs([dataclasses.replace(one, prediction="v") for one in teachers])
-    assert set(obstacles(all_v, first)) == {"task-vectors"}, "the base predicts eps"
+    assert set(obstacles(all_v, first)) == {"task-vectors", "merge"}, "the base predicts eps"
     assert the_model(make_baselines(["soup"], who, NAMES, all_v, base=first)[0]).prediction == "v"
     with pytest.raises(ValueError, match="rank is 0"):
         make_baselines(["low-rank"], who, NAMES, all_of, base=first, rank=0)

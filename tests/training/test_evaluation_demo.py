@@ -172,7 +172,10 @@ def test_baselines_that_need_a_base_say_so(tmp_path, capsys):
     at = given.index("--base")
     assert main(given[:at] + given[at + 2 :]) == 1
     said = capsys.readouterr().err
-    assert "base, untrained, task-vectors: needs the base model" in said and "soup, chain, low-rank, teachers" in said
+    assert (
+        "base, untrained, task-vectors, merge: needs the base model" in said
+        and "soup, chain, low-rank, teachers" in said
+    )
     assert not (tmp_path / "out").exists()
 
 
