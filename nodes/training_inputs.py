@@ -149,8 +149,10 @@ def zero_snr(patcher) -> bool:
 def clip_and_vae_parts(base, clip, vae) -> Checkpoint:
     """What a student inherits: text encoder and VAE in the keys of a checkpoint file, copied from the host's objects."""
     config = base.model.model_config
-    text = config.process_clip_state_dict_for_saving(clip.state_dict_for_saving())
-    images = vae.get_sd()
+    # The host wraps weights as parameters, which it may not do with those of a CLIP that painted, outside of inference mode.
+    with torch.inference_mode():
+        text = config.process_clip_state_dict_for_saving(clip.state_dict_for_saving())
+        images = vae.get_sd()
     copy = {"text": text, "vae": images}
     parts = {part: {k: v.detach().to("cpu").clone() for k, v in weights.items()} for part, weights in copy.items()}
     return Checkpoint(unet={}, prediction=prediction(base, "the base model"), **parts)
