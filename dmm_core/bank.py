@@ -297,11 +297,21 @@ def part_shapes(weight: Sequence[int], ranks: Sequence[int], cores: int) -> dict
     return {"up": (weight[0], up), "down": (down, *weight[1:]), "cores": (cores, up * down), "bias": (cores, weight[0])}
 
 
+def banked_layers(model: Mapping[str, Tensor]) -> list[str]:
+    """The names of the layers that have a part in the bank, sorted."""
+    return sorted({split_key(key)[0] for key in model if key.startswith(f"{BANK}.")})
+
+
+def layer_parts(model: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """What the bank holds for a layer, by the names of ``PARTS``."""
+    return {part: model[key] for part in PARTS if (key := bank_key(name, part)) in model}
+
+
 def folded_bank(sd: Mapping[str, Tensor], masses: Tensor) -> dict[str, Tensor]:
     """A UNet's state dict without its bank, whose layers have in their weights what the bank adds at the masses (K,)."""
     out = {key: value for key, value in sd.items() if not key.startswith(f"{BANK}.")}
-    for name in sorted({split_key(key)[0] for key in sd if key.startswith(f"{BANK}.")}):
-        change, bias = layer_change({what: sd[k] for what in PARTS if (k := bank_key(name, what)) in sd}, masses)
+    for name in banked_layers(sd):
+        change, bias = layer_change(layer_parts(sd, name), masses)
         for key, added in ((f"{name}.weight", change), (f"{name}.bias", bias)):
             if added is not None:
                 out[key] = (out[key].float() + added).to(out[key].dtype)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .bank import BANK, PARTS, bank_key, layer_change, split_key
+from .bank import BANK, PARTS, bank_key, banked_layers, layer_change, layer_parts, split_key
 from .style import CODEBOOK
 
 WORTH = 0.1
@@ -75,11 +75,6 @@ def moves(told: Sequence[Told]) -> bool:
     return any(one.before - one.around > WORTH for one in told)
 
 
-def banked_layers(model: Mapping[str, Tensor]) -> list[str]:
-    """The names of the layers that have a part in the bank, sorted."""
-    return sorted({split_key(key)[0] for key in model if key.startswith(f"{BANK}.")})
-
-
 def by_style(key: str) -> bool:
     """Whether a weight has a row for each style (and in a bank perhaps one more, for "no style")."""
     return key == f"{CODEBOOK}.weight" or (key.startswith(f"{BANK}.") and split_key(key)[1] in PARTS[2:])
@@ -88,11 +83,6 @@ def by_style(key: str) -> bool:
 def without_rows(value: Tensor, gone: Collection[int], styles: int) -> Tensor:
     """A weight with a row for each of N ``styles`` without some of them."""
     return value[[i for i in range(len(value)) if i >= styles or i not in gone]]
-
-
-def layer_parts(model: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """What the bank holds for a layer, by the names of ``PARTS``."""
-    return {part: model[key] for part in PARTS if (key := bank_key(name, part)) in model}
 
 
 # --- the mean ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
-from ..dmm_core.bank import BANK, bank_key, bank_masses, layer_change_parts, split_key
+from ..dmm_core.bank import bank_masses, banked_layers, layer_change_parts, layer_parts
 from ..dmm_core.style_value import style_rows
 from . import style_patch
 
@@ -35,16 +35,12 @@ def with_folded(patcher, weights: Mapping[str, Tensor]):
         raise ValueError(
             f"'{style}' changes over the steps or between pictures: only one fixed style can go into the weights"
         )
-    names = sorted({split_key(key)[0] for key in weights if key.startswith(f"{BANK}.")})
+    names = banked_layers(weights)
     if not names:
         return patcher
     masses, patches = torch.zeros(0), {}
     for name in names:
-        parts = {
-            what: weights[k].float()
-            for what in ("up", "down", "cores", "bias")
-            if (k := bank_key(name, what)) in weights
-        }
+        parts = layer_parts(weights, name)
         masses = bank_masses(row, len(parts["cores"]))[0]
         up, down, bias = layer_change_parts(parts, masses)
         patches[f"{PREFIX}{name}.weight"] = FoldedStyle(up, down)

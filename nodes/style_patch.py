@@ -178,14 +178,17 @@ def fill_conditionings(executor, x, timestep, model_options={}, seed=None):  # n
             made[key] = comfy.conds.CONDRegular(rows_of(style, default.known, now, len(x)).to(x.device))
         return made[key]
 
-    def filled(c: dict) -> dict:
+    def style_of(c: dict) -> Style | StyleMap:
         held = c["model_conds"]
-        style = held[STYLE].cond if STYLE in held else default.style
+        return held[STYLE].cond if STYLE in held else default.style
+
+    def filled(c: dict) -> dict:
+        held, style = c["model_conds"], style_of(c)
         own = {MAP_ROWS: rows(style), STYLE: rows(NONE)} if MAP in held else {STYLE: rows(style)}
         return {**c, "model_conds": {**held, **own}}
 
-    used = [c["model_conds"][STYLE].cond if STYLE in c["model_conds"] else default.style for c in all_of(guider.conds)]
-    idle = default.folded is not None and all(style == default.folded.style for style in used)
+    folded = default.folded
+    idle = folded is not None and all(style_of(c) == folded.style for conds in guider.conds.values() for c in conds)
     now = model_options.get("transformer_options", {})  # another copy of the guider's
     model_options = {**model_options, "transformer_options": {**now, IDLE: idle}}
     styles = guider.conds
@@ -194,10 +197,6 @@ def fill_conditionings(executor, x, timestep, model_options={}, seed=None):  # n
         return executor(x, timestep, model_options, seed)
     finally:
         guider.conds = styles
-
-
-def all_of(conds: dict[str, list[dict]]) -> list[dict]:
-    return [c for many in conds.values() for c in many]
 
 
 def rows_of(style: Style | StyleMap, known: Vocabulary, now: float, batch: int) -> Tensor:

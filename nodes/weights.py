@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from ..dmm_core.checkpoint import STYLE_KEYS
-from .folded import unfolded
+from .folded import PREFIX, unfolded
 from .style_patch import KEY
-
-PREFIX = "diffusion_model."
 
 
 class HostWeights(Mapping[str, Tensor]):
@@ -46,6 +44,9 @@ class HostWeights(Mapping[str, Tensor]):
             weight = changed.to(weight.dtype)
         # A clone made outside of inference mode is a normal tensor, which autograd accepts.
         return weight.detach().to("cpu").clone()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.held  # a Mapping's own would compute the weight
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.held)

@@ -19,12 +19,11 @@ from comfyui_dmm.training.memory import footprint
 from comfyui_dmm.training.memory.fitting import fitted
 from comfyui_dmm.training.memory.footprint import Step, sizes, step_peak
 from comfyui_dmm.training.memory.planner import GB, Choice, Want, resident_bytes
-from comfyui_dmm.training.run.state import identity, resume, save_state
 from comfyui_dmm.training.run.watch.pictures import Pictures
 from comfyui_dmm.training.teachers.teacher import Teacher, by_style, without_styles
 from PIL import Image
 
-from .families import SMALL, SMALL_XL, small_data, small_teacher
+from .families import SMALL, SMALL_RUN, SMALL_XL, resumes_bitwise, small_data, small_teacher
 from .test_cli import SHORT, dmm, folder, write_config  # noqa: F401  (a fixture)
 from .test_planner import MIDDLE, measured_peak
 
@@ -50,16 +49,7 @@ def merged_model(config=SMALL, styles=3, budget="60%") -> tuple[Teacher, list[Te
 
 def again(config=SMALL, base=None, teachers=None, **settings) -> Trainer:
     made, theirs, _ = merged_model(config)
-    defaults = {
-        "steps": 6,
-        "batch_size": 8,
-        "lr": 1e-3,
-        "ema_gamma": 6.94,
-        "seed": 3,
-        "lambda_adv": 0.0,
-        "validation": 8,
-    }
-    return Trainer(base or made, teachers or theirs, DATA, TrainConfig(**{**defaults, **settings}))
+    return Trainer(base or made, teachers or theirs, DATA, TrainConfig(**{**SMALL_RUN, **settings}))
 
 
 # --- where it starts --------------------------------------------------------------------------------------------------
@@ -139,18 +129,7 @@ def test_what_learns_and_that_it_learns(settings):
     ],
 )
 def test_it_resumes_bitwise(tmp_path, settings):
-    straight = again(**settings)
-    list(straight.run())
-    first = again(**settings)
-    for _ in range(3):
-        first.train_step()
-    save_state(first, tmp_path, identity(first))
-    second = again(**settings)
-    assert resume(second, tmp_path, identity(second)) and second.step == 3
-    list(second.run())
-    for averaged in (True, False):
-        one, two = straight.student_weights(averaged), second.student_weights(averaged)
-        assert all(torch.equal(one[k], two[k]) for k in one)
+    resumes_bitwise(lambda: again(**settings), tmp_path)
 
 
 def test_teachers_in_ram_teach_the_same():

@@ -6,9 +6,9 @@ from comfyui_dmm.dmm_core.bank import BANK, folded_bank
 from comfyui_dmm.dmm_core.style import style_row
 from comfyui_dmm.dmm_core.unet import load_unet, unet_config_from_state_dict
 from comfyui_dmm.training.memory.planner import GB, Want, plan
-from comfyui_dmm.training.run.state import identity, resume, save_state
+from comfyui_dmm.training.run.state import identity
 
-from .families import small_run
+from .families import resumes_bitwise, small_run
 
 
 def bank_run(**settings):
@@ -53,18 +53,7 @@ def test_trainable_bank_leaves_the_network_alone():
 @pytest.mark.parametrize("settings", [{}, {"trainable": "bank", "optimizer": "muon"}, {"gradient_checkpointing": True}])
 def test_a_run_with_a_bank_resumes_bitwise(tmp_path, settings):
     settings = {"ema_gamma": 6.94, "steps": 6, **settings}
-    straight = bank_run(**settings)
-    list(straight.run())
-    first = bank_run(**settings)
-    for _ in range(3):
-        first.train_step()
-    save_state(first, tmp_path, identity(first))
-    second = bank_run(**settings)
-    assert resume(second, tmp_path, identity(second)) and second.step == 3
-    list(second.run())
-    for averaged in (True, False):
-        one, two = straight.student_weights(averaged), second.student_weights(averaged)
-        assert all(torch.equal(one[k], two[k]) for k in one)
+    resumes_bitwise(lambda: bank_run(**settings), tmp_path)
 
 
 def test_recomputed_blocks_train_the_same():

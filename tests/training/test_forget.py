@@ -16,7 +16,7 @@ from comfyui_dmm.training.loop.forget import forgetting as forgetting_run
 from comfyui_dmm.training.run.train import train
 from comfyui_dmm.training.run.watch.watch import Watch
 
-from .families import small_run
+from .families import SMALL_RUN, small_run
 from .test_grow import DATA, growing, old_model
 
 OLD = old_model(seed=4)
@@ -26,17 +26,8 @@ CPU = torch.device("cpu")
 def forgetting(names=("old 1",), attack=AttackConfig(2, 3, 2), **settings):
     old = dataclasses.replace(OLD, unet=load_unet(OLD.unet.state_dict()))
     styles = [old.as_style(i, StyleInfo(f"old {i}", licence="CC0")) for i in range(3)]
-    defaults = {
-        "steps": 5,
-        "batch_size": 8,
-        "lr": 1e-3,
-        "ema_gamma": 6.94,
-        "seed": 3,
-        "lambda_adv": 0.0,
-        "validation": 8,
-    }
     return forgetting_run(
-        old, styles, names, DATA, config=TrainConfig(**{**defaults, **settings}), device=CPU, attack=attack
+        old, styles, names, DATA, config=TrainConfig(**{**SMALL_RUN, "steps": 5, **settings}), device=CPU, attack=attack
     )
 
 

@@ -22,7 +22,7 @@ from comfyui_dmm.training.run.train import train
 from comfyui_dmm.training.teachers.teacher import Teacher, plain_unet, styled_unet
 from comfyui_dmm.training.text import init_text
 
-from .families import SMALL, SMALL_XL, small_data, small_run, small_teacher
+from .families import SMALL, SMALL_RUN, SMALL_XL, small_data, small_run, small_teacher
 
 DATA = small_data()
 
@@ -44,16 +44,7 @@ def growing(new=1, config=SMALL, old=None, device=None, **settings) -> Trainer:
         old.as_style(i, StyleInfo(f"old {i}", description=f"about {i}")) for i in range(old.unet.config.num_styles)
     ]
     teachers = [small_teacher(f"new {i}", 10 + i, DATA, config) for i in range(new)]
-    defaults = {
-        "steps": 6,
-        "batch_size": 8,
-        "lr": 1e-3,
-        "ema_gamma": 6.94,
-        "seed": 3,
-        "lambda_adv": 0.0,
-        "validation": 8,
-    }
-    return Trainer(old, [*styles, *teachers], DATA, TrainConfig(**{**defaults, **settings}))
+    return Trainer(old, [*styles, *teachers], DATA, TrainConfig(**{**SMALL_RUN, **settings}))
 
 
 @pytest.mark.parametrize("config", [SMALL, SMALL_XL])
