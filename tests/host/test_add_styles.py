@@ -52,10 +52,9 @@ def unet():
 
 
 @pytest.fixture(scope="module")
-def folder(models, unet):
-    """whole.safetensors, its base alone, and its styles alone."""
-    folder = models / "add-on"
-    folder.mkdir()
+def folder(unet, tmp_path_factory):
+    """whole.safetensors, its base alone, and its styles alone; one folder for each test file that asks."""
+    folder = tmp_path_factory.mktemp("add-on")
     whole = checkpoint_of(unet, whole=True)
     save_checkpoint(folder / "whole.safetensors", whole)
     save_checkpoint(folder / "base.safetensors", plain_of(whole))
