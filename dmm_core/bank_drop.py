@@ -58,7 +58,7 @@ def drop_styles(model: Mapping[str, Tensor], gone: Sequence[int]) -> Dropped:
     if moved:
         model = recentred(model, stay)
     styles = model[f"{CODEBOOK}.weight"].shape[0]
-    left = {key: without_rows(value, gone, styles) if by_style(key) else value for key, value in model.items()}
+    left = {key: without_rows(value, gone, styles) if has_style_rows(key) else value for key, value in model.items()}
     return Dropped(without_unused(left), told, moved)
 
 
@@ -75,7 +75,7 @@ def moves(told: Sequence[Told]) -> bool:
     return any(one.before - one.around > WORTH for one in told)
 
 
-def by_style(key: str) -> bool:
+def has_style_rows(key: str) -> bool:
     """Whether a weight has a row for each style (and in a bank perhaps one more, for "no style")."""
     return key == f"{CODEBOOK}.weight" or (key.startswith(f"{BANK}.") and split_key(key)[1] in PARTS[2:])
 

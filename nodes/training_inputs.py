@@ -21,8 +21,8 @@ from ..training.memory.fitting import fitted
 from ..training.progress import ProgressCallback
 from ..training.teachers.teacher import (
     Teacher,
-    by_style,
     check_architectures,
+    in_style_order,
     plain_unet,
     soup,
     styled_unet,
@@ -49,7 +49,7 @@ def gather(
     weights, styles = unet_weights(base, styles=True), []
     if goes_on(base):
         weights, styles = host_model.with_blend_codes(weights, host_model.model_info(base))
-        teachers = by_style(styles, teachers)
+        teachers = in_style_order(styles, teachers)
     unet = (styled_unet if styles else plain_unet)(weights, "the base model")
     foundation = frozen_base(base, clip, unet, data.prompts)
     frozen = frozen_teachers(teachers, foundation, clip, data.prompts)

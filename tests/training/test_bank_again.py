@@ -20,7 +20,7 @@ from comfyui_dmm.training.memory.fitting import fitted
 from comfyui_dmm.training.memory.footprint import Step, sizes, step_peak
 from comfyui_dmm.training.memory.planner import GB, Choice, Want, resident_bytes
 from comfyui_dmm.training.run.watch.pictures import Pictures
-from comfyui_dmm.training.teachers.teacher import Teacher, by_style, without_styles
+from comfyui_dmm.training.teachers.teacher import Teacher, in_style_order, without_styles
 from PIL import Image
 
 from .families import SMALL, SMALL_RUN, SMALL_XL, resumes_bitwise, small_data, small_teacher
@@ -160,11 +160,11 @@ def picture(latent: torch.Tensor) -> Image.Image:
 def test_teachers_are_put_in_the_order_of_the_styles():
     styles = [StyleInfo("ink"), StyleInfo("Pop Art"), StyleInfo("墨")]
     teachers = [StyleInfo(name) for name in ("墨", "INK ", "pop art")]
-    assert [one.name for one in by_style(styles, teachers)] == ["INK ", "pop art", "墨"]
+    assert [one.name for one in in_style_order(styles, teachers)] == ["INK ", "pop art", "墨"]
     with pytest.raises(
         ValueError, match="no teacher for Pop Art, 墨; no style oil in it. Its styles are ink, Pop Art, 墨"
     ):
-        by_style(styles, [StyleInfo("oil"), StyleInfo("ink")])
+        in_style_order(styles, [StyleInfo("oil"), StyleInfo("ink")])
 
 
 def test_what_a_teacher_says_of_itself_and_what_the_model_knew():

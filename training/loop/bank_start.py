@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...dmm_core.bank import bank_config, bank_masses
-from ...dmm_core.bank_drop import by_style, moves, recentred, what_is_told
+from ...dmm_core.bank_drop import has_style_rows, moves, recentred, what_is_told
 from ...dmm_core.bank_grow import grown_unet, growth_of
 from ...dmm_core.checkpoint import STYLE_KEYS
 from ...dmm_core.style import CODEBOOK
@@ -43,7 +43,7 @@ def bank_start(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) -> 
         if isinstance(teacher.style, int):
             codes[row] = weights[f"{CODEBOOK}.weight"][teacher.style]
     for key, value in weights.items():
-        if by_style(key) and key != f"{CODEBOOK}.weight":
+        if has_style_rows(key) and key != f"{CODEBOOK}.weight":
             weights[key] = torch.cat([bank_masses(rows, len(value)) @ value, value[styles:]])
     weights[f"{CODEBOOK}.weight"] = codes
     return grown(weights, new, config) if new else weights

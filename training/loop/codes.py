@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ...dmm_core.bank_drop import by_style
+from ...dmm_core.bank_drop import has_style_rows
 from ...dmm_core.style import CODEBOOK
 from ...dmm_core.unet import UNet
 from ..data.batches import Batch, Draw
@@ -57,7 +57,7 @@ def tables(unet: UNet, cores: bool = False) -> list[Table]:
     """What a style is in a UNet: its code, and with ``cores`` what it has in the bank."""
     found = [Table(f"{CODEBOOK}.weight", unet.model_embedding.weight, 1.0)]  # codes are drawn from N(0, 1)
     for key, weight in unet.named_parameters() if cores else ():
-        if by_style(key) and key != found[0].key:
+        if has_style_rows(key) and key != found[0].key:
             found.append(Table(key, weight, max(weight.detach().float().square().mean().sqrt().item(), 1e-6)))
     return found
 
@@ -247,7 +247,7 @@ def with_more_codes(unet: UNet, count: int) -> UNet:
     styles = unet.config.num_styles
     weights = {
         # in a bank the row of "no style" stays the last
-        k: torch.cat([v[:styles], v.new_zeros(count, v.shape[1]), v[styles:]]) if by_style(k) else v.clone()
+        k: torch.cat([v[:styles], v.new_zeros(count, v.shape[1]), v[styles:]]) if has_style_rows(k) else v.clone()
         for k, v in ((k, v.detach()) for k, v in unet.state_dict().items())
     }
     bank = unet.config.bank

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...dmm_core.bank_drop import Dropped, by_style, drop_styles, without_rows
+from ...dmm_core.bank_drop import Dropped, drop_styles, has_style_rows, without_rows
 from ...dmm_core.metadata import StyleInfo
 from ...dmm_core.style import CODEBOOK
 from ...dmm_core.unet import UNet, load_unet
@@ -67,7 +67,10 @@ class Forget(RunKind):
     def finished(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         styles = weights[f"{CODEBOOK}.weight"].shape[0]
         hostile = range(self.kept, styles)
-        return {key: without_rows(value, hostile, styles) if by_style(key) else value for key, value in weights.items()}
+        return {
+            key: without_rows(value, hostile, styles) if has_style_rows(key) else value
+            for key, value in weights.items()
+        }
 
     def recipe_changes(self, teachers: Sequence[Teacher]) -> dict[str, list[str]]:
         return {"forgotten": [one.teacher.name for one in self.forgotten]}

@@ -28,7 +28,7 @@ from ..memory.planner import Plan
 from ..parallel.ranks import Ranks
 from ..teachers.lora_files import patched, recorded, with_loras
 from ..teachers.models import base_with_parts
-from ..teachers.teacher import Teacher, by_style, check_architectures, check_text, plain_unet, styled_unet
+from ..teachers.teacher import Teacher, check_architectures, check_text, in_style_order, plain_unet, styled_unet
 
 Named = Mapping[str, tuple[Checkpoint, str]]
 """(checkpoint, file) by teacher name."""
@@ -74,7 +74,7 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
     base = base_with_parts(config.base, config.parts_from or None)
     again = not grown and has_bank(base.unet)
     if again:
-        config = dataclasses.replace(config, teachers=by_style(base.styles, config.teachers))
+        config = dataclasses.replace(config, teachers=in_style_order(base.styles, config.teachers))
     files: Named = {spec.name: load_teacher(spec, base, config) for spec in config.teachers}
     base_unet = (styled_unet if grown or again else plain_unet)(base.unet, "the base model")
     ranks = ranks or Ranks()
@@ -102,10 +102,8 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
     foundation.file, foundation.sha256 = recorded(config.base, [])
     begun = begun_with(Path(config.run_dir))
     check_text((foundation, *frozen.values()))
-    # A student that goes on with its styles starts from the model, whatever a preset says.
-    settings = dataclasses.replace(config.train, init="base") if grown else config.train
     train, plan = fitted(
-        settings, base_unet.config, data.shape[1:], len(files), device=device, processes=ranks.world, begun=begun
+        config.train, base_unet.config, data.shape[1:], len(files), device=device, processes=ranks.world, begun=begun
     )
     for teacher, style in zip(frozen.values(), base.styles if again else ()):
         teacher.goes_on_as(style)

@@ -53,7 +53,7 @@ LEFT_OUT: tuple[tuple[Callable[[TrainConfig], bool], tuple[str, ...]], ...] = (
 )
 """(when, settings that are then no part of a run's identity). Settings that came later are left out where they change nothing, so that
 states from before they existed still load; the number of steps where a longer run begins like a shorter one, which may therefore be made
-longer."""
+longer. (A warm-up that is a share of the steps is then a share of the longer run's: where the run is still in it, it takes longer.)"""
 
 
 def identity(run: Trainer) -> dict[str, str]:

@@ -166,7 +166,7 @@ class HasName(Protocol):
 Named = TypeVar("Named", bound=HasName)
 
 
-def by_style(styles: Sequence[StyleInfo], teachers: Sequence[Named]) -> list[Named]:
+def in_style_order(styles: Sequence[StyleInfo], teachers: Sequence[Named]) -> list[Named]:
     """The teachers in the order of a DMM model's styles, each of them of its name (case and spaces aside).
 
     Raises ValueError naming the styles that no teacher has the name of, and the teachers that no style has the name of.
