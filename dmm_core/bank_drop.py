@@ -6,6 +6,7 @@ A style's code, cores and biases go. Two traces of it would stay, and are taken 
   others, to the last digit. Therefore W moves to the mean of the styles that stay, W' = W + U mean(C_j) V and C_j' = C_j - mean(C_j): they
   paint what they painted, up to rounding, and their cores say of the one that went what they are like it. The core of "no style" says more:
   the base lies near the mean of all.
+  A merge centred at the base (``keep_centre``) stays there: W is a model of its own, which never held a share of the styles.
 - Directions that only it used, as those of a style that ``bank_grow`` added, go with it.
 
 What stays: the directions of U and V that it shared, that core, and its share of what the bank never held (norms, the part of W outside of
@@ -46,15 +47,17 @@ class Dropped:
     moved: bool
 
 
-def drop_styles(model: Mapping[str, Tensor], gone: Sequence[int]) -> Dropped:
+def drop_styles(model: Mapping[str, Tensor], gone: Sequence[int], keep_centre: bool = False) -> Dropped:
     """A UNet's state dict without the styles of these indices, in the dtypes it had; of a model without a bank, without their codes.
+
+    keep_centre: W is no mean of the styles, but the base, and stays as it is.
 
     Where the mean did not move, the styles that stay compute bitwise what they computed (``folded_bank``). Raises ValueError when no style
     would stay.
     """
     stay = remaining(model, gone)
     told = what_is_told(model, gone)
-    moved = moves(told)
+    moved = moves(told) and not keep_centre
     if moved:
         model = recentred(model, stay)
     styles = model[f"{CODEBOOK}.weight"].shape[0]

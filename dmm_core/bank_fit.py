@@ -88,6 +88,28 @@ def leading(columns: Tensor, rank: int) -> Tensor:
 # --- a whole UNet -----------------------------------------------------------------------------------------------------
 
 
+class NotFinite(ValueError):
+    """A weight that holds NaN or infinity. key: of the weight; model: the index of the model that holds it, None where all models are sound
+    and their mean is not, in the numbers that it would be written in."""
+
+    def __init__(self, key: str, model: int | None):
+        super().__init__(f"weight '{key}' of model {model} holds NaN or infinity")
+        self.key, self.model = key, model
+
+    def explained(self, names: Sequence[str]) -> str:
+        """For users. names: of the models, in their order."""
+        if self.model is None:
+            return f"weight '{self.key}' is outside of the range of these numbers: choose another precision (fp32)"
+        return f"weight '{self.key}' of {names[self.model]} holds NaN or infinity: the file is damaged"
+
+
+def check_finite(key: str, stack: Tensor) -> None:
+    """Raise NotFinite unless a weight, stacked (K, ...) of K models, is finite in each."""
+    for i, weight in enumerate(stack):
+        if not weight.isfinite().all():
+            raise NotFinite(key, i)
+
+
 @dataclass(frozen=True)
 class Fitted:
     """One weight of a merged UNet, in the order of ``fit_bank``.
@@ -124,7 +146,7 @@ def fit_bank(
     apart. device: where it is computed.
 
     The result's styles are rows 0 .. N-1 in the order of the teachers; it has no codebook and no MLP (``neutral_style``).
-    Raises ValueError naming the key for weights that are not finite.
+    Raises NotFinite for weights that are not; the models are the teachers, then ``none`` or ``centre``.
     """
     device = device or torch.device("cpu")
     biases = set(biases_of(shapes)) if bias else set()
@@ -132,9 +154,9 @@ def fit_bank(
     for key, shape in shapes.items():
         stack = torch.stack([model[key].to(device, torch.float32) for model in models])
         held = stack[: len(teachers)].mean(0).to(dtype) if centre is None else centre[key].to(device)
-        if not (stack.isfinite().all() and held.isfinite().all()):
-            who = "a teacher" if centre is None else "a teacher or the base"
-            raise ValueError(f"weight '{key}' of {who} holds NaN or infinity: the file is damaged")
+        check_finite(key, stack)
+        if not held.isfinite().all():
+            raise NotFinite(key, None if centre is None else len(models))
         weights = {key: held.cpu()}
         shared = held.float()
         changes = stack.sub_(shared)  # of the rounded one, so that the bank takes up what rounding left

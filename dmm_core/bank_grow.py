@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bank import BANK, MAX_RANK, PARTS, BankConfig, bank_key, split_key
-from .bank_fit import ITERATIONS, OVERSAMPLING, SEED, leading
+from .bank_fit import ITERATIONS, OVERSAMPLING, SEED, check_finite, leading
 from .bank_size import parse_budget
 from .style import CODEBOOK, MLP_NAMES
 
@@ -201,7 +201,7 @@ def grow_bank(
 
     model: a UNet's state dict with N styles and a bank. teachers: M UNets by key, alike it. shapes: of its weights without the style
     side. rank: see ``growth_of``. New styles are N .. N+M-1; a core of "no style" stays the last. Codebook and MLP: ``grow_codes``.
-    Raises ValueError naming the key for weights that are not finite.
+    Raises NotFinite for weights of teachers that are not.
     """
     device = device or torch.device("cpu")
     styles = model[f"{CODEBOOK}.weight"].shape[0]
@@ -209,8 +209,7 @@ def grow_bank(
     for key in shapes:
         weight = model[key].to(device, torch.float32)
         changes = torch.stack([teacher[key].to(device, torch.float32) for teacher in teachers])
-        if not changes.isfinite().all():
-            raise ValueError(f"weight '{key}' of a teacher holds NaN or infinity: the file is damaged")
+        check_finite(key, changes)
         changes -= weight
         flat, shared = changes.flatten(1), weight.double().square().sum().item()
         name, _, what = key.rpartition(".")

@@ -180,6 +180,11 @@ def count_styles(unet: Mapping[str, Tensor]) -> int:
         return 0
     for key in banked:
         style.pop(key)
+    broken = next(
+        (k for k, v in unet.items() if k.startswith(STYLE_KEYS) and not (v.is_meta or v.isfinite().all())), None
+    )
+    if broken:
+        raise ValueError(f"style weight '{broken}' holds NaN or infinity: the file is damaged")
     mlps = [name for name in MLP_NAMES if any(key.startswith(f"{name}.") for key in style)]
     if len(mlps) > 1:
         raise ValueError(f"two style MLPs ({', '.join(mlps)}), expected one (SDXL's own add_embedding is label_emb)")

@@ -501,6 +501,13 @@ def load_unet(sd: Mapping[str, Tensor], dtype: torch.dtype | None = torch.float3
     return load_strictly(lambda: UNet(config), sd, "UNet", dtype=dtype, copy=copy)
 
 
+def missing_weights(sd: Mapping[str, Tensor]) -> list[str]:
+    """Keys of the UNet that a state dict describes which it does not hold, sorted. Raises ValueError where it describes none."""
+    config = unet_config_from_state_dict(sd)
+    with torch.device("meta"):
+        return sorted(UNet(config).state_dict().keys() - sd.keys())
+
+
 def init_style(unet: UNet, generator: torch.Generator | None = None) -> None:
     """Random codes ~ N(0, 1) and a default-initialised MLP, reproducibly from ``generator`` (in place)."""
     with torch.no_grad():

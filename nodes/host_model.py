@@ -28,12 +28,13 @@ from ..dmm_core.metadata import StyleInfo, architecture
 from ..dmm_core.sdxl import SIZE_CHANNELS
 from ..dmm_core.style import CODEBOOK, MLP_NAMES, StyleMLP
 from ..dmm_core.style_value import NO_STYLE, Style, check_new_name, find_style, style_rows, vocabulary
-from ..dmm_core.unet import unet_config_from_state_dict
+from ..dmm_core.unet import missing_weights, unet_config_from_state_dict
 from ..dmm_core.vae import vae_config_from_state_dict
 from ..training.files.model_files import load_any
 from ..training.files.style_file import (
     MadeFor,
     StyleFile,
+    centred_at_base,
     check_fits,
     is_style_file,
     read_style_file,
@@ -168,6 +169,10 @@ def load(path: str) -> tuple:
             f"{path} holds styles without a model: put it into models/dmm_styles and use Add DMM Styles to Model on the MODEL they are for"
         )
     checkpoint = load_any(path)
+    if missing := missing_weights(checkpoint.unet):  # the host would only log them, and paint with what lies in memory
+        raise ValueError(
+            f"{path}: {len(missing)} of its UNet's weights missing ({', '.join(missing[:3])}): download or save it again"
+        )
     model, clip, vae = build_model(checkpoint), build_clip(checkpoint), build_vae(checkpoint)
     # The host reloads from these when it needs a second copy (torch.compile and hooks under DynamicVRAM, several GPUs).
     model.cached_patcher_init = (reload_model, (path,))
@@ -409,6 +414,11 @@ def which_base(file: StyleFile, fingerprint: str, patched: bool) -> str:
     name = f" ({base})" if isinstance(base, str) else ""
     if not file.made_for.fingerprint:
         return "the file does not say for which base the styles were made"
+    if file.made_for.fingerprint != fingerprint and not centred_at_base(file.recipe):
+        return (
+            "these styles belong to the DMM model that they were saved from, whose own weights this MODEL does not have: they will look "
+            "different on it, or not at all. Styles for any base come from a merge centred at the base (Merge Checkpoints to DMM)"
+        )
     if file.made_for.fingerprint != fingerprint:
         return f"another base than the styles were made for{name}, or one in another precision: they will look different on it"
     if patched:

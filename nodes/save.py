@@ -10,7 +10,7 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
 from ..dmm_core.checkpoint import save_checkpoint
-from ..training.files.style_file import save_style
+from ..training.files.style_file import ONLY_ITS_OWN, centred_at_base, save_style
 from . import paths
 from .host_model import model_info, to_checkpoint
 
@@ -65,11 +65,14 @@ class SaveDMMModel(io.ComfyNode):
         folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, target)
         path = os.path.join(folder, f"{name}_{counter:05}_.safetensors")
         extra = workflow_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
+        said = f"saved {os.path.relpath(path, folder_paths.get_output_directory())}"
         if what == STYLES:
-            save_style(path, to_checkpoint(model), model_info(model).made_for, extra)
+            checkpoint = to_checkpoint(model)
+            save_style(path, checkpoint, model_info(model).made_for, extra)
+            said += "" if centred_at_base(checkpoint.recipe) else f"\n{ONLY_ITS_OWN}"
         else:
             save_checkpoint(path, to_checkpoint(model, clip, vae), extra)
-        return io.NodeOutput(ui=ui.PreviewText(f"saved {os.path.relpath(path, folder_paths.get_output_directory())}"))
+        return io.NodeOutput(ui=ui.PreviewText(said))
 
 
 NODES = [SaveDMMModel]

@@ -289,7 +289,7 @@ def test_nan_is_refused_by_name():
     base = make(PLAIN).state_dict()
     bad = {k: v.clone() for k, v in base.items()}
     bad["middle_block.0.in_layers.2.weight"][0, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"'middle_block.0.in_layers.2.weight' of a teacher holds NaN"):
+    with pytest.raises(ValueError, match=r"'middle_block.0.in_layers.2.weight' of model 1 holds NaN"):
         list(fit_bank([base, bad], None, 2, shapes=shapes_of(base)))
 
 

@@ -209,7 +209,7 @@ def test_budgets_that_make_no_sense(budget, message):
 
 def test_nan_is_named():
     bad = {**TEACHERS[3], "out.2.bias": torch.full((4,), torch.nan)}
-    with pytest.raises(ValueError, match="'out.2.bias' of a teacher holds NaN"):
+    with pytest.raises(ValueError, match="'out.2.bias' of model 0 holds NaN"):
         grown_unet(merged(), [bad], 1, shapes=SHAPES)
 
 

@@ -398,10 +398,18 @@ def test_from_teachers_to_styles_on_another_copy_of_the_base(models):
 # --- what does not belong together ------------------------------------------------------------------------------------
 
 
-def test_another_base_is_said(folder, unet):
+def test_another_base_is_said(folder, unet, tmp_path):
     other, said = add(host_alone(with_bank(random_unet(DEMO, seed=1))), folder / "styles.safetensors")
-    assert said.startswith("another base than the styles were made for")
+    assert said.startswith("these styles belong to the DMM model that they were saved from")
     paintings(other, NAMES[0])
+    add_on = checkpoint_of(unet, recipe={"merge": {"centre": "base"}, "base": {"file": "plain.safetensors"}})
+    save_style(tmp_path / "add-on.safetensors", add_on)
+    assert (
+        add(host_alone(unet), tmp_path / "add-on.safetensors")[1]
+        == "on the base they were made for (plain.safetensors)"
+    )
+    other, said = add(host_alone(with_bank(random_unet(DEMO, seed=1))), tmp_path / "add-on.safetensors")
+    assert said.startswith("another base than the styles were made for (plain.safetensors)")
 
 
 def test_refusals(base, styled, whole, folder, tmp_path):

@@ -189,3 +189,14 @@ def test_metadata_of_a_saved_file():
     metadata = workflow_metadata({"1": {}}, {"workflow": {"nodes": []}})
     assert metadata == {"prompt": '{"1": {}}', "workflow": '{"nodes": []}'}
     assert workflow_metadata(None, None) == {}
+
+
+def test_a_unet_with_a_weight_missing_is_refused(models, tmp_path):
+    """The host would log it and paint with what lies in memory."""
+    whole = checkpoint_of(random_unet(DEMO))
+    del whole.unet["middle_block.0.out_layers.3.weight"]
+    save_checkpoint(tmp_path / "less.safetensors", whole)
+    with pytest.raises(
+        ValueError, match=r"1 of its UNet's weights missing \(middle_block\.0\.out_layers\.3\.weight\)"
+    ):
+        load(tmp_path / "less.safetensors")

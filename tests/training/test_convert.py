@@ -16,7 +16,7 @@ from comfyui_dmm.dmm_core.unet import UNet
 from comfyui_dmm.training.commands.convert import add_parser
 from comfyui_dmm.training.files.convert import convert
 from comfyui_dmm.training.files.model_files import CONFIG, WEIGHTS, load_any
-from comfyui_dmm.training.files.style_file import read_style_file, split, unet_fingerprint
+from comfyui_dmm.training.files.style_file import ONLY_ITS_OWN, read_style_file, split, unet_fingerprint
 from comfyui_dmm.training.text import ClipText
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -85,7 +85,7 @@ def test_single_to_diffusers_and_back_is_exact(tmp_path, config):
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 def test_style_side_and_back_is_exact(tmp_path, config):
     source = saved(tmp_path / "a.safetensors", config, zero_snr=True)
-    assert convert(source, tmp_path / "style.safetensors", "style") == []
+    assert convert(source, tmp_path / "style.safetensors", "style") == [ONLY_ITS_OWN]
     assert len(load_file(tmp_path / "style.safetensors")) == 5
     plain = checkpoint(config, styles=[], recipe={}, metadata={})
     plain.unet = {k: v for k, v in plain.unet.items() if not k.startswith(("model_embedding", f"{config.style_mlp}."))}
@@ -100,8 +100,9 @@ def test_style_side_and_back_is_exact(tmp_path, config):
 def test_styles_go_onto_another_unet_with_a_remark(tmp_path):
     convert(saved(tmp_path / "a.safetensors"), tmp_path / "style.safetensors", "style")
     other = saved(tmp_path / "other.safetensors", seed=1)
-    (note,) = convert(tmp_path / "style.safetensors", tmp_path / "b.safetensors", "single", onto=other)
+    note, gone = convert(tmp_path / "style.safetensors", tmp_path / "b.safetensors", "single", onto=other)
     assert "is not the UNet that" in note
+    assert "the styles that" in gone and STYLES[0].name in gone and "are not in the result" in gone
     result, expected = load_checkpoint(tmp_path / "b.safetensors"), load_checkpoint(other)
     assert result.styles == STYLES
     assert torch.equal(result.unet["out.2.weight"], expected.unet["out.2.weight"])
@@ -374,3 +375,25 @@ def test_the_command(tmp_path, capsys):
     args.run(args)
     assert capsys.readouterr().out.splitlines()[-1] == f"wrote {tmp_path / 'unet'}"
     assert load_any(tmp_path / "unet").unet["out.2.weight"].dtype == torch.float16
+
+
+# --- what does not belong together ------------------------------------------------------------------------------------
+
+
+def test_styles_of_another_prediction_are_refused(tmp_path):
+    convert(saved(tmp_path / "a.safetensors"), tmp_path / "style.safetensors", "style")
+    before = checkpoint(seed=1)
+    save_checkpoint(tmp_path / "v.safetensors", replace(before, prediction="v"))
+    with pytest.raises(ValueError, match=r"predicts eps, and .*v\.safetensors predicts v: they do not fit"):
+        convert(tmp_path / "style.safetensors", tmp_path / "b.safetensors", "single", onto=tmp_path / "v.safetensors")
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_style_weights_that_are_not_finite_are_refused(tmp_path, value):
+    for key in ("model_embedding.weight", "add_embedding.linear_2.bias"):
+        damaged = checkpoint()
+        damaged.unet[key].flatten()[3] = value
+        save_file({f"model.diffusion_model.{k}": v for k, v in damaged.unet.items()}, tmp_path / "bad.safetensors")
+        with pytest.raises(ValueError, match=rf"style weight '{key}' holds NaN or infinity"):
+            load_checkpoint(tmp_path / "bad.safetensors")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_dmm.dmm_core.bank import bank_masses, folded_bank
+from comfyui_dmm.dmm_core.bank_drop import drop_styles
 from comfyui_dmm.dmm_core.bank_size import bank_of, is_banked
 from comfyui_dmm.dmm_core.checkpoint import STYLE_KEYS, Checkpoint, load_checkpoint, save_checkpoint
 from comfyui_dmm.dmm_core.metadata import StyleInfo
@@ -16,6 +17,8 @@ from comfyui_dmm.dmm_core.unet import UNetConfig, load_unet
 from comfyui_dmm.dmm_core.weights_file import read_weights
 from comfyui_dmm.training.cli import main
 from comfyui_dmm.training.files.convert import convert
+from comfyui_dmm.training.files.style_file import centred_at_base
+from comfyui_dmm.training.merge.grow import add_teachers, delete_styles
 from comfyui_dmm.training.merge.merge import MergeConfig, Source, merge
 from comfyui_dmm.training.merge.report import LayerFigures, MergeReport
 from comfyui_dmm.training.teachers.models import as_checkpoint
@@ -306,7 +309,7 @@ def test_budgets_that_make_no_sense(base, tmp_path, budget, message):
 
 def test_a_base_with_nan_is_refused_as_the_centre(base, tmp_path):
     damaged = {**base, "out.2.bias": torch.full_like(base["out.2.bias"], torch.nan)}
-    with pytest.raises(ValueError, match="weight 'out.2.bias' of a teacher or the base holds NaN"):
+    with pytest.raises(ValueError, match="weight 'out.2.bias' of the base holds NaN"):
         merged(damaged, tmp_path, teachers=sources(base), centre="base")
     with pytest.raises(ValueError, match="the centre is 'median', expected mean or base"):
         merged(base, tmp_path, centre="median")
@@ -354,7 +357,7 @@ def bad(base, what: str) -> list[Source]:
         ("schedule", "another zero snr do not add up"),
         ("styles", "'t1' is a DMM model with styles of its own"),
         ("extra", "'t1' and 't0' differ in the weights strange.weight"),
-        ("nan", "'out.2.bias' of a teacher holds NaN"),
+        ("nan", "'out.2.bias' of 't1' holds NaN"),
         ("no unet", "'t1': not a Stable Diffusion UNet"),
     ],
 )
@@ -391,3 +394,29 @@ def test_blends_of_the_merged_model_are_blends_of_weights(base, tmp_path):
     between = load_unet({k: (one[k] + two[k]) / 2 for k in one}).eval()
     torch.testing.assert_close(unet(x, t, context, style=row), between(x, t, context), atol=1e-5, rtol=1e-4)
     assert bank_masses(row, 4).tolist() == [[0.5, 0.0, 0.5, 0.0]]
+
+
+# --- a bank that is centred at the base, later ------------------------------------------------------------------------
+
+
+def test_a_merge_centred_at_the_base_stays_there(base, tmp_path):
+    """Models that were all trained the same way tell much of each other, and the base never held a share of them: W stays it bit for bit,
+    and the styles go onto it as an add-on, whatever styles come and go."""
+    common = moved(base, 9)
+    alike = [{k: common[k] + 0.3 * (v - base[k]) for k, v in moved(base, i).items()} for i in (1, 2, 3)]
+    teachers = [source(f"t{i}", weights, f"stamp {i}") for i, weights in enumerate(alike)]
+    whole, _ = merged(base, tmp_path, teachers=teachers, centre="base")
+    assert drop_styles(whole.unet, [1]).moved  # what a merge around the mean needs
+    grown, _ = add_teachers(whole, [source("new", moved(base, 4), "")], "40%")
+    left, report = delete_styles(grown, ["t1", "new"])
+    assert all(torch.equal(left.unet[key], base[key]) for key in base)
+    assert not report.moved and "Painting without a style is the base" in report.text()
+    for before, now in ((0, 0), (2, 1)):
+        want = folded_bank(whole.unet, torch.eye(3)[before])
+        got = folded_bank(left.unet, torch.eye(2)[now])
+        assert all(torch.equal(got[key], want[key]) for key in base)
+    assert all(centred_at_base(one.recipe) for one in (whole, grown, left))
+    around_the_mean, _ = merged(base, tmp_path / "mean", teachers=teachers)
+    assert not centred_at_base(around_the_mean.recipe) and delete_styles(around_the_mean, ["t1"])[1].moved
+    trained = {"train": {"growth": "2%"}, "history": [whole.recipe]}
+    assert not centred_at_base(trained)

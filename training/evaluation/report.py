@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from ...dmm_core.files import atomic_write
+from ..markdown import cell, table
 from ..paint.heatmap import heatmap, side_by_side
 from .agreement import PerStyle
 from .evaluate import ContenderFigures, Evaluation
@@ -64,16 +65,6 @@ def _plain(value: Any) -> Any:
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
-
-
-def cell(text: object) -> str:
-    """A name may hold what a table is made of."""
-    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
-
-
-def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
 
 
 def markdown(evaluation: Evaluation, pictures: Sequence[str] = ()) -> str:

@@ -22,7 +22,7 @@ from ...dmm_core.metadata import architecture
 from ...dmm_core.unet import unet_config_from_state_dict
 from ...dmm_core.weights_file import check_writable, refusal_explained, storable
 from .model_files import CONFIG, WEIGHTS, add_parts, load_any
-from .style_file import file_metadata, is_style_file, recombine, save_style
+from .style_file import ONLY_ITS_OWN, centred_at_base, file_metadata, is_style_file, recombine, save_style
 
 
 def convert(
@@ -55,6 +55,7 @@ def convert(
         save_checkpoint(target, checkpoint)
     elif to == "style":
         save_style(target, checkpoint)
+        notes += [] if centred_at_base(checkpoint.recipe) else [ONLY_ITS_OWN]
     elif to == "diffusers":
         save_diffusers(target, checkpoint)
         notes += _left_out(checkpoint)

@@ -25,6 +25,10 @@ UNET_DIGEST = "dmm.unet_sha256"
 UNET_FINGERPRINT = "dmm.unet_fingerprint"
 """Metadata: for which UNet the styles were made, by ``unet_digest`` and ``unet_fingerprint``."""
 SDXL_MLP = mlp_name(pooled=True)
+ONLY_ITS_OWN = (
+    "these styles are for the model that they were taken from and its own weights, which are not in the file; styles for any copy of a "
+    "base come from a merge centred at the base"
+)
 SAMPLED = 1024
 """Values of each weight that a fingerprint looks at."""
 
@@ -109,6 +113,11 @@ def recombine(style_path: str | os.PathLike, onto: str | os.PathLike) -> tuple[C
         check_fits(plain, file.weights)
     except ValueError as error:
         raise ValueError(f"{style_path} does not fit onto {onto}: {error}") from error
+    same = file.made_for.sha256 == unet_digest(plain)
+    if file.prediction and file.prediction != base.prediction and not same:
+        raise ValueError(
+            f"{style_path} holds styles of a model that predicts {file.prediction}, and {onto} predicts {base.prediction}: they do not fit"
+        )
     combined = replace(
         base,
         unet=plain | file.weights,
@@ -118,9 +127,28 @@ def recombine(style_path: str | os.PathLike, onto: str | os.PathLike) -> tuple[C
         prediction=file.prediction or base.prediction,
         zero_snr=file.zero_snr or base.zero_snr,
     )
-    other = file.made_for.sha256 and file.made_for.sha256 != unet_digest(plain)
-    remark = f"{onto} is not the UNet that {style_path} was made with, or not in the same precision"
-    return combined, [remark] if other else []
+    remarks = []
+    if file.made_for.sha256 and not same:
+        remarks.append(f"{onto} is not the UNet that {style_path} was made with, or not in the same precision")
+    if base.styles and not same:
+        names = ", ".join(style.name for style in base.styles)
+        remarks.append(f"the styles that {onto} had ({names}) are not in the result")
+    return combined, remarks
+
+
+def centred_at_base(recipe: Mapping[str, Any]) -> bool:
+    """Whether a model's own weights are the base's bit for bit, so that its styles go onto any copy of that: a merge with that centre,
+    which may have got or lost styles since, but was never trained."""
+    history = recipe.get("history")
+    for step in [recipe, *(reversed(history) if isinstance(history, list) else [])]:
+        made = step.get("merge") if isinstance(step, dict) else None
+        if isinstance(made, dict):
+            return made.get("centre") == "base"
+        if not isinstance(step, dict) or not (
+            isinstance(step.get("growth"), dict) or step.get("deleted") == {"mean moved": False}
+        ):
+            return False
+    return False
 
 
 def check_fits(plain: Mapping[str, Tensor], side: Mapping[str, Tensor]) -> None:

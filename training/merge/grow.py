@@ -21,10 +21,11 @@ from ...dmm_core.checkpoint import STYLE_KEYS, Checkpoint
 from ...dmm_core.metadata import StyleInfo
 from ...dmm_core.unet import UNetConfig, unet_config_from_state_dict
 from ..config import check_names
+from ..files.style_file import centred_at_base
 from ..paint.heatmap import heatmap
 from ..progress import ProgressCallback
 from ..teachers.teacher import check_architectures
-from .merge import MOST, Source, block_of
+from .merge import MOST, Source, block_of, with_names
 from .report import LayerFigures, MergeReport, TeacherFigures
 
 STALE = ("modelspec.date", "modelspec.merged_from")
@@ -144,7 +145,7 @@ def add_teachers(
     # In an order of our own: the tensors of a layer must not be apart.
     order = {key: shapes[key] for key in sorted(shapes, key=lambda key: (block_of(key), key))}
     grown = grow_bank(model.unet, [one.unet for one in teachers], growth.rank, shapes=order, device=device)
-    for done, one in enumerate(grown, start=1):
+    for done, one in enumerate(with_names(grown, [f"'{one.name}'" for one in teachers]), start=1):
         weights |= one.weights
         layers.append(figures_of(one))
         before = [a + b for a, b in zip(before, one.before or before_nothing(teachers))]
@@ -241,12 +242,13 @@ def delete_styles(
     if not model.styles:
         raise ValueError("the model has no styles: it is a plain checkpoint, not a DMM model")
     gone = indices_of(model, names)
-    dropped = drop_styles(model.unet, gone)
+    at_base = centred_at_base(model.recipe)
+    dropped = drop_styles(model.unet, gone, keep_centre=at_base)
     stay = [style for i, style in enumerate(model.styles) if i not in gone]
     forgotten = [model.styles[i].name for i in gone]
     made = {"forgotten": forgotten, "deleted": {"mean moved": dropped.moved}}
     left = changed(model, dropped.unet, stay, recipe_of(model, made, base))
-    return left, DeletionReport(forgotten, dropped.told, dropped.moved)
+    return left, DeletionReport(forgotten, dropped.told, dropped.moved, at_base)
 
 
 def indices_of(model: Checkpoint, names: Sequence[str]) -> list[int]:
@@ -262,11 +264,12 @@ def indices_of(model: Checkpoint, names: Sequence[str]) -> list[int]:
 
 @dataclass(frozen=True)
 class DeletionReport:
-    """names: of the styles that were deleted. told, moved: as of ``bank_drop.Dropped``."""
+    """names: of the styles that were deleted. told, moved: as of ``bank_drop.Dropped``. at_base: the bank's centre is the base."""
 
     names: list[str]
     told: list[Told]
     moved: bool
+    at_base: bool = False
 
     def text(self) -> str:
         """In sentences."""
@@ -287,9 +290,16 @@ class DeletionReport:
                 lines.append(
                     f"The cores that stay tell {around} of '{name}', as much as they are like it. They paint as before, bit for bit."
                 )
+        if self.at_base:
+            lines.append(
+                "Painting without a style is the base, as before. What is still there: the directions that it shared with others."
+            )
+        else:
+            lines.append(
+                "What is still there: the directions that it shared with others, and its share of the mean where the bank does not reach "
+                "(norms, and what the bank left out)."
+            )
         lines.append(
-            "What is still there: the directions that it shared with others, and its share of the mean where the bank does not reach "
-            "(norms, and what the bank left out). Someone with pictures or a model of that style can fit new cores: training makes that "
-            "harder, not impossible."
+            "Someone with pictures or a model of that style can fit new cores: training makes that harder, not impossible."
         )
         return "\n".join(lines)

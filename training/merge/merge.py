@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ...dmm_core.bank_fit import Fitted, fit_bank, neutral_style
+from ...dmm_core.bank_fit import Fitted, NotFinite, fit_bank, neutral_style
 from ...dmm_core.bank_size import USUAL, bank_of
 from ...dmm_core.checkpoint import STYLE_KEYS, Checkpoint
 from ...dmm_core.metadata import StyleInfo
@@ -123,7 +124,7 @@ def merge(
             )
             write_block(
                 path,
-                fitted,
+                with_names(fitted, [*(f"'{one.name}'" for one in teachers), "the base"]),
                 progress and (lambda k, done=done, name=name: progress(done + k, len(shapes), f"merging {name}")),
             )
         elif progress:
@@ -169,6 +170,17 @@ def write_block(path: Path, fitted: Iterable[Fitted], progress: Callable[[int], 
         if progress:
             progress(len(figures))
     write_weights(path, weights, {FIGURES: json.dumps([vars(f) for f in figures])})
+
+
+T = TypeVar("T")
+
+
+def with_names(fitted: Iterable[T], names: Sequence[str]) -> Iterator[T]:
+    """The same, with models that hold NaN named. names: of the models, in their order."""
+    try:
+        yield from fitted
+    except NotFinite as error:
+        raise ValueError(error.explained(names)) from error
 
 
 def checked(teachers: Sequence[Source], models: Sequence[Source]) -> tuple[UNetConfig, Mapping[str, tuple[int, ...]]]:

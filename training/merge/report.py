@@ -16,6 +16,7 @@ from PIL import Image
 
 from ...dmm_core.bank_size import Size
 from ...dmm_core.files import atomic_write
+from ..markdown import cell
 from ..paint.heatmap import heatmap
 
 TWIN = 0.5
@@ -120,9 +121,12 @@ class MergeReport:
         for one in self.teachers():
             said = "same weights as the nearest" if one.same else "twins" if one.distance <= TWIN else ""
             said = ", ".join(word for word in (said, "outlier" if one.outlier else "") if word)
-            lines.append(
-                f"| {one.name} | {100 * one.kept:.0f}% | {100 * one.change:.1f}% | {one.nearest} ({one.distance:.2f}) | {said} |"
+            kept, change, near = (
+                f"{100 * one.kept:.0f}%",
+                f"{100 * one.change:.1f}%",
+                f"{one.nearest} ({one.distance:.2f})",
             )
+            lines.append(f"| {' | '.join(map(cell, (one.name, kept, change, near, said)))} |")
         lines += ["", *self.advice()]
         return "\n".join(lines)
 

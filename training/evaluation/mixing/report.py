@@ -14,10 +14,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ....dmm_core.files import atomic_write
+from ...markdown import table
 from ...paint.images import GAP, INK, PAPER, default_font, grid, line_height, share_label
 from ..features import PixelDecoder
 from ..matrix import NORMAL_95, Figure
-from ..report import as_json, table
+from ..report import as_json
 from .figures import FIGURES, FigureSpec
 from .judge_mixing import PATHS, Mixing, PairResult
 
