@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .bank import BANK, bank_config
 from .metadata import StyleInfo, check_styles, default_styles, modelspec_prediction, read_metadata, write_metadata
+from .scaled_fp8 import dequantised, is_mark
 from .style import CODEBOOK, MLP_NAMES
 from .unet import unet_config_from_state_dict
 from .vocabulary import IDS, NUM_TOKENS, compact_vocabulary, expand_vocabulary
@@ -45,7 +46,8 @@ class Checkpoint:
     unet: keys without prefix, styles included; text: keys as in the file (``cond_stage_model.*`` or ``conditioner.*``);
     vae: keys without ``first_stage_model.``; other: every tensor that is none of these, keys as in the file;
     styles: one per style of the weights; recipe: how it was made; metadata: all other metadata, verbatim;
-    prediction: "eps" or "v"; zero_snr: the model was trained on the schedule that ends in pure noise.
+    prediction: "eps" or "v"; zero_snr: the model was trained on the schedule that ends in pure noise; scaled_fp8: number of weights that
+    the file keeps as float8 with a scale (they are in half precision here).
     """
 
     unet: dict[str, Tensor]
@@ -57,6 +59,7 @@ class Checkpoint:
     prediction: str = "eps"
     zero_snr: bool = False
     other: dict[str, Tensor] = field(default_factory=dict)
+    scaled_fp8: int = 0
 
     @property
     def num_styles(self) -> int:
@@ -92,7 +95,7 @@ def read_info(path: str | os.PathLike) -> Checkpoint:
 
 def is_decisive(key: str, shape: tuple[int, ...]) -> bool:
     """Whether the values of this tensor are needed to tell what a file is; never for a large tensor."""
-    return key in _DECISIVE and len(shape) == 1 and shape[0] <= NUM_TOKENS
+    return (key in _DECISIVE and len(shape) == 1 and shape[0] <= NUM_TOKENS) or is_mark(key, shape)
 
 
 def on_meta(checkpoint: Checkpoint) -> Checkpoint:
@@ -136,7 +139,8 @@ def read_checkpoint(path: str | os.PathLike, header_only: bool) -> Checkpoint:
     device."""
     tensors, metadata = read_weights(path, *([is_decisive] if header_only else []))
     try:
-        return assemble(tensors, metadata)
+        tensors, metadata, scaled = dequantised(tensors, metadata)
+        return replace(assemble(tensors, metadata), scaled_fp8=scaled)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -37,6 +37,7 @@ from ...dmm_core.diffusers_layout import (
     vae_from_diffusers,
 )
 from ...dmm_core.files import file_sha256
+from ...dmm_core.scaled_fp8 import dequantised
 from ...dmm_core.unet import unet_config_from_state_dict
 from ...dmm_core.weights_file import read_keys, read_weights
 from .clip_layout import to_single_file
@@ -137,8 +138,9 @@ def _read(path: Path, header_only: bool) -> Checkpoint:
 
 def _read_pipeline(folder: Path, header_only: bool) -> Checkpoint:
     extra: dict[str, Tensor] = {}
+    scaled = 0
     if (folder / "vae").is_dir():
-        tensors = _module_weights(folder / "vae", header_only)
+        tensors, _, scaled = _merged(_module_files(folder / "vae"), header_only)
         try:
             extra |= {VAE_PREFIX + k: v for k, v in vae_from_diffusers(tensors).items()}
         except ValueError as error:
@@ -149,18 +151,20 @@ def _read_pipeline(folder: Path, header_only: bool) -> Checkpoint:
         # The only thing that tells SD2.x's encoder from SD1.x's; transformers' own default is OpenAI's.
         open_clip = alone and not second and _json(encoder / CONFIG).get("hidden_act", "quick_gelu") != "quick_gelu"
         try:
-            weights = _module_weights(encoder, header_only)
+            weights, _, more = _merged(_module_files(encoder), header_only)
+            scaled += more
             extra |= to_single_file(weights, second=second, alone=alone, open_clip=open_clip)
         except ValueError as error:
             raise ValueError(f"{encoder}: {error}") from error
-    return _read_unet(folder / "unet", _module_files(folder / "unet"), header_only, extra)
+    unet = _read_unet(folder / "unet", _module_files(folder / "unet"), header_only, extra)
+    return replace(unet, scaled_fp8=unet.scaled_fp8 + scaled)
 
 
 def _read_unet(
     folder: Path | None, files: list[Path], header_only: bool, extra: Mapping[str, Tensor] = MappingProxyType({})
 ) -> Checkpoint:
     """folder: where its config.json is; extra: text encoder and VAE under the single file's keys."""
-    weights, metadata = _merged(files, header_only)
+    weights, metadata, scaled = _merged(files, header_only)
     described = {}
     if folder is not None:
         metadata = metadata if "dmm.prediction" in metadata else {**metadata, **_schedule(folder)}
@@ -170,7 +174,8 @@ def _read_unet(
         if described:
             check_diffusers_config(described, unet_config_from_state_dict(unet))
         marks = {ZERO_SNR_MARK: torch.empty(0)} if metadata.pop(ZERO_SNR, None) == "true" else {}
-        return assemble({**{UNET_PREFIX + k: v for k, v in unet.items()}, **extra, **marks}, metadata)
+        whole = assemble({**{UNET_PREFIX + k: v for k, v in unet.items()}, **extra, **marks}, metadata)
+        return replace(whole, scaled_fp8=scaled)
     except ValueError as error:
         raise ValueError(f"{files[0]}: {error}") from error
 
@@ -192,10 +197,6 @@ def _schedule(unet_folder: Path) -> dict[str, str]:
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
-
-
-def _module_weights(folder: Path, header_only: bool) -> dict[str, Tensor]:
-    return _merged(_module_files(folder), header_only)[0]
 
 
 def _module_files(folder: Path) -> list[Path]:
@@ -230,9 +231,9 @@ def _module_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder} holds no .safetensors file: give a checkpoint file, a UNet folder or a pipeline folder")
 
 
-def _merged(files: list[Path], header_only: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of files that hold one module's weights together. Raises ValueError for a key that is in two
-    of them."""
+def _merged(files: list[Path], header_only: bool) -> tuple[dict[str, Tensor], dict[str, str], int]:
+    """Tensors and metadata of files that hold one module's weights together, and how many of them were scaled float8. Raises ValueError
+    for a key that is in two of them."""
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for path in files:
@@ -241,7 +242,10 @@ def _merged(files: list[Path], header_only: bool) -> tuple[dict[str, Tensor], di
             raise ValueError(f"{path} repeats keys of the other parts beside it: get the folder again")
         tensors |= more
         metadata |= said
-    return tensors, metadata
+    try:  # a scale may lie in another file than its weight
+        return dequantised(tensors, metadata)
+    except ValueError as error:
+        raise ValueError(f"{files[0]}: {error}") from error
 
 
 def _json(path: Path) -> dict[str, Any]:
