@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .bank import BANK, bank_config
+from .ema_keys import UNET_PART, from_ema, only_ema
 from .metadata import StyleInfo, check_styles, default_styles, modelspec_prediction, read_metadata, write_metadata
 from .scaled_fp8 import dequantised, is_mark
 from .style import CODEBOOK, MLP_NAMES
@@ -35,8 +36,14 @@ MAX_STYLES = 4096
 """A bound for untrusted files: every style gets a name, and all names are compared with each other."""
 
 _SD2_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
-_DECISIVE = (_SD2_BIAS, UNET_PREFIX + _SD2_BIAS, "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias", IDS)
-"""The few tensors whose values decide how the rest is read; the bias in all its names, diffusers' included."""
+_DECISIVE = (
+    _SD2_BIAS,
+    UNET_PREFIX + _SD2_BIAS,
+    "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias",
+    UNET_PART + _SD2_BIAS.replace(".", ""),
+    IDS,
+)
+"""The few tensors whose values decide how the rest is read; the bias in all its names, diffusers' and that of averaged weights included."""
 
 
 @dataclass
@@ -146,11 +153,13 @@ def read_checkpoint(path: str | os.PathLike, header_only: bool) -> Checkpoint:
 
 
 def assemble(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Checkpoint:
-    """A ``Checkpoint`` from a file's tensors, which are taken out of ``tensors``. Raises ValueError when they are
-    none."""
+    """A ``Checkpoint`` from a file's tensors, which are taken out of ``tensors``. A file with only an averaged UNet (EMA) has that as
+    its UNet. Raises ValueError when they are none."""
     edm = [key for key in tensors if key in ("edm_mean", "edm_std") or key.startswith("edm_vpred.")]
     if edm:
         raise ValueError(f"this is an EDM model (key '{edm[0]}'); only eps- and v-prediction models are supported")
+    if only_ema(tensors):
+        tensors = from_ema(tensors, UNET_PREFIX)
     v_mark = tensors.pop(V_MARK, None) is not None
     zero_snr = tensors.pop(ZERO_SNR_MARK, None) is not None
     text = {k: tensors.pop(k) for k in list(tensors) if k.startswith(TEXT_PREFIXES)}
