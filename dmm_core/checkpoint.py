@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from .bank import BANK, bank_config
+from .ema_keys import UNET_PART, from_ema, only_ema
 from .metadata import StyleInfo, check_styles, default_styles, modelspec_prediction, read_metadata, write_metadata
+from .scaled_fp8 import dequantised, is_mark
 from .style import CODEBOOK, MLP_NAMES
 from .unet import unet_config_from_state_dict
 from .vocabulary import IDS, NUM_TOKENS, compact_vocabulary, expand_vocabulary
@@ -34,8 +36,14 @@ MAX_STYLES = 4096
 """A bound for untrusted files: every style gets a name, and all names are compared with each other."""
 
 _SD2_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
-_DECISIVE = (_SD2_BIAS, UNET_PREFIX + _SD2_BIAS, "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias", IDS)
-"""The few tensors whose values decide how the rest is read; the bias in all its names, diffusers' included."""
+_DECISIVE = (
+    _SD2_BIAS,
+    UNET_PREFIX + _SD2_BIAS,
+    "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias",
+    UNET_PART + _SD2_BIAS.replace(".", ""),
+    IDS,
+)
+"""The few tensors whose values decide how the rest is read; the bias in all its names, diffusers' and that of averaged weights included."""
 
 
 @dataclass
@@ -45,7 +53,8 @@ class Checkpoint:
     unet: keys without prefix, styles included; text: keys as in the file (``cond_stage_model.*`` or ``conditioner.*``);
     vae: keys without ``first_stage_model.``; other: every tensor that is none of these, keys as in the file;
     styles: one per style of the weights; recipe: how it was made; metadata: all other metadata, verbatim;
-    prediction: "eps" or "v"; zero_snr: the model was trained on the schedule that ends in pure noise.
+    prediction: "eps" or "v"; zero_snr: the model was trained on the schedule that ends in pure noise; scaled_fp8: number of weights that
+    the file keeps as float8 with a scale (they are in half precision here).
     """
 
     unet: dict[str, Tensor]
@@ -57,6 +66,7 @@ class Checkpoint:
     prediction: str = "eps"
     zero_snr: bool = False
     other: dict[str, Tensor] = field(default_factory=dict)
+    scaled_fp8: int = 0
 
     @property
     def num_styles(self) -> int:
@@ -92,7 +102,7 @@ def read_info(path: str | os.PathLike) -> Checkpoint:
 
 def is_decisive(key: str, shape: tuple[int, ...]) -> bool:
     """Whether the values of this tensor are needed to tell what a file is; never for a large tensor."""
-    return key in _DECISIVE and len(shape) == 1 and shape[0] <= NUM_TOKENS
+    return (key in _DECISIVE and len(shape) == 1 and shape[0] <= NUM_TOKENS) or is_mark(key, shape)
 
 
 def on_meta(checkpoint: Checkpoint) -> Checkpoint:
@@ -136,17 +146,20 @@ def read_checkpoint(path: str | os.PathLike, header_only: bool) -> Checkpoint:
     device."""
     tensors, metadata = read_weights(path, *([is_decisive] if header_only else []))
     try:
-        return assemble(tensors, metadata)
+        tensors, metadata, scaled = dequantised(tensors, metadata)
+        return replace(assemble(tensors, metadata), scaled_fp8=scaled)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def assemble(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Checkpoint:
-    """A ``Checkpoint`` from a file's tensors, which are taken out of ``tensors``. Raises ValueError when they are
-    none."""
+    """A ``Checkpoint`` from a file's tensors, which are taken out of ``tensors``. A file with only an averaged UNet (EMA) has that as
+    its UNet. Raises ValueError when they are none."""
     edm = [key for key in tensors if key in ("edm_mean", "edm_std") or key.startswith("edm_vpred.")]
     if edm:
         raise ValueError(f"this is an EDM model (key '{edm[0]}'); only eps- and v-prediction models are supported")
+    if only_ema(tensors):
+        tensors = from_ema(tensors, UNET_PREFIX)
     v_mark = tensors.pop(V_MARK, None) is not None
     zero_snr = tensors.pop(ZERO_SNR_MARK, None) is not None
     text = {k: tensors.pop(k) for k in list(tensors) if k.startswith(TEXT_PREFIXES)}

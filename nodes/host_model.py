@@ -25,6 +25,7 @@ from torch import Tensor
 from ..dmm_core.bank import BANK, StyleBank, bank_config, with_blends
 from ..dmm_core.checkpoint import STYLE_KEYS, TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX, Checkpoint
 from ..dmm_core.metadata import StyleInfo, architecture
+from ..dmm_core.scaled_fp8 import dequantised
 from ..dmm_core.sdxl import SIZE_CHANNELS
 from ..dmm_core.style import CODEBOOK, MLP_NAMES, StyleMLP
 from ..dmm_core.style_value import NO_STYLE, Style, check_new_name, find_style, style_rows, vocabulary
@@ -42,7 +43,7 @@ from ..training.files.style_file import (
 )
 from . import region_patch, style_patch
 from .folded import unfolded
-from .weights import HostWeights
+from .weights import HostWeights, numbers
 
 TEXT_WIDTHS = {"clip_l": 768, "clip_h": 1024, "clip_g": 1280}
 """The host's text encoders of SD1.x and SDXL, of SD2.x, of SDXL, and the one width of each that it builds unasked."""
@@ -365,7 +366,7 @@ def read_add_on(path: str) -> StyleFile:
 
 def held_unet(model) -> dict[str, Tensor]:
     """A MODEL's UNet without patches, in the LDM key names, where and as the host holds it. Not to be changed."""
-    return {key: patches[0][0] for key, patches in HostWeights(model).held.items()}
+    return {key: numbers(patches[0][0]) for key, patches in HostWeights(model).held.items()}
 
 
 def check_add_on(path: str, file: StyleFile, model, held: dict[str, Tensor], predicts: str) -> None:
@@ -496,13 +497,17 @@ def to_checkpoint(model, clip=None, vae=None) -> Checkpoint:
     clip_sd = None if clip is None else clip.state_dict_for_saving()
     vae_sd = None if vae is None or vae.first_stage_model is None else vae.get_sd()
     sd = model.state_dict_for_saving(clip_sd, vae_sd)
-    unet = part(sd, UNET_PREFIX, info.dtype)
+    weights = HostWeights(model)
+    if weights.quantised:  # with their scales and marks they would be no weights for anybody but the host
+        unet = {key: as_file(weight, info.dtype) for key, weight in weights.items()}
+    else:
+        unet = part(sd, UNET_PREFIX, info.dtype)
     if added := style_patch.added_styles(model):
         unet |= part(added.state_dict(), "", info.style_dtype)
     unet, styles = with_blend_codes(unet, info)
     return Checkpoint(
         unet=unet,
-        text={k: as_file(v, info.dtype) for k, v in sd.items() if k.startswith(TEXT_PREFIXES)},
+        text=text_weights(sd, info.dtype),
         vae=part(sd, VAE_PREFIX, info.dtype),
         styles=styles,
         recipe=info.recipe,
@@ -521,6 +526,11 @@ def with_blend_codes(unet: dict[str, Tensor], info: ModelInfo) -> tuple[dict[str
     weights = torch.tensor([weights for _, weights in info.blends])
     blended = torch.cat([codes, (weights @ codes.float()).to(codes.dtype)])
     return {**with_blends(unet, weights), f"{CODEBOOK}.weight": blended}, styles
+
+
+def text_weights(sd: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The text encoder of a state dict for saving, no wider than ``dtype``; scaled float8 in half precision."""
+    return dequantised({k: as_file(v, dtype) for k, v in sd.items() if k.startswith(TEXT_PREFIXES)}, {})[0]
 
 
 def part(sd: dict[str, Tensor], prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:

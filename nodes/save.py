@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 
 import folder_paths
+import torch
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
-from ..dmm_core.checkpoint import save_checkpoint
+from ..dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ..training.files.style_file import ONLY_ITS_OWN, centred_at_base, save_style
 from . import paths
 from .host_model import model_info, to_checkpoint
@@ -23,6 +25,18 @@ def workflow_metadata(prompt, extra_pnginfo) -> dict[str, str]:
         return {}
     entries = {"prompt": prompt, **(extra_pnginfo or {})}
     return {name: json.dumps(value) for name, value in entries.items() if value is not None}
+
+
+def narrowed(checkpoint: Checkpoint, dtype: torch.dtype) -> list[str]:
+    """A sentence for the user where weights of the UNet are narrower than ``dtype``, the UNet's in the file it came from."""
+    count = Counter(weight.dtype for weight in checkpoint.unet.values() if weight.itemsize < dtype.itemsize)
+    if not count:
+        return []
+    names = [str(name).removeprefix("torch.") for name in (count.most_common(1)[0][0], dtype)]
+    return [
+        f"{count.total()} weights of the UNet were written as {names[0]}, as ComfyUI holds them; the model came in {names[1]}. To keep "
+        "that, start ComfyUI without its flags for the precision of the UNet (--fp8_e4m3fn-unet and the like)"
+    ]
 
 
 class SaveDMMModel(io.ComfyNode):
@@ -71,7 +85,9 @@ class SaveDMMModel(io.ComfyNode):
             save_style(path, checkpoint, model_info(model).made_for, extra)
             said += "" if centred_at_base(checkpoint.recipe) else f"\n{ONLY_ITS_OWN}"
         else:
-            save_checkpoint(path, to_checkpoint(model, clip, vae), extra)
+            checkpoint = to_checkpoint(model, clip, vae)
+            save_checkpoint(path, checkpoint, extra)
+            said = "\n".join([said, *narrowed(checkpoint, model_info(model).dtype)])
         return io.NodeOutput(ui=ui.PreviewText(said))
 
 

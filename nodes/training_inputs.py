@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..dmm_core.bank import has_bank
 from ..dmm_core.checkpoint import Checkpoint
+from ..dmm_core.scaled_fp8 import dequantised
 from ..dmm_core.unet import UNet, load_unet
 from ..training.config import AttackConfig, TrainConfig, check_names
 from ..training.data.batches import CaptionedLatents
@@ -155,6 +156,7 @@ def clip_and_vae_parts(base, clip, vae) -> Checkpoint:
         images = vae.get_sd()
     copy = {"text": text, "vae": images}
     parts = {part: {k: v.detach().to("cpu").clone() for k, v in weights.items()} for part, weights in copy.items()}
+    parts["text"] = dequantised(parts["text"], {})[0]
     return Checkpoint(unet={}, prediction=prediction(base, "the base model"), **parts)
 
 

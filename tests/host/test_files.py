@@ -196,7 +196,5 @@ def test_a_unet_with_a_weight_missing_is_refused(models, tmp_path):
     whole = checkpoint_of(random_unet(DEMO))
     del whole.unet["middle_block.0.out_layers.3.weight"]
     save_checkpoint(tmp_path / "less.safetensors", whole)
-    with pytest.raises(
-        ValueError, match=r"1 of its UNet's weights missing \(middle_block\.0\.out_layers\.3\.weight\)"
-    ):
+    with pytest.raises(ValueError, match=r"1 of its UNet's weights missing \(middle_block\.0\.out_layers\.3\.weight\)"):
         load(tmp_path / "less.safetensors")

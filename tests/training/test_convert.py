@@ -15,7 +15,7 @@ from comfyui_dmm.dmm_core.metadata import StyleInfo
 from comfyui_dmm.dmm_core.unet import UNet
 from comfyui_dmm.training.commands.convert import add_parser
 from comfyui_dmm.training.files.convert import convert
-from comfyui_dmm.training.files.model_files import CONFIG, WEIGHTS, load_any
+from comfyui_dmm.training.files.model_files import CONFIG, WEIGHTS, load_any, load_any_info, model_sha256, weight_files
 from comfyui_dmm.training.files.style_file import ONLY_ITS_OWN, read_style_file, split, unet_fingerprint
 from comfyui_dmm.training.text import ClipText
 from safetensors import safe_open
@@ -291,6 +291,89 @@ def test_weights_in_parts_are_joined(tmp_path):
     parts[0].unlink()
     with pytest.raises(ValueError, match="1 of 2 parts"):
         load_any(tmp_path / "unet")
+
+
+PARTS = (
+    "diffusion_pytorch_model-0000{}-of-00002.fp16",
+    "diffusion_pytorch_model.fp16-0000{}-of-00002",
+    "model-0000{}-of-00002",
+)
+
+
+def in_parts(folder, pattern, weights):
+    keys, parts = sorted(weights), []
+    for i, chosen in enumerate((keys[::2], keys[1::2]), 1):
+        parts.append(folder / f"{pattern.format(i)}.safetensors")
+        save_file({k: weights[k] for k in chosen}, parts[-1])
+    return parts
+
+
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize("pattern", PARTS)
+def test_a_variant_in_parts_is_joined(tmp_path, pattern, index):
+    """As a folder, and by the name of any of its files. An index is not needed, and what it names is not opened."""
+    convert(saved(tmp_path / "a.safetensors"), tmp_path / "unet", "diffusers")
+    whole = load_any(tmp_path / "unet").unet
+    weights = load_file(tmp_path / "unet" / WEIGHTS)
+    (tmp_path / "unet" / WEIGHTS).unlink()
+    parts = in_parts(tmp_path / "unet", pattern, weights)
+    if index:
+        wrong = {"weight_map": dict.fromkeys(weights, "../a.safetensors")}
+        (tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps(wrong))
+    for path in (tmp_path / "unet", *parts):
+        joined, info = load_any(path).unet, load_any_info(path)
+        assert joined.keys() == whole.keys() and all(torch.equal(joined[k], v) for k, v in whole.items())
+        assert info.shapes == load_any(path).shapes and weight_files(path) == parts
+        assert len({model_sha256(p) for p in (tmp_path / "unet", *parts)}) == 1
+    parts[0].unlink()
+    for path in (tmp_path / "unet", parts[1]):
+        with pytest.raises(ValueError, match="1 of 2 parts"):
+            load_any(path)
+
+
+def test_a_checkpoint_in_parts_is_joined(tmp_path):
+    whole = load_any(saved(tmp_path / "a.safetensors"))
+    parts = in_parts(tmp_path, "sd-0000{}-of-00002", load_file(tmp_path / "a.safetensors"))
+    joined = load_any(parts[1])
+    assert joined.shapes == whole.shapes and all(torch.equal(joined.unet[k], v) for k, v in whole.unet.items())
+
+
+@pytest.mark.parametrize(
+    "names, read",
+    [
+        (["fp16", "non_ema"], "fp16"),
+        (["bf16", "fp16"], "fp16"),
+        (["fp16", "fp32"], "fp32"),
+        (["non_ema"], "non_ema"),
+        (["non_ema", "non_ema.fp16"], "non_ema"),
+    ],
+)
+def test_of_a_folder_with_variants_alone_the_best_is_read(tmp_path, names, read):
+    convert(saved(tmp_path / "a.safetensors"), tmp_path / "unet", "diffusers")
+    weights = load_file(tmp_path / "unet" / WEIGHTS)
+    (tmp_path / "unet" / WEIGHTS).unlink()
+    for i, name in enumerate(names):
+        shifted = {k: v + i for k, v in weights.items()}
+        save_file(shifted, tmp_path / "unet" / f"diffusion_pytorch_model.{name}.safetensors")
+    assert torch.equal(
+        load_any(tmp_path / "unet").unet["time_embed.0.bias"],
+        weights["time_embedding.linear_1.bias"] + names.index(read),
+    )
+
+
+def test_a_complete_variant_is_read_before_an_incomplete_one(tmp_path):
+    convert(saved(tmp_path / "a.safetensors"), tmp_path / "unet", "diffusers")
+    weights = load_file(tmp_path / "unet" / WEIGHTS)
+    (tmp_path / "unet" / WEIGHTS).rename(tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    in_parts(tmp_path / "unet", "diffusion_pytorch_model-0000{}-of-00002", weights)[0].unlink()
+    assert [path.name for path in weight_files(tmp_path / "unet")] == ["diffusion_pytorch_model.fp16.safetensors"]
+
+
+def test_two_models_in_a_folder_are_not_variants_of_one(tmp_path):
+    for name in ("sd.v1-4", "sd.v1-5"):
+        saved(tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="several models"):
+        load_any(tmp_path)
 
 
 # What is refused

@@ -51,6 +51,10 @@ def convert(
         checkpoint = add_parts(checkpoint, load_any(parts_from))
     if half:
         checkpoint = halved(checkpoint)
+    if checkpoint.scaled_fp8 and to != "style":
+        notes.append(
+            f"{checkpoint.scaled_fp8} weights that were float8 with a scale are written in half precision, without the scale"
+        )
     if to == "single":
         save_checkpoint(target, checkpoint)
     elif to == "style":

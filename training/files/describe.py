@@ -65,6 +65,12 @@ def _sizes(checkpoint: Checkpoint) -> list[str]:
         _row("prediction", checkpoint.prediction + (", zero terminal SNR" if checkpoint.zero_snr else "")),
         _row("UNet", unet),
     ]
+    if checkpoint.scaled_fp8:
+        rows.append(
+            _row(
+                "float8", f"{checkpoint.scaled_fp8} weights are kept as float8 with a scale, and read in half precision"
+            )
+        )
     if config.bank:
         bank = {key: weight for key, weight in checkpoint.unet.items() if key.startswith(f"{BANK}.")}
         ranks = [max(up, down) for _, up, down in config.bank.ranks]

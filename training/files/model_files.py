@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -37,9 +38,12 @@ from ...dmm_core.diffusers_layout import (
     vae_from_diffusers,
 )
 from ...dmm_core.files import file_sha256
+from ...dmm_core.scaled_fp8 import dequantised
 from ...dmm_core.unet import unet_config_from_state_dict
 from ...dmm_core.weights_file import read_keys, read_weights
 from .clip_layout import to_single_file
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
 """A diffusers module's folder."""
@@ -52,6 +56,9 @@ PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
 SINGLE, UNET, PIPELINE = "single file", "UNet in diffusers' layout", "pipeline folder of diffusers"
 """The layouts, in words."""
 
+VARIANTS = ("", "fp32", "ema", "fp16", "bf16", "non_ema", "non_ema.fp16")
+"""Of the weights of one module, in the order in which they are taken where there are several."""
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})(?P<behind>(?:\.\w+)*)\.safetensors")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _CONFIG_LIMIT = 1_000_000  # bytes; real ones have 2000
 _MODULES = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -76,14 +83,15 @@ def layout_of(path: str | os.PathLike) -> str:
     path = Path(path)
     if path.is_dir():
         return PIPELINE if (path / "unet").is_dir() else UNET
-    return UNET if is_diffusers_unet(read_keys(path)) else SINGLE
+    return UNET if is_diffusers_unet([key for file in _series_of(path) for key in read_keys(file)]) else SINGLE
 
 
 def weight_files(path: str | os.PathLike) -> list[Path]:
-    """The safetensors files that ``load_any`` reads. Raises ValueError for a folder without any."""
+    """The safetensors files that ``load_any`` reads. Raises ValueError for a folder without any, and for a part of weights whose others are
+    missing."""
     path = Path(path)
     if not path.is_dir():
-        return [path]
+        return _series_of(path)
     if not (path / "unet").is_dir():
         return _module_files(path)
     return [file for name in _MODULES if (path / name).is_dir() for file in _module_files(path / name)]
@@ -93,7 +101,7 @@ def change_stamp(path: str | os.PathLike) -> tuple[tuple[str, int, int], ...]:
     """Names, times and sizes of the files that ``load_any`` reads, which differ once one has changed. Raises OSError
     when one is gone."""
     path = Path(path)
-    files = [path]
+    files = _series_of(path) if path.exists() and not path.is_dir() else [path]
     if path.is_dir():
         found = [*path.glob("*"), *path.glob("*/*")]
         files += sorted(p for p in found if p.suffix in (".safetensors", ".json") and p.is_file())
@@ -101,12 +109,14 @@ def change_stamp(path: str | os.PathLike) -> tuple[tuple[str, int, int], ...]:
 
 
 def model_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file; of a folder, that of the lines "<sha256>  <path in the folder>" of its weights' files, as
+    """SHA-256 of a file; of a folder, or of weights in several files, that of the lines "<sha256>  <path in the folder>" of these files, as
     sha256sum prints them."""
     path = Path(path)
-    if not path.is_dir():
+    files = weight_files(path)
+    if files == [path]:
         return file_sha256(path)
-    lines = sorted(f"{file_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in weight_files(path))
+    folder = path if path.is_dir() else path.parent
+    lines = sorted(f"{file_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -129,16 +139,27 @@ def _read(path: Path, header_only: bool) -> Checkpoint:
         return _read_pipeline(path, header_only)
     if path.is_dir():
         return _read_unet(path, _module_files(path), header_only)
-    if layout == SINGLE:
-        return read_checkpoint(path, header_only)
-    # Beside a file with another name lies another model's config, as in a folder of many models.
-    return _read_unet(path.parent if UNET_FILE.fullmatch(path.name) else None, [path], header_only)
+    files = _series_of(path)
+    if layout == UNET:
+        # Beside a file with another name lies another model's config, as in a folder of many models.
+        return _read_unet(path.parent if UNET_FILE.fullmatch(path.name) else None, files, header_only)
+    return read_checkpoint(path, header_only) if files == [path] else _read_parts(files, header_only)
+
+
+def _read_parts(files: list[Path], header_only: bool) -> Checkpoint:
+    """A single file's content that lies in several files."""
+    tensors, metadata, scaled = _merged(files, header_only)
+    try:
+        return replace(assemble(tensors, metadata), scaled_fp8=scaled)
+    except ValueError as error:
+        raise ValueError(f"{files[0]}: {error}") from error
 
 
 def _read_pipeline(folder: Path, header_only: bool) -> Checkpoint:
     extra: dict[str, Tensor] = {}
+    scaled = 0
     if (folder / "vae").is_dir():
-        tensors = _module_weights(folder / "vae", header_only)
+        tensors, _, scaled = _merged(_module_files(folder / "vae"), header_only)
         try:
             extra |= {VAE_PREFIX + k: v for k, v in vae_from_diffusers(tensors).items()}
         except ValueError as error:
@@ -149,18 +170,20 @@ def _read_pipeline(folder: Path, header_only: bool) -> Checkpoint:
         # The only thing that tells SD2.x's encoder from SD1.x's; transformers' own default is OpenAI's.
         open_clip = alone and not second and _json(encoder / CONFIG).get("hidden_act", "quick_gelu") != "quick_gelu"
         try:
-            weights = _module_weights(encoder, header_only)
+            weights, _, more = _merged(_module_files(encoder), header_only)
+            scaled += more
             extra |= to_single_file(weights, second=second, alone=alone, open_clip=open_clip)
         except ValueError as error:
             raise ValueError(f"{encoder}: {error}") from error
-    return _read_unet(folder / "unet", _module_files(folder / "unet"), header_only, extra)
+    unet = _read_unet(folder / "unet", _module_files(folder / "unet"), header_only, extra)
+    return replace(unet, scaled_fp8=unet.scaled_fp8 + scaled)
 
 
 def _read_unet(
     folder: Path | None, files: list[Path], header_only: bool, extra: Mapping[str, Tensor] = MappingProxyType({})
 ) -> Checkpoint:
     """folder: where its config.json is; extra: text encoder and VAE under the single file's keys."""
-    weights, metadata = _merged(files, header_only)
+    weights, metadata, scaled = _merged(files, header_only)
     described = {}
     if folder is not None:
         metadata = metadata if "dmm.prediction" in metadata else {**metadata, **_schedule(folder)}
@@ -170,7 +193,8 @@ def _read_unet(
         if described:
             check_diffusers_config(described, unet_config_from_state_dict(unet))
         marks = {ZERO_SNR_MARK: torch.empty(0)} if metadata.pop(ZERO_SNR, None) == "true" else {}
-        return assemble({**{UNET_PREFIX + k: v for k, v in unet.items()}, **extra, **marks}, metadata)
+        whole = assemble({**{UNET_PREFIX + k: v for k, v in unet.items()}, **extra, **marks}, metadata)
+        return replace(whole, scaled_fp8=scaled)
     except ValueError as error:
         raise ValueError(f"{files[0]}: {error}") from error
 
@@ -194,45 +218,83 @@ def _schedule(unet_folder: Path) -> dict[str, str]:
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def _module_weights(folder: Path, header_only: bool) -> dict[str, Tensor]:
-    return _merged(_module_files(folder), header_only)[0]
-
-
 def _module_files(folder: Path) -> list[Path]:
-    """The safetensors file of a diffusers or transformers module's folder, or all files that its weights are split
-    over.
+    """The safetensors file of a diffusers or transformers module's folder, or all files that its weights are split over.
 
-    The full-precision file where there are variants (``.fp16.``). Raises ValueError when there is none.
+    Of several variants (``.fp16.``) the first of ``VARIANTS``, complete ones before others. An index beside the files is not needed and not
+    read. Raises ValueError when there is none.
     """
     names = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors" and not p.name.startswith("."))
     for plain in (WEIGHTS, "model.safetensors"):
         if plain in names:
             return [folder / plain]
-    split = [(m, n) for n in names if (m := re.search(r"-(\d{1,9})-of-(\d{1,9})\.safetensors$", n))]
-    if split:
-        # One series only: a folder may hold the files of a variant too.
-        stems = sorted({n[: m.start()] for m, n in split}, key=len)
-        chosen = [(m, n) for m, n in split if n[: m.start()] == stems[0]]
-        if len(chosen) != int(chosen[0][0][2]):
-            raise ValueError(
-                f"{folder}: {len(chosen)} of {int(chosen[0][0][2])} parts of the weights are there: get the rest"
-            )
-        return [folder / n for _, n in chosen]
-    if len(names) == 1:
-        return [folder / names[0]]
-    if names:
-        raise ValueError(f"{folder} holds several models ({', '.join(names[:4])}): give the file itself")
-    if any(p.suffix in _PICKLES for p in folder.iterdir()):
+    if not names and any(p.suffix in _PICKLES for p in folder.iterdir()):
         raise ValueError(
             f"{folder} holds its weights only as a pickle. Pickles can run code and are never opened here: "
             "get the .safetensors version of this model"
         )
-    raise ValueError(f"{folder} holds no .safetensors file: give a checkpoint file, a UNet folder or a pipeline folder")
+    if not names:
+        raise ValueError(
+            f"{folder} holds no .safetensors file: give a checkpoint file, a UNet folder or a pipeline folder"
+        )
+    series: dict[tuple[str, str, str], list[str]] = {}
+    for name in names:
+        series.setdefault(_name_parts(name), []).append(name)
+    if len(series) > 1 and (
+        len({base for base, _, _ in series}) > 1 or any(variant not in VARIANTS for _, variant, _ in series)
+    ):
+        raise ValueError(f"{folder} holds several models ({', '.join(names[:4])}): give the file itself")
+
+    def rank(key: tuple[str, str, str]) -> tuple[bool, int, int]:
+        variant = VARIANTS.index(key[1]) if key[1] in VARIANTS else 0
+        return not _is_complete(series[key], key[2]), variant, len(key[2])
+
+    chosen = min(series, key=rank)
+    if not _is_complete(series[chosen], chosen[2]):
+        raise ValueError(_missing(folder, series[chosen], chosen[2]))
+    if len(series) > 1:
+        logger.info("%s: of several variants of the weights, '%s' is read", folder, series[chosen][0])
+    return [folder / name for name in series[chosen]]
 
 
-def _merged(files: list[Path], header_only: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of files that hold one module's weights together. Raises ValueError for a key that is in two
-    of them."""
+def _series_of(path: Path) -> list[Path]:
+    """The files that a file's weights are split over, by its name; itself alone for most. Raises ValueError when one is missing."""
+    key = _name_parts(path.name)
+    if not key[2] or not path.is_file():
+        return [path]
+    others = (p for p in path.parent.iterdir() if p.suffix == ".safetensors" and _name_parts(p.name) == key)
+    names = sorted(p.name for p in others)
+    if not _is_complete(names, key[2]):
+        raise ValueError(_missing(path.parent, names, key[2]))
+    return [path.parent / name for name in names]
+
+
+def _name_parts(name: str) -> tuple[str, str, str]:
+    """(name, variant, number of files) of a file of weights, "" for what it does not say: ("model", "fp16", "00002").
+
+    A variant stands before the numbers (``model.fp16-00001-of-00002.safetensors``) or behind them.
+    """
+    match = _PART.fullmatch(name)
+    stem = match["stem"] + match["behind"] if match else name.removesuffix(".safetensors")
+    base, _, variant = stem.partition(".")
+    if match:
+        return base, variant, match["count"]
+    return (base, variant, "") if variant in VARIANTS else (stem, "", "")
+
+
+def _is_complete(names: list[str], count: str) -> bool:
+    """Whether the files of one series are all there; count: how many there should be, "" for a file by itself."""
+    numbers = {int(match["number"]) for name in names if (match := _PART.fullmatch(name))}
+    return not count or (len(names) == int(count) and numbers == set(range(1, len(names) + 1)))
+
+
+def _missing(folder: Path, names: list[str], count: str) -> str:
+    return f"{folder}: {len(names)} of {int(count)} parts of the weights are there ({names[0]}): get the rest"
+
+
+def _merged(files: list[Path], header_only: bool) -> tuple[dict[str, Tensor], dict[str, str], int]:
+    """Tensors and metadata of files that hold one module's weights together, and how many of them were scaled float8. Raises ValueError
+    for a key that is in two of them."""
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for path in files:
@@ -241,7 +303,10 @@ def _merged(files: list[Path], header_only: bool) -> tuple[dict[str, Tensor], di
             raise ValueError(f"{path} repeats keys of the other parts beside it: get the folder again")
         tensors |= more
         metadata |= said
-    return tensors, metadata
+    try:  # a scale may lie in another file than its weight
+        return dequantised(tensors, metadata)
+    except ValueError as error:
+        raise ValueError(f"{files[0]}: {error}") from error
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ..config import LoraSpec
 from ..files.model_files import model_sha256
 from .lora_kinds import REFUSED, ROLES, Entries, changed_bias, changed_weight, check_entries
 from .lora_names import FIRST_TEXT, SECOND_TEXT, Target, lora_names
+from .lora_scales import LoraScales, lora_scales
 
 logger = logging.getLogger(__name__)
 
@@ -109,16 +110,27 @@ def planned_changes(checkpoint: Checkpoint, loras: Sequence[LoraSpec]) -> Change
 
     for lora in loras:
         lora.check()
-        for target, entries in read_lora(lora.file, names).items():
+        by_target, scales = read_lora(lora.file, names)
+        for target, entries in by_target.items():
             try:
                 check_entries(entries)
+                entries = _scaled(scales, checkpoint, target, entries)
                 if "diff_b" in entries:
                     plan(target.bias, entries, lora, changed_bias)
                 if entries.keys() != {"diff_b"}:
                     plan(target, entries, lora, changed_weight)
             except ValueError as error:
                 raise ValueError(f"{lora.file}: {error}") from error
+        scales.report()
     return out
+
+
+def _scaled(scales: LoraScales, checkpoint: Checkpoint, target: Target, entries: Entries) -> Entries:
+    """``entries`` with the alpha that the file says elsewhere than in a tensor."""
+    weight = getattr(checkpoint, target.part).get(target.key)
+    role, (key, _) = next(iter(entries.items()))
+    name = next(key.removesuffix(end) for end in _ENDS if ROLES.get(end) == role and key.endswith(end))
+    return scales.completed(name, entries, 1 if weight is None else weight.shape[2:].numel())
 
 
 def changed(weight: Tensor, key: str, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
@@ -133,8 +145,8 @@ def changed(weight: Tensor, key: str, changes: Sequence[Change], dtype: torch.dt
     return tensor
 
 
-def read_lora(path: str | os.PathLike, names: Mapping[str, Target]) -> Mapping[Target, Entries]:
-    """The entries of a LoRA file by the weight that they change. names: see ``lora_names``.
+def read_lora(path: str | os.PathLike, names: Mapping[str, Target]) -> tuple[Mapping[Target, Entries], LoraScales]:
+    """The entries of a LoRA file by the weight that they change, and what it says of their scale. names: see ``lora_names``.
 
     Keys that fit nothing are counted in a warning. Raises ValueError for a file of which nothing fits, for algorithms
     that are not known here, and for NaN.
@@ -145,7 +157,7 @@ def read_lora(path: str | os.PathLike, names: Mapping[str, Target]) -> Mapping[T
         places[key] = _place(key, names)
         return places[key] is not None
 
-    tensors, _ = read_weights(path, fits)
+    tensors, metadata = read_weights(path, fits)
     strange = [key for key, place in places.items() if place is None]
     if len(strange) == len(tensors):
         raise ValueError(f"{path}: none of its {len(tensors)} keys fits the model{_reason(strange, names)}")
@@ -158,7 +170,7 @@ def read_lora(path: str | os.PathLike, names: Mapping[str, Target]) -> Mapping[T
         if role in of_target:
             raise ValueError(f"{path}: '{of_target[role][0]}' and '{key}' are the same entry for one weight")
         of_target[role] = key, _checked(path, key, role, tensors[key])
-    return entries
+    return entries, lora_scales(path, metadata)
 
 
 def _place(key: str, names: Mapping[str, Target]) -> tuple[Target, str] | None:

@@ -134,11 +134,25 @@ def weight_change(entries: Entries, shape: torch.Size) -> Tensor | None:
         change = functools.reduce(combine, (factor.product() for factor in factors)).reshape(shape)
     except (_Misfit, IndexError) as error:  # an index beyond a tensor's dimensions
         raise ValueError(f"{_shapes(entries)} do not fit a weight of shape {tuple(shape)}") from error
-    ranks = [factor.rank for factor in factors if factor.rank]
-    if "alpha" in values and ranks:
-        # Of two low-rank factors ComfyUI takes the first one's rank for LoHa and the second one's for LoKr.
-        change = change * (values["alpha"].item() / ranks[-1 if lokr else 0])
+    rank = _divisor(factors, lokr)
+    if "alpha" in values and rank:
+        change = change * (values["alpha"].item() / rank)
     return change
+
+
+def rank_of(entries: Entries) -> int | None:
+    """The rank over which alpha is divided; None for a change without one, and for shapes that do not go together."""
+    try:
+        factors = _factors({role: tensor for role, (_, tensor) in entries.items()})
+    except (_Misfit, IndexError, KeyError):
+        return None
+    return _divisor(factors, any(role.startswith("lokr") for role in entries))
+
+
+def _divisor(factors: list[_LowRank | _FullMatrix], lokr: bool) -> int | None:
+    """Of two low-rank factors ComfyUI takes the first one's rank for LoHa and the second one's for LoKr."""
+    ranks = [factor.rank for factor in factors if factor.rank]
+    return ranks[-1 if lokr else 0] if ranks else None
 
 
 def changed_bias(entries: Entries, bias: Tensor, strength: float) -> Tensor:

@@ -1,6 +1,7 @@
 """Names of LoRA files -> the weights of a checkpoint that they mean: the names that ComfyUI's LoRA loader knows, and
 PEFT's.
 
+PEFT        base_model.model.down_blocks.0.attentions.0.proj_in, base_model.model.text_model...
 kohya       lora_unet_input_blocks_1_1_proj_in, lora_unet_down_blocks_0_attentions_0_proj_in, lora_te_text_model_...
 diffusers   unet.down_blocks.0.attentions.0.proj_in, ...attn1.to_q or ...attn1.processor.to_q,
 text_encoder.text_model... plain       diffusion_model.input_blocks.1.1.proj_in,
@@ -82,6 +83,7 @@ def _unet(unet: Mapping[str, Tensor]) -> Names:
             for name in (theirs, processor):
                 yield name, target
                 yield f"unet.{name}", target
+            yield f"base_model.model.{theirs}", target
 
 
 def _text(text: Mapping[str, Tensor]) -> Names:
@@ -91,6 +93,8 @@ def _text(text: Mapping[str, Tensor]) -> Names:
                 continue
             for module, target in _modules(key, prefix):
                 yield f"text_encoders.{encoder}.transformer.{module}", target
+                if prefix.endswith("0.transformer.") or not prefix.startswith("conditioner."):
+                    yield f"base_model.model.{module}", target
                 for begin in begins if _LINEAR.fullmatch(module) else ():
                     yield begin + (module if begin.endswith(".") else _flat(module)), target
                 if (encoder, module) == ("clip_g", "text_projection"):
