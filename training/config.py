@@ -43,6 +43,18 @@ OTHER_NAMES = {
 }
 
 
+@dataclass(frozen=True)
+class ModelSettings:
+    """What a user says of a model whose file does not say it, or wrongly; None: what the file says."""
+
+    prediction: str | None = None
+    zero_snr: bool | None = None
+    clip_skip: int | None = None
+
+    def __bool__(self) -> bool:
+        return self != ModelSettings()
+
+
 @dataclass
 class LoraSpec:
     """A LoRA file and how strongly it is applied: to the UNet, and to the text encoder (None: as to the UNet)."""
@@ -76,6 +88,24 @@ class TeacherSpec:
     )
     description: str = setting("", "What to tell users about the style.")
     licence: str = setting("", "The licence of the teacher, kept in the student's file.")
+    prediction: str | None = setting(
+        None, "What it predicts; null: what its file, or a yaml beside it, says.", choices=("eps", "v")
+    )
+    zero_snr: bool | None = setting(
+        None, "Whether its noise schedule ends in pure noise (zero terminal SNR); null: what its file says."
+    )
+    clip_skip: int | None = setting(
+        None,
+        "Which layer of the text encoder it reads its prompts from: 1 the last, 2 the one before; null: what its file says, or its "
+        "family's.",
+        unit="layers",
+        low=1,
+        high=24,
+    )
+
+    @property
+    def settings(self) -> ModelSettings:
+        return ModelSettings(self.prediction, self.zero_snr, self.clip_skip)
 
 
 @dataclass
@@ -346,6 +376,20 @@ class DistillConfig:
     parts_from: str = setting(
         "", "A full checkpoint of the same family, for the VAE and the text encoder where the base has none."
     )
+    prediction: str | None = setting(
+        None, "What the base predicts; null: what its file, or a yaml beside it, says.", choices=("eps", "v")
+    )
+    zero_snr: bool | None = setting(
+        None, "Whether the base's noise schedule ends in pure noise (zero terminal SNR); null: what its file says."
+    )
+    clip_skip: int | None = setting(
+        None,
+        "Which layer of the text encoder the base reads its prompts from: 1 the last, 2 the one before; null: what its file says, or its "
+        "family's.",
+        unit="layers",
+        low=1,
+        high=24,
+    )
     title: str = setting("DMM", "The model's title in its file.")
     picture_every: int = setting(
         500,
@@ -363,6 +407,11 @@ class DistillConfig:
         default_factory=AttackConfig,
         metadata=about("dmm forget: the search for codes that bring a style back.", expected="settings, see attack"),
     )
+
+    @property
+    def settings(self) -> ModelSettings:
+        """Of the base."""
+        return ModelSettings(self.prediction, self.zero_snr, self.clip_skip)
 
     def check(self) -> None:
         """Raises ValueError naming the first setting that makes no sense."""

@@ -29,6 +29,7 @@ from ..files.hashing import repr_sha256, weights_hash
 from ..paint.images import to_tensor
 from ..progress import ProgressCallback
 from ..teachers.models import Model, as_checkpoint, base_with_parts
+from ..text import encoder_key
 from .batches import CaptionedLatents
 from .buckets import MAX_ASPECT, bucket_sizes, choose_bucket, default_resolution, enlargement, fit, size_multiple
 from .cached_text import TextStore, store_text
@@ -188,10 +189,10 @@ def store_all_text(
     dropped = writer.before.get("text", {}).keys() - text.keys()
     mine = set()
     for model in models:
-        weights = as_checkpoint(model, base).text  # one file in memory at a time
-        key = weights_hash(weights)
+        weights, clip_skip = as_checkpoint(model, base).encoder(base)  # one file in memory at a time
+        key = encoder_key(weights, clip_skip)
         if weights and key not in mine:  # most fine-tunes share the base's
-            text[key] = store_text(writer, weights, prompts, device, progress=progress)
+            text[key] = store_text(writer, weights, prompts, device, clip_skip=clip_skip, progress=progress)
             mine.add(key)
     if dropped - text.keys():
         logger.warning(
@@ -307,10 +308,11 @@ class ImageCache(CaptionedLatents):
                 f"the cache '{self.folder}' was made with another VAE than the base model's: the latents would mean other "
                 "pictures. Make a cache with this base, or use the base (or parts_from) it was made with"
             )
-        self.text_of(base.text, "the base model")
-        for name, (checkpoint, file) in teachers.items():
-            if checkpoint.text:
-                self.text_of(checkpoint.text, f"teacher '{name}'", file)
+        for name, checkpoint, file in [("the base model", base, "FILE")] + [
+            (f"teacher '{n}'", *c) for n, c in teachers.items()
+        ]:
+            weights, clip_skip = checkpoint.encoder(base)
+            self.text_of(weights, name, file, clip_skip)
         return self
 
 
