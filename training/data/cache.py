@@ -33,7 +33,7 @@ from ..text import encoder_key
 from .batches import CaptionedLatents
 from .buckets import MAX_ASPECT, bucket_sizes, choose_bucket, default_resolution, enlargement, fit, size_multiple
 from .cached_text import TextStore, store_text
-from .image_folder import Picture, Problem, ahead, read_picture, survey
+from .image_folder import Picture, Problem, ahead, captions_alone, find_files, read_picture, survey, unreadable_pictures
 from .shards import ShardReader, ShardWriter, check_shards, first_few, read_manifest, shard_entries
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,8 @@ ENLARGED = 2.0
 @dataclass
 class CacheReport:
     """What a cache holds and what was left out of it. buckets: number of pictures by (width, height) in pixels;
-    enlarged: names of pictures that were made more than ``ENLARGED`` times larger."""
+    enlarged: names of pictures that were made more than ``ENLARGED`` times larger; alone: of captions without a picture;
+    unread: of pictures of kinds that are not read, and that nothing was said of."""
 
     pictures: int
     buckets: dict[tuple[int, int], int]
@@ -55,6 +56,8 @@ class CacheReport:
     text_encoders: int
     skipped: list[Problem] = field(default_factory=list)
     enlarged: list[str] = field(default_factory=list)
+    alone: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{w}x{h}: {count}" for (w, h), count in self.buckets.items())
@@ -65,6 +68,14 @@ class CacheReport:
             lines.append(
                 f"{len(self.enlarged)} of them had to be made more than {ENLARGED:g} times larger: "
                 f"{first_few([repr(name) for name in self.enlarged])}"
+            )
+        if self.alone:
+            lines.append(
+                f"{len(self.alone)} captions without a picture: {first_few([repr(name) for name in self.alone])}"
+            )
+        if self.unread:
+            lines.append(
+                f"{len(self.unread)} pictures of kinds that are not read: {first_few([repr(name) for name in self.unread])}"
             )
         if self.skipped:
             lines.append(f"{len(self.skipped)} problems, left out: {first_few(self.skipped)}")
@@ -165,6 +176,8 @@ def build_image_cache(
         text_encoders=len(text),
         skipped=problems,
         enlarged=sorted(enlarged),
+        alone=captions_alone(images),
+        unread=[one.name for one in unreadable_pictures(find_files(images)) if one not in problems],
     )
 
 
