@@ -14,8 +14,10 @@ from comfyui_dmm.training.yaml_file import LARGEST, read_yaml
 SECONDS, MEGABYTES = 15, 80
 """A file may take no more of the processor, under tracemalloc, and no more memory."""
 START = "base: base.safetensors\noutput: out.safetensors\nrun_dir: run\n"
-ODD = "in line %d is another number to YAML (a leading 0 means octal, a colon base 60): "
+ODD = (
+    "in line %d is another number to YAML (a leading 0 means octal, a colon base 60): "
     "write it without, or put it into quotes if it is a text"
+)
 TEACHER = START + "teachers: [{name: %s, file: a.safetensors}]\n"
 
 

@@ -276,8 +276,9 @@ def encode_pictures(
 class StoredLatents:
     """A Bucket that stays on disk: pictures of one size, read when they are drawn."""
 
-    def __init__(self, folder: str | os.PathLike, entries: Sequence[Mapping[str, Any]]):
-        self.reader = ShardReader(folder, entries)
+    def __init__(self, folder: str | os.PathLike, entries: Sequence[Mapping[str, Any]], names: Sequence[str] = ()):
+        """names: the pictures' files."""
+        self.reader = ShardReader(folder, entries, names)
         self.shape = self.reader.shape("latents")
 
     def __len__(self) -> int:
@@ -298,7 +299,7 @@ class ImageCache(CaptionedLatents):
     def __init__(self, folder: str | os.PathLike, manifest: Mapping[str, Any]):
         prompts = manifest["prompts"]
         super().__init__(
-            [StoredLatents(folder, bucket["shards"]) for bucket in manifest["buckets"]],
+            [StoredLatents(folder, bucket["shards"], bucket.get("names", ())) for bucket in manifest["buckets"]],
             [prompts[row] for bucket in manifest["buckets"] for row in bucket["rows"]],
         )
         if self.prompts != prompts:
