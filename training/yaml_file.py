@@ -40,11 +40,11 @@ class _Loader(yaml.SafeLoader):
 
     def fetch_flow_collection_start(self, token: Any) -> None:
         self._check_depth(self.flow_level, self.line)
-        super().fetch_flow_collection_start(token)  # type: ignore[misc]
+        super().fetch_flow_collection_start(token)
 
     def add_indent(self, column: int) -> bool:
         self._check_depth(len(self.indents), self.line)
-        return super().add_indent(column)  # type: ignore[misc]
+        return super().add_indent(column)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self._check_depth(self.depth, self.line)

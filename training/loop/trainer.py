@@ -180,7 +180,7 @@ class Trainer:
         target = self.targets(batch, batch.x_t.to(self.device), batch.t.to(self.device)).out
         if bad := bad_rows(target):
             where = row(bad[0])
-            return f"the teacher itself predicts NaN or infinite numbers in {where}: set teacher_dtype to fp32 or bf16, or get its file again"
+            return f"the teacher itself predicts NaN or infinite numbers in {where}: set teacher_dtype to fp32, or get its file again"
         return ""
 
     def _update(self, micro_batches: Sequence[MicroBatch], lr: float) -> float:
