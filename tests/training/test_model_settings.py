@@ -13,6 +13,7 @@ from comfyui_dmm.dmm_core.unet import UNet
 from comfyui_dmm.dmm_core.vae import AutoencoderKL, VAEConfig
 from comfyui_dmm.training.cli import main
 from comfyui_dmm.training.config import ModelSettings, load_config
+from comfyui_dmm.training.data.buckets import default_resolution
 from comfyui_dmm.training.data.open_cache import open_cache
 from comfyui_dmm.training.files.describe import describe
 from comfyui_dmm.training.files.model_files import load_any, load_any_info
@@ -320,3 +321,11 @@ def test_convert_writes_it_into_the_file_and_a_merge_keeps_it(run_folder, caplog
     as_v = picture.read_bytes()
     assert main(["sample", f"{merged},prediction=eps,zero_snr=false", *words]) == 0
     assert picture.read_bytes() != as_v
+
+
+def test_sd15_that_predicts_v_stays_at_its_size():
+    """512 pixels a side, as it was taught; only SD2.x's v model was taught at 768."""
+    sd15 = dataclasses.replace(SMALL, model_channels=320, context_dim=768)
+    sd2 = dataclasses.replace(sd15, context_dim=1024)
+    sizes = [default_resolution(config, prediction) for config in (sd15, sd2) for prediction in ("eps", "v")]
+    assert sizes == [512, 512, 512, 768]

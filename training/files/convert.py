@@ -47,10 +47,9 @@ def convert(
     elif is_style_file(split_settings(source)[0]):
         raise ValueError(f"{source} holds styles without a UNet: name the model that they belong to with --onto")
     else:
-        file, settings = split_settings(source)
-        checkpoint = told(load_any(file), settings)
+        checkpoint = _load(source)
     if parts_from is not None:
-        checkpoint = add_parts(checkpoint, load_any(parts_from))
+        checkpoint = add_parts(checkpoint, _load(parts_from))
     if said := guesses({Path(source).name: checkpoint}):
         notes.append(said)
     if half:
@@ -65,6 +64,12 @@ def convert(
     else:
         raise ValueError(f"cannot convert to {to!r}: expected single, style or diffusers")
     return notes
+
+
+def _load(text: str | os.PathLike) -> Checkpoint:
+    """A model as the command line names it, with settings behind its file."""
+    file, settings = split_settings(text)
+    return told(load_any(file), settings)
 
 
 def halved(checkpoint: Checkpoint) -> Checkpoint:
