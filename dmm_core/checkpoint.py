@@ -7,6 +7,7 @@ the codebook ``model_embedding`` [N, D] and the style MLP. Style names, the reci
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,16 @@ from torch import Tensor
 
 from .bank import BANK, bank_config
 from .ema_keys import UNET_PART, from_ema, only_ema
-from .metadata import StyleInfo, check_styles, default_styles, modelspec_prediction, read_metadata, write_metadata
+from .metadata import (
+    StyleInfo,
+    check_styles,
+    default_styles,
+    modelspec_prediction,
+    read_metadata,
+    said_clip_skip,
+    trainer_prediction,
+    write_metadata,
+)
 from .scaled_fp8 import dequantised, is_mark
 from .style import CODEBOOK, MLP_NAMES
 from .unet import unet_config_from_state_dict
@@ -31,6 +41,11 @@ STYLE_KEYS = tuple(f"{name}." for name in (CODEBOOK, *MLP_NAMES, BANK))
 """Of the weights that a plain UNet does not have."""
 V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
 """Empty tensors by which ComfyUI marks v-prediction and a noise schedule rescaled to end in pure noise."""
+
+CLIP_SKIP = "dmm.clip_skip"
+"""Metadata key: the clip skip with which the model reads its prompts, where it is not its family's."""
+GUESS = "a guess"
+"""``Checkpoint.prediction_from`` where nothing in the file says it."""
 
 MAX_STYLES = 4096
 """A bound for untrusted files: every style gets a name, and all names are compared with each other."""
@@ -54,7 +69,9 @@ class Checkpoint:
     vae: keys without ``first_stage_model.``; other: every tensor that is none of these, keys as in the file;
     styles: one per style of the weights; recipe: how it was made; metadata: all other metadata, verbatim;
     prediction: "eps" or "v"; zero_snr: the model was trained on the schedule that ends in pure noise; scaled_fp8: number of weights that
-    the file keeps as float8 with a scale (they are in half precision here).
+    the file keeps as float8 with a scale (they are in half precision here); prediction_from: what said the prediction, in words, GUESS,
+    or "" for what was not read from a file; overruled: that these two are not what the file alone says; clip_skip: 1 reads the text
+    encoder's last layer, 2 the one before it, None is what the model family was trained with.
     """
 
     unet: dict[str, Tensor]
@@ -67,6 +84,15 @@ class Checkpoint:
     zero_snr: bool = False
     other: dict[str, Tensor] = field(default_factory=dict)
     scaled_fp8: int = 0
+    clip_skip: int | None = None
+    prediction_from: str = ""
+    overruled: bool = False
+
+    def encoder(self, base: Checkpoint | None = None) -> tuple[dict[str, Tensor], int | None]:
+        """The text encoder that its prompts are read with, ``base``'s where it has none ({} without either), and the clip skip."""
+        if self.text or base is None:
+            return self.text, self.clip_skip
+        return base.text, base.clip_skip if self.clip_skip is None else self.clip_skip
 
     @property
     def num_styles(self) -> int:
@@ -128,7 +154,8 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: Checkpoint, extra: Mapp
         if checkpoint.prediction not in ("eps", "v"):
             raise ValueError(f"the prediction is {checkpoint.prediction!r}, expected 'eps' or 'v'")
         config = unet_config_from_state_dict(checkpoint.unet)
-        rest = {**checkpoint.metadata, **(extra or {})}
+        said = {CLIP_SKIP: str(checkpoint.clip_skip)} if checkpoint.clip_skip else {}
+        rest = {**checkpoint.metadata, **(extra or {}), **said}
         metadata = write_metadata(
             styles, checkpoint.recipe, checkpoint.prediction, rest=rest, config=config, title=path.stem
         )
@@ -177,11 +204,26 @@ def assemble(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Checkpo
     num_styles = count_styles(unet)
     unet_config_from_state_dict(unet)  # refuses what is none
     styles, recipe, prediction, rest = read_metadata(metadata, num_styles)
-    if prediction is None:
-        prediction = "v" if v_mark else modelspec_prediction(rest) or _sd2_prediction(unet)
-    return Checkpoint(
-        unet, expand_vocabulary(text), vae, styles, recipe, rest, prediction, zero_snr=zero_snr, other=other
+    sources = (
+        ("dmm.prediction", prediction),
+        (f"its tensor '{V_MARK}'", "v" if v_mark else None),
+        ("modelspec", modelspec_prediction(rest)),
+        ("ss_v_parameterization", trainer_prediction(rest)),
+        (GUESS, _sd2_prediction(unet)),
     )
+    told_by, prediction = next((what, said) for what, said in sources if said)
+    zero_snr = zero_snr or rest.get("ss_zero_terminal_snr", "").strip().lower() == "true"
+    clip_skip = _clip_skip(rest.pop(CLIP_SKIP, None)) or said_clip_skip(rest)
+    return Checkpoint(
+        unet, expand_vocabulary(text), vae, styles, recipe, rest, prediction,
+        zero_snr=zero_snr, other=other, clip_skip=clip_skip, prediction_from=told_by,
+    )  # fmt: skip
+
+
+def _clip_skip(said: str | None) -> int | None:
+    if said is not None and not re.fullmatch(r"[1-9][0-9]?", said):
+        raise ValueError(f"metadata '{CLIP_SKIP}' is {said[:40]!r}, expected a number from 1: the file is damaged")
+    return int(said) if said else None
 
 
 def count_styles(unet: Mapping[str, Tensor]) -> int:

@@ -171,6 +171,22 @@ def modelspec_prediction(metadata: Mapping[str, str]) -> str | None:
     return "eps" if said in ("epsilon", "eps") else None
 
 
+def trainer_prediction(metadata: Mapping[str, str]) -> str | None:
+    """The prediction by kohya's ``ss_v_parameterization`` ("True" or "False"): "eps", "v", or None where it is not there."""
+    said = {"true": "v", "false": "eps"}
+    return said.get(metadata.get("ss_v_parameterization", "").strip().lower())
+
+
+def said_clip_skip(metadata: Mapping[str, str]) -> int | None:
+    """The clip skip by what trainers write (``modelspec.encoder_layer``, ``ss_clip_skip``); None where they say nothing, or 1, which they
+    write for SDXL too, whatever it reads."""
+    for key in ("modelspec.encoder_layer", "ss_clip_skip"):
+        said = metadata.get(key, "").strip()
+        if re.fullmatch(r"[1-9][0-9]?", said) and int(said) > 1:
+            return int(said)
+    return None
+
+
 def architecture(config: UNetConfig, prediction: str) -> tuple[str, str | None]:
     """The ``modelspec.architecture`` of a UNet, and its base resolution "WxH", or None for sizes of its own."""
     v2 = ("stable-diffusion-v2-768-v", "768x768") if prediction == "v" else ("stable-diffusion-v2-512", "512x512")

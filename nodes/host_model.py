@@ -434,7 +434,7 @@ def build_clip(checkpoint: Checkpoint, disable_dynamic: bool = False):
     weights = config.process_clip_state_dict(dict(checkpoint.text))
     if target is None or not weights:
         return None
-    return comfy.sd.CLIP(
+    clip = comfy.sd.CLIP(
         target,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         tokenizer_data=weights,
@@ -443,6 +443,15 @@ def build_clip(checkpoint: Checkpoint, disable_dynamic: bool = False):
         model_options=text_model_options(weights),
         disable_dynamic=disable_dynamic,
     )
+    if checkpoint.clip_skip:
+        clip.clip_layer(-checkpoint.clip_skip)  # as CLIPSetLastLayer does, which can still say otherwise
+    return clip
+
+
+def clip_skip(clip) -> int | None:
+    """With which clip skip a CLIP reads prompts, where CLIPSetLastLayer or its file says one."""
+    layer = getattr(clip, "layer_idx", None)
+    return -layer if layer else None
 
 
 def text_model_options(weights: dict[str, Tensor]) -> dict:
@@ -514,6 +523,7 @@ def to_checkpoint(model, clip=None, vae=None) -> Checkpoint:
         metadata=dict(info.metadata),
         prediction=info.prediction,
         zero_snr=info.zero_snr,
+        clip_skip=None if clip is None else clip_skip(clip),
     )
 
 

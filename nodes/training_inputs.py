@@ -157,7 +157,8 @@ def clip_and_vae_parts(base, clip, vae) -> Checkpoint:
     copy = {"text": text, "vae": images}
     parts = {part: {k: v.detach().to("cpu").clone() for k, v in weights.items()} for part, weights in copy.items()}
     parts["text"] = dequantised(parts["text"], {})[0]
-    return Checkpoint(unet={}, prediction=prediction(base, "the base model"), **parts)
+    skip = host_model.clip_skip(clip)
+    return Checkpoint(unet={}, prediction=prediction(base, "the base model"), clip_skip=skip, **parts)
 
 
 def base_parts(base, clip, vae) -> Checkpoint:

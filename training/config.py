@@ -6,6 +6,7 @@ What each setting means, and which values it may have, stands beside it (``field
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from ..dmm_core.bank_grow import USUAL_GROWTH
 from ..dmm_core.bank_size import USUAL, parse_budget
 from .fields import about, check_fields, is_number, setting, table
 from .presets import preset
-from .yaml_file import read_yaml
+from .yaml_file import Place, read_document, shortened, shown
 
 INITS = ("base", "soup", "bank")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -43,6 +44,18 @@ OTHER_NAMES = {
 }
 
 
+@dataclass(frozen=True)
+class ModelSettings:
+    """What a user says of a model whose file does not say it, or wrongly; None: what the file says."""
+
+    prediction: str | None = None
+    zero_snr: bool | None = None
+    clip_skip: int | None = None
+
+    def __bool__(self) -> bool:
+        return self != ModelSettings()
+
+
 @dataclass
 class LoraSpec:
     """A LoRA file and how strongly it is applied: to the UNet, and to the text encoder (None: as to the UNet)."""
@@ -61,7 +74,7 @@ class LoraSpec:
             raise ValueError(f"a LoRA's file is {self.file!r}: expected the name of a .safetensors file")
         for name, value in (("strength", self.strength), ("clip_strength", self.text_strength)):
             if not is_number(value):
-                raise ValueError(f"LoRA '{self.file}': {name} is {value!r}, expected a number")
+                raise ValueError(f"LoRA '{self.file}': {name} is {shown(value)}, expected a number")
 
 
 @dataclass
@@ -76,6 +89,24 @@ class TeacherSpec:
     )
     description: str = setting("", "What to tell users about the style.")
     licence: str = setting("", "The licence of the teacher, kept in the student's file.")
+    prediction: str | None = setting(
+        None, "What it predicts; null: what its file, or a yaml beside it, says.", choices=("eps", "v")
+    )
+    zero_snr: bool | None = setting(
+        None, "Whether its noise schedule ends in pure noise (zero terminal SNR); null: what its file says."
+    )
+    clip_skip: int | None = setting(
+        None,
+        "Which layer of the text encoder it reads its prompts from: 1 the last, 2 the one before; null: what its file says, or its "
+        "family's.",
+        unit="layers",
+        low=1,
+        high=24,
+    )
+
+    @property
+    def settings(self) -> ModelSettings:
+        return ModelSettings(self.prediction, self.zero_snr, self.clip_skip)
 
 
 @dataclass
@@ -346,6 +377,20 @@ class DistillConfig:
     parts_from: str = setting(
         "", "A full checkpoint of the same family, for the VAE and the text encoder where the base has none."
     )
+    prediction: str | None = setting(
+        None, "What the base predicts; null: what its file, or a yaml beside it, says.", choices=("eps", "v")
+    )
+    zero_snr: bool | None = setting(
+        None, "Whether the base's noise schedule ends in pure noise (zero terminal SNR); null: what its file says."
+    )
+    clip_skip: int | None = setting(
+        None,
+        "Which layer of the text encoder the base reads its prompts from: 1 the last, 2 the one before; null: what its file says, or its "
+        "family's.",
+        unit="layers",
+        low=1,
+        high=24,
+    )
     title: str = setting("DMM", "The model's title in its file.")
     picture_every: int = setting(
         500,
@@ -363,6 +408,11 @@ class DistillConfig:
         default_factory=AttackConfig,
         metadata=about("dmm forget: the search for codes that bring a style back.", expected="settings, see attack"),
     )
+
+    @property
+    def settings(self) -> ModelSettings:
+        """Of the base."""
+        return ModelSettings(self.prediction, self.zero_snr, self.clip_skip)
 
     def check(self) -> None:
         """Raises ValueError naming the first setting that makes no sense."""
@@ -391,12 +441,20 @@ class DistillConfig:
                 lora.check()
             files += [(f"LoRA of teacher '{teacher.name}'", lora.file) for lora in teacher.loras]
         for role, path in files:  # a model may be a folder of diffusers
-            if path and not Path(path).exists():
+            if path and not _exists(path):
                 raise ValueError(f"{role}: there is no file '{path}'")
         self.train.check()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def _exists(path: str) -> bool:
+    """Whether there is such a file or folder; False too for a name that no file can have."""
+    try:
+        return Path(path).exists()
+    except OSError:  # too long
+        return False
 
 
 def check_names(names: list[str]) -> None:
@@ -421,12 +479,12 @@ def load_config(path: str | Path, grown: bool = False) -> DistillConfig:
     Raises ValueError naming the file and the key that is wrong.
     """
     path = Path(path)
-    raw = read_yaml(path)
+    raw, written = read_document(path)
     try:
         train = raw.get("train") if isinstance(raw, Mapping) else None
         if grown and isinstance(train, Mapping) and "preset" in train:
             raw = {**raw, "train": {"init": TrainConfig.init, "bank": TrainConfig.bank, **train}}
-        config = _build(DistillConfig, raw, "config")
+        config = _build(DistillConfig, raw, "config", (), written)
         check_fields(config)  # before paths are made of texts
         check_fields(config.data, "data.")
         check_fields(config.train, "train.")
@@ -442,18 +500,23 @@ def load_config(path: str | Path, grown: bool = False) -> DistillConfig:
             config.data.file = str((path.parent / config.data.file).resolve())
         config.check()
     except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
+        raise ValueError(f"{path.name}: {shortened(str(error), 1000)}") from error
     return config
 
 
-def _build(cls: Any, raw: Any, where: str) -> Any:
-    """A dataclass from a mapping; unknown and missing keys are named, with the nearest known one."""
+def _build(cls: Any, raw: Any, where: str, place: Place, written: Mapping[Place, str]) -> Any:
+    """A dataclass from a mapping; unknown and missing keys are named, with the nearest known one.
+
+    place, written: where the mapping is in the file, and how what is no text to YAML is written there.
+    """
     if raw is None:
         raise ValueError(f"{where} is empty: give settings under it, or leave it out")
     if not isinstance(raw, Mapping):
         raise ValueError(f"{where} must be a mapping of settings, got {type(raw).__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in raw:
+        if not isinstance(key, str):
+            raise ValueError(f"{where} has a setting that YAML reads as {_taken_for(key)}, not as a name: {shown(key)}")
         if key not in fields and not (cls is TrainConfig and key == "preset"):
             near = (
                 [OTHER_NAMES[key]]
@@ -461,24 +524,30 @@ def _build(cls: Any, raw: Any, where: str) -> Any:
                 else difflib.get_close_matches(str(key), fields, n=1)
             )
             hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(sorted(fields))}"
-            raise ValueError(f"{where} has an unknown setting '{key}'{hint}")
+            raise ValueError(f"{where} has an unknown setting '{key[:60]}'{hint}")
+    _check_texts(fields, raw, "" if where == "config" else f"{where}.", place, written)
     values = dict(raw)
     nested = {"data": DataSpec, "train": TrainConfig, "attack": AttackConfig}
     for key, kind in nested.items():
         if cls is DistillConfig and key in values:
-            values[key] = _build(kind, values[key], key)
+            values[key] = _build(kind, values[key], key, (*place, key), written)
     if cls is DistillConfig and isinstance(values.get("teachers"), list):
-        values["teachers"] = [_build(TeacherSpec, t, f"teachers[{i}]") for i, t in enumerate(values["teachers"])]
+        values["teachers"] = [
+            _build(TeacherSpec, t, f"teachers[{i}]", (*place, "teachers", i), written)
+            for i, t in enumerate(values["teachers"])
+        ]
     if cls is TeacherSpec and "loras" in values:
         if not isinstance(values["loras"], list):
             raise ValueError(f"{where}.loras must be a list, each of a file and, if you like, a strength")
-        values["loras"] = [_build(LoraSpec, lora, f"{where}.loras[{i}]") for i, lora in enumerate(values["loras"])]
+        values["loras"] = [
+            _build(LoraSpec, lora, f"{where}.loras[{i}]", (*place, "loras", i), written)
+            for i, lora in enumerate(values["loras"])
+        ]
         for lora in values["loras"]:
             lora.check()
-    if cls is TrainConfig:
-        if "preset" in values:
-            values = {**preset(values.pop("preset")), **values}
-        values = {k: _number(str(fields[k].type), v) for k, v in values.items()}
+    if cls is TrainConfig and "preset" in values:
+        values = {**preset(values.pop("preset")), **values}
+    values = {k: _number(str(fields[k].type), v) for k, v in values.items()}
     # "description:" with nothing behind it is null in YAML
     values = {k: "" if v is None and fields[k].default == "" else v for k, v in values.items()}
     required = {
@@ -489,12 +558,51 @@ def _build(cls: Any, raw: Any, where: str) -> Any:
     return cls(**values)
 
 
+def _check_texts(
+    fields: Mapping[str, dataclasses.Field],
+    raw: Mapping[str, Any],
+    prefix: str,
+    place: Place,
+    written: Mapping[Place, str],
+) -> None:
+    """Raises ValueError for a value that is meant as text and that YAML reads as something else, saying as what."""
+    for key, value in raw.items():
+        kind = str(fields[key].type) if key in fields else ""
+        empty_is_default = value is None and (fields[key].default in ("", None) if key in fields else True)
+        if kind in ("str", "str | None") and not isinstance(value, str) and not empty_is_default:
+            raise ValueError(_no_text(f"{prefix}{key}", value, written.get((*place, key))))
+        if kind == "list[str]" and isinstance(value, list):
+            for i, one in enumerate(value):
+                if not isinstance(one, str):
+                    raise ValueError(_no_text(f"{prefix}{key}[{i}]", one, written.get((*place, key, i))))
+
+
+def _no_text(name: str, value: Any, written: str | None) -> str:
+    """The message for a value that is no text. written: as in the file, None for a list or mapping."""
+    if value is None:
+        return f"{name} is empty, which YAML reads as null: expected text"
+    if written is None:
+        return f"{name} is {shown(value)}: expected text"
+    said = written[:60]
+    return f"{name} is {said}, which YAML reads as {_taken_for(value)}: expected text, put it into quotes: '{said}'"
+
+
+def _taken_for(value: Any) -> str:
+    """What YAML made of a value, in words."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    kinds = {int: "a number", float: "a number", datetime.datetime: "a date", datetime.date: "a date", bytes: "bytes"}
+    return next((word for kind, word in kinds.items() if isinstance(value, kind)), type(value).__name__)
+
+
 def _number(kind: str, value: Any) -> Any:
     """YAML 1.1 reads '1e-5' as text and '2' as an int: give float settings their floats."""
     if "float" in kind and isinstance(value, (str, int)) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             return value
     if kind.startswith("tuple") and isinstance(value, list):
         return tuple(_number("float", v) for v in value)

@@ -22,6 +22,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from .yaml_file import shown
+
 KEY = "setting"
 """Of a field's metadata."""
 
@@ -90,7 +92,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if KEY in f.metadata and not accepts(f, value):
-            raise ValueError(f"{prefix}{f.name} is {value!r}: {expectation(f)}")
+            raise ValueError(f"{prefix}{f.name} is {shown(value)}: {expectation(f)}")
 
 
 def accepts(f: dataclasses.Field, value: Any) -> bool:
@@ -168,13 +170,13 @@ def table(cls: type) -> str:
 
 
 def is_int(value: Any) -> bool:
-    """Whether a value is a whole number; true and false are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether a value is a whole number of 64 bits; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _kind(f: dataclasses.Field) -> tuple[str, bool]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .yaml_file import shown
+
 PRESETS: dict[str, dict[str, Any]] = {
     "draft": {
         "steps": 1000,
@@ -62,6 +64,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def preset(name: str) -> dict[str, Any]:
     """Settings of a preset. Raises ValueError for an unknown one."""
-    if name not in PRESETS:
-        raise ValueError(f"preset is {name!r}: choose one of {', '.join(PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"preset is {shown(name)}: choose one of {', '.join(PRESETS)}")
     return dict(PRESETS[name])

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .files.clip_layout import from_open_clip
+from .files.hashing import repr_sha256, weights_hash
 from .host_path import TOKENIZER, find_host
 
 START, END = 49406, 49407
@@ -97,6 +98,22 @@ def windows(tokens: Sequence[int], pad: int) -> list[list[int]]:
     room = WINDOW - 2
     chunks = [tokens[i : i + room] for i in range(0, max(len(tokens), 1), room)]
     return [[START, *chunk, END] + [pad] * (room - len(chunk)) for chunk in chunks]
+
+
+# --- clip skip --------------------------------------------------------------------------------------------------------
+
+
+def usual_clip_skip(text: Mapping[str, Tensor]) -> int:
+    """What the model family with this text encoder was trained with: 1 for SD1.x, 2 for SD2.x and SDXL."""
+    return 1 if any(key.startswith("cond_stage_model.transformer.") for key in text) else 2
+
+
+def encoder_key(text: Mapping[str, Tensor], clip_skip: int | None = None) -> str:
+    """A name for the states that a text encoder gives: the hash of its weights, and another one where the clip skip is not the family's."""
+    key = weights_hash(text)
+    if clip_skip in (None, usual_clip_skip(text)):
+        return key
+    return repr_sha256("clip skip", key, clip_skip)
 
 
 # --- token ids to states ----------------------------------------------------------------------------------------------

@@ -239,12 +239,18 @@ def test_what_is_within_the_bounds_passes():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"base": 5}, "base is 5: expected text"),
-        ({"title": 2024}, "title is 2024: expected text"),
+        ({"base": 5}, "base is 5, which YAML reads as a number: expected text, put it into quotes: '5'"),
+        ({"title": 2024}, "title is 2024, which YAML reads as a number: expected text, put it into quotes: '2024'"),
         ({"teachers": None}, "teachers is None: expected a list, see teachers"),
-        ({"teachers": [{"name": 5, "file": "a.safetensors"}]}, r"teachers\[0\].name is 5: expected text"),
+        (
+            {"teachers": [{"name": 5, "file": "a.safetensors"}]},
+            r"teachers\[0\].name is 5, which YAML reads as a number: expected text, put it into quotes: '5'",
+        ),
         ({"data": {"count": 0}}, "data.count is 0: expected a whole number from 1"),
-        ({"data": {"kind": "cache", "file": 7}}, "data.file is 7: expected text"),
+        (
+            {"data": {"kind": "cache", "file": 7}},
+            "data.file is 7, which YAML reads as a number: expected text, put it into quotes: '7'",
+        ),
         ({"attack": {"codes": -1}}, "attack.codes is -1: expected a whole number from 0"),
         ({"train": {"tf32": "maybe"}}, "train.tf32 is 'maybe': expected true or false"),
     ],

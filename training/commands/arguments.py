@@ -9,6 +9,12 @@ from typing import Any
 
 from ..fields import about_field, default_of, describe
 
+MODELS = (
+    "Settings of a model stand behind its file: FILE,prediction=v,clip_skip=2 (also prediction=eps, zero_snr=true); without them its "
+    "metadata, a yaml beside it or a guess decide (docs/files.md)."
+)
+"""The end of the help of commands that take models."""
+
 
 def named_file(text: str) -> tuple[str, str]:
     """ "ink=models/ink.safetensors" -> ("ink", "models/ink.safetensors")"""

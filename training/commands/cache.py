@@ -6,7 +6,7 @@ import argparse
 
 from ..data.rollout_paths import RolloutSettings
 from ..fields import describe
-from .arguments import add_settings, named_file, size
+from .arguments import MODELS, add_settings, named_file, size
 from .progress_bar import ProgressBar
 
 # All but the sizes: --size may be repeated.
@@ -19,7 +19,9 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     actions = cache.add_subparsers(required=True, metavar="action")
 
     images = actions.add_parser(
-        "images", help="a folder of captioned pictures -> latents and text states; the same command goes on"
+        "images",
+        help="a folder of captioned pictures -> latents and text states; the same command goes on",
+        epilog=MODELS,
     )
     images.add_argument("--images", required=True, help="folder of pictures with captions, see docs/data.md")
     _add_models(images)
@@ -39,7 +41,9 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     images.set_defaults(run=run_images)
 
     rollouts = actions.add_parser(
-        "rollouts", help="captions -> states on the teachers' sampling paths with their predictions; no pictures needed"
+        "rollouts",
+        help="captions -> states on the teachers' sampling paths with their predictions; no pictures needed",
+        epilog=MODELS,
     )
     rollouts.add_argument("--captions", required=True, help="text file, one caption a line")
     _add_models(rollouts)
@@ -52,7 +56,9 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     add_settings(rollouts, RolloutSettings, ROLLOUT_OPTIONS)
     rollouts.set_defaults(run=run_rollouts)
 
-    text = actions.add_parser("text", help="add teachers' text encoders to a finished cache of either kind")
+    text = actions.add_parser(
+        "text", help="add teachers' text encoders to a finished cache of either kind", epilog=MODELS
+    )
     text.add_argument("--cache", required=True, help="folder of the cache")
     text.add_argument("--teacher", action="append", required=True, help="file with a text encoder; repeatable")
     text.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 
+from .arguments import MODELS
+
 LAYOUTS = ("single", "style", "diffusers")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add ``convert`` to the subparsers of the ``dmm`` command."""
-    convert = commands.add_parser("convert", help="a model file into another layout, weights unchanged (docs/files.md)")
+    convert = commands.add_parser(
+        "convert", help="a model file into another layout, weights unchanged (docs/files.md)", epilog=MODELS
+    )
     convert.add_argument("source", metavar="IN", help="checkpoint file, diffusers folder, or style file with --onto")
     convert.add_argument("target", metavar="OUT", help="file to write, or the UNet folder of --to diffusers")
     convert.add_argument("--to", required=True, choices=LAYOUTS, help="one file, the styles alone, or a UNet folder")

@@ -12,7 +12,7 @@ from ..fields import about_field
 from ..parallel.devices import local_device
 from ..parallel.ranks import joined, launched
 from ..run.watch.controls import StopAndSave
-from .arguments import named_file
+from .arguments import MODELS, named_file
 from .progress_bar import ProgressBar
 from .watched import watched
 
@@ -52,7 +52,7 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
         ("add-teacher", "teach a DMM model more styles; the ones it has are kept"),
         ("forget", "take styles out of a DMM model, without their teachers' files"),
     ):
-        grow = commands.add_parser(name, help=what)
+        grow = commands.add_parser(name, help=what, epilog=MODELS)
         grow.add_argument("--config", help="YAML file as for distill; its base is the DMM model")
         grow.add_argument("--dry-run", action="store_true", help="check all files, print config and memory plan")
         grow.add_argument("--memory", type=memory, help=f"{MEMORY_HELP} (default: the config's)")

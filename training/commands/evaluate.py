@@ -15,8 +15,10 @@ from ..data.text_states import TextStates
 from ..evaluation.baselines import ALL, BASELINES, RANK, Contender, another_student, choose_baselines, make_baselines
 from ..evaluation.evaluate import Lineup, evaluate
 from ..evaluation.features import DEMO_FILE, load_features
+from ..evaluation.model_ref import ModelRef
 from ..evaluation.settings import METRICS, OF_FEATURES, EvaluationSettings
-from .arguments import add_settings, named_file, size
+from ..files.model_settings import say_guesses
+from .arguments import MODELS, add_settings, named_file, size
 from .evaluation_inputs import going_on, is_small, model_ref, painting, prompts_of, vae_decoder
 
 OPTIONS = (
@@ -29,7 +31,9 @@ OPTIONS = (
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add ``evaluate`` to the subparsers of the ``dmm`` command."""
     p = commands.add_parser(
-        "evaluate", help="compare a DMM model with its teachers: FID, KID, PAIR, eps; the same command goes on"
+        "evaluate",
+        help="compare a DMM model with its teachers: FID, KID, PAIR, eps; the same command goes on",
+        epilog=MODELS,
     )
     p.add_argument("model", help="the DMM model")
     p.add_argument(
@@ -100,9 +104,16 @@ def read_inputs(args: argparse.Namespace, device: torch.device) -> tuple[Lineup,
     needs_features = bool(set(metrics) & set(OF_FEATURES))
     text = TextStates(prompts)
     styles = [style.name for style in student.styles]
+    say_guesses({"the model": student})
     painter = model_ref("student", student, student, text, keep=True)
-    teachers = [model_ref(name, as_checkpoint(file, student), student, text, file=file) for name, file in args.teacher]
-    base = model_ref("base", as_checkpoint(args.base, student), student, text, file=args.base) if args.base else None
+
+    def read(name: str, file: str) -> ModelRef:
+        checkpoint = as_checkpoint(file, student)
+        say_guesses({name: checkpoint})
+        return model_ref(name, checkpoint, student, text, file=file)
+
+    teachers = [read(name, file) for name, file in args.teacher]
+    base = read("base", args.base) if args.base else None
     others = [
         another(name, file, student, text, teachers=[teacher.name for teacher in teachers]) for name, file in args.also
     ]

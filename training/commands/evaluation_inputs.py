@@ -19,6 +19,7 @@ from ..evaluation.features import PixelDecoder
 from ..evaluation.model_ref import ModelRef, PromptStates
 from ..evaluation.settings import usual_settings
 from ..files.hashing import repr_sha256, weights_hash
+from ..text import encoder_key
 from .progress_bar import ProgressBar
 
 if TYPE_CHECKING:
@@ -106,9 +107,9 @@ def model_ref(
     config: UNetConfig = unet_config_from_state_dict(checkpoint.unet)
     if not (keep or styled) and config.num_styles:
         raise ValueError(f"'{name}' is itself a DMM model with {config.num_styles} styles: use a plain checkpoint")
-    encoder = checkpoint.text or student.text
-    states = text.of(encoder)
-    key = repr_sha256(weights_hash(checkpoint.unet), weights_hash(encoder), checkpoint.prediction, checkpoint.zero_snr)
+    encoder, clip_skip = checkpoint.encoder(student)
+    states, named = text.of(encoder, clip_skip=clip_skip), encoder_key(encoder, clip_skip)
+    key = repr_sha256(weights_hash(checkpoint.unet), named, checkpoint.prediction, checkpoint.zero_snr)
     prediction, zero_snr = checkpoint.prediction, checkpoint.zero_snr
     held = checkpoint if keep else None
 
@@ -116,7 +117,7 @@ def model_ref(
         weights = (held or as_checkpoint(file, student)).unet
         return Teacher(name, load_unet(weights, dtype=None, copy=held is not None), *states, prediction, zero_snr)
 
-    words = PromptStates(weights_hash(encoder), *states)
+    words = PromptStates(named, *states)
     return ModelRef(name, key, open_it, config, zero_snr, prediction, words)
 
 

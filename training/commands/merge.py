@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ...dmm_core.bank_size import USUAL
-from .arguments import named_file
+from .arguments import MODELS, named_file
 from .progress_bar import ProgressBar
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -17,7 +17,9 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add ``merge`` to the subparsers of the ``dmm`` command."""
     p = commands.add_parser(
-        "merge", help="many checkpoints into one DMM model in minutes, without training; the same command goes on"
+        "merge",
+        help="many checkpoints into one DMM model in minutes, without training; the same command goes on",
+        epilog=MODELS,
     )
     p.add_argument(
         "--teacher", action="append", required=True, type=named_file, metavar="STYLE=FILE",

@@ -15,7 +15,8 @@ from ..evaluation.features import DEMO_FILE, FeatureNet, PixelDecoder, load_feat
 from ..evaluation.mixing.judge_mixing import BLEND, MERGE, PATHS, RATIOS, MixingLineup, Pair, judge_mixing
 from ..evaluation.mixing.judges import looks_of
 from ..evaluation.settings import EvaluationSettings
-from .arguments import add_settings, named_file, size
+from ..files.model_settings import say_guesses
+from .arguments import MODELS, add_settings, named_file, size
 from .evaluation_inputs import going_on, is_small, model_ref, painting, prompts_of, vae_decoder
 
 OPTIONS = ("count", "seed", "resamples", "own_draws", "batch_size", "sampler", "scheduler", "precision")
@@ -29,6 +30,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser(
         "judge-mixing",
         help="how well blends of styles mix, beside merged weights of the teachers; the same command goes on",
+        epilog=MODELS,
     )
     p.add_argument("model", help="the DMM model")
     p.add_argument(
@@ -136,6 +138,7 @@ def read_inputs(
     pairs = named_pairs(args.pairs, styles, [name for name in styles if name in files] if merging else styles)
     used = [name for name in styles if name in files and any(name in pair for pair in pairs)] if merging else []
     read = {name: as_checkpoint(files[name], student) for name in used}
+    say_guesses({"the model": student, **read})
     settings = EvaluationSettings(**painting(args, OPTIONS, student, device))
     text = TextStates(prompts)
     decoder = vae_decoder(student, config, device) if student.vae else None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from .arguments import MODELS
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add ``sample`` to the subparsers of the ``dmm`` command."""
-    sample = commands.add_parser("sample", help="paint with a checkpoint")
+    sample = commands.add_parser("sample", help="paint with a checkpoint", epilog=MODELS)
     sample.add_argument("checkpoint", help="model file or folder (docs/files.md)")
     sample.add_argument("--prompt", action="append", required=True, help="may be given several times")
     style_help = 'name, shares ("ink:0.7, pen:0.3") or schedule ("0%%: ink; 60%%: pen"); "all": one row per style'
@@ -31,12 +34,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run_sample(args: argparse.Namespace) -> None:
     from ...dmm_core.style_value import Strength
     from ..data.buckets import default_resolution
-    from ..files.model_files import load_any
+    from ..files.model_settings import say_guesses
     from ..paint.images import grid
     from ..paint.painter import Settings, painter
+    from ..teachers.models import as_checkpoint
 
-    companion = load_any(args.parts_from) if args.parts_from else None
-    brush = painter(load_any(args.checkpoint), companion)
+    companion = as_checkpoint(args.parts_from) if args.parts_from else None
+    checkpoint = as_checkpoint(args.checkpoint, companion)
+    say_guesses({Path(args.checkpoint).name: checkpoint})
+    brush = painter(checkpoint, companion)
     size = args.size or default_resolution(brush.unet.config, brush.prediction)
     settings = Settings(args.steps, args.cfg, args.sampler, args.scheduler, size, size, args.negative)
     styles = brush.styles if args.style == "all" else [args.style]

@@ -173,10 +173,6 @@ class CaptionedLatents:
                 raise ValueError(
                     f"latents of shape {tuple(bucket.shape)}: expected (count, channels, height, width), a caption for each"
                 )
-            if isinstance(bucket, Tensor) and not torch.isfinite(bucket).all():
-                raise ValueError(
-                    "the latents contain NaN or infinite numbers: check the pictures and the VAE that encoded them"
-                )
         count = len(self)
         if not count:
             raise ValueError("no training pictures given")
@@ -190,6 +186,14 @@ class CaptionedLatents:
                 f"{len(empty)} of {count} captions are empty (the first at position {empty[0]}): caption every picture; "
                 "training without prompts is covered by caption_dropout"
             )
+        start = 0
+        for bucket in self.buckets:
+            if isinstance(bucket, Tensor) and (bad := bad_rows(bucket)):
+                raise ValueError(
+                    f"the latents contain NaN or infinite numbers in {len(bad)} of {len(bucket)} pictures, the first in row "
+                    f"{start + bad[0]} ({self.captions[start + bad[0]][:60]!r}): check the picture and the VAE that encoded it"
+                )
+            start += len(bucket)
 
     def __len__(self) -> int:
         return sum(len(bucket) for bucket in self.buckets)
@@ -241,6 +245,11 @@ class CaptionedLatents:
             return Batch(x_t, t, teacher, rows)
         importance, t_importance = drawn.importance[order], drawn.t_importance[order]
         return Batch(x_t, t, teacher, rows, importance=importance, t_importance=t_importance)
+
+
+def bad_rows(values: Tensor) -> list[int]:
+    """Of values (M, ...) the rows that hold NaN or infinity."""
+    return (~values.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist() if len(values) else []
 
 
 def bucket_fingerprint(bucket: Tensor | Bucket) -> bytes:

@@ -27,7 +27,7 @@ def default_resolution(config: UNetConfig, prediction: str) -> int:
         return 128
     if config.adm_channels:
         return 1024
-    return 768 if prediction == "v" else 512
+    return 768 if prediction == "v" and config.context_dim == 1024 else 512  # SD1.x that was taught v stays at 512
 
 
 def bucket_sizes(resolution: int, multiple: int, max_aspect: float = MAX_ASPECT) -> list[tuple[int, int]]:

@@ -29,10 +29,11 @@ from ..files.hashing import repr_sha256, weights_hash
 from ..paint.images import to_tensor
 from ..progress import ProgressCallback
 from ..teachers.models import Model, as_checkpoint, base_with_parts
+from ..text import encoder_key
 from .batches import CaptionedLatents
 from .buckets import MAX_ASPECT, bucket_sizes, choose_bucket, default_resolution, enlargement, fit, size_multiple
 from .cached_text import TextStore, store_text
-from .image_folder import Picture, Problem, ahead, read_picture, survey
+from .image_folder import Picture, Problem, ahead, captions_alone, find_files, read_picture, survey, unreadable_pictures
 from .shards import ShardReader, ShardWriter, check_shards, first_few, read_manifest, shard_entries
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ ENLARGED = 2.0
 @dataclass
 class CacheReport:
     """What a cache holds and what was left out of it. buckets: number of pictures by (width, height) in pixels;
-    enlarged: names of pictures that were made more than ``ENLARGED`` times larger."""
+    enlarged: names of pictures that were made more than ``ENLARGED`` times larger; alone: of captions without a picture;
+    unread: of pictures of kinds that are not read, and that nothing was said of."""
 
     pictures: int
     buckets: dict[tuple[int, int], int]
@@ -54,6 +56,8 @@ class CacheReport:
     text_encoders: int
     skipped: list[Problem] = field(default_factory=list)
     enlarged: list[str] = field(default_factory=list)
+    alone: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{w}x{h}: {count}" for (w, h), count in self.buckets.items())
@@ -64,6 +68,14 @@ class CacheReport:
             lines.append(
                 f"{len(self.enlarged)} of them had to be made more than {ENLARGED:g} times larger: "
                 f"{first_few([repr(name) for name in self.enlarged])}"
+            )
+        if self.alone:
+            lines.append(
+                f"{len(self.alone)} captions without a picture: {first_few([repr(name) for name in self.alone])}"
+            )
+        if self.unread:
+            lines.append(
+                f"{len(self.unread)} pictures of kinds that are not read: {first_few([repr(name) for name in self.unread])}"
             )
         if self.skipped:
             lines.append(f"{len(self.skipped)} problems, left out: {first_few(self.skipped)}")
@@ -164,6 +176,8 @@ def build_image_cache(
         text_encoders=len(text),
         skipped=problems,
         enlarged=sorted(enlarged),
+        alone=captions_alone(images),
+        unread=[one.name for one in unreadable_pictures(find_files(images)) if one not in problems],
     )
 
 
@@ -188,10 +202,10 @@ def store_all_text(
     dropped = writer.before.get("text", {}).keys() - text.keys()
     mine = set()
     for model in models:
-        weights = as_checkpoint(model, base).text  # one file in memory at a time
-        key = weights_hash(weights)
+        weights, clip_skip = as_checkpoint(model, base).encoder(base)  # one file in memory at a time
+        key = encoder_key(weights, clip_skip)
         if weights and key not in mine:  # most fine-tunes share the base's
-            text[key] = store_text(writer, weights, prompts, device, progress=progress)
+            text[key] = store_text(writer, weights, prompts, device, clip_skip=clip_skip, progress=progress)
             mine.add(key)
     if dropped - text.keys():
         logger.warning(
@@ -262,8 +276,9 @@ def encode_pictures(
 class StoredLatents:
     """A Bucket that stays on disk: pictures of one size, read when they are drawn."""
 
-    def __init__(self, folder: str | os.PathLike, entries: Sequence[Mapping[str, Any]]):
-        self.reader = ShardReader(folder, entries)
+    def __init__(self, folder: str | os.PathLike, entries: Sequence[Mapping[str, Any]], names: Sequence[str] = ()):
+        """names: the pictures' files."""
+        self.reader = ShardReader(folder, entries, names)
         self.shape = self.reader.shape("latents")
 
     def __len__(self) -> int:
@@ -284,7 +299,7 @@ class ImageCache(CaptionedLatents):
     def __init__(self, folder: str | os.PathLike, manifest: Mapping[str, Any]):
         prompts = manifest["prompts"]
         super().__init__(
-            [StoredLatents(folder, bucket["shards"]) for bucket in manifest["buckets"]],
+            [StoredLatents(folder, bucket["shards"], bucket.get("names", ())) for bucket in manifest["buckets"]],
             [prompts[row] for bucket in manifest["buckets"] for row in bucket["rows"]],
         )
         if self.prompts != prompts:
@@ -307,10 +322,11 @@ class ImageCache(CaptionedLatents):
                 f"the cache '{self.folder}' was made with another VAE than the base model's: the latents would mean other "
                 "pictures. Make a cache with this base, or use the base (or parts_from) it was made with"
             )
-        self.text_of(base.text, "the base model")
-        for name, (checkpoint, file) in teachers.items():
-            if checkpoint.text:
-                self.text_of(checkpoint.text, f"teacher '{name}'", file)
+        for name, checkpoint, file in [("the base model", base, "FILE")] + [
+            (f"teacher '{n}'", *c) for n, c in teachers.items()
+        ]:
+            weights, clip_skip = checkpoint.encoder(base)
+            self.text_of(weights, name, file, clip_skip)
         return self
 
 

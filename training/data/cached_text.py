@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.hashing import repr_sha256, weights_hash
+from ..files.hashing import repr_sha256
 from ..progress import ProgressCallback
-from ..text import WINDOW, ClipText, windows
+from ..text import WINDOW, ClipText, encoder_key, windows
 from .shards import ShardReader, ShardWriter
 
 SHARD_PROMPTS = 256
@@ -82,7 +82,7 @@ class StoredPooled:
 
 
 class TextStore:
-    """The text states in a cache, by the hashes of the text encoders' weights."""
+    """The text states in a cache, by the text encoders' ``encoder_key``."""
 
     def __init__(self, folder: str | os.PathLike, manifest: Mapping[str, Any]):
         self.folder = Path(folder)
@@ -92,16 +92,23 @@ class TextStore:
             self.stored[key] = contexts, StoredPooled(contexts.reader) if entry["pooled"] else None
 
     def text_of(
-        self, weights: Mapping[str, Tensor], who: str = "the model", file: str = "FILE"
+        self,
+        weights: Mapping[str, Tensor],
+        who: str = "the model",
+        file: str = "FILE",
+        clip_skip: int | None = None,
     ) -> tuple[StoredText, StoredPooled | None]:
-        """Contexts and, for SDXL, pooled texts of the captions under a text encoder.
+        """Contexts and, for SDXL, pooled texts of the captions under a text encoder; clip_skip: see ``ClipText``.
 
         Raises ValueError with the command that adds a missing one; who: the model's name in it, file: its file.
         """
-        key = weights_hash(weights)
+        key = encoder_key(weights, clip_skip)
         if key not in self.stored:
+            how = f" at clip skip {clip_skip}" if clip_skip else ""
             command = f"dmm cache text --cache {shlex.quote(str(self.folder))} --teacher {shlex.quote(file)}"
-            raise ValueError(f"the text encoder of {who} is not in the cache '{self.folder}'. This adds it: {command}")
+            raise ValueError(
+                f"the text encoder of {who}{how} is not in the cache '{self.folder}'. This adds it: {command}"
+            )
         return self.stored[key]
 
 
@@ -111,19 +118,20 @@ def store_text(
     prompts: Sequence[str],
     device: torch.device,
     *,
+    clip_skip: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
-    """Encode prompts into shards; returns the text encoder's entry in the manifest.
+    """Encode prompts into shards; returns the text encoder's entry in the manifest. clip_skip: see ``ClipText``.
 
     Finished shards are kept; the encoder is built only when one is missing.
     """
-    key = weights_hash(weights)
+    key = encoder_key(weights, clip_skip)
     encoder: ClipText | None = None
     counts: list[int] = []
 
     def build(chunk: Sequence[str], start: int) -> dict[str, Tensor]:
         nonlocal encoder
-        encoder = encoder or ClipText(weights).to(device)
+        encoder = encoder or ClipText(weights, clip_skip).to(device)
         on_prompt = (lambda done: progress(start + done, len(prompts), "encoding captions")) if progress else None
         return encode_shard(encoder, chunk, on_prompt)
 

@@ -2,32 +2,47 @@
 
 Pictures are found in the folder and the folders in it, in the order of their relative names. A caption is a line of
 ``metadata.jsonl`` in the top folder ({"file_name": "a/b.png", "text": "..."}, as Hugging Face's ImageFolder has it) or
-else the content of the text file beside the picture ("b.txt" beside "b.png").
+else the content of the text file beside the picture: "b.txt" or "b.caption" beside "b.png", or "b.png.txt", whatever the case of
+the ending. Names are the same in any Unicode normal form: what a Mac writes comes back from a zip file in another one.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
+import functools
 import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from ..progress import ProgressCallback
 
 METADATA = "metadata.jsonl"
 FORMATS = {
-    ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF",
+    ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".jpe": "JPEG", ".jif": "JPEG", ".webp": "WEBP", ".apng": "PNG",
+    ".bmp": "BMP", ".dib": "BMP", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF",
+    ".heic": "HEIF", ".heif": "HEIF", ".hif": "HEIF",
 }  # fmt: skip
 """File names that are taken for pictures. Pillow tries these formats only: some others run programs."""
+NEEDS = {"AVIF": "Pillow 11.3 or newer", "HEIF": "the package pillow-heif"}
+"""What reads a format that not every Pillow does."""
+STRANGERS = (
+    ".jxl", ".jp2", ".j2k", ".jpx", ".jxr", ".tga", ".psd", ".psb", ".svg", ".ico", ".icns", ".exr", ".hdr", ".pcx", ".ppm", ".pgm",
+    ".pbm", ".pnm", ".qoi", ".dds", ".xcf", ".kra", ".eps", ".ai", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2",
+)  # fmt: skip
+"""Endings of pictures that are not read, so that they are named and not just missing."""
+CAPTIONS = (".txt", ".caption")
+"""Endings of the text file beside a picture."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -56,12 +71,28 @@ class Problem:
         return f"{self.name!r}: {self.reason}"  # repr: a file's name may hold control characters of the terminal
 
 
-def find_pictures(folder: str | os.PathLike) -> dict[str, Path]:
-    """Relative name (with slashes) -> path of every picture file, sorted by name. Hidden files and folders are left
-    out.
+@functools.cache
+def readable_formats() -> frozenset[str]:
+    """Of ``FORMATS``, what Pillow reads on this machine; HEIF with the package pillow-heif."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    Image.init()
+    missing = set() if "AVIF" in Image.OPEN and features.check("avif") else {"AVIF"}
+    return frozenset(FORMATS.values()) & Image.OPEN.keys() - missing
+
+
+def normal(name: str) -> str:
+    """A name in Unicode's composed form (NFC), in which names are compared."""
+    return unicodedata.normalize("NFC", name)
+
+
+def find_files(folder: str | os.PathLike) -> dict[str, Path]:
+    """Relative name (with slashes) -> path of every file, sorted by name. Hidden files and folders are left out.
 
     Links to files are followed, links to folders inside are not: they may lead round in a circle.
-    Raises ValueError when there is no such folder, or no picture in it.
+    Raises ValueError when there is no such folder.
     """
     top = Path(folder)
     if not top.is_dir():
@@ -71,11 +102,64 @@ def find_pictures(folder: str | os.PathLike) -> dict[str, Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             path = Path(parent, name)
-            if path.suffix.lower() in FORMATS and not name.startswith("."):
+            if not name.startswith("."):
                 found[path.relative_to(top).as_posix()] = path
-    if not found:
-        raise ValueError(f"no pictures in '{folder}': expected files that end in {', '.join(FORMATS)}")
     return dict(sorted(found.items()))
+
+
+def find_pictures(folder: str | os.PathLike) -> dict[str, Path]:
+    """Of ``find_files``, the pictures that can be read here. Raises ValueError when there is no such folder, or no picture in it."""
+    files = find_files(folder)
+    found = {name: path for name, path in files.items() if FORMATS.get(path.suffix.lower()) in readable_formats()}
+    if not found:
+        strange = unreadable_pictures(files)
+        raise ValueError(
+            f"no pictures in '{folder}': expected files that end in {', '.join(FORMATS)}"
+            + (f"; there are {len(strange)} that cannot be read, as {strange[0]}" if strange else "")
+        )
+    return found
+
+
+def unreadable_pictures(files: Mapping[str, Path]) -> list[Problem]:
+    """The pictures among files that are of a kind that is not read here, and why."""
+    problems = []
+    for name, path in files.items():
+        ending = path.suffix.lower()
+        kind = FORMATS.get(ending)
+        if ending in STRANGERS:
+            problems.append(Problem(name, f"pictures that end in {ending} are not read: save it as .png or .jpg"))
+        elif kind and kind not in readable_formats():
+            reason = f"Pillow cannot read {ending} on this machine ({NEEDS.get(kind, 'another Pillow')} can): save it as .png or .jpg"
+            problems.append(Problem(name, reason))
+    return problems
+
+
+def missed_pictures(files: Mapping[str, Path]) -> list[Problem]:
+    """Of ``unreadable_pictures``, those that were meant to be used: a caption is beside them, and no other picture that it could be for."""
+    texts = {normal(_stem(name)) for name, path in files.items() if path.suffix.lower() in CAPTIONS}
+    read = (name for name, path in files.items() if FORMATS.get(path.suffix.lower()) in readable_formats())
+    served = {normal(_stem(name)) for name in read}
+    meant = []
+    for problem in unreadable_pictures(files):
+        name = normal(problem.name)
+        if name in texts or (_stem(name) in texts and _stem(name) not in served):
+            meant.append(problem)
+    return meant
+
+
+def captions_alone(folder: str | os.PathLike) -> list[str]:
+    """Names of the caption files that no picture of any kind stands beside."""
+    files = find_files(folder)
+    kinds = {*FORMATS, *STRANGERS}
+    pictures = [normal(name) for name, path in files.items() if path.suffix.lower() in kinds]
+    owners = {*pictures, *(_stem(name) for name in pictures)}
+    texts = (name for name, path in files.items() if path.suffix.lower() in CAPTIONS)
+    return [name for name in texts if normal(_stem(name)) not in owners]
+
+
+def _stem(name: str) -> str:
+    """A relative name without its ending."""
+    return name[: len(name) - len(PurePosixPath(name).suffix)]
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------
@@ -95,23 +179,44 @@ def clean_caption(text: str) -> str:
 
 def read_captions(folder: str | os.PathLike, pictures: dict[str, Path]) -> tuple[dict[str, str], list[Problem]]:
     """Captions by the pictures' names, and everything that is wrong with them."""
-    listed, problems = read_metadata(Path(folder) / METADATA, pictures.keys())
+    files = find_files(folder)
+    strange = {problem.name: problem for problem in unreadable_pictures(files)}
+    listed, problems = read_metadata(Path(folder) / METADATA, [*pictures, *strange])
+    texts: dict[str, list[str]] = {}
+    for name, path in files.items():
+        if path.suffix.lower() in CAPTIONS:
+            texts.setdefault(normal(_stem(name)), []).append(name)
+    problems += [strange[name] for name in listed if name in strange]
     captions = {}
-    for name, path in pictures.items():
+    for name in pictures:
         try:
-            captions[name] = clean_caption(listed[name] if name in listed else read_text_beside(path))
+            captions[name] = clean_caption(listed[name] if name in listed else read_text_beside(name, files, texts))
         except ValueError as error:
             problems.append(Problem(name, str(error)))
     return captions, problems
 
 
-def read_text_beside(picture: Path) -> str:
-    """The text file beside a picture. Raises ValueError when there is none, or it is not UTF-8 text."""
-    path = picture.with_suffix(".txt")
+def read_text_beside(picture: str, files: Mapping[str, Path], texts: Mapping[str, Sequence[str]]) -> str:
+    """What the text file beside a picture says. texts: names of caption files by their names without the ending, ``normal``.
+
+    Raises ValueError when there is none, when two say different things, or it is not UTF-8 text.
+    """
+    for owner in (picture, _stem(picture)):  # "b.png.txt" is of this picture alone, "b.txt" of "b.jpg" too
+        names = texts.get(normal(owner), ())
+        names = [name for name in names if _stem(name) == owner] or names
+        said = {name: read_text(files[name]) for name in names}
+        if len({" ".join(text.split()) for text in said.values()}) > 1:
+            raise ValueError(f"it has two captions, in {' and '.join(repr(name) for name in said)}: keep one of them")
+        if said:
+            return next(iter(said.values()))
+    expected = f"{PurePosixPath(picture).stem}.txt"
+    raise ValueError(f"it has no caption: neither a file {expected!r} nor a line in {METADATA}")
+
+
+def read_text(path: Path) -> str:
+    """A caption file. Raises ValueError for what is not UTF-8 text."""
     try:
         return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"it has no caption: neither a file {path.name!r} nor a line in {METADATA}") from None
     except UnicodeDecodeError:
         raise ValueError(f"its caption file {path.name!r} is not UTF-8 text") from None
     except OSError as error:
@@ -119,8 +224,8 @@ def read_text_beside(picture: Path) -> str:
 
 
 def read_metadata(path: Path, names: Iterable[str]) -> tuple[dict[str, str], list[Problem]]:
-    """file_name -> text of a metadata.jsonl (which may be missing), and its bad lines. A file name is only compared,
-    never opened."""
+    """file_name -> text of a metadata.jsonl (which may be missing), and its bad lines. A file name is only compared, never opened; it may
+    be in another Unicode normal form than the picture's, or have backslashes."""
     if not path.is_file():
         return {}, []
     try:
@@ -128,6 +233,9 @@ def read_metadata(path: Path, names: Iterable[str]) -> tuple[dict[str, str], lis
     except (UnicodeDecodeError, OSError) as error:
         return {}, [Problem(path.name, f"cannot be read as UTF-8 text ({error})")]
     names, texts, problems = set(names), {}, []
+    by_normal: dict[str, list[str]] = {}
+    for name in names:
+        by_normal.setdefault(normal(name), []).append(name)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -141,6 +249,10 @@ def read_metadata(path: Path, names: Iterable[str]) -> tuple[dict[str, str], lis
         except (ValueError, KeyError, TypeError, RecursionError):
             problems.append(Problem(where, 'expected {"file_name": "...", "text": "..."}'))
             continue
+        if name not in names:
+            slashes = PurePosixPath(name.replace("\\", "/")).as_posix()
+            found = by_normal.get(normal(name)) or by_normal.get(normal(slashes)) or []
+            name = found[0] if len(found) == 1 else name
         if name not in names:
             problems.append(Problem(where, f"there is no picture {name!r} in the folder"))
         elif name in texts:
@@ -177,7 +289,7 @@ def decode(data: bytes) -> Image.Image:
     Of an animation, the first frame. Raises ValueError for whatever Pillow cannot read to the end.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=sorted(set(FORMATS.values()))) as image:
+        with Image.open(io.BytesIO(data), formats=sorted(readable_formats())) as image:
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
@@ -222,6 +334,7 @@ def survey(
     with the rest."""
     paths = find_pictures(folder)
     captions, problems = read_captions(folder, paths)
+    problems += [problem for problem in missed_pictures(find_files(folder)) if problem not in problems]
 
     def check(item: tuple[str, Path]) -> Picture | Problem:
         name, path = item

@@ -100,8 +100,9 @@ class Rollouts:
         for name, checkpoint, file in [("the base model", base, "FILE")] + [
             (f"teacher '{n}'", *c) for n, c in teachers.items()
         ]:
-            if checkpoint.text:
-                rollouts.text_of(checkpoint.text, name, file)
+            weights, clip_skip = checkpoint.encoder(base)
+            if weights:
+                rollouts.text_of(weights, name, file, clip_skip)
         return rollouts
 
     def _painted_by(self, role: str, checkpoint: Checkpoint) -> Mapping[str, Any] | None:

@@ -23,10 +23,12 @@ from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.unet import UNetConfig, unet_config_from_state_dict
 from ..config import check_names
 from ..files.hashing import repr_sha256, weights_hash
+from ..files.model_settings import say_guesses
 from ..progress import ProgressCallback
-from ..teachers.lora_files import recorded, split_loras
-from ..teachers.models import Model, as_checkpoint, base_with_parts
+from ..teachers.lora_files import recorded
+from ..teachers.models import Model, as_checkpoint, base_with_parts, split_model
 from ..teachers.teacher import Teacher, check_architectures, check_schedules, plain_unet
+from ..text import encoder_key
 from .buckets import default_resolution, size_multiple
 from .cache import store_all_text
 from .cached_text import TextStore
@@ -119,12 +121,15 @@ def _owners(teachers: Mapping[str, Model], base: Checkpoint, config: UNetConfig)
     """The teachers as owners of paths. Raises ValueError for another architecture or schedule than the base's, and for
     the same one twice."""
     owners, sizes = [], []
+    guessed: dict[str, Checkpoint] = {}
     seen: dict[str, str] = {}  # name by hash
     for name, model in teachers.items():
         checkpoint = as_checkpoint(model, base)  # one file in memory at a time
         owners.append(_owner(name, model, checkpoint, role="teacher", base=base))
         sizes.append((name, unet_config_from_state_dict(checkpoint.unet)))
+        guessed[name] = dataclasses.replace(checkpoint, unet={}, text={}, vae={}, other={})
     check_architectures(config, sizes)
+    say_guesses({"base": base, **guessed})
     check_schedules(base.zero_snr, [(owner.name, owner.zero_snr) for owner in owners])
     for owner in owners:
         if owner.name.strip() == BASE_NAME:
@@ -141,8 +146,8 @@ def _owner(name: str, model: Model, checkpoint: Checkpoint, *, role: str, base: 
     """A model as the owner of paths. Raises ValueError for a DMM model."""
     if checkpoint.num_styles:
         raise ValueError(f"'{name}' is itself a DMM model with {checkpoint.num_styles} styles: use a plain checkpoint")
-    file, digest = ("", "") if isinstance(model, Checkpoint) else recorded(*split_loras(model))
-    unet, text = weights_hash(checkpoint.unet), weights_hash(checkpoint.text or base.text)
+    file, digest = ("", "") if isinstance(model, Checkpoint) else recorded(*split_model(model)[:2])
+    unet, text = weights_hash(checkpoint.unet), encoder_key(*checkpoint.encoder(base))
     return Owner(
         role,
         name,

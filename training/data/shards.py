@@ -194,10 +194,10 @@ def check_shards(folder: str | os.PathLike, entries: Iterable[Mapping[str, Any]]
 
 class ShardReader:
     """Rows of tensors that lie in a list of shards, numbered through all of them. entries: of the shards in the
-    manifest, each of which has ``count`` rows of every tensor."""
+    manifest, each of which has ``count`` rows of every tensor. names: what the rows are of, for messages."""
 
-    def __init__(self, folder: str | os.PathLike, entries: Sequence[Mapping[str, Any]]):
-        self.folder, self.entries = Path(folder), list(entries)
+    def __init__(self, folder: str | os.PathLike, entries: Sequence[Mapping[str, Any]], names: Sequence[str] = ()):
+        self.folder, self.entries, self.names = Path(folder), list(entries), names
         self.ends = torch.tensor([entry["count"] for entry in self.entries], dtype=torch.long).cumsum(0)
         self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
 
@@ -221,8 +221,17 @@ class ShardReader:
         return shard, row - (int(self.ends[shard - 1]) if shard else 0)
 
     def span(self, shard: int, name: str, start: int, stop: int) -> Tensor:
-        """Rows start to stop - 1 of one shard's tensor, in the dtype of the file."""
-        return self._open(shard).get_slice(name)[start:stop]
+        """Rows start to stop - 1 of one shard's tensor, in the dtype of the file. Raises ValueError naming the row with NaN or infinity."""
+        values = self._open(shard).get_slice(name)[start:stop]
+        if values.is_floating_point() and not values.isfinite().all():
+            row = start + int((~values.isfinite()).flatten(1).any(1).nonzero()[0, 0])
+            place = row + (int(self.ends[shard - 1]) if shard else 0)
+            whose = f", of {self.names[place]!r}" if place < len(self.names) else ""
+            raise ValueError(
+                f"{self.folder / self.entries[shard]['file']} has NaN or infinite numbers in row {row} of '{name}'{whose}: remove the file "
+                "and run the 'dmm cache' command that made it again"
+            )
+        return values
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         """Row numbers (B,) -> (B, ...), in the dtype of the file."""

@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
+from ...dmm_core.checkpoint import CLIP_SKIP, Checkpoint, save_checkpoint
 from ...dmm_core.diffusers_layout import unet_config_to_diffusers, unet_to_diffusers
 from ...dmm_core.files import atomic_write
 from ...dmm_core.metadata import architecture
 from ...dmm_core.unet import unet_config_from_state_dict
 from ...dmm_core.weights_file import check_writable, refusal_explained, storable
 from .model_files import CONFIG, WEIGHTS, add_parts, load_any
+from .model_settings import guesses, split_settings, told
 from .style_file import ONLY_ITS_OWN, centred_at_base, file_metadata, is_style_file, recombine, save_style
 
 
@@ -43,12 +44,14 @@ def convert(
     notes: list[str] = []
     if onto is not None:
         checkpoint, notes = recombine(source, onto)
-    elif is_style_file(source):
+    elif is_style_file(split_settings(source)[0]):
         raise ValueError(f"{source} holds styles without a UNet: name the model that they belong to with --onto")
     else:
-        checkpoint = load_any(source)
+        checkpoint = _load(source)
     if parts_from is not None:
-        checkpoint = add_parts(checkpoint, load_any(parts_from))
+        checkpoint = add_parts(checkpoint, _load(parts_from))
+    if said := guesses({Path(source).name: checkpoint}):
+        notes.append(said)
     if half:
         checkpoint = halved(checkpoint)
     if checkpoint.scaled_fp8 and to != "style":
@@ -66,6 +69,12 @@ def convert(
     else:
         raise ValueError(f"cannot convert to {to!r}: expected single, style or diffusers")
     return notes
+
+
+def _load(text: str | os.PathLike) -> Checkpoint:
+    """A model as the command line names it, with settings behind its file."""
+    file, settings = split_settings(text)
+    return told(load_any(file), settings)
 
 
 def halved(checkpoint: Checkpoint) -> Checkpoint:
@@ -95,6 +104,8 @@ def save_diffusers(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
     except ValueError as error:
         raise ValueError(f"{folder} was not saved: {error}") from error
     metadata = file_metadata(folder, checkpoint)
+    if checkpoint.clip_skip:
+        metadata[CLIP_SKIP] = str(checkpoint.clip_skip)
     check_writable(folder, unet, metadata)
     made = not folder.exists()
     folder.mkdir(exist_ok=True)

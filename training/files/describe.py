@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ...dmm_core.bank import BANK
-from ...dmm_core.checkpoint import Checkpoint
+from ...dmm_core.checkpoint import GUESS, Checkpoint
 from ...dmm_core.metadata import StyleInfo, architecture
 from ...dmm_core.style import CODEBOOK
 from ...dmm_core.unet import unet_config_from_state_dict
 from .model_files import layout_of, load_any, load_any_info, model_sha256, weight_files
+from .model_settings import OWN_WORDS
 from .style_file import StyleFile, is_style_file, read_style_file, style_digest, unet_digest
 
 WIDTH = 100
@@ -62,7 +63,10 @@ def _sizes(checkpoint: Checkpoint) -> list[str]:
     )
     rows = [
         _row("kind", f"{styles} ({architecture(config, checkpoint.prediction)[0]})"),
-        _row("prediction", checkpoint.prediction + (", zero terminal SNR" if checkpoint.zero_snr else "")),
+        _row(
+            "prediction", f"{checkpoint.prediction}{', zero terminal SNR' * checkpoint.zero_snr}{_told_by(checkpoint)}"
+        ),
+        *([_row("clip skip", str(checkpoint.clip_skip))] if checkpoint.clip_skip else []),
         _row("UNet", unet),
     ]
     if checkpoint.scaled_fp8:
@@ -77,6 +81,13 @@ def _sizes(checkpoint: Checkpoint) -> list[str]:
         rows.append(_row("style bank", f"{_weights(bank)}, of these; rank {max(ranks)}, {config.bank.cores} cores"))
     contents = (("text encoder", checkpoint.text), ("VAE", checkpoint.vae), ("other", checkpoint.other))
     return rows + [_row(name, _weights(weights)) for name, weights in contents if weights or name != "other"]
+
+
+def _told_by(checkpoint: Checkpoint) -> str:
+    """Of a prediction that is not in the file's own marks: what says so."""
+    if checkpoint.prediction_from == GUESS:
+        return " (a guess: nothing in the file says it)"
+    return "" if checkpoint.prediction_from in OWN_WORDS else f" (by {checkpoint.prediction_from})"
 
 
 def _style_sizes(file: StyleFile) -> list[str]:

@@ -42,6 +42,7 @@ from ...dmm_core.scaled_fp8 import dequantised
 from ...dmm_core.unet import unet_config_from_state_dict
 from ...dmm_core.weights_file import read_keys, read_weights
 from .clip_layout import to_single_file
+from .model_settings import with_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +70,12 @@ def load_any(path: str | os.PathLike) -> Checkpoint:
 
     Raises ValueError naming the file. Files without names get "style 0".."style N-1".
     """
-    return _read(Path(path), header_only=False)
+    return with_yaml(_read(Path(path), header_only=False), Path(path))
 
 
 def load_any_info(path: str | os.PathLike) -> Checkpoint:
     """As ``load_any``, but every tensor is on the meta device: sizes and dtypes without values."""
-    return on_meta(_read(Path(path), header_only=True))
+    return with_yaml(on_meta(_read(Path(path), header_only=True)), Path(path))
 
 
 def layout_of(path: str | os.PathLike) -> str:
@@ -102,6 +103,8 @@ def change_stamp(path: str | os.PathLike) -> tuple[tuple[str, int, int], ...]:
     when one is gone."""
     path = Path(path)
     files = _series_of(path) if path.exists() and not path.is_dir() else [path]
+    if path.suffix == ".safetensors" and (beside := path.with_suffix(".yaml")).is_file():
+        files.append(beside)
     if path.is_dir():
         found = [*path.glob("*"), *path.glob("*/*")]
         files += sorted(p for p in found if p.suffix in (".safetensors", ".json") and p.is_file())
@@ -122,9 +125,11 @@ def model_sha256(path: str | os.PathLike) -> str:
 
 def add_parts(checkpoint: Checkpoint, companion: Checkpoint) -> Checkpoint:
     """``checkpoint`` with the text encoder, the VAE and the other tensors of ``companion`` where it has none itself."""
+    text, clip_skip = checkpoint.encoder(companion)
     return replace(
         checkpoint,
-        text=checkpoint.text or companion.text,
+        text=text,
+        clip_skip=clip_skip,
         vae=checkpoint.vae or companion.vae,
         other=checkpoint.other or companion.other,
     )

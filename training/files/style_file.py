@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...dmm_core.checkpoint import MAX_STYLES, STYLE_KEYS, Checkpoint, count_styles
+from ...dmm_core.checkpoint import GUESS, MAX_STYLES, STYLE_KEYS, Checkpoint, count_styles
 from ...dmm_core.metadata import StyleInfo, check_styles, default_styles, read_metadata, write_metadata
 from ...dmm_core.style import CODEBOOK, mlp_name
 from ...dmm_core.unet import unet_config_from_state_dict
@@ -114,7 +114,7 @@ def recombine(style_path: str | os.PathLike, onto: str | os.PathLike) -> tuple[C
     except ValueError as error:
         raise ValueError(f"{style_path} does not fit onto {onto}: {error}") from error
     same = file.made_for.sha256 == unet_digest(plain)
-    if file.prediction and file.prediction != base.prediction and not same:
+    if file.prediction and file.prediction != base.prediction and base.prediction_from != GUESS and not same:
         raise ValueError(
             f"{style_path} holds styles of a model that predicts {file.prediction}, and {onto} predicts {base.prediction}: they do not fit"
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from ..config import TrainConfig, check_names
-from ..data.batches import TrainingData
+from ..data.batches import TrainingData, bad_rows
 from ..parallel.sharding import check_parallel
 from ..teachers.teacher import Teacher, check_architectures, check_predictions, check_schedules, check_text
 
@@ -24,3 +26,18 @@ def check_run(
     check_schedules(base.zero_snr, [(t.name, t.zero_snr) for t in teachers])
     check_predictions(base, teachers)
     check_text((base, *teachers))
+    check_text_values((base, *teachers), data.prompts)
+
+
+def check_text_values(teachers: Sequence[Teacher], prompts: Sequence[str]) -> None:
+    """Raises ValueError for text states in memory that hold NaN or infinity, naming teacher and caption. (Those of a cache are looked at
+    when they are read.)"""
+    seen: set[int] = set()
+    for teacher in teachers:
+        for states in (teacher.contexts, teacher.pooled):
+            if isinstance(states, Tensor) and id(states) not in seen and (bad := bad_rows(states)):
+                raise ValueError(
+                    f"the text states of '{teacher.name}' have NaN or infinite numbers for {len(bad)} of {len(states)} captions, the first "
+                    f"in row {bad[0]} ({prompts[bad[0]][:60]!r}): its text encoder is damaged, get its file again"
+                )
+            seen.add(id(states))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...dmm_core.schedule import NoiseSchedule
 from ..config import TrainConfig
-from ..data.batches import Batch, TrainingData
+from ..data.batches import Batch, TrainingData, bad_rows
 from ..parallel.ranks import AgreedError, Ranks
 from ..parallel.sharding import average_gradients, full_tensor, without_sync
 from ..teachers.teacher import Teacher
@@ -155,8 +155,33 @@ class Trainer:
         bad = [name for name, value in score.items() if not math.isfinite(value)]
         raise AgreedError(
             f"the loss is not finite at step {self.step + 1} (teacher: {', '.join(bad) or 'all, in the feature or adversarial loss'}): "
-            "lower the learning rate or use precision fp32 or bf16"
+            + (
+                self._not_the_students(one.batch.global_batch)
+                or "lower the learning rate or use precision fp32 or bf16"
+            )
         )
+
+    @torch.no_grad()
+    def _not_the_students(self, batch: Batch) -> str:
+        """What else than the student is to blame for a loss that is not finite: the data, or a teacher. "" for nothing that is seen.
+        With several processes only the data are looked at, which each of them has whole."""
+        names = [*self.names, "the base"]
+
+        def row(i: int) -> str:
+            caption = self.data.prompts[int(batch.caption[i])]
+            return f"row {i} of the batch ('{names[int(batch.teacher[i])]}', timestep {int(batch.t[i])}, caption {caption[:60]!r})"
+
+        if bad := bad_rows(batch.x_t):
+            return f"the data have NaN or infinite numbers in {row(bad[0])}: check the latents"
+        if batch.target is not None and (bad := bad_rows(batch.target)):
+            return f"the stored predictions have NaN or infinite numbers in {row(bad[0])}: make the rollouts again"
+        if self.ranks.world > 1:
+            return ""
+        target = self.targets(batch, batch.x_t.to(self.device), batch.t.to(self.device)).out
+        if bad := bad_rows(target):
+            where = row(bad[0])
+            return f"the teacher itself predicts NaN or infinite numbers in {where}: set teacher_dtype to fp32, or get its file again"
+        return ""
 
     def _update(self, micro_batches: Sequence[MicroBatch], lr: float) -> float:
         """Clip, step, average, note what was hard; returns the gradients' norm.

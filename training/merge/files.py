@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,12 +13,17 @@ from torch import Tensor
 from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ...dmm_core.metadata import StyleInfo
 from ..files.model_files import add_parts, change_stamp, load_any
+from ..files.model_settings import say_guesses, told
 from ..files.style_file import save_style
 from ..progress import ProgressCallback
-from ..teachers.lora_files import FoldedUNet, recorded, split_loras
+from ..teachers.lora_files import FoldedUNet, recorded
+from ..teachers.models import as_checkpoint, split_model
+from ..text import usual_clip_skip
 from .grow import DeletionReport, GrowthReport, add_teachers, delete_styles
 from .merge import MergeConfig, Source, forget_parts, merge
 from .report import MergeReport
+
+logger = logging.getLogger(__name__)
 
 
 def merge_files(
@@ -43,23 +49,26 @@ def merge_files(
         raise ValueError(
             "styles alone (--to style) belong on the models' mean, which would be saved nowhere: centre them at the base (--centre base)"
         )
-    foundation = load_any(base) if base else None
-    sources, parts = [], foundation
+    foundation = as_checkpoint(base) if base else None
+    sources, parts, read = [], foundation, {"base": foundation} if foundation else {}
     for name, file in teachers:
-        source, checkpoint = source_of(name, file, foundation)
+        source, read[name] = source_of(name, file, foundation)
         sources.append(source)
-        parts = parts or (checkpoint if checkpoint.text else None)
+        parts = parts or (read[name] if read[name].text else None)
     if parts_from:
-        parts = add_parts(load_any(parts_from), parts or Checkpoint({}))
+        parts = add_parts(as_checkpoint(parts_from), parts or Checkpoint({}))
+    say_guesses(read)
     if to == "style":
         parts = Checkpoint({})
     elif not parts or not parts.text:
         raise ValueError("no model has a text encoder: name a full checkpoint to take it from (--parts-from)")
+    else:
+        warn_of_clip_skip(parts, read)
     none = None
     if foundation is not None and base:
         none = Source(
             file_info(base), foundation.unet, shapes_of(foundation),
-            stamp_of(base), foundation.prediction,
+            stamp_of(split_model(base)[0]), foundation.prediction,
             foundation.zero_snr,
         )  # fmt: skip
     folder = output.with_name(f".{output.stem}-merge-parts")
@@ -82,8 +91,13 @@ def grow_file(
     """The DMM model in the file ``model`` with a style more for each (style name, file), into ``output`` without training, and the report
     beside it: the report and all files written. Raises ValueError as ``add_teachers`` does, before anything is written."""
     checked_output(output)
-    before = load_any(model)
-    sources = [source_of(name, file, before)[0] for name, file in teachers]
+    before = as_checkpoint(model)
+    sources, read = [], {"the model": before}
+    for name, file in teachers:
+        source, read[name] = source_of(name, file, before)
+        sources.append(source)
+    say_guesses(read)
+    warn_of_clip_skip(before, read)
     after, report = add_teachers(before, sources, budget, base=file_info(model), device=device, progress=progress)
     save_checkpoint(output, after)
     return report, [output, *report.write(output.with_suffix(""))]
@@ -92,7 +106,7 @@ def grow_file(
 def delete_from_file(model: str, styles: Sequence[str], output: Path) -> DeletionReport:
     """The DMM model in the file ``model`` without some of its styles, into ``output``. Raises ValueError as ``delete_styles`` does."""
     checked_output(output)
-    after, report = delete_styles(load_any(model), styles, base=file_info(model))
+    after, report = delete_styles(as_checkpoint(model), styles, base=file_info(model))
     save_checkpoint(output, after)
     return report
 
@@ -104,14 +118,14 @@ def checked_output(output: Path) -> None:
 
 def file_info(file: str) -> StyleInfo:
     """A file and its sha256, as recipes have it."""
-    names, digest = recorded(file, [])
+    names, digest = recorded(*split_model(file)[:2])
     return StyleInfo("base", teacher=names, sha256=digest)
 
 
 def source_of(name: str, file: str, base: Checkpoint | None) -> tuple[Source, Checkpoint]:
     """A teacher to merge, and the checkpoint it is from."""
-    path, loras = split_loras(file)
-    checkpoint = load_any(path)
+    path, loras, settings = split_model(file)
+    checkpoint = told(load_any(path), settings)
     if loras:  # they may change the text encoder too, of which the merged model has only one: the base's
         text = checkpoint.text or (base.text if base else {})
         unet: Mapping[str, Tensor] = FoldedUNet(dataclasses.replace(checkpoint, text=text), loras)
@@ -121,6 +135,18 @@ def source_of(name: str, file: str, base: Checkpoint | None) -> tuple[Source, Ch
     stamp = "\n".join(stamp_of(one) for one in (path, *(lora.file for lora in loras))) + repr(loras)
     info = StyleInfo(name, teacher=names, sha256=digest)
     return Source(info, unet, shapes_of(checkpoint), stamp, checkpoint.prediction, checkpoint.zero_snr), checkpoint
+
+
+def warn_of_clip_skip(parts: Checkpoint, models: Mapping[str, Checkpoint]) -> None:
+    """Log the models that read their prompts at another clip skip than the merged one, which has one text encoder: that of ``parts``."""
+    ours = parts.clip_skip or usual_clip_skip(parts.text)
+    skips = {name: model.clip_skip or usual_clip_skip(model.text) for name, model in models.items() if model.text}
+    if other := [f"{name} {skip}" for name, skip in skips.items() if skip != ours]:
+        logger.warning(
+            "the merged model reads its prompts at clip skip %d; these were made for another one: %s",
+            ours,
+            ", ".join(other),
+        )
 
 
 def shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

@@ -156,6 +156,7 @@ def merge(
         {key: value for key, value in recipe.items() if value},
         prediction=teachers[0].prediction,
         zero_snr=teachers[0].zero_snr,
+        clip_skip=parts.clip_skip if parts.text else None,
     )
     return checkpoint, report
 

@@ -141,14 +141,14 @@ def painter(checkpoint: Checkpoint, companion: Checkpoint | None = None, device:
     Raises ValueError saying which of the two neither of them has.
     """
     device = device or torch.device("cpu")
-    text = checkpoint.text or (companion.text if companion else {})
+    text, clip_skip = checkpoint.encoder(companion)
     vae = checkpoint.vae or (companion.vae if companion else {})
     for weights, what in ((text, "text encoder"), (vae, "VAE")):
         if not weights:
             raise ValueError(f"the checkpoint has no {what}: name a full checkpoint of the same family to take it from")
     return Painter(
         load_unet(checkpoint.unet).to(device).eval(),
-        ClipText(text).to(device),
+        ClipText(text, clip_skip).to(device),
         load_vae(vae).to(device).eval(),
         styles=[style.name for style in checkpoint.styles],
         prediction=checkpoint.prediction,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...dmm_core.bank import has_bank
 from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.unet import UNet
-from ..config import AttackConfig, DistillConfig, TeacherSpec, TrainConfig
+from ..config import AttackConfig, DistillConfig, ModelSettings, TeacherSpec, TrainConfig
 from ..data.batches import TrainingData, load_latents
 from ..data.cache import ImageCache
 from ..data.open_cache import open_cache
@@ -21,14 +21,15 @@ from ..data.rollout_data import Rollouts
 from ..data.text_states import TextStates
 from ..files.hashing import weights_sha256
 from ..files.model_files import load_any, load_any_info
+from ..files.model_settings import say_guesses, told, with_settings
 from ..loop.forget import forgetting
 from ..loop.trainer import Trainer
 from ..memory.fitting import begun_with, fitted
 from ..memory.planner import Plan
 from ..parallel.ranks import Ranks
-from ..teachers.lora_files import patched, recorded, with_loras
-from ..teachers.models import base_with_parts
-from ..teachers.teacher import Teacher, check_architectures, check_text, in_style_order, plain_unet, styled_unet
+from ..teachers.lora_files import recorded, with_loras
+from ..teachers.models import base_with_parts, with_loras_and_settings
+from ..teachers.teacher import Rows, Teacher, check_architectures, check_text, in_style_order, plain_unet, styled_unet
 
 Named = Mapping[str, tuple[Checkpoint, str]]
 """(checkpoint, file) by teacher name."""
@@ -71,7 +72,7 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
     Where it is not grown, a base with a style bank goes on with the styles that it has: the teachers are put in their order, by name.
     Raises ValueError for files that are not what the config says or do not belong together.
     """
-    base = base_with_parts(config.base, config.parts_from or None)
+    base = told(base_with_parts(config.base, config.parts_from or None), config.settings)
     again = not grown and has_bank(base.unet)
     if again:
         config = dataclasses.replace(config, teachers=in_style_order(base.styles, config.teachers))
@@ -82,13 +83,22 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
     check_architectures(base_unet.config, [(name, unet.config) for name, unet in unets.items()])
     data = load_data(config, base, files)
     text = TextStates(data.prompts, data.text_of if isinstance(data, (ImageCache, Rollouts)) else None)
+    say_guesses({name or "base": checkpoint for name, (checkpoint, _) in {"": (base, ""), **files}.items()})
+
+    def states(checkpoint: Checkpoint, who: str, file: str) -> tuple[Rows, Rows | None]:
+        weights, clip_skip = checkpoint.encoder(base)
+        return text.of(weights, who, file, clip_skip)
+
     frozen = {
         name: Teacher(
             name,
             unets.get(name, base_unet),
-            *text.of(checkpoint.text or base.text, f"teacher '{name}'" if name else "the base model", file),
+            *states(checkpoint, f"teacher '{name}'" if name else "the base model", file),
             checkpoint.prediction,
             checkpoint.zero_snr,
+            told=f"{checkpoint.prediction}{', zero terminal SNR' * checkpoint.zero_snr}"
+            if checkpoint.overruled
+            else "",
         )
         for name, (checkpoint, file) in {**files, "": (base, config.base)}.items()
     }
@@ -161,12 +171,13 @@ def load_teacher(spec: TeacherSpec, base: Checkpoint, config: DistillConfig) -> 
         raise ValueError(
             f"teacher '{spec.name}' has LoRAs and no file, and the base is a DMM model: name the checkpoint that they are for"
         )
-    checkpoint = patched(load_any(spec.file) if spec.file else base, spec.loras, base)
+    read = load_any(spec.file) if spec.file else base
+    checkpoint = with_loras_and_settings(read, spec.loras, spec.settings, base)
     file = spec.file or config.base
-    if spec.loras:  # they change the first text encoder there is
+    if spec.loras or not read.text:  # they change the first text encoder there is
         places = (place for place in (spec.file, config.base, config.parts_from) if place)
         file = next(place for place in places if load_any_info(place).text)
-    return checkpoint, with_loras(file, spec.loras)
+    return checkpoint, with_settings(with_loras(file, spec.loras), ModelSettings(clip_skip=checkpoint.clip_skip))
 
 
 def load_data(config: DistillConfig, base: Checkpoint, teachers: Named) -> TrainingData:

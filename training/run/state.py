@@ -68,6 +68,9 @@ def identity(run: Trainer) -> dict[str, str]:
         style = "" if teacher.style is None else f", style {teacher.style}"
         parts[f"teacher '{teacher.name}'"] = teacher.weights_sha256 + style
         parts[f"text of teacher '{teacher.name}'"] = rows_fingerprint(teacher.contexts)
+    for who, model in (("base model", run.base), *((f"teacher '{t.name}'", t) for t in run.teachers)):
+        if model.told:
+            parts[f"prediction of {who}"] = model.told
     parts["data"] = run.data.fingerprint()
     return parts | run.kind.identity()
 

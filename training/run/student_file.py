@@ -43,6 +43,7 @@ def student_checkpoint(
         metadata={"modelspec.title": title},
         prediction=run.base.prediction,
         zero_snr=run.base.zero_snr,
+        clip_skip=base.clip_skip,
     )
 
 

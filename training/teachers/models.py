@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from ...dmm_core.checkpoint import Checkpoint
+from ..config import LoraSpec, ModelSettings
 from ..files.model_files import add_parts, load_any
+from ..files.model_settings import split_settings, told
 from .lora_files import patched, split_loras
 
 Model = str | os.PathLike | Checkpoint
-"""A checkpoint, or the file or folder it is in, or that one's name with LoRAs (``lora_files``)."""
+"""A checkpoint, or the file or folder it is in, or that one's name with LoRAs (``lora_files``) and settings (``files.model_settings``)."""
 
 
 def as_checkpoint(model: Model, base: Checkpoint | None = None) -> Checkpoint:
@@ -20,8 +23,22 @@ def as_checkpoint(model: Model, base: Checkpoint | None = None) -> Checkpoint:
     """
     if isinstance(model, Checkpoint):
         return model
-    file, loras = split_loras(model)
-    return patched(load_any(file), loras, base)
+    file, loras, settings = split_model(model)
+    return with_loras_and_settings(load_any(file), loras, settings, base)
+
+
+def split_model(text: str | os.PathLike) -> tuple[str, list[LoraSpec], ModelSettings]:
+    """ "a.safetensors+b.safetensors:0.8,clip_skip=2" -> (file, LoRAs, settings). Raises ValueError for what is none."""
+    rest, settings = split_settings(text)
+    return *split_loras(rest), settings
+
+
+def with_loras_and_settings(
+    checkpoint: Checkpoint, loras: list[LoraSpec], settings: ModelSettings, base: Checkpoint | None = None
+) -> Checkpoint:
+    """A checkpoint that was read, as a user describes it. base: as of ``as_checkpoint``."""
+    checkpoint = told(checkpoint, settings)
+    return replace(patched(checkpoint, loras, base), clip_skip=checkpoint.encoder(base)[1])
 
 
 def base_with_parts(base: Model, parts_from: Model | None) -> Checkpoint:

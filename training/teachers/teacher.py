@@ -50,7 +50,8 @@ class Teacher:
     the pooled text of SDXL's second encoder. prediction: "eps" or "v"; zero_snr: its noise schedule ends in pure noise.
     style: of a UNet that is itself a DMM model, which of its styles this teacher is, or which mix of them (index:
     share); None for no style. The remaining fields are recorded in the style's metadata; ``known`` is what an older DMM
-    file says of the style, and is recorded as it is.
+    file says of the style, and is recorded as it is. told: prediction and noise schedule where a config or a yaml says another than the
+    file alone, "" otherwise.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Teacher:
     licence: str = ""
     style: int | Mapping[int, float] | None = None
     known: StyleInfo | None = None
+    told: str = ""
 
     def __post_init__(self) -> None:
         self.unet.requires_grad_(False).eval()
