@@ -23,12 +23,13 @@ from ..files.hashing import weights_sha256
 from ..files.model_files import load_any, load_any_info
 from ..loop.forget import forgetting
 from ..loop.trainer import Trainer
-from ..memory.fitting import begun_with, fitted
+from ..memory.fitting import fitted
 from ..memory.planner import Plan
 from ..parallel.ranks import Ranks
 from ..teachers.lora_files import patched, recorded, with_loras
 from ..teachers.models import base_with_parts
 from ..teachers.teacher import Teacher, check_architectures, check_text, in_style_order, plain_unet, styled_unet
+from .state import begun_with
 
 Named = Mapping[str, tuple[Checkpoint, str]]
 """(checkpoint, file) by teacher name."""
