@@ -24,7 +24,7 @@ from ..training.loop.new_student import goes_on
 from ..training.loop.trainer import Trainer
 from ..training.run.state import identity
 from ..training.run.student_file import student_checkpoint
-from ..training.run.train import train
+from ..training.run.train import run_folder, train
 from ..training.run.watch.controls import Controls, StopAndSave
 from ..training.run.watch.progress import Progress
 from ..training.run.watch.watch import Watch
@@ -206,7 +206,7 @@ def distil(run: Trainer, base, *, name: str, vae, preview_every: int, node_id) -
         check_interrupt=mm.throw_exception_if_processing_interrupted,
         controls=controls,
     )
-    with training_routes.listed(node_id, controls, progress):
+    with run_folder(run_dir, run.ranks), training_routes.listed(node_id, controls, progress):
         try:
             with contextlib.suppress(StopAndSave):
                 train(run, run_dir, watch, parts=parts)

@@ -10,7 +10,9 @@ from types import NoneType
 
 import torch
 
+from ..files.folder_lock import locked
 from ..loop.trainer import Trainer
+from ..parallel.ranks import Ranks
 from .state import fork, identity, resume, same_everywhere, save_state
 from .synthesis import painted_by_teachers
 from .validation import validation_error
@@ -74,6 +76,16 @@ def train(
         watching.end()
         if run_dir and run.step > saved and readable(run, ended_by):
             save_state(run, run_dir, parts)
+
+
+@contextlib.contextmanager
+def run_folder(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Inside, the run folder is this run's alone (the first process has the lock). Raises ValueError naming the process that has it."""
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            if ranks.is_main:
+                stack.enter_context(locked(folder, "the run folder"))
+        yield
 
 
 def readable(run: Trainer, ended_by: BaseException | None) -> bool:
