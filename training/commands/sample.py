@@ -32,9 +32,11 @@ def run_sample(args: argparse.Namespace) -> None:
     from ...dmm_core.style_value import Strength
     from ..data.buckets import default_resolution
     from ..files.model_files import load_any
+    from ..files.outputs import check_output
     from ..paint.images import grid
     from ..paint.painter import Settings, painter
 
+    check_output(args.output, [args.checkpoint, *filter(None, [args.parts_from])])
     companion = load_any(args.parts_from) if args.parts_from else None
     brush = painter(load_any(args.checkpoint), companion)
     size = args.size or default_resolution(brush.unet.config, brush.prediction)

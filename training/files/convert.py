@@ -22,6 +22,7 @@ from ...dmm_core.metadata import architecture
 from ...dmm_core.unet import unet_config_from_state_dict
 from ...dmm_core.weights_file import check_writable, refusal_explained, storable
 from .model_files import CONFIG, WEIGHTS, add_parts, load_any
+from .outputs import check_output
 from .style_file import file_metadata, is_style_file, recombine, save_style
 
 
@@ -40,6 +41,8 @@ def convert(
     ``source``, a style file; half: float32 weights as float16. Returns what the user should know, in sentences.
     Raises ValueError naming the file; what was at ``target`` before is then untouched.
     """
+    inputs = [file for file in (source, parts_from, onto) if file is not None]
+    check_output(Path(target) / WEIGHTS if to == "diffusers" and not Path(target).is_file() else target, inputs)
     notes: list[str] = []
     if onto is not None:
         checkpoint, notes = recombine(source, onto)

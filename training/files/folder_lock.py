@@ -32,7 +32,10 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     On a file system without locks (some network folders) this is said, and nothing is locked.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{what} '{folder}' cannot be made: {error.strerror} ('{error.filename}')") from error
     path = folder / LOCK
     file = _taken(path, f"{what} '{folder}'")
     try:
@@ -49,7 +52,10 @@ def locked(folder: Path, what: str) -> Iterator[None]:
 def _taken(path: Path, what: str) -> IO[str]:
     """The lock's file, locked."""
     while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115, it is open for as long as the lock is held
+        try:
+            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115, it is open for as long as the lock is held
+        except OSError as error:
+            raise ValueError(f"{what} cannot be written: {error.strerror}") from error
         try:
             _lock(file)
             if _is_at(path, file):

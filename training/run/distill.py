@@ -22,7 +22,7 @@ from ..parallel.devices import local_device, pick_device
 from ..parallel.ranks import LostProcess, Ranks
 from .load import load_run
 from .state import states
-from .student_file import save_student
+from .student_file import check_storable, save_student
 from .train import readable, run_folder, train
 from .watch.pictures import Decoder
 from .watch.watch import Watch
@@ -58,6 +58,8 @@ def _distill(
     with ranks.together():
         loaded = load_run(config, local_device(pick_device(config.train.device), ranks), grown, ranks)
     run, base = loaded.start(), loaded.parts
+    with ranks.together():
+        check_storable(run, base, config.title)
     if loaded.plan:
         logger.info("%s", loaded.plan.describe())
     if ranks.is_main:

@@ -29,6 +29,7 @@ from ..files.checksums import read_checked, write_checked
 from ..files.hashing import tensor_sha256
 from ..loop.optimizers import load_optimizer, optimizer_tensors
 from ..loop.trainer import Trainer
+from ..memory.footprint import optimizer_state_bytes, tensor_bytes
 from ..parallel.ranks import AgreedError
 from ..parallel.sharding import gather_to_main, sharded_from_local
 from ..teachers.teacher import Rows
@@ -124,6 +125,44 @@ def save_state(run: Trainer, folder: Path, parts: dict[str, str], error: float |
     for old in [state for state in states(folder) if state.name <= path.name][: -run.config.keep]:
         old.unlink(missing_ok=True)
     return path
+
+
+def state_bytes(run: Trainer) -> int:
+    """About the size of a state of the run, before there is one."""
+    trained = list(run.student.trained.values())
+    weights = tensor_bytes(trained)
+    total = weights * (2 if run.student.ema else 1)
+    total += optimizer_state_bytes(run.student.unet, trained, run.config.optimizer)
+    if run.discriminator:
+        total += 3 * tensor_bytes(run.discriminator.head.parameters())  # weights and AdamW's two moments
+    return total
+
+
+def check_room(run: Trainer, folder: Path) -> None:
+    """Raise ValueError, with figures, where the disk has too little room for the states that the rest of the run will keep.
+
+    At the worst moment there are ``keep`` of them and the new one, which is complete before the oldest goes; and the best one, which may be
+    older than these.
+    """
+    c = run.config
+    there = [path for path in (*states(folder), folder / BEST) if path.exists()]
+    saves = math.ceil((c.all_steps - run.step) / c.save_every) + 1
+    count = min(c.keep + 1, len(states(folder)) + saves) + bool(c.validation)
+    one = state_bytes(run)
+    used = sum({path.stat().st_ino: path.stat().st_size for path in there}.values())
+    place = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(place).free
+    if count * one - used > free:
+        raise ValueError(
+            f"too little disk for the states of this run in '{folder}': up to {count} of {_size(one)} each are kept at a time (keep: "
+            f"{c.keep}), {_size(used)} of them are there, and {_size(free)} are free. Lower keep, make room, or choose a run folder on "
+            "another disk"
+        )
+
+
+def _size(count: int) -> str:
+    """ "3.2 GB" """
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _add_optimizer(

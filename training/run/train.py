@@ -13,7 +13,7 @@ import torch
 from ..files.folder_lock import locked
 from ..loop.trainer import Trainer
 from ..parallel.ranks import Ranks
-from .state import fork, identity, resume, same_everywhere, save_state
+from .state import check_room, fork, identity, resume, same_everywhere, save_state
 from .synthesis import painted_by_teachers
 from .validation import validation_error
 from .watch.controls import StopAndSave
@@ -45,6 +45,10 @@ def train(
         logger.info("going on from step %d of %d", run.step, c.all_steps)
     elif fork_from:
         logger.info("starting from the weights of '%s' at its step %d", fork_from, fork(run, fork_from))
+    if run_dir and run.step < c.all_steps:
+        with run.ranks.together():
+            if run.ranks.is_main:
+                check_room(run, run_dir)
     saved = run.step
 
     def save() -> None:
