@@ -33,9 +33,10 @@ def run_sample(args: argparse.Namespace) -> None:
     from ..data.buckets import default_resolution
     from ..files.model_files import load_any
     from ..files.outputs import check_output
-    from ..paint.images import grid
+    from ..paint.images import grid, picture_kind, save_picture
     from ..paint.painter import Settings, painter
 
+    picture_kind(args.output)
     check_output(args.output, [args.checkpoint, *filter(None, [args.parts_from])])
     companion = load_any(args.parts_from) if args.parts_from else None
     brush = painter(load_any(args.checkpoint), companion)
@@ -47,5 +48,5 @@ def run_sample(args: argparse.Namespace) -> None:
         value = Strength(brush.style(style), args.strength)
         rows.append(brush.pictures(brush.latents(args.prompt, value, args.seed, settings)))
     image = rows[0][0] if len(rows) == len(rows[0]) == 1 else grid(rows, styles, args.prompt)
-    image.save(args.output)
+    save_picture(image, args.output)
     print(f"wrote {args.output}")

@@ -103,8 +103,8 @@ class ShardWriter:
                     save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {IDENTITY: identity})
             except (OSError, SafetensorError) as error:
                 raise OSError(
-                    f"{path} could not be written ({error}). The shards before it are finished and stay usable: free some "
-                    "space and run the same command again, it goes on from here"
+                    f"{path} could not be written ({getattr(error, 'strerror', None) or error}). The shards before it are "
+                    "finished and stay usable: free some space and run the same command again, it goes on from here"
                 ) from error
             digest, rows = file_sha256(path), {k: row_digests(v) for k, v in sorted(tensors.items())}
         elif name in self.known and DIGESTS in self.known[name]:
