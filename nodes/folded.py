@@ -17,10 +17,13 @@ PREFIX = "diffusion_model."
 
 
 class FoldedStyle(LoRAAdapter):
-    """What a bank adds to one weight, as the host's LoRA of it: up (out, R), down (R, in, ...)."""
+    """What a bank adds to one weight, as the host's LoRA of it. Made as its other adapters are, from (keys, weights): where the host
+    prefetches patches, it makes copies of an adapter from these two."""
 
-    def __init__(self, up: Tensor, down: Tensor):
-        super().__init__(set(), (up, down, None, None, None, None))
+    @classmethod
+    def of(cls, up: Tensor, down: Tensor) -> FoldedStyle:
+        """up (out, R), down (R, in, ...)."""
+        return cls(set(), (up, down, None, None, None, None))
 
 
 def with_folded(patcher, weights: Mapping[str, Tensor]):
@@ -43,9 +46,9 @@ def with_folded(patcher, weights: Mapping[str, Tensor]):
         parts = layer_parts(weights, name)
         masses = bank_masses(row, len(parts["cores"]))[0]
         up, down, bias = layer_change_parts(parts, masses)
-        patches[f"{PREFIX}{name}.weight"] = FoldedStyle(up, down)
+        patches[f"{PREFIX}{name}.weight"] = FoldedStyle.of(up, down)
         if bias is not None:
-            patches[f"{PREFIX}{name}.bias"] = FoldedStyle(bias[:, None], torch.ones(1, 1))
+            patches[f"{PREFIX}{name}.bias"] = FoldedStyle.of(bias[:, None], torch.ones(1, 1))
     taken = patcher.add_patches(patches)
     if missing := sorted(patches.keys() - set(taken)):
         raise RuntimeError(f"the host did not take the style of {', '.join(missing[:4])}")

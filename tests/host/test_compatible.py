@@ -728,13 +728,13 @@ def test_control_on_the_prompts_before_the_mix(model, unet, controls):
     assert [c.chunks for c in calls] == [[1, 0]] * 12  # two crops, each for both prompts, three steps, twice
 
 
-def test_the_shipped_controlnet(host):
+def test_the_shipped_controlnet(host, tmp_path):
     """(a) each region's call sees its part of the hint, (b) the forward is our UNet's with our ControlNet's residuals,
-    (c) positive and negative share a forward; and strength 0 is no ControlNet."""
+    (c) positive and negative share a forward; strength 0 is no ControlNet; and the file as it is shipped paints the same."""
     import comfy.controlnet
     from comfyui_dmm.nodes import host_model
     from comfyui_dmm.training.demo.controlnet import ControlNet
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
     import nodes
 
@@ -742,9 +742,14 @@ def test_the_shipped_controlnet(host):
     checkpoint = load_checkpoint(file)
     unet = load_unet(checkpoint.unet)
     names = [style.name for style in checkpoint.styles]
-    path = PACK / "models" / "controlnet" / "demo-outline.safetensors"
+    shipped = PACK / "models" / "controlnet" / "demo-outline.safetensors"
     net = ControlNet(unet)
-    net.load_state_dict({k.removeprefix("control_model."): v.float() for k, v in load_file(path).items()}, strict=True)
+    weights = {k: v for k, v in load_file(shipped).items() if k != "lora_controlnet"}
+    net.load_state_dict({k: v.float() for k, v in weights.items()}, strict=True)
+    path = (
+        tmp_path / "ordinary.safetensors"
+    )  # as most ControlNets come; the shipped file borrows its sizes from the MODEL
+    save_file({f"control_model.{k}": v for k, v in weights.items()}, path)
     hint = torch.zeros(1, 128, 128, 3)
     hint[:, 20:100, 30:34], hint[:, 60:64, 20:120] = 1, 1
     with torch.inference_mode():
@@ -753,7 +758,7 @@ def test_the_shipped_controlnet(host):
         left, right = (region(names[i], (0.5 * i, 0, 0.5, 1)) for i in range(2))
         mixed = mix(model, POSITIVE, NEGATIVE, left, right, mode="own prompts", background="none")
 
-        def painted(prompts, strength):
+        def painted(prompts, strength, control=control):
             return paint(
                 model,
                 *nodes.ControlNetApplyAdvanced().apply_controlnet(*prompts, control, hint, strength, 0.0, 1.0),
@@ -781,6 +786,7 @@ def test_the_shipped_controlnet(host):
             assert differ(call.out, unet(call.x, call.t, call.context, style=row))
         latent = {"samples": torch.zeros(2, 4, 16, 16)}
         assert torch.equal(painted(mixed, 0.0), paint(model, *mixed, latent=latent, steps=2))
+        assert_close(painted(mixed, 0.8, comfy.controlnet.load_controlnet(str(shipped))), painted(mixed, 0.8))
 
 
 # --- conditionings: areas, masks, times, defaults, hooks ------------------------------------------------------------------

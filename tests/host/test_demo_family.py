@@ -70,6 +70,7 @@ def test_styles_are_recognised(server):
 def test_the_controlnet_gives_the_shape(server):
     """An empty prompt and an outline: the base it was trained on mostly paints the outline's object, and hardly without (8 objects)."""
     (server.base / "input").mkdir(exist_ok=True)
+    said = len(server.log.read_bytes())
     right = 0
     shapes = ("cat", "star", "moon", "mushroom")
     for shape in shapes:
@@ -91,6 +92,7 @@ def test_the_controlnet_gives_the_shape(server):
     assert right >= 9 and by_chance <= 5, (
         f"{right} of 16 pictures show the outline's object, {by_chance} of 16 without it"
     )
+    assert b"no match" not in server.log.read_bytes()[said:]  # what the host says of sizes that it does not know
 
 
 BASE = {"base": {"class_type": "DMMLoadModel", "inputs": {"ckpt_name": "demo-base.safetensors"}}}

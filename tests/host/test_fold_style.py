@@ -129,3 +129,51 @@ def test_what_cannot_be_folded_is_said(models, model, unet):  # noqa: F811
         sample(folded, POSITIVE, NEGATIVE), sample(apply(bare, NAMES[0]), POSITIVE, NEGATIVE), rtol=0, atol=0
     )
     assert DEMO  # the family of ``unet``
+
+
+# --- how the host holds the weights -----------------------------------------------------------------------------------
+
+
+def test_weights_that_the_host_patches_as_they_are_used(model, monkeypatch):
+    """Low VRAM: what does not fit stays as it is, and its patches, the folded style among them, are added in each forward. Newer hosts
+    copy a patch to the GPU before it is used; here the copies stay where they are."""
+    from comfy.model_patcher import LowVramPatch, ModelPatcher
+
+    whole = ModelPatcher.load
+    late = []
+
+    def tight(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        whole(self, device_to, lowvram_model_memory=1, force_patch_weights=force_patch_weights, full_load=False)
+        functions = [f for m in self.model.modules() for f in getattr(m, "weight_function", [])]
+        late.extend(f for f in functions if isinstance(f, LowVramPatch))
+        for function in late:
+            if hasattr(function, "prepare"):
+                function.prepare(None, None)
+
+    chosen = apply(model, NAMES[1])
+    want = sample(chosen, POSITIVE, NEGATIVE), sample(apply(model, NAMES[2]), POSITIVE, NEGATIVE)
+    monkeypatch.setattr(ModelPatcher, "load", tight)
+    folded = fold(chosen)
+    close(sample(folded, POSITIVE, NEGATIVE), want[0])
+    close(sample(apply(folded, NAMES[2]), POSITIVE, NEGATIVE), want[1])
+    assert late
+
+
+def test_compiled(model, monkeypatch):
+    """The backend runs the graphs as they are, one UNet folded in two ways and not at all."""
+    from comfy.ldm.modules import attention
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    for name in ("optimized_attention", "optimized_attention_masked"):  # the CPU's asks for free memory: no whole graph
+        monkeypatch.setattr(attention, name, attention.attention_pytorch)
+    torch._dynamo.reset()
+    chosen = {name: apply(model, name) for name in NAMES[:3]}
+    want = {name: sample(one, POSITIVE, NEGATIVE) for name, one in chosen.items()}
+    folded = {name: fold(one) for name, one in chosen.items()}
+    with torch.inference_mode():
+        compiled = {name: TorchCompileModel.execute(one, "eager")[0] for name, one in folded.items()}
+        other = TorchCompileModel.execute(apply(folded[NAMES[0]], NAMES[1]), "eager")[0]
+    for name in (NAMES[0], NAMES[1], NAMES[0], NAMES[2]):
+        close(sample(compiled[name], POSITIVE, NEGATIVE), want[name])
+        close(sample(other, POSITIVE, NEGATIVE), want[NAMES[1]])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0

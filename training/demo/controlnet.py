@@ -1,4 +1,4 @@
-"""A tiny ControlNet (Zhang et al., arXiv:2302.05543) in the original key layout, which the host detects and loads.
+"""A tiny ControlNet (Zhang et al., arXiv:2302.05543) in the original key layout.
 
 A trainable copy of the UNet's encoder and middle block reads a hint picture; 1x1 convolutions that start at zero hand its
 features to the UNet's skip connections.
@@ -6,6 +6,7 @@ features to the UNet's skip connections.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ...dmm_core.unet import UNet, encoder_blocks, middle_block, time_embed, timestep_embedding
@@ -64,5 +65,6 @@ class ControlNet(nn.Module):
         return residuals, self.middle_block_out(h)
 
     def file_state_dict(self) -> dict[str, Tensor]:
-        """Keys as in the authors' ControlNet files (``control_model.``)."""
-        return {f"control_model.{k}": v.detach().contiguous() for k, v in self.state_dict().items()}
+        """As a Control-LoRA with whole weights: the host then takes the sizes from the MODEL. Those of a ControlNet it looks up among the
+        released ones and, as these are not there, would log an error at each load."""
+        return {"lora_controlnet": torch.zeros(0)} | {k: v.detach().contiguous() for k, v in self.state_dict().items()}
