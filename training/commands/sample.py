@@ -36,8 +36,8 @@ def run_sample(args: argparse.Namespace) -> None:
     from ..paint.images import grid, picture_kind, save_picture
     from ..paint.painter import Settings, painter
 
-    picture_kind(args.output)
     check_output(args.output, [args.checkpoint, *filter(None, [args.parts_from])])
+    picture_kind(args.output)
     companion = load_any(args.parts_from) if args.parts_from else None
     brush = painter(load_any(args.checkpoint), companion)
     size = args.size or default_resolution(brush.unet.config, brush.prediction)
