@@ -12,7 +12,10 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EIO
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 ABANDONED = 24 * 3600
 """Seconds after which a write on another machine that has stopped counts as killed."""
@@ -27,7 +30,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
     The data are on disk before the rename (fsync): a crash, a full disk or an interrupt leaves what was there before.
     What a killed write left in this folder is removed first.
-    Links are followed. Raises ValueError when ``path`` is a folder or lies in a folder that does not exist.
+    Links are followed. Raises ValueError when ``path`` is a folder or lies in a folder that does not exist; an OSError or
+    SafetensorError of the block or of the disk becomes an OSError that names ``path``.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
@@ -49,6 +53,12 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
+    except SafetensorError as error:
+        raise _named(error, path) from error
+    except OSError as error:
+        if error.filename is not None and str(error.filename) not in (str(temporary), str(scratch)) or not error.errno:
+            raise  # of another file, or in words of its own
+        raise _named(error, path) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         _ours.discard(scratch.name)
@@ -99,6 +109,18 @@ def _machine() -> str:
     except OSError:
         space = 0
     return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]
+
+
+def _named(error: OSError | SafetensorError, path: str | os.PathLike) -> OSError:
+    """The error of a write as Python's own kind for it, with the file's name."""
+    if isinstance(error, OSError):
+        return OSError(error.errno, error.strerror, str(path))
+    number = re.search(r"os error (\d+)", str(error))  # so the Rust library ends what the system says
+    return (
+        OSError(int(number[1]), os.strerror(int(number[1])), str(path))
+        if number
+        else OSError(EIO, str(error), str(path))
+    )
 
 
 def file_sha256(path: str | os.PathLike) -> str:

@@ -43,6 +43,10 @@ MAX_VALUES = 1_000_000
 _THUMBNAIL = re.compile(r"data:image/(jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LINE_BREAKS = "\n\r\t"
+_TURNS = "".join(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))
+"""Unicode's embeddings, overrides and isolates (UAX 9); the plain marks of right-to-left scripts are no part of them."""
+LONGEST_TITLE = 1000
+"""Characters of a model's title."""
 _STALE_HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 
@@ -77,6 +81,25 @@ class StyleInfo:
         what = f"the recommended settings of style '{self.name}'"
         if len(_to_json(what, self.recommended)) > LONGEST["recommended"]:
             raise ValueError(f"{what} are longer than {LONGEST['recommended']} characters")
+
+
+def unstorable(text: str, breaks: bool = False) -> str | None:
+    """The first character of a new text that must not be stored: control characters, halves of a character and marks that turn the
+    direction of what follows them (a name must not look like another one). breaks: of lines, which are then allowed."""
+    for c in text:
+        if (unicodedata.category(c) in ("Cc", "Cs") and not (breaks and c in _LINE_BREAKS)) or c in _TURNS:
+            return c
+    return None
+
+
+def check_new_text(key: str, text: str) -> None:
+    """Raise ValueError for a new ``name``, ``description`` or ``licence`` of a style, or a ``title`` of a model, that is too long or holds
+    characters that must not be stored. (What files hold already is read as it is, marks of direction included.)"""
+    what, limit = ("a model's title", LONGEST_TITLE) if key == "title" else (f"a style's {key}", LONGEST[key])
+    if len(text) > limit:
+        raise ValueError(f"{what} has {len(text)} characters, at most {limit} are allowed: '{text[:40]}...'")
+    if bad := unstorable(text, breaks=key in ("description", "licence")):
+        raise ValueError(f"{what} holds the control character {bad!r}: remove it")
 
 
 def default_styles(num_styles: int) -> list[StyleInfo]:

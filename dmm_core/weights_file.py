@@ -195,7 +195,7 @@ def refusal_explained(path: str | os.PathLike) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"{path} could not be written ({error}); what was there before is untouched. "
+            f"{path} could not be written ({getattr(error, 'strerror', None) or error}); what was there before is untouched. "
             "Free some space, close programs that use the file, or choose another place"
         ) from error
 

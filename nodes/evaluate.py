@@ -25,7 +25,7 @@ from ..training.evaluation.report import markdown, sheet, write
 from ..training.evaluation.settings import METRICS, OF_FEATURES, EvaluationSettings
 from ..training.files.hashing import repr_sha256, weights_hash
 from ..training.teachers.teacher import Teacher, plain_unet
-from . import host_model
+from . import host_model, paths
 from .preview import send_text
 from .teacher import TeacherInput
 from .training_inputs import frozen_styles, frozen_teachers
@@ -173,7 +173,7 @@ class EvaluateDMM(io.ComfyNode):
 def feature_files() -> list[str]:
     """Names in models/dmm_features, a folder that this pack adds to the host's."""
     folder_paths.add_model_folder_path(FEATURES, os.path.join(folder_paths.models_dir, FEATURES))
-    return [name for name in folder_paths.get_filename_list(FEATURES) if name.endswith((".safetensors", ".pth", ".pt"))]
+    return [name for name in paths.file_names(FEATURES) if name.endswith((".safetensors", ".pth", ".pt"))]
 
 
 def feature_network(choice: str, config: UNetConfig) -> tuple[FeatureNet | None, str]:

@@ -36,9 +36,22 @@ def output_folder(folder: str = FOLDER) -> str:
     return os.path.join(folder_paths.get_output_directory(), folder)
 
 
+def file_names(folder: str) -> list[str]:
+    """The files in one of the host's kinds of model folder, by its own search, whatever was deleted meanwhile.
+
+    The host remembers which folders it has searched, and fails for good when one of them is gone: an output folder that was emptied, or a
+    subfolder of models. Then it is made to search again; folders that are gone hold no files.
+    """
+    try:
+        return folder_paths.get_filename_list(folder)
+    except OSError:
+        folder_paths.filename_list_cache.pop(folder, None)
+        return folder_paths.get_filename_list(folder)
+
+
 def style_files() -> list[str]:
     """Names of style files to choose from."""
-    return folder_paths.get_filename_list(STYLES_FOLDER)
+    return file_names(STYLES_FOLDER)
 
 
 def style_file_path(name: str) -> str:
@@ -75,7 +88,7 @@ def model_path(name: str) -> str:
 def _listed(folder: str) -> list[str]:
     """Every file in a kind of model folder, by the host's own search; it knows models/diffusers by folders and lists no files."""
     if folder != DIFFUSERS:
-        return folder_paths.get_filename_list(folder)
+        return file_names(folder)
     return [
         name
         for root in folder_paths.get_folder_paths(folder)

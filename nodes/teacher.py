@@ -7,6 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..dmm_core.metadata import check_new_text
 from ..training.config import check_names
 
 TeacherType = io.Custom("DMM_TEACHER")
@@ -57,6 +58,7 @@ class DMMTeacher(io.ComfyNode):
     @classmethod
     def execute(cls, model, name, clip=None, description="") -> io.NodeOutput:
         check_names([name])
+        check_new_text("description", description.strip())
         return io.NodeOutput(TeacherInput(name.strip(), model, clip, description.strip()))
 
 

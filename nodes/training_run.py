@@ -19,12 +19,13 @@ from comfy_api.latest import io, ui
 
 from ..dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ..training.config import TrainConfig, check_names
+from ..training.files.outputs import check_name, check_output
 from ..training.loop.eps_table import eps_errors, format_table
 from ..training.loop.new_student import goes_on
 from ..training.loop.trainer import Trainer
 from ..training.run.state import identity
-from ..training.run.student_file import student_checkpoint
-from ..training.run.train import train
+from ..training.run.student_file import check_storable, student_checkpoint
+from ..training.run.train import run_folder, train
 from ..training.run.watch.controls import Controls, StopAndSave
 from ..training.run.watch.progress import Progress
 from ..training.run.watch.watch import Watch
@@ -34,6 +35,9 @@ from .preview import Screen, host_decoder, send_text
 from .teacher import TeacherInput, TeacherType
 
 logger = logging.getLogger(__name__)
+
+LONGEST_STEM = 200
+"""Bytes of a file's name: file systems have room for 255, and a digest, a counter and an ending are added."""
 
 Say = Callable[[str], None]
 """Shows a text on the node."""
@@ -80,6 +84,9 @@ def file_stem(name: str) -> str:
     name = name.strip()
     if not name or name != os.path.basename(name) or any(c in '\\/:*?"<>|' for c in name) or name.startswith("."):
         raise ValueError(f"name is '{name}': use a plain file name without folders")
+    check_name(name, "name")
+    if len(os.fsencode(name)) > LONGEST_STEM:
+        raise ValueError(f"name has {len(os.fsencode(name))} bytes, at most {LONGEST_STEM} are possible: shorten it")
     return name
 
 
@@ -172,8 +179,10 @@ def distil(run: Trainer, base, *, name: str, vae, preview_every: int, node_id) -
     parts = identity(run)
     short = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(paths.output_folder())
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{short}.safetensors"
+    check_output(path)
+    check_storable(run, base, name)
+    folder.mkdir(parents=True, exist_ok=True)
     # Beside the models' folder, not in it: Load DMM Model lists what lies there.
     run_dir = folder.with_name("dmm_runs") / f"{name}-{short}"
     progress, losses = Progress(), []
@@ -206,7 +215,7 @@ def distil(run: Trainer, base, *, name: str, vae, preview_every: int, node_id) -
         check_interrupt=mm.throw_exception_if_processing_interrupted,
         controls=controls,
     )
-    with training_routes.listed(node_id, controls, progress):
+    with run_folder(run_dir, run.ranks), training_routes.listed(node_id, controls, progress):
         try:
             with contextlib.suppress(StopAndSave):
                 train(run, run_dir, watch, parts=parts)

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 
 from .commands import cache, convert, demo, distill, evaluate, info, merge, mixing, sample
-from .parallel.ranks import AgreedError, LostProcess, Ranks, launched
+from .parallel.ranks import AgreedError, LostProcess, Ranks, in_words, launched
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,13 +22,15 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that a log has it in order with what goes to stderr
     try:
-        args = parser().parse_args(argv)
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        args.run(args)
-        sys.stdout.flush()
+        try:
+            args = parser().parse_args(argv)
+            if args.threads:
+                torch.set_num_threads(args.threads)
+            args.run(args)
+        finally:
+            sys.stdout.flush()  # after --help too
     except BrokenPipeError:  # as with `dmm ... | head`: whoever read it has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        silence()
         return 1
     except LostProcess as error:
         if error.speak:
@@ -39,13 +41,27 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{who(ranks)}: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"{who(ranks)}: {error.strerror or error}: {error.filename or 'while writing'}", file=sys.stderr)
+        print(f"{who(ranks)}: {in_words(error)}", file=sys.stderr)
+        return 1
+    except (MemoryError, torch.cuda.OutOfMemoryError) as error:
+        first = (str(error).splitlines() or ["no more to be had"])[0]
+        print(f"{who(ranks)}: out of memory ({first}): see the setting 'memory' in docs/training.md", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if ranks.is_main:
             print("dmm: interrupted; what was learnt is saved, the same command goes on from there", file=sys.stderr)
         return 130
     return 0
+
+
+def silence() -> None:
+    """Send what is still to be said nowhere, or Python complains once more at its end about a pipe that nobody reads."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(nowhere, stream.fileno())
 
 
 def who(ranks: Ranks) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..dmm_core.bank_grow import USUAL_GROWTH
 from ..dmm_core.bank_size import USUAL, parse_budget
+from ..dmm_core.metadata import check_new_text
 from .fields import about, check_fields, is_number, setting, table
 from .presets import preset
 from .yaml_file import Place, read_document, shortened, shown
@@ -434,7 +435,10 @@ class DistillConfig:
             *((f"teacher '{t.name}'", t.file) for t in self.teachers),
             ("parts_from", self.parts_from),
         ]
+        check_new_text("title", self.title)
         for teacher in self.teachers:
+            check_new_text("description", teacher.description)
+            check_new_text("licence", teacher.licence)
             if not teacher.file and not teacher.loras:
                 raise ValueError(f"teacher '{teacher.name}' has neither a file nor loras: it would be the base itself")
             for lora in teacher.loras:
@@ -444,6 +448,12 @@ class DistillConfig:
             if path and not _exists(path):
                 raise ValueError(f"{role}: there is no file '{path}'")
         self.train.check()
+
+    def inputs(self) -> list[str]:
+        """Every file and folder that the run reads."""
+        loras = [lora.file for teacher in self.teachers for lora in teacher.loras]
+        files = [self.base, self.parts_from, self.data.file, *(teacher.file for teacher in self.teachers), *loras]
+        return [file for file in files if file]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -465,6 +475,7 @@ def check_names(names: list[str]) -> None:
     for name in names:
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"teacher name {name!r} is empty: every teacher needs a name, it becomes the style's name")
+        check_new_text("name", name)
         folded = name.strip().casefold()
         if folded in seen:
             raise ValueError(f"teacher names '{seen[folded]}' and '{name}' are the same style name: rename one of them")

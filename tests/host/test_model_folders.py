@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path, PurePath
 
@@ -234,3 +235,50 @@ def test_lies_are_explained_without_their_place_on_the_disk(served, name, messag
 def test_other_names_are_not_found(served, name):
     answer = ask(served, name)
     assert answer.status_code == 404 and "not found" in answer.json()["error"]
+
+
+# --- folders that go while the host runs ------------------------------------------------------------------------------
+
+
+def test_an_output_folder_that_was_emptied_is_no_end(folders):
+    """rm -rf output/dmm, and a subfolder of the models, between two looks at the lists: what is left is listed and loads, what is saved
+    anew is found, and the nodes' own descriptions are there."""
+    from comfyui_dmm.nodes import paths
+    from comfyui_dmm.nodes.add_styles import AddStyles
+    from comfyui_dmm.nodes.evaluate import feature_files
+    from comfyui_dmm.nodes.loader import LoadDMMModel
+
+    places = [Path(paths.output_folder(name)) / "old" for name in (paths.FOLDER, paths.STYLES_FOLDER)]
+    places += [folders / kind / "old" for kind in ("checkpoints", "diffusion_models", "dmm_features")]
+    for place in places:
+        place.mkdir(parents=True)
+        shutil.copy(folders / "dmm" / "whole.safetensors", place / "gone.safetensors")
+    assert os.path.join("old", "gone.safetensors") in paths.model_files() and paths.style_files() and feature_files()
+    for place in places:
+        shutil.rmtree(place.parent if "output" in place.parts else place)
+    assert os.path.join("old", "gone.safetensors") not in paths.model_files()
+    assert not paths.style_files() and not feature_files()
+    assert "whole.safetensors" in paths.model_files() and os.path.isfile(paths.model_path("whole.safetensors"))
+    with pytest.raises(ValueError, match="not found"):
+        paths.model_path(os.path.join("old", "gone.safetensors"))
+    for node in (LoadDMMModel, AddStyles):
+        assert node.define_schema().inputs
+    folder = Path(paths.output_folder())
+    folder.mkdir()
+    shutil.copy(folders / "dmm" / "whole.safetensors", folder / "new.safetensors")
+    assert "new.safetensors" in paths.model_files()
+    shutil.rmtree(folder)
+    assert "new.safetensors" not in paths.model_files()
+
+
+def test_a_running_host_outlives_an_emptied_output_folder(server):
+    """By HTTP: the loader is in /object_info before and after, and the host's own list of the folder answers again."""
+    folder = server.base / "output" / "dmm"
+    (folder / "old").mkdir(parents=True)
+    (folder / "old" / "a.safetensors").write_bytes(b"")
+    name = os.path.join("old", "a.safetensors")
+    assert name in str(requests.get(f"http://{server.address}/object_info/DMMLoadModel").json())
+    shutil.rmtree(server.base / "output")
+    info = requests.get(f"http://{server.address}/object_info").json()
+    assert {"DMMLoadModel", "DMMAddStyles"} <= info.keys() and name not in str(info["DMMLoadModel"])
+    assert requests.get(f"http://{server.address}/models/dmm").status_code == 200

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from comfyui_dmm.dmm_core.files import file_sha256
 from comfyui_dmm.dmm_core.unet import UNet
 from comfyui_dmm.dmm_core.vae import AutoencoderKL, VAEConfig
 from comfyui_dmm.training.cli import main
+from comfyui_dmm.training.files.folder_lock import LOCK, locked
 from comfyui_dmm.training.text import init_text
 from PIL import Image
 from safetensors.torch import save_file
@@ -264,10 +266,20 @@ def test_what_does_not_fit_is_explained_before_anything_is_written(folder, name,
     assert not (folder / "out").exists()
 
 
+def test_a_run_folder_in_use_is_refused_before_anything_is_written(folder, capsys):
+    with locked(folder / "out" / "run", "the run folder"):
+        assert dmm("distill", "--config", folder / "run.yaml") == 1
+        assert [p.name for p in (folder / "out").rglob("*")] == ["run", LOCK]
+    said = capsys.readouterr().err
+    assert f"the run folder '{folder / 'out' / 'run'}' is in use by process {os.getpid()} on " in said
+    assert not (folder / "out").exists()
+    assert dmm("distill", "--config", folder / "run.yaml") == 0
+    assert not list((folder / "out").rglob(LOCK))
+
+
 def test_a_full_disk_leaves_the_old_checkpoint(folder, monkeypatch, capsys):
     assert dmm("distill", "--config", folder / "run.yaml") == 0
     old = (folder / "out" / "dmm.safetensors").read_bytes()
-    import os
 
     def full(fd):
         raise OSError(28, "No space left on device")

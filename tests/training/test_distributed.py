@@ -24,15 +24,15 @@ from comfyui_dmm.tests.training.farm import Farm
 from comfyui_dmm.training.cli import main
 from comfyui_dmm.training.config import TrainConfig
 from comfyui_dmm.training.data.batches import Batch
-from comfyui_dmm.training.memory.fitting import begun_with, fitted
+from comfyui_dmm.training.memory.fitting import fitted
 from comfyui_dmm.training.memory.planner import GB, Want, plan
 from comfyui_dmm.training.parallel.devices import local_device
 from comfyui_dmm.training.parallel.ranks import Ranks, launched
 from comfyui_dmm.training.parallel.sharding import SEVERAL
-from comfyui_dmm.training.run.state import read_state, states
+from comfyui_dmm.training.run.state import begun_with, identity, read_state, save_state, states
 from safetensors.torch import save_file
 
-from .families import SMALL
+from .families import SMALL, small_run
 from .test_cli import SHORT, folder, unet, write_config  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.skipif(torch.__version__ < SEVERAL, reason="several processes need torch 2.9")
@@ -322,9 +322,10 @@ def test_a_planned_run_keeps_its_batch(tmp_path):
     kept, _ = fitted(config, SMALL, (8, 8), 5, device=torch.device("cpu"), begun=6)
     assert (kept.batch_size, kept.accumulate) == (6, 2)
     assert begun_with(tmp_path) is None
-    (tmp_path / "config.json").write_text('{"train": {"batch_size": 6}}')
-    assert begun_with(tmp_path) is None  # nothing was saved yet
-    (tmp_path / "state-00000001.safetensors").touch()
+    run = small_run(batch_size=6)
+    save_state(run, tmp_path, identity(run))
+    assert begun_with(tmp_path) == 6
+    (tmp_path / "state-00000001.safetensors").touch()  # damaged: the one before it knows
     assert begun_with(tmp_path) == 6
 
 

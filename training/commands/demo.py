@@ -86,8 +86,9 @@ def run_demo_judge(args: argparse.Namespace) -> None:
     models = folders(family, None, args.models, None)[1]
     if args.sheet:
         from ..demo.sheet import painted_sheet
+        from ..paint.images import save_picture
 
-        painted_sheet(family, models).save(args.sheet, quality=80)
+        save_picture(painted_sheet(family, models), args.sheet, quality=80)
         print(f"wrote {args.sheet}")
     if args.count:
         print(audit(models, args.count, family))
@@ -96,8 +97,9 @@ def run_demo_judge(args: argparse.Namespace) -> None:
 def run_demo_looks(args: argparse.Namespace) -> None:
     from ..data.demo.family import family_named
     from ..demo.sheet import looks_sheet
+    from ..paint.images import save_picture
 
-    looks_sheet(family_named(args.family)).save(args.output, quality=80)
+    save_picture(looks_sheet(family_named(args.family)), args.output, quality=80)
     print(f"wrote {args.output}")
 
 

@@ -34,11 +34,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run_sample(args: argparse.Namespace) -> None:
     from ...dmm_core.style_value import Strength
     from ..data.buckets import default_resolution
-    from ..files.model_settings import say_guesses
-    from ..paint.images import grid
+    from ..files.model_settings import say_guesses, split_settings
+    from ..files.outputs import check_output
+    from ..paint.images import grid, picture_kind, save_picture
     from ..paint.painter import Settings, painter
     from ..teachers.models import as_checkpoint
 
+    inputs = [split_settings(file)[0] for file in (args.checkpoint, args.parts_from) if file]
+    check_output(args.output, inputs)
+    picture_kind(args.output)
     companion = as_checkpoint(args.parts_from) if args.parts_from else None
     checkpoint = as_checkpoint(args.checkpoint, companion)
     say_guesses({Path(args.checkpoint).name: checkpoint})
@@ -51,5 +55,5 @@ def run_sample(args: argparse.Namespace) -> None:
         value = Strength(brush.style(style), args.strength)
         rows.append(brush.pictures(brush.latents(args.prompt, value, args.seed, settings)))
     image = rows[0][0] if len(rows) == len(rows[0]) == 1 else grid(rows, styles, args.prompt)
-    image.save(args.output)
+    save_picture(image, args.output)
     print(f"wrote {args.output}")

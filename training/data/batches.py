@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...dmm_core.schedule import NoiseSchedule
-from ...dmm_core.weights_file import read_weights
+from ..files.checksums import read_checked
 from ..seeds import hash_seed
 from .difficulty import Chances
 
@@ -292,7 +292,7 @@ def load_latents(path: str | Path) -> CaptionedLatents:
     Raises ValueError naming a file that is none.
     """
     try:
-        tensors, metadata = read_weights(path)
+        tensors, metadata = read_checked(Path(path))
         captions, latents = json.loads(metadata["captions"]), tensors["latents"].float()
     except (OSError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(

@@ -3,6 +3,9 @@
 A shard is written completely or not at all, and carries the hash of everything that decides its content; building again
 keeps the shards whose hash is right. The manifest is written last and removed before a shard of it changes: a folder
 with a manifest is complete. Nothing in it depends on when or in how many attempts it was made.
+
+The manifest says what each row of each shard was when it was written, and what it was itself: a row that has changed
+on disk is found when it is read. Caches from before that are read as they are; the command that made one adds it.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...dmm_core.files import atomic_write, file_sha256
+from ..files.checksums import ROW_DIGITS, row_digests
+from ..files.hashing import repr_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +35,10 @@ KINDS = ("images", "rollouts")
 """What a manifest says under "kind"."""
 
 MANIFEST = "manifest.json"
+DIGEST = "digest"
+"""In a manifest: of everything else in it."""
+DIGESTS = "digests"
+"""In a shard's entry: ``row_digests`` of each of its tensors, by name."""
 IDENTITY = "dmm.shard"
 """A shard's only metadata: safetensors writes several entries in a random order, and equal shards must be equal
 files."""
@@ -94,16 +103,20 @@ class ShardWriter:
                     save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {IDENTITY: identity})
             except (OSError, SafetensorError) as error:
                 raise OSError(
-                    f"{path} could not be written ({error}). The shards before it are finished and stay usable: free some "
-                    "space and run the same command again, it goes on from here"
+                    f"{path} could not be written ({getattr(error, 'strerror', None) or error}). The shards before it are "
+                    "finished and stay usable: free some space and run the same command again, it goes on from here"
                 ) from error
-            digest = file_sha256(path)
-        return {"file": name, "count": count, "bytes": path.stat().st_size, "sha256": digest}
+            digest, rows = file_sha256(path), {k: row_digests(v) for k, v in sorted(tensors.items())}
+        elif name in self.known and DIGESTS in self.known[name]:
+            rows = self.known[name][DIGESTS]
+        else:
+            rows = {k: row_digests(v) for k, v in sorted(load_file(path).items())}
+        return {"file": name, "count": count, "bytes": path.stat().st_size, "sha256": digest, DIGESTS: rows}
 
     def finish(self, content: Mapping[str, Any]) -> dict[str, Any]:
         """Write the manifest and remove shards that no longer belong to the cache. Returns the manifest."""
         manifest = {"format": FORMAT, "kind": self.kind, "settings": self.settings, **content}
-        text = json.dumps(manifest) + "\n"
+        text = json.dumps({**manifest, DIGEST: repr_sha256(json.dumps(manifest))}) + "\n"
         path = self.folder / MANIFEST
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             with atomic_write(path) as temporary:
@@ -149,6 +162,10 @@ def read_manifest(folder: str | os.PathLike, kind: str | None = None) -> dict[st
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise ValueError(f"'{folder}' is a cache of format {found!r}, this version reads {FORMAT}: make it again")
+    if DIGEST in manifest and manifest.pop(DIGEST) != repr_sha256(json.dumps(manifest)):
+        raise ValueError(
+            f"'{path}' is damaged: it is not as it was written. Remove it and run the 'dmm cache' command again"
+        )
     if manifest.get("kind") not in ([kind] if kind else KINDS):
         raise ValueError(
             f"'{folder}' is a cache of {manifest.get('kind')}, expected one of {kind or ' or '.join(KINDS)}"
@@ -221,17 +238,29 @@ class ShardReader:
         return shard, row - (int(self.ends[shard - 1]) if shard else 0)
 
     def span(self, shard: int, name: str, start: int, stop: int) -> Tensor:
-        """Rows start to stop - 1 of one shard's tensor, in the dtype of the file. Raises ValueError naming the row with NaN or infinity."""
-        values = self._open(shard).get_slice(name)[start:stop]
-        if values.is_floating_point() and not values.isfinite().all():
-            row = start + int((~values.isfinite()).flatten(1).any(1).nonzero()[0, 0])
+        """Rows start to stop - 1 of one shard's tensor, in the dtype of the file. Raises ValueError where they are not
+        as they were written, and naming the row with NaN or infinity."""
+        entry = self.entries[shard]
+        path = self.folder / entry["file"]
+        again = "Run the 'dmm cache' command that made the cache again: it makes this file anew"
+        try:
+            rows = self._open(shard).get_slice(name)[start:stop]
+        except SafetensorError as error:
+            raise ValueError(f"{path} of the cache is damaged ({error}). {again}") from error
+        digests = entry.get(DIGESTS, {}).get(name)
+        if digests is not None and row_digests(rows) != digests[ROW_DIGITS * start : ROW_DIGITS * stop]:
+            raise ValueError(
+                f"{path} of the cache is damaged: '{name}' is not as it was written in rows {start} to {stop - 1}. {again}"
+            )
+        if rows.is_floating_point() and not rows.isfinite().all():
+            row = start + int((~rows.isfinite()).flatten(1).any(1).nonzero()[0, 0])
             place = row + (int(self.ends[shard - 1]) if shard else 0)
             whose = f", of {self.names[place]!r}" if place < len(self.names) else ""
             raise ValueError(
-                f"{self.folder / self.entries[shard]['file']} has NaN or infinite numbers in row {row} of '{name}'{whose}: remove the file "
-                "and run the 'dmm cache' command that made it again"
+                f"{path} has NaN or infinite numbers in row {row} of '{name}'{whose}: remove the file and run the 'dmm cache' command that "
+                "made it again"
             )
-        return values
+        return rows
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         """Row numbers (B,) -> (B, ...), in the dtype of the file."""

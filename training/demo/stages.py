@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
-from ...dmm_core.files import atomic_write
 from ...dmm_core.unet import UNet, UNetConfig, load_unet
 from ...dmm_core.vae import load_vae
 from ..config import load_config
@@ -27,6 +26,7 @@ from ..data.batches import CaptionedLatents
 from ..data.demo.family import FAMILIES, FIRST, Family
 from ..data.demo.latents import captioned_latents
 from ..data.demo.scenes import control_hint
+from ..files.checksums import write_checked
 from ..loop import adapters as lora
 from ..run.distill import distill
 from ..run.watch.watch import Watch
@@ -150,8 +150,7 @@ def build_scenes(work: Path, budget: Budget, family: Family) -> None:
     vae = load_vae(load_file(work / "vae.safetensors"))
     data = captioned_latents(vae, family.painted, min(DISTILLED_SCENES, budget.scenes), family.seed, family=family)
     captions = [data.prompts[row] for row in data.rows.tolist()]
-    with atomic_write(work / "scenes.safetensors") as temporary:
-        save_file({"latents": data.buckets[0]}, temporary, {"captions": json.dumps(captions)})
+    write_checked(work / "scenes.safetensors", {"latents": data.buckets[0]}, {"captions": json.dumps(captions)})
 
 
 def build_latents(work: Path, budget: Budget, family: Family, look: str) -> None:

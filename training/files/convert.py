@@ -23,6 +23,7 @@ from ...dmm_core.unet import unet_config_from_state_dict
 from ...dmm_core.weights_file import check_writable, refusal_explained, storable
 from .model_files import CONFIG, WEIGHTS, add_parts, load_any
 from .model_settings import guesses, split_settings, told
+from .outputs import check_output
 from .style_file import ONLY_ITS_OWN, centred_at_base, file_metadata, is_style_file, recombine, save_style
 
 
@@ -41,6 +42,8 @@ def convert(
     ``source``, a style file; half: float32 weights as float16. Returns what the user should know, in sentences.
     Raises ValueError naming the file; what was at ``target`` before is then untouched.
     """
+    inputs = [split_settings(file)[0] for file in (source, parts_from, onto) if file is not None]
+    check_output(Path(target) / WEIGHTS if to == "diffusers" and not Path(target).is_file() else target, inputs)
     notes: list[str] = []
     if onto is not None:
         checkpoint, notes = recombine(source, onto)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...dmm_core.files import atomic_write
+from .checksums import read_checked, write_checked
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +18,8 @@ def read_piece(path: Path, count: int) -> dict[str, Tensor] | None:
     if not path.exists():
         return None
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
+        tensors, _ = read_checked(path)
+    except (ValueError, OSError) as error:
         logger.warning("%s cannot be read (%s): made anew", path.name, error)
         return None
     return tensors if tensors and all(len(value) == count for value in tensors.values()) else None
@@ -30,5 +28,4 @@ def read_piece(path: Path, count: int) -> dict[str, Tensor] | None:
 def write_piece(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a finished piece, completely or not at all; its folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+    write_checked(path, tensors)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 
 import torch
 
@@ -48,7 +46,7 @@ def fitted(
     was made.
 
     unet: of the base, which may be a DMM model; latents_hw: of the largest pictures. processes: of the run, each with such a device; begun:
-    the batch_size with which the run has begun, which it keeps (see ``begun_with``). Raises ValueError when nothing
+    the batch_size with which the run has begun, which it keeps (see ``run.state.begun_with``). Raises ValueError when nothing
     fits.
     """
     budget = budget_bytes(config.memory, device)
@@ -77,14 +75,3 @@ def fitted(
     )
     found = plan(without_styles(unet), latents_hw, teachers, budget, want=want)
     return dataclasses.replace(config, **found.settings(), teacher_slots=found.slots), found
-
-
-def begun_with(run_dir: Path) -> int | None:
-    """The batch_size that a run which has states in its folder was begun with: other processes would plan another one,
-    and a run that draws other batches is another run."""
-    if not any(run_dir.glob("state-*.safetensors")):
-        return None
-    try:
-        return int(json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["train"]["batch_size"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

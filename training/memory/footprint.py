@@ -108,7 +108,8 @@ def optimizer_bytes(shapes: Iterable[torch.Size], name: str) -> int:
     return total
 
 
-def _state_of(student: UNet, trained: Sequence[nn.Parameter], name: str) -> int:
+def optimizer_state_bytes(student: UNet, trained: Sequence[nn.Parameter], name: str) -> int:
+    """Bytes of the state that a run's optimiser keeps for a student's trained parameters."""
     style = {id(p) for p in (*student.style_parameters(), *student.bank_parameters())}
     network, side = ([p.shape for p in trained if (id(p) in style) == is_side] for is_side in (False, True))
     return optimizer_bytes(network, name) + optimizer_bytes(side, "adamw" if name == "muon" else name)
@@ -130,7 +131,7 @@ def sizes(step: Step) -> Sizes:
         teacher=tensor_bytes(teacher.parameters()),
         base=tensor_bytes(base.parameters()),
         head=4 * tensor_bytes(head.parameters()) if step.adversarial else 0,  # weights, gradients, AdamW's two moments
-        optimizer={name: _state_of(student, trained, name) for name in OPTIMIZERS},
+        optimizer={name: optimizer_state_bytes(student, trained, name) for name in OPTIMIZERS},
     )
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
-from ...dmm_core.metadata import StyleInfo
+from ...dmm_core.metadata import StyleInfo, check_new_text
 from ..files.model_files import add_parts, change_stamp, load_any
 from ..files.model_settings import say_guesses, told
+from ..files.outputs import check_output
 from ..files.style_file import save_style
 from ..progress import ProgressCallback
 from ..teachers.lora_files import FoldedUNet, recorded
@@ -44,7 +45,8 @@ def merge_files(
     output, and goes on.
     Raises ValueError naming the file, before anything is written, for what does not belong together.
     """
-    checked_output(output)
+    checked_output(output, *(file for _, file in teachers), base, parts_from)
+    check_new_text("title", title)
     if to == "style" and config.centre != "base":
         raise ValueError(
             "styles alone (--to style) belong on the models' mean, which would be saved nowhere: centre them at the base (--centre base)"
@@ -90,7 +92,7 @@ def grow_file(
 ) -> tuple[GrowthReport, list[Path]]:
     """The DMM model in the file ``model`` with a style more for each (style name, file), into ``output`` without training, and the report
     beside it: the report and all files written. Raises ValueError as ``add_teachers`` does, before anything is written."""
-    checked_output(output)
+    checked_output(output, model, *(file for _, file in teachers))
     before = as_checkpoint(model)
     sources, read = [], {"the model": before}
     for name, file in teachers:
@@ -105,15 +107,21 @@ def grow_file(
 
 def delete_from_file(model: str, styles: Sequence[str], output: Path) -> DeletionReport:
     """The DMM model in the file ``model`` without some of its styles, into ``output``. Raises ValueError as ``delete_styles`` does."""
-    checked_output(output)
+    checked_output(output, model)
     after, report = delete_styles(as_checkpoint(model), styles, base=file_info(model))
     save_checkpoint(output, after)
     return report
 
 
-def checked_output(output: Path) -> None:
+def checked_output(output: Path, *inputs: str | None) -> None:
+    """Raise ValueError where the result could not be written to ``output``; inputs: files, with LoRAs or without."""
     if output.suffix != ".safetensors":
         raise ValueError(f"output is '{output}': the file name must end in .safetensors")
+    files = []
+    for name in filter(None, inputs):
+        path, loras, _ = split_model(name)
+        files += [path, *(lora.file for lora in loras)]
+    check_output(output, files)
 
 
 def file_info(file: str) -> StyleInfo:

@@ -8,6 +8,7 @@ computed goes into files, block by block: a merge that was interrupted goes on f
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,12 +26,15 @@ from ...dmm_core.checkpoint import STYLE_KEYS, Checkpoint
 from ...dmm_core.metadata import StyleInfo
 from ...dmm_core.style import mlp_name
 from ...dmm_core.unet import UNetConfig, unet_config_from_state_dict
-from ...dmm_core.weights_file import read_weights, write_weights
+from ...dmm_core.weights_file import write_weights
 from ..config import check_names
+from ..files.checksums import read_checked, with_digest
 from ..files.hashing import repr_sha256
 from ..progress import ProgressCallback
 from ..teachers.teacher import check_architectures
 from .report import LayerFigures, MergeReport, block_of
+
+logger = logging.getLogger(__name__)
 
 MOST = 64
 """Models in one merge: each has a core in every layer, and memory holds one weight of each."""
@@ -111,7 +115,8 @@ def merge(
     # In an order of our own: the tensors of a layer must not be apart.
     for name, group in groupby(sorted(shapes, key=lambda key: (block_of(key), key)), key=block_of):
         keys, path = list(group), folder / f"{what}-{name}.safetensors"
-        if not path.exists():
+        found = finished_block(path)
+        if found is None:
             fitted = fit_bank(
                 [model.unet for model in teachers],
                 none.unet if none else None,
@@ -127,12 +132,12 @@ def merge(
                 with_names(fitted, [*(f"'{one.name}'" for one in teachers), "the base"]),
                 progress and (lambda k, done=done, name=name: progress(done + k, len(shapes), f"merging {name}")),
             )
+            found = read_checked(path)  # finished blocks lie in files, and not in memory
         elif progress:
             progress(done + len(keys), len(shapes), f"merging {name}")
         done += len(keys)
-        found, metadata = read_weights(path)  # finished blocks lie in files, and not in memory
-        weights |= found
-        figures += [LayerFigures(**values) for values in json.loads(metadata[FIGURES])]
+        weights |= found[0]
+        figures += [LayerFigures(**values) for values in json.loads(found[1][FIGURES])]
     weights |= neutral_style(
         len(teachers), unet_config.embed_dim, mlp_name(bool(unet_config.adm_channels)), config.dtype
     )
@@ -170,7 +175,18 @@ def write_block(path: Path, fitted: Iterable[Fitted], progress: Callable[[int], 
         figures.append(LayerFigures(one.key, one.kept, one.total, one.apart.tolist(), one.shared))
         if progress:
             progress(len(figures))
-    write_weights(path, weights, {FIGURES: json.dumps([vars(f) for f in figures])})
+    write_weights(path, weights, with_digest(weights, {FIGURES: json.dumps([vars(f) for f in figures])}))
+
+
+def finished_block(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Weights and metadata of a block that an earlier merge computed; None where there is none, or a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        return read_checked(path)
+    except (ValueError, OSError) as error:
+        logger.warning("a part of the merge cannot be used (%s): made anew", error)
+        return None
 
 
 T = TypeVar("T")

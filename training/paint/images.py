@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ...dmm_core.files import atomic_write
 from ...dmm_core.vae import SCALE_SD, AutoencoderKL
 
 PAPER, INK = (255, 255, 255), (32, 32, 36)
@@ -33,6 +37,21 @@ def decode_to_pil(vae: AutoencoderKL, latents: Tensor, scale: float = SCALE_SD, 
         pixels = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).byte()
         images += [Image.fromarray(p.numpy()) for p in pixels.permute(0, 2, 3, 1).cpu()]  # (B, 3, H, W) -> (B, H, W, 3)
     return images
+
+
+def picture_kind(path: str | os.PathLike) -> str:
+    """Pillow's name of the format that a file name asks for. Raises ValueError for one that asks for none."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"'{path}' does not say what kind of picture it is: let its name end in .png, .jpg or .webp")
+    return kind
+
+
+def save_picture(image: Image.Image, path: str | os.PathLike, **options: Any) -> None:
+    """Write a picture completely or not at all. options: of ``Image.save``. Raises OSError naming the file when the disk refuses."""
+    kind = picture_kind(path)
+    with atomic_write(path) as temporary:
+        image.save(temporary, kind, **options)
 
 
 def grid(

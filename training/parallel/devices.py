@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
 
@@ -11,13 +12,36 @@ from .ranks import Ranks
 
 def pick_device(name: str) -> torch.device:
     """ "auto" is CUDA where there is one, else the CPU; anything else is a torch device name. Raises ValueError for
-    what is none."""
+    what is none, and for a device that is not there or has no driver."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu" if missing_cuda() else "cuda")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device is {name!r}: use auto, cpu, cuda or cuda:0") from error
+    if device.type == "cuda":
+        if why := missing_cuda():
+            raise ValueError(f"device is {name!r}, and there is no CUDA GPU that can be used ({why}): use cpu or auto")
+        if (count := torch.cuda.device_count()) <= (device.index or 0):
+            raise ValueError(f"device is {name!r}, and there are {count} CUDA GPUs, counted from 0")
+    elif device.type != "cpu":
+        try:
+            torch.empty(1, device=device).tolist()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(f"device is {name!r}, which cannot be used here: use auto, cpu, cuda or cuda:0") from error
+    return device
+
+
+def missing_cuda() -> str:
+    """Why no CUDA GPU can be used, in a few words; "" where one can. No GPU is touched by asking."""
+    if not torch.backends.cuda.is_built():
+        return "this torch was built without CUDA"
+    with warnings.catch_warnings(record=True) as said:  # of an old driver, say
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return ""
+    words = str(said[-1].message).removeprefix("CUDA initialization: ").partition(". ")[0] if said else ""
+    return " ".join(words.split()) or "no driver or no card was found"
 
 
 def local_device(device: torch.device, ranks: Ranks) -> torch.device:

@@ -152,9 +152,14 @@ def is_connection_error(error: RuntimeError) -> bool:
 
 
 def _text(error: ValueError | OSError) -> str:
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}: {error.filename or 'while writing'}"
-    return str(error)
+    return in_words(error) if isinstance(error, OSError) else str(error)
+
+
+def in_words(error: OSError) -> str:
+    """What a disk says, in a line: with the file's name where there is one, or in the words of whoever raised it."""
+    if error.strerror is None:
+        return str(error)
+    return f"{error.strerror}: {error.filename or 'while reading or writing'}"
 
 
 def launched() -> Ranks:

@@ -22,8 +22,8 @@ from ..parallel.devices import local_device, pick_device
 from ..parallel.ranks import LostProcess, Ranks
 from .load import load_run
 from .state import states
-from .student_file import save_student
-from .train import readable, train
+from .student_file import check_storable, save_student
+from .train import readable, run_folder, train
 from .watch.pictures import Decoder
 from .watch.watch import Watch
 
@@ -43,17 +43,26 @@ def distill(
 
     The checkpoint holds the averaged weights; where there is an average, the raw ones are beside it as ``<output>-raw.safetensors``.
     However training ends, the checkpoints of what was learnt so far are written, before an interrupt goes on.
-    Raises ValueError for files that do not fit, before anything is written. ranks: the processes of the run, which are connected
-    (``parallel.ranks.joined``); the first of them writes.
+    Raises ValueError for files that do not fit, before anything is written, and where another process has the run folder. ranks: the
+    processes of the run, which are connected (``parallel.ranks.joined``); the first of them writes.
     """
-    output, run_dir, ranks = Path(config.output), Path(config.run_dir), ranks or Ranks()
+    ranks = ranks or Ranks()
+    with run_folder(Path(config.run_dir), ranks):
+        return _distill(config, watch, fork_from=fork_from, grown=grown, ranks=ranks)
+
+
+def _distill(
+    config: DistillConfig, watch: Watch | None, *, fork_from: Path | None, grown: bool, ranks: Ranks
+) -> Trainer:
+    output, run_dir = Path(config.output), Path(config.run_dir)
     with ranks.together():
         loaded = load_run(config, local_device(pick_device(config.train.device), ranks), grown, ranks)
     run, base = loaded.start(), loaded.parts
+    with ranks.together():
+        check_storable(run, base, config.title)
     if loaded.plan:
         logger.info("%s", loaded.plan.describe())
     if ranks.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         settings = {**config.to_dict(), "train": dataclasses.asdict(run.config)}
         with atomic_write(run_dir / "config.json") as temporary:

@@ -22,14 +22,17 @@ from ..data.text_states import TextStates
 from ..files.hashing import weights_sha256
 from ..files.model_files import load_any, load_any_info
 from ..files.model_settings import say_guesses, told, with_settings
+from ..files.outputs import check_folder, check_output
 from ..loop.forget import forgetting
 from ..loop.trainer import Trainer
-from ..memory.fitting import begun_with, fitted
+from ..memory.fitting import fitted
 from ..memory.planner import Plan
 from ..parallel.ranks import Ranks
 from ..teachers.lora_files import recorded, with_loras
 from ..teachers.models import base_with_parts, with_loras_and_settings
 from ..teachers.teacher import Rows, Teacher, check_architectures, check_text, in_style_order, plain_unet, styled_unet
+from .state import begun_with
+from .student_file import raw_file
 
 Named = Mapping[str, tuple[Checkpoint, str]]
 """(checkpoint, file) by teacher name."""
@@ -70,8 +73,11 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
     """grown: the base is a DMM model, whose styles stay (or are forgotten) and come first. ranks: the processes of the run.
 
     Where it is not grown, a base with a style bank goes on with the styles that it has: the teachers are put in their order, by name.
-    Raises ValueError for files that are not what the config says or do not belong together.
+    Raises ValueError for files that are not what the config says or do not belong together, and where the result could not be stored.
     """
+    check_output(config.output, config.inputs())
+    check_output(raw_file(Path(config.output)), config.inputs())
+    check_folder(Path(config.run_dir), f"the run folder '{config.run_dir}'")
     base = told(base_with_parts(config.base, config.parts_from or None), config.settings)
     again = not grown and has_bank(base.unet)
     if again:

@@ -2,7 +2,8 @@
 
 One safetensors file a state: ``student.*`` and ``ema.*`` (what learns), ``optimizer.*``, of the discriminator ``head.*`` and
 ``head_optimizer.*``, and with adaptive sampling ``difficulty.*``; the step, the config and the hashes of teachers and data are in its
-metadata. Random numbers and the data position follow from (seed, step), so they need no room.
+metadata. Random numbers and the data position follow from (seed, step), so they need no room. A digest of every tensor and of the header
+lies in it too (``files.checksums``): a run never goes on from a damaged state.
 """
 
 from __future__ import annotations
@@ -15,21 +16,20 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ...dmm_core.files import atomic_write
-from ...dmm_core.weights_file import read_keys, read_weights
 from ..config import TrainConfig
 from ..fields import default_of
+from ..files.checksums import read_checked, write_checked
 from ..files.hashing import tensor_sha256
 from ..loop.optimizers import load_optimizer, optimizer_tensors
 from ..loop.trainer import Trainer
+from ..memory.footprint import optimizer_state_bytes, tensor_bytes
 from ..parallel.ranks import AgreedError
 from ..parallel.sharding import gather_to_main, sharded_from_local
 from ..teachers.teacher import Rows
@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "2"
 BEST = "best.safetensors"
+STATE_NAME = re.compile(r"state-(\d{8})\.safetensors")
+DAMAGED = ".damaged"
+"""Behind the name of a state that could not be gone on from: it is no state any more, and nobody but its owner removes it."""
 MAY_CHANGE = (
     "device", "save_every", "keep", "residency", "teacher_slots", "memory", "validation", "parallel", "gradient_checkpointing",
 )  # fmt: skip
@@ -88,7 +91,7 @@ def rows_fingerprint(rows: Rows) -> str:
 
 
 def save_state(run: Trainer, folder: Path, parts: dict[str, str], error: float | None = None) -> Path:
-    """Write ``state-<step>.safetensors`` and remove all but the last ``keep``; parts: ``identity(run)``, computed once.
+    """Write ``state-<step>.safetensors`` and remove all but the last ``keep`` up to it; parts: ``identity(run)``, computed once.
 
     error: of the fixed check; the state with the lowest is also there as ``best.safetensors``. Of several processes the first one
     writes; where the student is shared out, this is for all of them together.
@@ -118,13 +121,51 @@ def save_state(run: Trainer, folder: Path, parts: dict[str, str], error: float |
         metadata["scaler"] = json.dumps(run.scaler.state_dict())
     if error is not None:
         metadata["error"] = repr(error)
-    with atomic_write(path) as temporary:
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+    write_checked(path, tensors, metadata)
     if error is not None and error < best_error(folder):
         _link(path, folder / BEST)
-    for old in states(folder)[: -run.config.keep]:
+    # A state of a later step is none of this run's past: it must not push out this one.
+    for old in [state for state in states(folder) if state.name <= path.name][: -run.config.keep]:
         old.unlink(missing_ok=True)
     return path
+
+
+def state_bytes(run: Trainer) -> int:
+    """About the size of a state of the run, before there is one."""
+    trained = list(run.student.trained.values())
+    weights = tensor_bytes(trained)
+    total = weights * (2 if run.student.ema else 1)
+    total += optimizer_state_bytes(run.student.unet, trained, run.config.optimizer)
+    if run.discriminator:
+        total += 3 * tensor_bytes(run.discriminator.head.parameters())  # weights and AdamW's two moments
+    return total
+
+
+def check_room(run: Trainer, folder: Path) -> None:
+    """Raise ValueError, with figures, where the disk has too little room for the states that the rest of the run will keep.
+
+    At the worst moment there are ``keep`` of them and the new one, which is complete before the oldest goes; and the best one, which may be
+    older than these.
+    """
+    c = run.config
+    there = [path for path in (*states(folder), folder / BEST) if path.exists()]
+    saves = math.ceil((c.all_steps - run.step) / c.save_every) + 1
+    count = min(c.keep + 1, len(states(folder)) + saves) + bool(c.validation)
+    one = state_bytes(run)
+    used = sum({path.stat().st_ino: path.stat().st_size for path in there}.values())
+    place = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(place).free
+    if count * one - used > free:
+        raise ValueError(
+            f"too little disk for the states of this run in '{folder}': up to {count} of {_size(one)} each are kept at a time (keep: "
+            f"{c.keep}), {_size(used)} of them are there, and {_size(free)} are free. Lower keep, make room, or choose a run folder on "
+            "another disk"
+        )
+
+
+def _size(count: int) -> str:
+    """ "3.2 GB" """
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _add_optimizer(
@@ -143,10 +184,12 @@ def _add_optimizer(
 
 def best_error(folder: Path) -> float:
     """The lowest error of the fixed check in this run so far; infinity when there is none."""
+    if not (folder / BEST).exists():
+        return math.inf
     try:
-        with safe_open(str(folder / BEST), framework="pt") as file:
-            return float((file.metadata() or {})["error"])
-    except (OSError, SafetensorError, KeyError, ValueError):
+        return float(read_checked(folder / BEST, header_only=True)[1]["error"])
+    except (OSError, KeyError, ValueError) as error:
+        logger.warning("%s cannot be read (%s): the next state that is checked takes its place", BEST, error)
         return math.inf
 
 
@@ -163,54 +206,114 @@ def _link(path: Path, name: Path) -> None:
 
 def states(folder: Path) -> list[Path]:
     """The complete states of a run folder, oldest first (a file is there only once it is complete)."""
-    return sorted(p for p in folder.glob("state-*.safetensors") if re.fullmatch(r"state-\d{8}\.safetensors", p.name))
+    return sorted(p for p in folder.glob("state-*.safetensors") if STATE_NAME.fullmatch(p.name))
+
+
+@dataclass
+class State:
+    """A state that was read and found sound; ``before``: the newer ones that are not, and so were passed over."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    before: list[Path]
 
 
 def resume(run: Trainer, folder: Path, parts: dict[str, str]) -> bool:
-    """Load the newest readable state of ``folder`` into ``run``; False when there is none.
+    """Load the newest sound state of ``folder`` into ``run``; False when the folder has no states. Newer ones, which are damaged, get
+    another name (``DAMAGED``).
 
-    Raises ValueError naming what changed when the state belongs to another run.
+    Raises ValueError naming what changed when the state belongs to another run, and when every state is damaged.
     """
-    path = run.ranks.from_main(newest(folder) if run.ranks.is_main else None)
+    state = None
+    with run.ranks.together():
+        if run.ranks.is_main:
+            state = newest_sound(folder)
+    path = run.ranks.from_main(state and state.path)
     if path is None:
         return False
     with run.ranks.together():
-        tensors, metadata = read_state(path)
+        tensors, metadata = (state.tensors, state.metadata) if state else read_state(path)
         _check(path, metadata, parts)
-    _load(run, tensors, metadata)
+        for damaged in state.before if state else ():
+            damaged.replace(aside := damaged.with_name(damaged.name + DAMAGED))
+            logger.warning("the damaged state is now called %s: remove it when you have no use for it", aside.name)
+    try:
+        _load(run, tensors, metadata)
+    except KeyError as error:  # of states from before there were digests
+        raise ValueError(f"{path} is damaged: it lacks {error}. Put back a copy, or remove it") from error
     return True
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest state of a run folder that can be read."""
+def newest_sound(folder: Path) -> State | None:
+    """The newest state of a run folder that is as it was written, None where there are no states. What is wrong with those passed over is
+    said as a warning. Raises ValueError where none is sound."""
+    found = states(folder)
+    damaged: list[Path] = []
+    problems = []
+    for path in [*reversed(found), *([folder / BEST] if found and (folder / BEST).exists() else [])]:
+        try:
+            tensors, metadata = read_state(path)
+            if damaged:
+                logger.warning("going on from %s, at its step %s", path.name, metadata["step"])
+            return State(path, tensors, metadata, damaged)
+        except (ValueError, OSError) as error:
+            if isinstance(error, PermissionError):  # nothing is wrong with it
+                raise
+            logger.warning("a state cannot be used: %s", error)
+            problems.append(str(error))
+            damaged += [path] if path.name != BEST else []
+    if not problems:
+        return None
+    raise ValueError(
+        f"no state of the run in '{folder}' can be used: {'; '.join(problems)}. Put back a copy of one, or begin anew in another run folder"
+    )
+
+
+def begun_with(folder: Path) -> int | None:
+    """The batch_size of the run that has states in ``folder``, None where none can be read: other processes would plan another one, and a
+    run that draws other batches is another run."""
     for path in reversed(states(folder)):
         try:
-            read_keys(path)  # of a file that is cut off, the header alone says so
-            return path
-        except (ValueError, OSError) as error:
-            logger.warning("%s cannot be read (%s): trying the state before it", path.name, error)
+            return int(json.loads(_described(path, header_only=True)[1]["identity"])["setting batch_size"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
     return None
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a state. Raises ValueError for a file that is none, OSError for one that cannot be read."""
-    tensors, metadata = read_weights(path)
+    """Tensors and metadata of a state. Raises ValueError for a file that is none or is damaged, OSError for one that cannot be read."""
+    return _described(path, header_only=False)
+
+
+def _described(path: Path, header_only: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors, metadata = read_checked(path, header_only)
     if not metadata.get("step", "").isdecimal() or "dmm.state" not in metadata:
         raise ValueError(f"'{path}' is not a run state: expected one of the state-*.safetensors of a run folder")
+    name = STATE_NAME.fullmatch(path.name)
+    if name and int(name[1]) != int(metadata["step"]):
+        raise ValueError(f"{path} is damaged or was renamed: it says that it is of step {metadata['step']}")
+    if metadata["dmm.state"] == FORMAT:
+        for entry in ("identity", "optimizer"):  # of states from before there were digests, this much can be seen
+            try:
+                json.loads(metadata[entry]).items()
+            except (KeyError, ValueError, AttributeError, RecursionError) as error:
+                raise ValueError(f"{path} is damaged in its header (entry '{entry}': {error!r})") from error
     return tensors, metadata
 
 
 def fork(run: Trainer, source: Path) -> int:
     """Give a new run the weights of an old one (a run folder, or one of its states) and nothing else; returns the old step.
 
-    Its averaged weights where it has them. Raises ValueError when there is no such state, or its model has other styles or sizes.
+    Its averaged weights where it has them. Raises ValueError when there is no such state, it is damaged, or its model has other styles or
+    sizes.
     """
-    path = source if source.is_file() else next(iter(reversed(states(source))), None)
-    if path is None:
+    state = State(source, *read_state(source), []) if source.is_file() else newest_sound(source)
+    if state is None:
         raise ValueError(
             f"there is no run to start from in '{source}': expected a run folder or one of its state files"
         )
-    tensors, metadata = read_state(path)
+    path, tensors, metadata = state.path, state.tensors, state.metadata
     prefix = "ema." if any(key.startswith("ema.") for key in tensors) else "student."
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     shapes = {k: tuple(p.shape) for k, p in run.student.trained.items()}

@@ -6,10 +6,12 @@ import dataclasses
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
+from ...dmm_core.metadata import check_new_text, check_styles, write_metadata
 from ..loop.trainer import Trainer
 
 
@@ -21,6 +23,21 @@ def student_checkpoint(
     dtype: of the UNet's weights, None for float32.
     """
     weights = run.student_weights(averaged)
+    return Checkpoint(
+        unet={k: v.to(dtype or v.dtype) for k, v in weights.items()},
+        text=base.text,
+        vae=base.vae,
+        styles=run.kind.styles(run.teachers),
+        recipe=recipe_of(run, base),
+        metadata={"modelspec.title": title},
+        prediction=run.base.prediction,
+        zero_snr=run.base.zero_snr,
+        clip_skip=base.clip_skip,
+    )
+
+
+def recipe_of(run: Trainer, base: Checkpoint) -> dict[str, Any]:
+    """How the student was made, up to now."""
     recipe = {
         "train": json.loads(json.dumps(dataclasses.asdict(run.config))),
         "steps_done": run.step,
@@ -34,17 +51,23 @@ def student_checkpoint(
         recipe |= changes or {}
         before = {k: v for k, v in base.recipe.items() if k != "history"}
         recipe["history"] = [*base.recipe.get("history", []), {"styles": [s.name for s in base.styles], **before}]
-    return Checkpoint(
-        unet={k: v.to(dtype or v.dtype) for k, v in weights.items()},
-        text=base.text,
-        vae=base.vae,
-        styles=run.kind.styles(run.teachers),
-        recipe=recipe,
-        metadata={"modelspec.title": title},
-        prediction=run.base.prediction,
-        zero_snr=run.base.zero_snr,
-        clip_skip=base.clip_skip,
+    return recipe
+
+
+def check_storable(run: Trainer, base: Checkpoint, title: str) -> None:
+    """Raise ValueError now for what could not be written when the run is done: descriptions of styles, and the recipe."""
+    styles = run.kind.styles(run.teachers)
+    check_styles(styles, len(styles))
+    check_new_text("title", title)
+    rest = {"modelspec.title": title}
+    write_metadata(
+        styles, recipe_of(run, base), run.base.prediction, rest=rest, config=run.student.unet.config, title=title
     )
+
+
+def raw_file(path: Path) -> Path:
+    """Where a run whose weights are averaged puts the raw ones."""
+    return path.with_name(f"{path.stem}-raw.safetensors")
 
 
 def save_student(run: Trainer, base: Checkpoint, path: Path, title: str) -> None:
@@ -59,4 +82,4 @@ def save_student(run: Trainer, base: Checkpoint, path: Path, title: str) -> None
     if run.student.ema and run.student.ema.ready:
         raw = student_checkpoint(run, base, f"{title} (raw)", dtype=torch.float16, averaged=False)
         if main:
-            save_checkpoint(path.with_name(f"{path.stem}-raw.safetensors"), raw)
+            save_checkpoint(raw_file(path), raw)

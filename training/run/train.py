@@ -10,8 +10,10 @@ from types import NoneType
 
 import torch
 
+from ..files.folder_lock import locked
 from ..loop.trainer import Trainer
-from .state import fork, identity, resume, same_everywhere, save_state
+from ..parallel.ranks import Ranks
+from .state import check_room, fork, identity, resume, same_everywhere, save_state
 from .synthesis import painted_by_teachers
 from .validation import validation_error
 from .watch.controls import StopAndSave
@@ -43,6 +45,10 @@ def train(
         logger.info("going on from step %d of %d", run.step, c.all_steps)
     elif fork_from:
         logger.info("starting from the weights of '%s' at its step %d", fork_from, fork(run, fork_from))
+    if run_dir and run.step < c.all_steps:
+        with run.ranks.together():
+            if run.ranks.is_main:
+                check_room(run, run_dir)
     saved = run.step
 
     def save() -> None:
@@ -74,6 +80,16 @@ def train(
         watching.end()
         if run_dir and run.step > saved and readable(run, ended_by):
             save_state(run, run_dir, parts)
+
+
+@contextlib.contextmanager
+def run_folder(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Inside, the run folder is this run's alone (the first process has the lock). Raises ValueError naming the process that has it."""
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            if ranks.is_main:
+                stack.enter_context(locked(folder, "the run folder"))
+        yield
 
 
 def readable(run: Trainer, ended_by: BaseException | None) -> bool:

@@ -27,7 +27,7 @@ class Journal:
 
     A line is the Metrics of a step with ``samples`` (seen so far) and, on CUDA, ``peak_bytes``; or ``step`` and ``note``.
     every: steps between lines; the last one is always there. A resumed run goes on behind its last saved step: what the log says of
-    later ones, which are done again, is removed. A full disk is reported once and never ends the run.
+    later ones, which are done again, is removed. Whatever is wrong with the log or the disk is reported once and never ends the run.
     """
 
     def __init__(self, folder: str | Path, every: int = 1):
@@ -99,29 +99,37 @@ class Journal:
     def _harmless(self, problem: str, work: Callable[[], object]) -> None:
         try:
             work()
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001, the log is only for looking at
             if problem not in self._reported:
                 self._reported.add(problem)
                 logger.warning("%s: %s", problem, error)
 
 
 def end_of_steps(path: Path, done: int) -> int:
-    """The place in a log behind its last whole line about the first ``done`` steps."""
-    end = 0
+    """The place in a log behind its last whole line about the first ``done`` steps. Lines that cannot be read count for nothing."""
+    end = place = 0
     with path.open("rb") as file:
         for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > done:
-                break
-            end += len(line)
+            place += len(line)
+            entry = _entry(line)
+            if entry and entry["step"] <= done:
+                end = place
     return end
 
 
 def read_log(path: str | Path) -> Iterator[dict]:
-    """The lines of a log; one that is being written at the moment is left out."""
+    """The lines of a log; one that is being written at the moment or is damaged is left out."""
     with open(path, "rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+        yield from filter(None, map(_entry, file))
+
+
+def _entry(line: bytes) -> dict | None:
+    """What a line of a log says; None for one that is not whole or not as it was written."""
+    try:
+        entry = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
 
 
 def finite(value: Any) -> Any:
