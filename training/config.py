@@ -495,7 +495,7 @@ def load_config(path: str | Path, grown: bool = False) -> DistillConfig:
         train = raw.get("train") if isinstance(raw, Mapping) else None
         if grown and isinstance(train, Mapping) and "preset" in train:
             raw = {**raw, "train": {"init": TrainConfig.init, "bank": TrainConfig.bank, **train}}
-        config = _build(DistillConfig, raw, "config", (), written)
+        config = _build(DistillConfig, raw, "config", (), written=written)
         check_fields(config)  # before paths are made of texts
         check_fields(config.data, "data.")
         check_fields(config.train, "train.")
@@ -515,7 +515,7 @@ def load_config(path: str | Path, grown: bool = False) -> DistillConfig:
     return config
 
 
-def _build(cls: Any, raw: Any, where: str, place: Place, written: Mapping[Place, str]) -> Any:
+def _build(cls: Any, raw: Any, where: str, place: Place, *, written: Mapping[Place, str]) -> Any:
     """A dataclass from a mapping; unknown and missing keys are named, with the nearest known one.
 
     place, written: where the mapping is in the file, and how what is no text to YAML is written there.
@@ -536,22 +536,22 @@ def _build(cls: Any, raw: Any, where: str, place: Place, written: Mapping[Place,
             )
             hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(sorted(fields))}"
             raise ValueError(f"{where} has an unknown setting '{key[:60]}'{hint}")
-    _check_texts(fields, raw, "" if where == "config" else f"{where}.", place, written)
+    _check_texts(fields, raw, "" if where == "config" else f"{where}.", place, written=written)
     values = dict(raw)
     nested = {"data": DataSpec, "train": TrainConfig, "attack": AttackConfig}
     for key, kind in nested.items():
         if cls is DistillConfig and key in values:
-            values[key] = _build(kind, values[key], key, (*place, key), written)
+            values[key] = _build(kind, values[key], key, (*place, key), written=written)
     if cls is DistillConfig and isinstance(values.get("teachers"), list):
         values["teachers"] = [
-            _build(TeacherSpec, t, f"teachers[{i}]", (*place, "teachers", i), written)
+            _build(TeacherSpec, t, f"teachers[{i}]", (*place, "teachers", i), written=written)
             for i, t in enumerate(values["teachers"])
         ]
     if cls is TeacherSpec and "loras" in values:
         if not isinstance(values["loras"], list):
             raise ValueError(f"{where}.loras must be a list, each of a file and, if you like, a strength")
         values["loras"] = [
-            _build(LoraSpec, lora, f"{where}.loras[{i}]", (*place, "loras", i), written)
+            _build(LoraSpec, lora, f"{where}.loras[{i}]", (*place, "loras", i), written=written)
             for i, lora in enumerate(values["loras"])
         ]
         for lora in values["loras"]:
@@ -574,6 +574,7 @@ def _check_texts(
     raw: Mapping[str, Any],
     prefix: str,
     place: Place,
+    *,
     written: Mapping[Place, str],
 ) -> None:
     """Raises ValueError for a value that is meant as text and that YAML reads as something else, saying as what."""
