@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         if ranks.is_main:
-            print("dmm: interrupted; what was learnt is saved, the same command goes on from there", file=sys.stderr)
+            print("dmm: interrupted; what is done is kept, the same command goes on from there", file=sys.stderr)
         return 130
     return 0
 

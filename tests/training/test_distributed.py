@@ -462,7 +462,7 @@ def test_ctrl_c_of_torchrun_saves(folder):  # noqa: F811
     launch.wait_for_a_state()
     launch.process.send_signal(signal.SIGINT)
     assert launch.process.wait(60) != 0
-    assert launch.text().count("dmm: interrupted; what was learnt is saved") == 1
+    assert launch.text().count("dmm: interrupted; what is done is kept") == 1
     recipe = load_checkpoint(folder / "out" / "dmm.safetensors").recipe
     tensors, metadata = read_state(states(launch.run_dir)[-1])
     assert recipe["steps_done"] == int(metadata["step"]) > 0

@@ -311,6 +311,7 @@ def test_a_base_with_nan_is_refused_as_the_centre(base, tmp_path):
     damaged = {**base, "out.2.bias": torch.full_like(base["out.2.bias"], torch.nan)}
     with pytest.raises(ValueError, match="weight 'out.2.bias' of the base holds NaN"):
         merged(damaged, tmp_path, teachers=sources(base), centre="base")
+    assert not (tmp_path / "parts").exists()  # a refusal leaves nothing behind
     with pytest.raises(ValueError, match="the centre is 'median', expected mean or base"):
         merged(base, tmp_path, centre="median")
 

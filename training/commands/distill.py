@@ -107,7 +107,7 @@ def run_grown(args: argparse.Namespace) -> None:
 def run_instant_add(args: argparse.Namespace) -> None:
     from ..merge.files import grow_file
 
-    budget = args.budget or USUAL_GROWTH
+    budget = USUAL_GROWTH if args.budget is None else args.budget
     report, files = grow_file(args.model, args.teacher, Path(args.output), budget, progress=ProgressBar())
     print(report.text())
     print("\n" + "\n".join(f"wrote {file}" for file in files))

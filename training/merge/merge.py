@@ -108,6 +108,7 @@ def merge(
     cores = len(teachers) + bool(none)
     size = bank_of(config.budget, shapes, cores, config.dtype.itemsize)
     what = repr_sha256([m.stamp for m in models], cores, size.rank, size.bias, str(config.dtype))[:16]
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     weights: dict[str, Tensor] = {}
     figures: list[LayerFigures] = []
@@ -127,11 +128,16 @@ def merge(
                 dtype=config.dtype,
                 device=config.device,
             )
-            write_block(
-                path,
-                with_names(fitted, [*(f"'{one.name}'" for one in teachers), "the base"]),
-                progress and (lambda k, done=done, name=name: progress(done + k, len(shapes), f"merging {name}")),
-            )
+            try:
+                write_block(
+                    path,
+                    with_names(fitted, [*(f"'{one.name}'" for one in teachers), "the base"]),
+                    progress and (lambda k, done=done, name=name: progress(done + k, len(shapes), f"merging {name}")),
+                )
+            except ValueError:  # refused, which no later run with these files changes
+                if new:
+                    forget_parts(folder)
+                raise
             found = read_checked(path)  # finished blocks lie in files, and not in memory
         elif progress:
             progress(done + len(keys), len(shapes), f"merging {name}")
