@@ -381,6 +381,8 @@ def check_add_on(path: str, file: StyleFile, model, held: dict[str, Tensor], pre
         if file.prediction not in (None, predicts):
             raise ValueError("the two predict differently")
     except ValueError as error:
+        if kind.endswith(theirs.removeprefix("unknown")):
+            raise ValueError(f"{path} is damaged, or its style bank is another model's: {error}") from error
         raise ValueError(
             f"{path} holds styles for another kind of model ({theirs}) than this MODEL ({kind}): {error}"
         ) from error

@@ -10,6 +10,7 @@ from comfyui_dmm.dmm_core.checkpoint import STYLE_KEYS, Checkpoint, load_checkpo
 from comfyui_dmm.dmm_core.style_value import PerItem, parse_style
 from comfyui_dmm.training.files.convert import convert
 from comfyui_dmm.training.files.style_file import read_style_file, save_style
+from safetensors.torch import save_file
 
 from .families import DEMO, FAMILIES, NAMES, SD15, SDXL, checkpoint_of, random_unet, with_bank
 from .sampling import conditioning, sample, watch
@@ -436,8 +437,17 @@ def test_refusals(base, styled, whole, folder, tmp_path):
         add(base, tmp_path / "v.safetensors")
     narrower = dataclasses.replace(DEMO, context_dim=128)
     save_style(tmp_path / "text.safetensors", checkpoint_of(with_bank(random_unet(narrower))))
-    with pytest.raises(ValueError, match="another kind of model"):
+    with pytest.raises(
+        ValueError, match=r"text\.safetensors is damaged, or its style bank is another model's: .*attn2"
+    ):
         add(base, tmp_path / "text.safetensors")
+    damaged = read_style_file(folder / "styles.safetensors").weights
+    del damaged["style_bank.middle_block.0.in_layers.2.up.weight"]
+    save_file(damaged, tmp_path / "damaged.safetensors")
+    with pytest.raises(
+        ValueError, match=r"damaged, or its style bank is another model's: .*middle_block\.0\.in_layers\.2"
+    ):
+        add(base, tmp_path / "damaged.safetensors")
     assert untouched(base)
 
 
