@@ -657,7 +657,7 @@ def test_distil_and_dry_run(folder, capsys, caplog):
         ({"name": "A", "loras": ["look.safetensors"]}, r"teachers\[0\].loras\[0\] must be a mapping"),
         ({"name": "A", "loras": [{"strength": 1}]}, r"teachers\[0\].loras\[0\] lacks the settings file"),
         ({"name": "A", "loras": [{"file": ""}]}, "LoRA's file is ''"),
-        ({"name": "A", "loras": [{"file": 3}]}, "LoRA's file is 3"),
+        ({"name": "A", "loras": [{"file": 3}]}, "file is 3, which YAML reads as a number"),
         ({"name": "A", "loras": [{"file": "look.safetensors", "strenght": 1}]}, "did you mean 'strength'"),
         ({"name": "A", "loras": [{"file": "look.safetensors", "strength": "much"}]}, "strength is 'much'"),
         ({"name": "A", "loras": [{"file": "look.safetensors", "clip_strength": float("inf")}]}, "clip_strength is inf"),

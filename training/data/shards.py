@@ -247,11 +247,6 @@ class ShardReader:
             rows = self._open(shard).get_slice(name)[start:stop]
         except SafetensorError as error:
             raise ValueError(f"{path} of the cache is damaged ({error}). {again}") from error
-        digests = entry.get(DIGESTS, {}).get(name)
-        if digests is not None and row_digests(rows) != digests[ROW_DIGITS * start : ROW_DIGITS * stop]:
-            raise ValueError(
-                f"{path} of the cache is damaged: '{name}' is not as it was written in rows {start} to {stop - 1}. {again}"
-            )
         if rows.is_floating_point() and not rows.isfinite().all():
             row = start + int((~rows.isfinite()).flatten(1).any(1).nonzero()[0, 0])
             place = row + (int(self.ends[shard - 1]) if shard else 0)
@@ -259,6 +254,11 @@ class ShardReader:
             raise ValueError(
                 f"{path} has NaN or infinite numbers in row {row} of '{name}'{whose}: remove the file and run the 'dmm cache' command that "
                 "made it again"
+            )
+        digests = entry.get(DIGESTS, {}).get(name)
+        if digests is not None and row_digests(rows) != digests[ROW_DIGITS * start : ROW_DIGITS * stop]:
+            raise ValueError(
+                f"{path} of the cache is damaged: '{name}' is not as it was written in rows {start} to {stop - 1}. {again}"
             )
         return rows
 
