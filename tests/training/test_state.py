@@ -269,7 +269,7 @@ def test_kill_nine_in_the_middle_of_saves(tmp_path):
     root, in_a_save = os.path.dirname(os.path.dirname(os.path.dirname(__file__))), 0
     for _ in range(20):
         for left in tmp_path.glob(".*.tmp"):
-            left.unlink()
+            shutil.rmtree(left)
         child = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.DEVNULL, text=True, cwd=root
         )
