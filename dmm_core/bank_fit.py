@@ -103,7 +103,7 @@ class NotFinite(ValueError):
         return f"weight '{self.key}' of {names[self.model]} holds NaN or infinity: the file is damaged"
 
 
-def check_finite(key: str, stack: Tensor) -> None:
+def check_stack(key: str, stack: Tensor) -> None:
     """Raise NotFinite unless a weight, stacked (K, ...) of K models, is finite in each."""
     for i, weight in enumerate(stack):
         if not weight.isfinite().all():
@@ -154,7 +154,7 @@ def fit_bank(
     for key, shape in shapes.items():
         stack = torch.stack([model[key].to(device, torch.float32) for model in models])
         held = stack[: len(teachers)].mean(0).to(dtype) if centre is None else centre[key].to(device)
-        check_finite(key, stack)
+        check_stack(key, stack)
         if not held.isfinite().all():
             raise NotFinite(key, None if centre is None else len(models))
         weights = {key: held.cpu()}

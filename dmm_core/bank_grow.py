@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bank import BANK, MAX_RANK, PARTS, BankConfig, bank_key, split_key
-from .bank_fit import ITERATIONS, OVERSAMPLING, SEED, check_finite, leading
+from .bank_fit import ITERATIONS, OVERSAMPLING, SEED, check_stack, leading
 from .bank_size import parse_budget
 from .style import CODEBOOK, MLP_NAMES
 
@@ -209,7 +209,7 @@ def grow_bank(
     for key in shapes:
         weight = model[key].to(device, torch.float32)
         changes = torch.stack([teacher[key].to(device, torch.float32) for teacher in teachers])
-        check_finite(key, changes)
+        check_stack(key, changes)
         changes -= weight
         flat, shared = changes.flatten(1), weight.double().square().sum().item()
         name, _, what = key.rpartition(".")

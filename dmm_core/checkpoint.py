@@ -32,7 +32,7 @@ from .scaled_fp8 import dequantised, is_mark
 from .style import CODEBOOK, MLP_NAMES
 from .unet import unet_config_from_state_dict
 from .vocabulary import IDS, NUM_TOKENS, compact_vocabulary, expand_vocabulary
-from .weights_file import read_weights, write_weights
+from .weights_file import not_finite, read_weights, write_weights
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -201,6 +201,7 @@ def assemble(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Checkpo
     if odd is not None:
         dtype = str(unet[odd].dtype).removeprefix("torch.")
         raise ValueError(f"weight '{odd}' of the UNet is {dtype}: get the model in half precision, not a quantised one")
+    check_finite_styles(unet)
     num_styles = count_styles(unet)
     unet_config_from_state_dict(unet)  # refuses what is none
     styles, recipe, prediction, rest = read_metadata(metadata, num_styles)
@@ -226,6 +227,14 @@ def _clip_skip(said: str | None) -> int | None:
     return int(said) if said else None
 
 
+def check_finite_styles(unet: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the key, for NaN or infinity in what was read of a style side: it would paint black. Tensors on the meta
+    device are passed over."""
+    read = {key: tensor for key, tensor in unet.items() if key.startswith(STYLE_KEYS) and not tensor.is_meta}
+    if (key := not_finite(read)) is not None:
+        raise ValueError(f"style weight '{key}' holds NaN or infinity: the file is damaged")
+
+
 def count_styles(unet: Mapping[str, Tensor]) -> int:
     """N, after checking that codebook and MLP are complete and as wide as the time embedding, and that a style bank fits the UNet's layers;
     0 without styles."""
@@ -235,11 +244,6 @@ def count_styles(unet: Mapping[str, Tensor]) -> int:
         return 0
     for key in banked:
         style.pop(key)
-    broken = next(
-        (k for k, v in unet.items() if k.startswith(STYLE_KEYS) and not (v.is_meta or v.isfinite().all())), None
-    )
-    if broken:
-        raise ValueError(f"style weight '{broken}' holds NaN or infinity: the file is damaged")
     mlps = [name for name in MLP_NAMES if any(key.startswith(f"{name}.") for key in style)]
     if len(mlps) > 1:
         raise ValueError(f"two style MLPs ({', '.join(mlps)}), expected one (SDXL's own add_embedding is label_emb)")

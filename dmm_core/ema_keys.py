@@ -19,21 +19,9 @@ _BLOCK = re.compile(r"(?:(input_blocks|output_blocks)(\d{1,2})|(middle_block))(\
 _TRANSFORMER = re.compile(r"transformer_blocks(\d{1,3})(.+)")
 _ENDS = ("weight", "bias")
 _LAYERS = (
-    *("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection"),
-    *(
-        "norm",
-        "proj_in",
-        "proj_out",
-        "op",
-        "conv",
-        "time_embed.0",
-        "time_embed.2",
-        "label_emb.0.0",
-        "label_emb.0.2",
-        "out.0",
-        "out.2",
-    ),
-)
+    "in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection", "norm", "proj_in", "proj_out", "op",
+    "conv", "time_embed.0", "time_embed.2", "label_emb.0.0", "label_emb.0.2", "out.0", "out.2",
+)  # fmt: skip
 _INNER = (
     *("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"),
     *(f"attn{n}.{name}" for n in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0")),

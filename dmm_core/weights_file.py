@@ -201,12 +201,19 @@ def refusal_explained(path: str | os.PathLike) -> Iterator[None]:
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError naming the first tensor that holds NaN or infinity."""
+    """Raise ValueError naming the first tensor that holds NaN or infinity, of those that are to be written."""
+    if (key := not_finite(tensors)) is not None:
+        raise ValueError(f"weight '{key}' holds NaN or infinity: the training diverged, or a cast overflowed")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity."""
     for key, tensor in tensors.items():
         if tensor.is_floating_point():
             values = tensor.float() if tensor.element_size() == 1 else tensor  # torch has no isfinite for float8
             if not values.isfinite().all():
-                raise ValueError(f"weight '{key}' holds NaN or infinity: the training diverged, or a cast overflowed")
+                return key
+    return None
 
 
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -371,17 +371,20 @@ def held_unet(model) -> dict[str, Tensor]:
 
 def check_add_on(path: str, file: StyleFile, model, held: dict[str, Tensor], predicts: str) -> None:
     """Raise ValueError, naming both, unless the styles of a file are for models of the kind of this MODEL."""
-    kind = type(model.model).__name__
-    width = file.weights[f"{CODEBOOK}.weight"].shape[1]
-    theirs = f"{file.metadata.get('modelspec.architecture', 'unknown')[:60]}, width {width}, {file.prediction or 'eps'}"
+    kind, alike = type(model.model).__name__, False
+    said, prediction = file.metadata.get("modelspec.architecture"), file.prediction or "eps"
+    style_width = file.weights[f"{CODEBOOK}.weight"].shape[1]
+    theirs = f"{(said or 'unknown')[:60]}, width {style_width}, {prediction}"
     try:
         ours = architecture(unet_config_from_state_dict(held), predicts)[0]
-        kind = f"{ours}, width {held['time_embed.2.weight'].shape[0]}, {predicts}"
+        width = held["time_embed.2.weight"].shape[0]
+        kind = f"{ours}, width {width}, {predicts}"
+        alike = said in (None, ours) and (style_width, prediction) == (width, predicts)
         check_fits(held, file.weights)
         if file.prediction not in (None, predicts):
             raise ValueError("the two predict differently")
     except ValueError as error:
-        if kind.endswith(theirs.removeprefix("unknown")):
+        if alike:
             raise ValueError(f"{path} is damaged, or its style bank is another model's: {error}") from error
         raise ValueError(
             f"{path} holds styles for another kind of model ({theirs}) than this MODEL ({kind}): {error}"

@@ -45,6 +45,10 @@ OTHER_NAMES = {
 }
 
 
+MOST_SKIPPED = 24
+"""Layers of the deepest text encoder but one; SDXL's second has 32."""
+
+
 @dataclass(frozen=True)
 class ModelSettings:
     """What a user says of a model whose file does not say it, or wrongly; None: what the file says."""
@@ -102,7 +106,7 @@ class TeacherSpec:
         "family's.",
         unit="layers",
         low=1,
-        high=24,
+        high=MOST_SKIPPED,
     )
 
     @property
@@ -390,7 +394,7 @@ class DistillConfig:
         "family's.",
         unit="layers",
         low=1,
-        high=24,
+        high=MOST_SKIPPED,
     )
     title: str = setting("DMM", "The model's title in its file.")
     picture_every: int = setting(

@@ -170,9 +170,10 @@ def run(args) -> None:
                 lambda: bench.paint(folded, pair, settled=True),
                 "< 1.01",
             )
+            idle = with_idle_lora(plain, folded)
             bench.line(
                 "one style, folded / a LoRA of the host's on the same weights",
-                lambda: bench.paint(with_idle_lora(plain, folded), pair, settled=True),
+                lambda: bench.paint(idle, pair, settled=True),
                 lambda: bench.paint(folded, pair, settled=True),
                 "< 1.01",
             )

@@ -480,3 +480,11 @@ def test_style_weights_that_are_not_finite_are_refused(tmp_path, value):
         save_file({f"model.diffusion_model.{k}": v for k, v in damaged.unet.items()}, tmp_path / "bad.safetensors")
         with pytest.raises(ValueError, match=rf"style weight '{key}' holds NaN or infinity"):
             load_checkpoint(tmp_path / "bad.safetensors")
+
+
+def test_styles_in_float8_are_read(tmp_path):
+    """As ComfyUI saves a model under --fp8_e4m3fn-unet: torch cannot ask float8 for NaN."""
+    small = checkpoint()
+    small.unet["model_embedding.weight"] = small.unet["model_embedding.weight"].to(torch.float8_e4m3fn)
+    save_file({f"model.diffusion_model.{k}": v for k, v in small.unet.items()}, tmp_path / "fp8.safetensors")
+    assert load_checkpoint(tmp_path / "fp8.safetensors").num_styles == N

@@ -27,6 +27,7 @@ from torch import Tensor
 from ...dmm_core.files import atomic_write, file_sha256
 from ..files.checksums import ROW_DIGITS, row_digests
 from ..files.hashing import repr_sha256
+from .batches import bad_rows
 
 logger = logging.getLogger(__name__)
 
@@ -247,8 +248,8 @@ class ShardReader:
             rows = self._open(shard).get_slice(name)[start:stop]
         except SafetensorError as error:
             raise ValueError(f"{path} of the cache is damaged ({error}). {again}") from error
-        if rows.is_floating_point() and not rows.isfinite().all():
-            row = start + int((~rows.isfinite()).flatten(1).any(1).nonzero()[0, 0])
+        if rows.is_floating_point() and (bad := bad_rows(rows)):
+            row = start + bad[0]
             place = row + (int(self.ends[shard - 1]) if shard else 0)
             whose = f", of {self.names[place]!r}" if place < len(self.names) else ""
             raise ValueError(

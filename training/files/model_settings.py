@@ -11,12 +11,12 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ...dmm_core.checkpoint import GUESS, V_MARK, Checkpoint
-from ..config import ModelSettings
+from ..config import MOST_SKIPPED, ModelSettings
 from ..yaml_file import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -24,9 +24,7 @@ logger = logging.getLogger(__name__)
 SETTING = "a setting"
 OWN_WORDS = ("", "dmm.prediction", f"its tensor '{V_MARK}'")
 """``Checkpoint.prediction_from`` of what a yaml beside the file does not overrule: marks made for this very question."""
-NAMES = ("prediction", "zero_snr", "clip_skip")
-MOST_SKIPPED = 24
-"""Layers of the deepest text encoder but one; SDXL's second has 32."""
+NAMES = tuple(field.name for field in fields(ModelSettings))
 _TAIL = re.compile(r"((?:,\s*\w+=[^,=]*)+)$")
 
 
@@ -83,8 +81,8 @@ def split_settings(text: str | os.PathLike) -> tuple[str, ModelSettings]:
 
 def with_settings(file: str, settings: ModelSettings) -> str:
     """The text form, which ``split_settings`` reads."""
-    words = {"prediction": settings.prediction, "zero_snr": settings.zero_snr, "clip_skip": settings.clip_skip}
-    return file + "".join(f",{name}={str(value).lower()}" for name, value in words.items() if value is not None)
+    said = asdict(settings).items()
+    return file + "".join(f",{name}={str(value).lower()}" for name, value in said if value is not None)
 
 
 def _settings(given: Mapping[str, str]) -> ModelSettings:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...dmm_core.checkpoint import GUESS, MAX_STYLES, STYLE_KEYS, Checkpoint, count_styles
+from ...dmm_core.checkpoint import GUESS, MAX_STYLES, STYLE_KEYS, Checkpoint, check_finite_styles, count_styles
 from ...dmm_core.metadata import StyleInfo, check_styles, default_styles, read_metadata, write_metadata
 from ...dmm_core.style import CODEBOOK, mlp_name
 from ...dmm_core.unet import unet_config_from_state_dict
@@ -113,7 +113,7 @@ def recombine(style_path: str | os.PathLike, onto: str | os.PathLike) -> tuple[C
         check_fits(plain, file.weights)
     except ValueError as error:
         raise ValueError(f"{style_path} does not fit onto {onto}: {error}") from error
-    same = file.made_for.sha256 == unet_digest(plain)
+    same = bool(file.made_for.sha256) and file.made_for.sha256 == unet_digest(plain)
     if file.prediction and file.prediction != base.prediction and base.prediction_from != GUESS and not same:
         raise ValueError(
             f"{style_path} holds styles of a model that predicts {file.prediction}, and {onto} predicts {base.prediction}: they do not fit"
@@ -157,6 +157,7 @@ def check_fits(plain: Mapping[str, Tensor], side: Mapping[str, Tensor]) -> None:
     pooled = bool(unet_config_from_state_dict(plain).adm_channels)
     if pooled != any(key.startswith(f"{SDXL_MLP}.") for key in side):
         raise ValueError("one of the two is an SDXL model and the other is not")
+    check_finite_styles(side)
     count_styles({**plain, **side})
 
 

@@ -22,6 +22,7 @@ from ...dmm_core.metadata import StyleInfo
 from ...dmm_core.unet import UNetConfig, unet_config_from_state_dict
 from ..config import check_names
 from ..files.style_file import centred_at_base
+from ..markdown import table
 from ..paint.heatmap import heatmap
 from ..progress import ProgressCallback
 from ..teachers.teacher import check_architectures
@@ -67,17 +68,14 @@ class GrowthReport(MergeReport):
         lines = [
             f"The style bank of rank {self.from_rank} grew by rank {self.growth.rank}: {mb:.1f} MB more, "
             f"+{100 * self.growth.share:.1f}% of the UNet. The styles that were there are unchanged.",
-            "",
-            "| new style | energy kept | in the basis as it was | change | nearest | |",
-            "| --- | --- | --- | --- | --- | --- |",
         ]
+        rows = []
         for one, before in zip(self.teachers(), self.kept_before()):
             said = "same weights as the nearest" if one.same else ""
-            lines.append(
-                f"| {one.name} | {100 * one.kept:.0f}% | {100 * before:.0f}% | {100 * one.change:.1f}% | {one.nearest} "
-                f"({one.distance:.2f}) | {said} |"
-            )
-        return "\n".join([*lines, "", *self.advice()])
+            shares = f"{100 * one.kept:.0f}%", f"{100 * before:.0f}%", f"{100 * one.change:.1f}%"
+            rows.append((one.name, *shares, f"{one.nearest} ({one.distance:.2f})", said))
+        head = ("new style", "energy kept", "in the basis as it was", "change", "nearest", "")
+        return "\n".join([*lines, "", table(head, rows), "", *self.advice()])
 
     def advice(self) -> list[str]:
         """What to do about it, in sentences."""

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ...dmm_core.bank_size import Size
 from ...dmm_core.files import atomic_write
-from ..markdown import cell
+from ..markdown import table
 from ..paint.heatmap import heatmap
 
 TWIN = 0.5
@@ -114,21 +114,15 @@ class MergeReport:
         lines = [
             f"Style bank of rank {self.size.rank}: {mb:.1f} MB, +{100 * self.size.share:.1f}% of the UNet"
             + ("" if self.size.bias else ", without biases"),
-            "",
-            "| style | energy kept | change | nearest | |",
-            "| --- | --- | --- | --- | --- |",
         ]
+        rows = []
         for one in self.teachers():
             said = "same weights as the nearest" if one.same else "twins" if one.distance <= TWIN else ""
             said = ", ".join(word for word in (said, "outlier" if one.outlier else "") if word)
-            kept, change, near = (
-                f"{100 * one.kept:.0f}%",
-                f"{100 * one.change:.1f}%",
-                f"{one.nearest} ({one.distance:.2f})",
-            )
-            lines.append(f"| {' | '.join(map(cell, (one.name, kept, change, near, said)))} |")
-        lines += ["", *self.advice()]
-        return "\n".join(lines)
+            kept, change = f"{100 * one.kept:.0f}%", f"{100 * one.change:.1f}%"
+            rows.append((one.name, kept, change, f"{one.nearest} ({one.distance:.2f})", said))
+        head = ("style", "energy kept", "change", "nearest", "")
+        return "\n".join([*lines, "", table(head, rows), "", *self.advice()])
 
     def advice(self) -> list[str]:
         """What to do about it, in sentences."""
