@@ -1,16 +1,15 @@
 """The thumbnails that the template browser shows: every template is run by a real ComfyUI, and what it paints is put on one sheet."""
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from ..host.server import PACK, Server
+from ..host.server import Server
+from ..host.templates import TITLES, twin_of
 from .layout import rows, scaled, stack
 
-FOLDER = PACK / "workflows"
 SIDE = 192
 """Pixels of a single picture of the demo model on a thumbnail."""
 ZOOM = SIDE / 128
@@ -103,13 +102,8 @@ def distill_quickstart(server: Server, graph: dict) -> Image.Image:
     )  # fmt: skip
 
 
-def twin(name: str) -> dict:
-    """A template's graph in the API's form."""
-    return json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
-
-
 def thumbnail(server: Server, name: str) -> Image.Image:
-    graph = twin(name)
+    graph = twin_of(name)
     if name in THUMBNAILS:
         return THUMBNAILS[name](paint(server, changed(graph, **SHOWN.get(name, {}))))
     return {"quickstart": quickstart, "distill_quickstart": distill_quickstart}[name](server, graph)
@@ -120,6 +114,6 @@ def thumbnails(host: Path, base: Path, folder: Path, names: Sequence[str]) -> It
     folder.mkdir(parents=True, exist_ok=True)
     with Server(host, base) as server:
         for name in names:
-            path = folder / f"{name}.jpg"
+            path = folder / f"{TITLES[name]}.jpg"
             thumbnail(server, name).save(path, quality=90)
             yield path
