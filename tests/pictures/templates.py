@@ -45,8 +45,8 @@ THUMBNAILS: dict[str, Callable[[Painted], Image.Image]] = {
     "controlnet_lora_regions": under("17", "24", width=768),
     "instant_merge": sheet_of("20"),
     "merge_loras": sheet_of("20"),
-    "add_teacher": under("16", "21", width=542),
-    "forget_style": under("13", "18", width=542),
+    "add_teacher": lambda painted: rows([painted["16"], painted["21"]]),
+    "forget_style": lambda painted: rows([painted["13"], painted["18"]]),
     "evaluate": lambda painted: rows([[first_tables(painted["11"][0]), scaled(painted["18"][0], ZOOM)]]),
 }
 """Template -> its thumbnail from what it paints. ``quickstart`` and ``distill_quickstart`` show more than one run."""
