@@ -14,7 +14,6 @@ import comfy.model_detection
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.model_sampling
-import comfy.ops
 import comfy.sd
 import comfy.supported_models
 import comfy.utils
@@ -44,7 +43,7 @@ from ..training.files.style_file import (
     read_style_file,
     unet_fingerprint,
 )
-from . import region_patch, style_patch
+from . import region_patch, style_ops, style_patch
 from .folded import unfolded
 from .weights import HostWeights, numbers
 
@@ -339,7 +338,7 @@ def build_style_modules(
     """
     dtype = model.get_dtype()
     dtype = dtype if dtype.itemsize > 1 else file_dtype  # eight bits are too few for the codes
-    ops = comfy.ops.manual_cast
+    ops = style_ops
     num_styles, dim = weights[f"{CODEBOOK}.weight"].shape
     mlp = next(name for name in MLP_NAMES if f"{name}.linear_1.weight" in weights)
     modules = {
