@@ -45,6 +45,7 @@ from ..training.files.style_file import (
 )
 from . import region_patch, style_ops, style_patch
 from .folded import unfolded
+from .lost_names import with_names
 from .weights import HostWeights, numbers
 
 TEXT_WIDTHS = {"clip_l": 768, "clip_h": 1024, "clip_g": 1280}
@@ -173,7 +174,7 @@ def load(path: str, settings: ModelSettings | None = None) -> tuple:
             f"{path} holds styles without a model: put it into models/dmm_styles and use Add DMM Styles to Model on the MODEL they are for"
         )
     settings = settings or ModelSettings()
-    checkpoint = told(load_any(path), settings)
+    checkpoint, about_names = with_names(told(load_any(path), settings), path)
     # The host would only log them, and paint with what lies in memory.
     if missing := missing_weights(checkpoint.unet, checkpoint.heads):
         raise ValueError(
@@ -186,7 +187,11 @@ def load(path: str, settings: ModelSettings | None = None) -> tuple:
         clip.patcher.cached_patcher_init = (reload_clip, (path,))
     if checkpoint.vae:
         vae.patcher.cached_patcher_init = (reload_vae, (path,))
-    return model, clip, vae, model_info(model)
+    info = model_info(model)
+    if about_names:
+        info = replace(info, remark="\n".join(filter(None, (info.remark, about_names))))
+        model.set_attachments(ATTACHMENT, info)
+    return model, clip, vae, info
 
 
 def reload_model(path: str, settings: ModelSettings, disable_dynamic: bool = False):
