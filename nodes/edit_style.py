@@ -29,7 +29,7 @@ class EditStyle(io.ComfyNode):
             ),
             search_aliases=["rename style", "style thumbnail", "style description"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="The model with the style. Save DMM Model keeps the change."),
                 io.String.Input("style", default="ink", tooltip="The style to edit, by its present name."),
                 io.String.Input("name", default="", tooltip="Its new name. Nodes behind this one must use it."),
                 io.String.Input(
@@ -38,7 +38,13 @@ class EditStyle(io.ComfyNode):
                 io.Image.Input(
                     "thumbnail", optional=True, tooltip="A picture in this style; the first of a batch, made small."
                 ),
-                io.String.Input("licence", default="", optional=True, advanced=True),
+                io.String.Input(
+                    "licence",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Under what terms the style may be used.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )

@@ -22,10 +22,16 @@ class NameBlend(io.ComfyNode):
             ),
             search_aliases=["save blend", "new style", "custom style"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="From Load DMM Model. Save DMM Model keeps the named blend."),
                 style_input(multiline=True, default="ink:0.5, candy:0.5"),
-                io.String.Input("name", default="my blend"),
-                io.String.Input("description", default="", optional=True, advanced=True),
+                io.String.Input("name", default="my blend", tooltip="The name of the new style."),
+                io.String.Input(
+                    "description",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="What it looks like, for whoever picks it.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )
