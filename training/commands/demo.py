@@ -106,5 +106,4 @@ def run_demo_looks(args: argparse.Namespace) -> None:
 def run_demo(args: argparse.Namespace) -> None:
     from ..demo.tour import tour
 
-    with watched() as watch:
-        tour(args.config, watch)
+    tour(args.config, watched)
