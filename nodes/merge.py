@@ -19,6 +19,7 @@ from ..dmm_core.checkpoint import save_checkpoint
 from ..dmm_core.metadata import StyleInfo
 from ..training.config import check_names
 from ..training.files.hashing import weights_sha256
+from ..training.files.outputs import check_output
 from ..training.merge.merge import CENTRES, MergeConfig, Source, forget_parts, merge, merge_folder
 from ..training.merge.report import MergeReport
 from . import host_model, paths
@@ -105,6 +106,7 @@ def merged(
     short = hashlib.sha256("\n".join([*stamps, *settings]).encode()).hexdigest()[:8]
     folder = Path(paths.output_folder())
     path = folder / f"{stem}-{short}.safetensors"
+    check_output(path)
     parts = folder.with_name("dmm_runs") / f"{stem}-{short}-merge"
     bar = comfy.utils.ProgressBar(len(foundation.unet), node_id=node_id)
 

@@ -16,7 +16,9 @@ from comfyui_dmm.training.parallel.ranks import Ranks
 from comfyui_dmm.training.run.train import run_folder
 from PIL import Image
 
-from .test_cli import folder  # noqa: F401, a fixture
+from . import test_cli
+
+models = test_cli.folder  # a fixture: a base and two teachers
 
 HOLDER = """
 import pathlib, subprocess, sys
@@ -128,34 +130,36 @@ def commands(folder: Path) -> dict[str, tuple[list[str], Path]]:
 
 
 @pytest.mark.parametrize("kind", ["images", "rollouts", "merge"])
-def test_two_commands_in_one_folder(folder, kind, capsys):  # noqa: F811
+def test_two_commands_in_one_folder(models, kind, capsys):
     """Real processes: the second is refused and the first named; when the first was killed, the same command goes on."""
-    command, place = commands(folder)[kind]
+    command, place = commands(models)[kind]
     words = [sys.executable, "-c", WORK.format(command=command[0]), *command]
     first = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert first.stdout.readline() == "works\n"
     assert main(command) == 1
     said = capsys.readouterr().err
-    assert re.search(f"(the cache|the merge folder) '{re.escape(str(place))}' is in use by process {first.pid} on ", said)
+    assert re.search(
+        f"(the cache|the merge folder) '{re.escape(str(place))}' is in use by process {first.pid} on ", said
+    )
     assert "wait until it has ended or stop it, or " in said
     if kind != "merge":
-        assert main(["cache", "text", "--cache", str(place), "--teacher", str(folder / "base.safetensors")]) == 1
+        assert main(["cache", "text", "--cache", str(place), "--teacher", str(models / "base.safetensors")]) == 1
     first.kill()
     first.wait()
     assert (place / LOCK).exists(), "nothing is left of the killed one: this test tests nothing"
     assert main(command) == 0, capsys.readouterr().err
     if kind == "merge":
-        assert not place.exists() and load_checkpoint(folder / "merged.safetensors").num_styles == 2
+        assert not place.exists() and load_checkpoint(models / "merged.safetensors").num_styles == 2
     else:
         assert len(open_cache(place, verify=True)) and not (place / LOCK).exists()
 
 
-def test_text_for_a_cache_that_is_being_made(folder, capsys):  # noqa: F811
-    command, place = commands(folder)["images"]
+def test_text_for_a_cache_that_is_being_made(models, capsys):
+    command, place = commands(models)["images"]
     assert main(command) == 0
-    text = ["cache", "text", "--cache", str(place), "--teacher", str(folder / "base.safetensors")]
+    text = ["cache", "text", "--cache", str(place), "--teacher", str(models / "base.safetensors")]
     with locked(place, "the cache"):
         assert main(text) == 1
         assert f"in use by process {os.getpid()} on " in capsys.readouterr().err
     assert main(text) == 0
-    assert main([*text[:3], str(folder / "nowhere"), *text[4:]]) == 1 and not (folder / "nowhere").exists()
+    assert main([*text[:3], str(models / "nowhere"), *text[4:]]) == 1 and not (models / "nowhere").exists()

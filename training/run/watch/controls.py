@@ -1,5 +1,5 @@
-"""What may be asked of a training while it runs: a picture, a save, a pause, an end. Asked from any thread, answered after a step; a stop between two
-pictures too."""
+"""What may be asked of a training while it runs: a picture, a save, a pause, an end. Asked from any thread, answered after a step; a stop
+between two pictures too."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Controls:
         """
         ranks = ranks or Ranks()
         check_interrupt()
-        while asked := self._look(ranks):  # until nothing is: a picture takes a while, and a stop may have come meanwhile
+        while asked := self._look(ranks):  # a picture takes a while, and a stop may have come meanwhile
             self._answer(asked, save, sample)
         if self._waiting:
             self.on_pause()

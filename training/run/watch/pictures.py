@@ -45,9 +45,9 @@ class Pictures:
     fails here ends the run or changes what it learns: each kind of error is reported once, and the next sheet is tried
     again. Only what is no Exception passes, such as the interrupt that ``check_interrupt`` may raise.
 
-    stopping: whether a stop was asked for; looked at with every sampling step and before a style's pictures are decoded. The sheet is then given up, nothing
-    of it is written, and the caller is the one that stops. Of several processes the first one paints alone, looks at what it was asked
-    itself, and all stop together at their next look; where the student is shared out, all paint, and agree between two styles.
+    stopping: whether a stop was asked for; looked at with every sampling step and before a style's pictures are decoded. The sheet is then
+    given up, nothing of it is written, and the caller is the one that stops. Of several processes the first one paints alone, looks at what
+    it was asked itself, and all stop together at their next look; where the student is shared out, all paint, and agree between two styles.
     """
 
     def __init__(
