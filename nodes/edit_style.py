@@ -49,7 +49,7 @@ class EditStyle(io.ComfyNode):
         texts = {"name": name, "description": description, "licence": licence}
         changes = {key: text for key, text in texts.items() if text.strip()}
         for key, text in changes.items():
-            check_new_text(key, text)
+            check_new_text(key, text.strip() if key == "name" else text)
         if thumbnail is not None:
             changes["thumbnail"] = thumbnail_uri(picture(thumbnail))
         return io.NodeOutput(with_edited_style(model, style, changes))

@@ -33,7 +33,7 @@ class NameBlend(io.ComfyNode):
     @classmethod
     def execute(cls, model, style, name, description="") -> io.NodeOutput:
         style = as_style(style)
-        check_new_text("name", name)
+        check_new_text("name", name.strip())
         check_new_text("description", description)
         return io.NodeOutput(with_blend(model, style, StyleInfo(name, description=description or str(style))))
 
