@@ -380,7 +380,7 @@ STRANGE_MARKS = [
 ]
 
 ALPHAS = [
-    *((4, 4), ("4", 4), (" 3 ", 3), (0, 0), (-3, -3), (0.5, 0.5), ("1e2", 100), (1e30, None), ("x", None), ("", None), (True, None)),
+    *((4, 4), ("4", 4), (" 3 ", 3), (0, 0), (-3, -3), (0.5, 0.5), ("1e2", 100), (1e30, 1e30), ("x", None), ("", None), (True, None)),
     *((None, None), ([4], None), ({"a": 4}, None), (math.nan, None), (math.inf, None), ("nan", None), (10**400, None), ("1e999", None)),
 ]  # fmt: skip
 """(lora_alpha as a header has it, the number that it is or None: it must be refused)."""
