@@ -27,7 +27,7 @@ class Size:
 
 
 def bank_of(
-    budget: str, shapes: Mapping[str, Sequence[int]], cores: int, itemsize: int, styles: int | None = None
+    budget: str, shapes: Mapping[str, Sequence[int]], cores: int, itemsize: int, *, styles: int | None = None
 ) -> Size:
     """The largest bank within a budget: "10%" of the UNet's numbers, or "150MB", "0.2GB" (of 10^6 and 10^9 bytes).
 

@@ -86,7 +86,16 @@ def test_a_stop_in_the_first_sheet_comes_before_the_first_step(folder):  # noqa:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_sample_stops_at_once_and_writes_nothing(folder, number):  # noqa: F811
     write_config(folder, train={**SHORT, "steps": 1}, picture_every=0)
-    run = [sys.executable, "-m", "comfyui_dmm.training.cli", "--threads", "1", "distill", "--config", folder / "run.yaml"]
+    run = [
+        sys.executable,
+        "-m",
+        "comfyui_dmm.training.cli",
+        "--threads",
+        "1",
+        "distill",
+        "--config",
+        folder / "run.yaml",
+    ]
     subprocess.run(run, check=True, capture_output=True, cwd=ROOT)
     picture = folder / "pictures" / "all.png"
     picture.parent.mkdir()

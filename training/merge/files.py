@@ -51,7 +51,15 @@ def merge_files(
     folder = output.with_name(f".{output.stem}-merge-parts")
     with merge_folder(folder):
         return _merge_files(
-            teachers, output, config, base=base, parts_from=parts_from, title=title, to=to, folder=folder, progress=progress
+            teachers,
+            output,
+            config,
+            base=base,
+            parts_from=parts_from,
+            title=title,
+            to=to,
+            folder=folder,
+            progress=progress,
         )
 
 

@@ -108,7 +108,7 @@ def merge(
     models = [*teachers, *([base] if base else [])]
     unet_config, shapes = checked(teachers, models)
     cores = len(teachers) + bool(none)
-    size = bank_of(config.budget, shapes, cores, config.dtype.itemsize, len(teachers))
+    size = bank_of(config.budget, shapes, cores, config.dtype.itemsize, styles=len(teachers))
     what = repr_sha256([m.stamp for m in models], cores, size.rank, size.bias, str(config.dtype))[:16]
     new = not any(folder.glob("*.safetensors"))
     folder.mkdir(parents=True, exist_ok=True)

@@ -74,7 +74,7 @@ def _part(
     done = read_piece(path, len(rows)) if path else None
     if done and "latents" in done:
         return done["latents"]
-    part = paint(run, teacher, rows, hash_seed(run.config.seed, "paint", teacher, start), on_step)
+    part = paint(run, teacher, rows, hash_seed(run.config.seed, "paint", teacher, start), on_step=on_step)
     if not torch.isfinite(part).all():
         raise ValueError(
             f"teacher '{run.teachers[teacher].name}' paints NaN or infinite numbers: use teacher_dtype fp32 or bf16, or look "
@@ -94,7 +94,7 @@ def caption_rows(run: Trainer, teacher: int, start: int) -> Tensor:
     return 1 + order[places % known]
 
 
-def paint(run: Trainer, teacher: int, rows: Tensor, seed: int, on_step: Callback | None = None) -> Tensor:
+def paint(run: Trainer, teacher: int, rows: Tensor, seed: int, *, on_step: Callback | None = None) -> Tensor:
     """Captions (B,) -> latents (B, C, h, w) float32 on the CPU, painted with the run's final_cfg and final_sampling_steps."""
     c, text = run.config, run.teachers[teacher]
     noise = noise_for(run, len(rows), seed)
