@@ -10,7 +10,7 @@ from comfyui_dmm.dmm_core.scaled_fp8 import dequantised
 from comfyui_dmm.training.text import ClipText, init_text
 
 PREFIX = "cond_stage_model.transformer."
-PROMPTS = ["", "a red star on hills", ", ".join(["a tall tree by the sea"] * 30)]
+PROMPTS = ["", "a red star on hills", "a tall tree by the sea"]
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +43,8 @@ def test_captions_are_read_by_the_numbers(host, texts):
     from comfyui_dmm.nodes.training_inputs import text_states
 
     clip, straight = loaded(host, texts[0]), loaded(host, texts[1])
-    held = [type(weight.data) for weight in clip.cond_stage_model.parameters()]
-    assert QuantizedTensor in held or any(issubclass(kind, QuantizedTensor) for kind in held), (
-        "nothing is quantised here"
-    )
+    held = clip.cond_stage_model.parameters()
+    assert any(isinstance(weight.data, QuantizedTensor) for weight in held), "nothing is quantised: this tests nothing"
     model = SimpleNamespace(model=SimpleNamespace(adm_channels=0))
     ours, theirs = text_states(model, clip, PROMPTS)[0], text_states(model, straight, PROMPTS)[0]
     assert theirs.std() > 0.1
@@ -58,5 +56,5 @@ def test_captions_are_read_by_the_numbers(host, texts):
         if "transformer." in key
     }
     inherited = ClipText(text_weights(state, torch.float16)).encode(PROMPTS)
-    alike = theirs[:, : inherited.shape[1]] if inherited.shape[1] <= theirs.shape[1] else theirs
-    assert (inherited - alike).abs().max() < 0.02 * theirs.std()
+    assert inherited.shape == theirs.shape
+    assert (inherited - theirs).abs().max() < 0.02 * theirs.std()

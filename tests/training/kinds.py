@@ -55,6 +55,7 @@ KINDS = [
     Kind("fp8 scale of a wrong shape", REFUSED, "one for each row", f"{FP8}::test_what_cannot_be_read_is_named"),
     Kind("nvfp4 and other quantised formats", REFUSED, "'nvfp4'", f"{FP8}::test_what_cannot_be_read_is_named"),
     Kind("host MODEL with quantised layers", READ, "value x scale", "host/test_scaled_fp8.py::test_the_weights_are_the_hosts_and_the_files"),
+    Kind("host CLIP with quantised layers", READ, "the contexts of value x scale", "host/test_scaled_fp8_text.py::test_captions_are_read_by_the_numbers"),
     Kind("Save DMM Model under an fp8 flag", MENDED, "narrow", "host/test_scaled_fp8.py::test_saving_says_what_it_narrowed"),
     # what a model predicts, and its clip skip
     Kind("SD1.5 that predicts v: yaml, metadata, tensors", READ, "prediction v", f"{SETTINGS}::test_every_place_that_says_what_a_model_predicts"),
