@@ -171,3 +171,36 @@ def test_a_stop_ends_the_painting_of_the_final_stage_between_two_steps(tmp_path)
     again, straight = small_run(teachers=2, **final), painted_by_teachers(small_run(teachers=2, **final))
     train(again, tmp_path)
     assert torch.equal(again.draws.final_data.buckets[0], straight.buckets[0])
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_after_a_sheet_that_was_given_up(folder, tmp_path):  # noqa: F811
+    """torchrun passes the signal on to both: the first gives its sheet up, and both stop at the same step."""
+    write_config(folder, teachers=TEACHERS, train={**SHORT, "steps": 50, "save_every": 50}, picture_every=2)
+    script = tmp_path / "told.py"
+    script.write_text(TOLD.format(**SHEET))
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--monitor_interval=0.2",
+        "--nproc_per_node=2",
+    ]
+    words = [*launch, script, "--threads", "1", "distill", "--config", folder / "run.yaml"]
+    process = subprocess.Popen(
+        [str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    seen = 0
+    for text in process.stdout:
+        seen += text.strip() == "painting 2"
+        if seen == 3:
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert (
+        process.returncode and out.count("painting") <= 1 and err.count("dmm: interrupted; what is done is kept") == 1
+    ), err
+    run_dir = folder / "out" / "run"
+    assert [path.name for path in states(run_dir)] == ["state-00000002.safetensors"]
+    assert [path.name for path in (run_dir / "pictures").iterdir()] == ["step-00000000.png"] and not left_over(folder)
