@@ -6,6 +6,7 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
+from ..dmm_core.metadata import check_new_text
 from ..training.paint.thumbnails import thumbnail_uri
 from .host_model import with_edited_style
 
@@ -53,6 +54,8 @@ class EditStyle(io.ComfyNode):
     def execute(cls, model, style, name, description, thumbnail=None, licence="") -> io.NodeOutput:
         texts = {"name": name, "description": description, "licence": licence}
         changes = {key: text for key, text in texts.items() if text.strip()}
+        for key, text in changes.items():
+            check_new_text(key, text.strip() if key == "name" else text)
         if thumbnail is not None:
             changes["thumbnail"] = thumbnail_uri(picture(thumbnail))
         return io.NodeOutput(with_edited_style(model, style, changes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..dmm_core.metadata import StyleInfo
+from ..dmm_core.metadata import StyleInfo, check_new_text
 from .host_model import with_blend
 from .style_types import as_style, style_input
 
@@ -39,6 +39,8 @@ class NameBlend(io.ComfyNode):
     @classmethod
     def execute(cls, model, style, name, description="") -> io.NodeOutput:
         style = as_style(style)
+        check_new_text("name", name.strip())
+        check_new_text("description", description)
         return io.NodeOutput(with_blend(model, style, StyleInfo(name, description=description or str(style))))
 
 
