@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 from comfyui_dmm.training.run.watch.curve import MOST, Curve
 
@@ -12,7 +13,10 @@ def test_a_short_run_is_kept_whole():
         curve.add(step, {"ink": 1 / step, "pen": step})
     lists = curve.as_lists()
     assert lists["steps"] == list(range(1, 101))
-    assert lists["losses"] == {"ink": [float(f"{1 / s:.6g}") for s in range(1, 101)], "pen": [float(s) for s in range(1, 101)]}
+    assert lists["losses"] == {
+        "ink": [float(f"{1 / s:.6g}") for s in range(1, 101)],
+        "pen": [float(s) for s in range(1, 101)],
+    }
 
 
 def test_a_long_run_is_spread_evenly():
@@ -20,9 +24,10 @@ def test_a_long_run_is_spread_evenly():
     for step in range(1, 10_001):
         curve.add(step, {"ink": float(step)})
     steps = curve.as_lists()["steps"]
-    gaps = {b - a for a, b in zip(steps, steps[1:])}
-    assert MOST / 2 - 1 <= len(steps) < MOST and len(gaps) == 1
-    assert steps[0] <= 2 * gaps.copy().pop() and 10_000 - steps[-1] <= gaps.pop()
+    gaps = {b - a for a, b in pairwise(steps)}
+    assert MOST / 2 - 1 <= len(steps) < MOST
+    (gap,) = gaps
+    assert steps[0] <= 2 * gap and 10_000 - steps[-1] <= gap
     assert curve.as_lists()["losses"]["ink"] == [float(s) for s in steps]
 
 
