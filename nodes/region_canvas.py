@@ -27,7 +27,8 @@ def list_input():
 
 
 def bounding_boxes_input(tooltip: str):
-    return BoundingBoxType.Input("bboxes", optional=True, tooltip=tooltip)
+    # Without forceInput the page would give it the widgets of one box.
+    return BoundingBoxType.Input("bboxes", optional=True, tooltip=tooltip, extra_dict={"forceInput": True})
 
 
 def picture_input():

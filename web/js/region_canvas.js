@@ -17,7 +17,7 @@ const CANVAS = "dmm_canvas"; // the widget of Style Region, the server's report,
 const ASPECT = "dmm_aspect"; // the node's property: "3:2", or none for the graph's
 const MARGIN = 10; // pixels that the host leaves around the element of a widget, on each side
 const BAR = 26;
-const HEIGHTS = { list: 330, one: 230, text: 100 };
+const HEIGHTS = { list: 370, one: 230, text: 100 };
 const NEAR = { mouse: 7, pen: 10, touch: 18 }; // pixels within which a handle is hit
 const SNAP = 6; // pixels
 const EVERY = 300; // milliseconds between looks at the graph, which says nothing when it changes
@@ -81,7 +81,7 @@ class RegionCanvas {
       ? []
       : [
           button("add", "+", "Add a region", () => this.add()),
-          button("duplicate", "\u29c9", "Duplicate (Ctrl+D)", () => this.duplicate()),
+          button("duplicate", "copy", "Duplicate (Ctrl+D)", () => this.duplicate()),
           button("delete", "\u2715", "Delete (Delete)", () => this.delete()),
           button("back", "\u2193", "One down in the order (Page Down)", () => this.reorder(-1)),
           button("front", "\u2191", "One up in the order (Page Up)", () => this.reorder(1)),
@@ -395,7 +395,9 @@ class RegionCanvas {
   }
 
   focus() {
-    this.boxLayer.children[this.selected]?.querySelector("input").focus({ preventScroll: true });
+    // Without a box the focus stays here all the same: the next key would be the graph's.
+    const box = this.boxLayer.children[this.selected]?.querySelector("input");
+    (box ?? this.tools.querySelector("input")).focus({ preventScroll: true });
   }
 
   // --- keys
@@ -419,7 +421,7 @@ class RegionCanvas {
     if (key === "z") shift ? this.redo() : this.undo();
     else if (key === "y") this.redo();
     else if (key === "d") this.duplicate();
-    else return false;
+    else return "acvx".includes(key); // the page's selection and clipboard: nodes
     return true;
   }
 
