@@ -80,12 +80,15 @@ export function takers(node) {
 
 function linkedTo(graph, links) {
   return [...(links ?? [])].flatMap((id) => {
-    const { target_id, target_slot } = graph.getLink(id);
+    const link = graph.getLink(id);
+    if (!link) return []; // a graph that is being opened
+    const { target_id, target_slot } = link;
     if (Number(target_id) === SUBGRAPH_OUTPUT) {
       const holder = holderOf(graph);
       return linkedTo(holder.graph, holder.outputs[target_slot].links);
     }
     const target = graph.getNodeById(target_id);
+    if (!target) return [];
     if (!target.subgraph) return [target];
     const name = target.inputs[target_slot].name;
     return linkedTo(target.subgraph, target.subgraph.inputs.find((input) => input.name === name)?.linkIds);

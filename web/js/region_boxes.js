@@ -97,8 +97,7 @@ export const between = (x0, y0, x1, y1) => ({
 // --- snapping ---------------------------------------------------------------------------------------------------------
 
 // Where edges snap to: the canvas's borders and middle, and the edges of the other boxes, as {x: [...], y: [...]}.
-export function snapLines(boxes, but) {
-  const others = boxes.filter((_, i) => i !== but);
+export function snapLines(others) {
   return {
     x: [0, 0.5, 1, ...others.flatMap((box) => [box.x, box.x + box.w])],
     y: [0, 0.5, 1, ...others.flatMap((box) => [box.y, box.y + box.h])],

@@ -349,7 +349,8 @@ class RegionCanvas {
     if (!drag.moved && Math.abs(x - drag.x) < nearX && Math.abs(y - drag.y) < nearY) return;
     drag.moved = true;
     const snap = !(event.altKey || event.ctrlKey || event.metaKey);
-    const lines = boxes.snapLines([...drag.before, ...this.source.ghosts()], drag.index);
+    const others = drag.before.filter((_, i) => i !== drag.index);
+    const lines = boxes.snapLines([...others, ...this.source.ghosts()]);
     let box;
     if (drag.part === "draw") {
       const ends = [
