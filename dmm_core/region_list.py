@@ -12,6 +12,7 @@ Sides are shares of the canvas, from its left upper corner; a box may reach over
     fall_off  "feather" or "gaussian"; "feather"
     paint_on  "own crop" or "whole canvas"; "own crop"
     prompt    the region's own prompt; "" takes that of the background
+    negative  the region's own negative prompt; "" takes that of the background
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ NUMBERS: dict[str, tuple[float, float, float]] = {
     "feather": (FEATHER, 0.0, 1.0),
 }
 """Of each number: what it is when left out, the least and the most."""
-WORDS = {"style": NO_STYLE, "fall_off": "feather", "paint_on": CROP, "prompt": ""}
+WORDS = {"style": NO_STYLE, "fall_off": "feather", "paint_on": CROP, "prompt": "", "negative": ""}
 KEYS = (*SIDES, *NUMBERS, *WORDS)
 
 
@@ -45,6 +46,7 @@ class ListedRegion:
     style: Style
     place: Region
     prompt: str = ""
+    negative: str = ""
 
 
 def parse_regions(text: str) -> tuple[ListedRegion, ...]:
@@ -98,7 +100,7 @@ def _region(name: str, entry) -> ListedRegion:
     style = _named(name, lambda: parse_style(words["style"]))
     if numbers["strength"] != 1:
         style = Strength(style, numbers["strength"])
-    return ListedRegion(style, place, words["prompt"].strip())
+    return ListedRegion(style, place, words["prompt"].strip(), words["negative"].strip())
 
 
 def _named(name: str, make: Callable):

@@ -21,7 +21,7 @@ def list_input():
             "More regions, drawn on the canvas or written as JSON: "
             '[{"style": "ink", "x": 0, "y": 0, "w": 0.5, "h": 1, "strength": 1, "feather": 0.05, "prompt": ""}]. Sides are shares of '
             "the canvas, feather a share of its shorter side. Connected regions come first, then these; where they overlap all of them "
-            "paint, by their weight. A prompt of their own needs clip; without one they share positive. The negative is always shared."
+            "paint, by their weight. A prompt or negative of their own needs clip; without one they share those of this node."
         ),
     )
 

@@ -236,7 +236,7 @@ class StyleMix(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="The text encoder of the model, for the prompts in region_list. Without it they share positive.",
+                    tooltip="The text encoder of the model, for the prompts in region_list. Without it they share positive and negative.",
                 ),
                 bounding_boxes_input(
                     "Boxes in pixels for region_list, in its order, instead of its own; need the picture that they were drawn on."
@@ -304,20 +304,22 @@ def listed(text: str, clip, bboxes, size: tuple[int, int] | None) -> list[Styled
         places = [replace(place, box=box) for place, box in zip(places, boxes)]
     regions = []
     for number, (entry, place) in enumerate(zip(entries, places), 1):
-        positive = None
-        if entry.prompt:
-            if clip is None:
-                raise ValueError(
-                    f"region {number} of the list has a prompt of its own, '{shown_prompt(entry.prompt)}': connect the model's CLIP to "
-                    "'clip', or clear the prompt"
-                )
-            positive = clip.encode_from_tokens_scheduled(clip.tokenize(entry.prompt))
-        regions.append(StyledRegion(place, entry.style, positive))
+        name = f"region {number} of the list"
+        positive, negative = (encoded(name, text, clip) for text in (entry.prompt, entry.negative))
+        regions.append(StyledRegion(place, entry.style, positive, negative))
     return regions
 
 
-def shown_prompt(prompt: str) -> str:
-    return prompt if len(prompt) <= 40 else prompt[:39] + "\u2026"
+def encoded(name: str, prompt: str, clip) -> list | None:
+    """The CONDITIONING of a prompt, as CLIPTextEncode's; None for none. Raises ValueError without a text encoder."""
+    if not prompt:
+        return None
+    if clip is None:
+        shown = prompt if len(prompt) <= 40 else prompt[:39] + "\u2026"
+        raise ValueError(
+            f"{name} has a prompt of its own, '{shown}': connect the model's CLIP to 'clip', or clear the prompt"
+        )
+    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
 
 
 def check(model, styles: Sequence[Style]) -> None:

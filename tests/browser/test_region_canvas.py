@@ -272,6 +272,45 @@ def test_the_fields_of_a_region(mix, page, tmp_path_factory):
     assert page.errors == []
 
 
+def test_running_and_saving_take_what_is_being_typed(square, page):
+    square.drag((0.1, 0.1), (0.6, 0.6))
+    field = square.root.locator("[data-field=negative]")
+    field.fill("blurry")
+    assert "negative" not in square.regions[0]
+    field.press("Control+Enter")
+    assert square.regions[0]["negative"] == "blurry"
+    assert "Connect clip" in square.root.get_by_role("status").inner_text()
+
+
+def test_each_change_is_a_step_of_the_graph_s_own_undo(square, page):
+    """For who undoes from outside of the canvas; the node is then the graph's of before."""
+    square.drag((0.1, 0.1), (0.6, 0.6))
+    square.drag((0.3, 0.3), (0.4, 0.4))
+    assert square.boxes == [(0.2, 0.2, 0.5, 0.5)]
+    page.evaluate("app.extensionManager.command.execute('Comfy.Undo')")
+    page.wait_for_function(
+        "() => app.graph.findNodesByType('DMMStyleMix')[0]?.dmmCanvas.value.includes('\"x\":0.1,\"y\":0.1,')"
+    )
+    page.evaluate("app.extensionManager.command.execute('Comfy.Redo')")
+    page.wait_for_function(
+        "() => app.graph.findNodesByType('DMMStyleMix')[0]?.dmmCanvas.value.includes('\"x\":0.2,\"y\":0.2,')"
+    )
+
+
+@pytest.mark.parametrize("zoom", [0.6, 1.5])
+def test_at_other_zooms(square, page, zoom):
+    page.evaluate("(zoom) => { app.canvas.ds.scale = zoom; app.canvas.setDirty(true, true); }", zoom)
+    page.evaluate(
+        "([id, zoom]) => { const node = app.graph.getNodeById(id);"
+        " app.canvas.ds.offset = [300 / zoom - node.pos[0], -100 - node.pos[1]]; }",
+        [square.node, zoom],
+    )
+    page.wait_for_timeout(400)
+    square.drag((0.1, 0.1), (0.6, 0.6))
+    square.drag((0.35, 0.35), (0.55, 0.25))
+    assert square.boxes == [(0.3, 0, 0.5, 0.5)]
+
+
 def test_text_that_cannot_be_read_stays(square, page):
     """As text it can be edited; what is not JSON is kept, said and sent, and the canvas does not touch it."""
     square.button("text").click()

@@ -57,15 +57,18 @@ def test_a_mask_s_feather_in_shares():
 def test_every_key():
     text = """[
       {"style": "ink:0.7, pen:0.3", "x": 0.25, "y": 0, "w": 0.5, "h": 1, "strength": 0.5, "weight": 3, "feather": 0,
-       "fall_off": "gaussian", "paint_on": "whole canvas", "prompt": " a cat "},
+       "fall_off": "gaussian", "paint_on": "whole canvas", "prompt": " a cat ", "negative": "dog"},
       {"x": 0, "y": 0.5, "w": 1, "h": 0.5}
     ]"""
     first, second = parse_regions(text)
-    assert first.style == Strength(parse_style("ink:0.7, pen:0.3"), 0.5) and first.prompt == "a cat"
+    assert first.style == Strength(parse_style("ink:0.7, pen:0.3"), 0.5) and (first.prompt, first.negative) == (
+        "a cat",
+        "dog",
+    )
     place = first.place
     assert (place.box, place.weight, place.fall_off, place.crop) == (Box(0.25, 0, 0.5, 1), 3, "gaussian", False)
     assert place.feather_share == 0
-    assert second.style == parse_style("none") and second.prompt == ""
+    assert second.style == parse_style("none") and second.prompt == second.negative == ""
     place = second.place
     assert (place.box, place.weight, place.fall_off, place.crop) == (Box(0, 0.5, 1, 0.5), 1, "feather", True)
     assert place.feather_share == 0.05

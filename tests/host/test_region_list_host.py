@@ -58,11 +58,20 @@ def test_a_list_paints_what_style_regions_paint(model, fall_off, paint_on):
     """16 pixels of feather are a quarter of a canvas of 8 latents."""
     entries = [
         entry(NAMES[0], BOXES[0], fall_off=fall_off, feather=0.25, prompt="left", paint_on=paint_on),
-        entry(NAMES[2], BOXES[1], fall_off=fall_off, feather=0.25, prompt="right", paint_on=paint_on, weight=2.0),
+        entry(
+            NAMES[2],
+            BOXES[1],
+            fall_off=fall_off,
+            feather=0.25,
+            prompt="right",
+            negative="left",
+            paint_on=paint_on,
+            weight=2.0,
+        ),
     ]
     nodes = [
         region(NAMES[0], BOXES[0], fall_off, 16, positive=LEFT, paint_on=paint_on),
-        region(NAMES[2], BOXES[1], fall_off, 16, positive=RIGHT, paint_on=paint_on, weight=2.0),
+        region(NAMES[2], BOXES[1], fall_off, 16, positive=RIGHT, negative=LEFT, paint_on=paint_on, weight=2.0),
     ]
     ours = listed(model, entries, background=NAMES[1], clip=Encoder()).args
     same(model, ours, mix(model, *nodes, background=NAMES[1]), height=8, width=12)
@@ -240,3 +249,24 @@ def test_create_bounding_boxes_of_the_host(server):
     }
     place |= {"x": 0.0, "width": 0.1, "bboxes": ["boxes", 1], "picture": ["boxes", 0]}
     assert (paint(server, graph) == by_numbers).all()
+
+
+def test_the_picture_under_the_boxes(server):
+    """What is connected to picture, a mask, or nothing; as a file of the host's temporary folder, with its size."""
+    graph, mix_id = half_of("regions")
+    graph["light"] = {
+        "class_type": "EmptyImage",
+        "inputs": {"width": 96, "height": 32, "batch_size": 2, "color": 0xFF0000},
+    }
+    graph["mask"] = {"class_type": "SolidMask", "inputs": {"value": 0.5, "width": 64, "height": 32}}
+    graph[mix_id]["inputs"]["picture"] = ["light", 0]
+    first, second, _ = (graph[mix_id]["inputs"][f"regions.region{i}"][0] for i in range(3))
+    graph[first]["inputs"]["mask"] = ["mask", 0]
+    outputs = server.run(graph, seconds=3000)
+    (report,) = outputs[mix_id]["dmm_canvas"]
+    picture = server.image(report["picture"]).convert("RGB")
+    assert picture.size == (96, 32) and picture.getpixel((5, 5)) == (255, 0, 0)
+    (report,) = outputs[first]["dmm_canvas"]
+    picture = server.image(report["picture"]).convert("RGB")
+    assert picture.size == (64, 32) and picture.getpixel((5, 5)) == (127, 127, 127)
+    assert outputs[second]["dmm_canvas"] == [{"warnings": [], "picture": None}]

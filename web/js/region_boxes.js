@@ -28,7 +28,7 @@ export function readRegions(text) {
     const sides = ["x", "y", "w", "h"].filter((side) => !Number.isFinite(region?.[side]));
     if (sides.length) return { regions: [], error: `Region ${i + 1} lacks ${sides.join(", ")}, as numbers` };
     if (region.w <= 0 || region.h <= 0) return { regions: [], error: `Region ${i + 1} has no area: w and h must be above 0` };
-    for (const key of ["style", "prompt"])
+    for (const key of ["style", "prompt", "negative"])
       if (typeof (region[key] ?? "") !== "string") return { regions: [], error: `The ${key} of region ${i + 1} is no text` };
   }
   return { regions: list, error: null };

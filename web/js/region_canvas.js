@@ -17,7 +17,7 @@ const CANVAS = "dmm_canvas"; // the widget of Style Region, the server's report,
 const ASPECT = "dmm_aspect"; // the node's property: "3:2", or none for the graph's
 const MARGIN = 10; // pixels that the host leaves around the element of a widget, on each side
 const BAR = 26;
-const HEIGHTS = { list: 370, one: 230, text: 100 };
+const HEIGHTS = { list: 394, one: 230, text: 100 };
 const NEAR = { mouse: 7, pen: 10, touch: 18 }; // pixels within which a handle is hit
 const SNAP = 6; // pixels
 const EVERY = 300; // milliseconds between looks at the graph, which says nothing when it changes
@@ -47,6 +47,7 @@ class RegionCanvas {
   report = [];
   picture = { own: null, graph: null };
   showsText = false;
+  hidesPicture = false;
 
   constructor(node, source) {
     this.node = node;
@@ -101,6 +102,7 @@ class RegionCanvas {
       button("undo", "\u21b6", "Undo (Ctrl+Z)", () => this.undo()),
       button("redo", "\u21b7", "Redo (Ctrl+Shift+Z)", () => this.redo()),
       this.aspect,
+      button("picture", "\u25a3", "Show or hide the picture", () => this.togglePicture()),
       ...(this.single ? [] : [button("text", "{ }", "Show the list as text", () => this.toggleText())]),
     );
     this.image = make("img", { className: "dmm-picture", alt: "", draggable: false, onload: () => this.layout() });
@@ -149,6 +151,7 @@ class RegionCanvas {
       field("feather", "feather", { type: "number", min: 0, max: 1, step: 0.01, title: "Soft edge, as a share of the canvas's shorter side" }),
       field("weight", "weight", { type: "number", min: 0.01, max: 100, step: 0.05, title: "Against overlapping regions" }),
       field("prompt", "prompt", { type: "text", title: "Its own prompt (connect clip); empty: that of positive" }),
+      field("negative", "negative", { type: "text", title: "Its own negative prompt (connect clip); empty: that of negative" }),
       field("fall_off", "gaussian", { type: "checkbox", title: "A soft hill over the whole box, instead of a soft edge" }),
       field("paint_on", "whole canvas", {
         type: "checkbox",
@@ -293,6 +296,11 @@ class RegionCanvas {
     this.render();
   }
 
+  togglePicture() {
+    this.hidesPicture = !this.hidesPicture;
+    this.render();
+  }
+
   toggleText() {
     this.showsText = !this.showsText;
     this.render();
@@ -405,7 +413,10 @@ class RegionCanvas {
 
   keyDown(event) {
     const command = event.ctrlKey || event.metaKey;
-    if (command && ["Enter", "s"].includes(event.key)) return; // run, save
+    if (command && ["Enter", "s"].includes(event.key)) {
+      event.target.dispatchEvent(new Event("change")); // run, save: with what is being typed
+      return;
+    }
     event.stopPropagation();
     const typing = event.target.matches("textarea, input:not([type=button])");
     if (typing) {
@@ -503,7 +514,7 @@ class RegionCanvas {
     this.aspect.value = this.node.properties?.[ASPECT] ?? "";
     const picture = this.picture.own ?? this.picture.graph;
     if (picture && this.image.getAttribute("src") !== picture) this.image.src = picture;
-    this.image.hidden = !picture;
+    this.image.hidden = !picture || this.hidesPicture;
     if (!this.single) this.renderFields();
     this.text.hidden = !this.textShown();
     if (document.activeElement !== this.text || !this.error) this.text.value = this.current;
@@ -580,7 +591,7 @@ class RegionCanvas {
 
   renderFields() {
     const region = this.regions[this.selected];
-    const values = { style: NO_STYLE, strength: 1, feather: 0.05, weight: 1, prompt: "", ...region };
+    const values = { style: NO_STYLE, strength: 1, feather: 0.05, weight: 1, prompt: "", negative: "", ...region };
     this.fields.classList.toggle("dmm-off", !region);
     for (const [key, input] of Object.entries(this.inputs)) {
       input.disabled = !region || !this.editable();
@@ -669,7 +680,7 @@ function listSource(node, name) {
     name: (region) => [region.style ?? NO_STYLE, region.prompt ?? ""],
     locked: () => (linked(name) ? "The list comes from a link" : linked("bboxes") ? "bboxes decide where these regions are" : ""),
     advice: (regions) =>
-      regions.some((region) => region.prompt) && !linked("clip") ? "Connect clip: regions have prompts of their own" : "",
+      regions.some((region) => region.prompt || region.negative) && !linked("clip") ? "Connect clip: regions have prompts of their own" : "",
     ghosts,
     sees: () => linked("clip"),
   };
@@ -771,9 +782,9 @@ const STYLE = `
 .dmm-left { right: 100%; width: 2000px; top: 0; bottom: 0; }
 .dmm-right { left: 100%; width: 2000px; top: 0; bottom: 0; }
 .dmm-box { position: absolute; box-sizing: border-box; overflow: hidden; padding: 1px 3px; display: flex; flex-direction: column;
-  border: 2px solid hsl(var(--dmm-hue) 80% 60%); background: hsl(var(--dmm-hue) 80% 45% / 0.35); color: #fff;
+  border: 2px solid hsl(var(--dmm-hue) 80% 60%); background: hsl(var(--dmm-hue) 80% 45% / 0.28); color: #fff;
   text-shadow: 0 0 2px #000, 0 0 3px #000; }
-.dmm-box.dmm-selected { border-width: 3px; background: hsl(var(--dmm-hue) 80% 45% / 0.55); }
+.dmm-box.dmm-selected { border-width: 3px; background: hsl(var(--dmm-hue) 80% 45% / 0.42); }
 .dmm-box.dmm-ghost { border-style: dashed; opacity: 0.7; }
 .dmm-box > input { position: absolute; inset: 0; width: 100%; height: 100%; padding: 0; background: none !important; border: none; }
 .dmm-box > input:focus-visible { outline-offset: -5px; }
@@ -789,7 +800,7 @@ const STYLE = `
 .dmm-field { display: flex; gap: 3px; align-items: center; flex: 1 1 60px; height: 21px; white-space: nowrap; }
 .dmm-field input { flex: 1; height: 20px; width: 40px; padding: 0 3px; }
 .dmm-field input[type=checkbox] { flex: none; width: 14px; height: 14px; }
-.dmm-style, .dmm-prompt { flex: 1 1 100%; }
+.dmm-style, .dmm-prompt, .dmm-negative { flex: 1 1 100%; }
 .dmm-text { flex: 1 1 90px; min-height: 60px; resize: none; font: 10px/14px monospace; white-space: pre; }
 `;
 
