@@ -12,7 +12,7 @@ from .region_list import shown
 from .regions import Box
 
 
-def read_boxes(value, height: int, width: int) -> list[Box]:
+def read_boxes(value: object, height: int, width: int) -> list[Box]:
     """The boxes of a picture of height x width pixels, in their order.
 
     value: {"x", "y", "width", "height"}, a list of them, or a list of such lists, one per picture, of which the first counts: the
@@ -33,7 +33,7 @@ def read_boxes(value, height: int, width: int) -> list[Box]:
     return boxes
 
 
-def _pixels(number: int, entry, key: str) -> float:
+def _pixels(number: int, entry: object, key: str) -> float:
     value = entry.get(key) if isinstance(entry, dict) else None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"bounding box {number} is {shown(entry)}: it must have {key}, in pixels")

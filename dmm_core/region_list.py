@@ -20,9 +20,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from .regions import Box, Region
 from .style_value import NO_STYLE, Strength, Style, parse_style
+
+Made = TypeVar("Made")
 
 CROP, FULL = "own crop", "whole canvas"
 FEATHER = 0.05
@@ -72,7 +75,7 @@ def parse_regions(text: str) -> tuple[ListedRegion, ...]:
     return tuple(_region(f"region {i} of the list", entry) for i, entry in enumerate(entries, 1))
 
 
-def _region(name: str, entry) -> ListedRegion:
+def _region(name: str, entry: object) -> ListedRegion:
     if not isinstance(entry, dict):
         raise ValueError(f'{name} is {shown(entry)}: write {{"style": "ink", "x": 0, "y": 0, "w": 0.5, "h": 1}}')
     unknown = [key for key in entry if key not in KEYS]
@@ -103,7 +106,7 @@ def _region(name: str, entry) -> ListedRegion:
     return ListedRegion(style, place, words["prompt"].strip(), words["negative"].strip())
 
 
-def _named(name: str, make: Callable):
+def _named(name: str, make: Callable[[], Made]) -> Made:
     try:
         return make()
     except ValueError as error:
@@ -132,7 +135,7 @@ def _word(name: str, entry: dict, key: str) -> str:
     return value
 
 
-def shown(value) -> str:
+def shown(value: object) -> str:
     """A value in a message, in short."""
     text = repr(value)
     return text if len(text) <= 60 else text[:59] + "\u2026"
