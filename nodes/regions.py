@@ -215,9 +215,15 @@ class StyleMix(io.ComfyNode):
             category="DMM/regions",
             description=(
                 "Paints several styles and prompts on one canvas: regions over a background. Connect both outputs to the "
-                "sampler; a ControlNet may come before or after."
+                "sampler; a ControlNet may come before or after. Draw the regions in the node, or connect Style Regions."
             ),
-            search_aliases=["regional prompting", "mixture of diffusers", "multidiffusion", "style regions"],
+            search_aliases=[
+                "regional prompting",
+                "mixture of diffusers",
+                "multidiffusion",
+                "style regions",
+                "draw regions",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The DMM model that will paint it: its styles are the choice."),
                 io.Conditioning.Input("positive", tooltip="Prompt of the background."),

@@ -378,6 +378,28 @@ def test_the_box_of_style_region(page, tmp_path_factory):
     assert page.errors == []
 
 
+def test_a_mask_or_a_link_decides_the_place(page):
+    """Then the canvas says so and changes nothing; a closed canvas says what is wrong on its button."""
+    open_graph(page, graph_of("regions"))
+    canvas = Canvas(page, id_of(page, "DMMRegion"))
+    set_number = f"(x) => {{ {FIND.format(canvas.node)}.widgets.find((w) => w.name === 'x').value = x; }}"
+    page.evaluate(set_number, 0.9)
+    opener = canvas.button("open")
+    page.wait_for_function("(e) => e.value.startsWith('\u26a0')", arg=opener.element_handle())
+    assert "60% of it lies outside" in opener.get_attribute("aria-label")
+    page.evaluate(set_number, 0.03)
+    page.wait_for_function("(e) => e.value.startsWith('Draw')", arg=opener.element_handle())
+    canvas.open()
+    mask = add(page, "SolidMask")
+    link(page, mask, 0, canvas.node, "mask")
+    status = canvas.root.get_by_role("status")
+    page.wait_for_function("(e) => e.textContent.includes('comes from mask')", arg=status.element_handle())
+    canvas.drag((0.15, 0.5), (0.4, 0.5))
+    canvas.press("ArrowRight")
+    assert canvas.numbers == (0.03, 0, 0.25, 1)
+    assert page.errors == []
+
+
 def test_old_graphs_open_as_they_were(page):
     """Saved before the canvas: values, links and sizes stay, and the graph that is saved again opens again."""
     old = graph_of("regions")

@@ -85,6 +85,7 @@ function linkedTo(graph, links) {
     const { target_id, target_slot } = link;
     if (Number(target_id) === SUBGRAPH_OUTPUT) {
       const holder = holderOf(graph);
+      if (!holder) return []; // a subgraph that is being made
       return linkedTo(holder.graph, holder.outputs[target_slot].links);
     }
     const target = graph.getNodeById(target_id);

@@ -173,15 +173,25 @@ class RegionCanvas {
   load(text) {
     if (text === this.current) return;
     this.history = new boxes.History();
-    this.show(text);
+    this.take(text);
+    this.renderSoon();
   }
 
   show(text) {
+    this.take(text);
+    this.render();
+  }
+
+  take(text) {
     this.current = text;
     ({ regions: this.regions, error: this.error } = boxes.readRegions(text));
     if (this.single && this.regions.length) this.selected = 0;
     this.selected = Math.min(this.selected, this.regions.length - 1);
-    this.render();
+  }
+
+  // Not while the host is at work on the graph: half a graph cannot be read.
+  renderSoon() {
+    setTimeout(() => this.render());
   }
 
   // A change by the user, a step of its own for undo, here and in the graph.
@@ -501,16 +511,19 @@ class RegionCanvas {
   render() {
     const { open } = this;
     this.body.hidden = !open;
-    this.opener.value = `${this.single ? "Draw the box" : "Draw regions"} ${open ? "\u25b4" : "\u25be"}`;
-    this.opener.title = open ? "Hide the canvas" : "Show the canvas";
+    const { pixels } = this.size();
+    const troubles = this.troubles(pixels);
+    const label = this.single ? "Draw the box" : "Draw regions";
+    this.opener.value = `${troubles.length && !open ? "\u26a0 " : ""}${label} ${open ? "\u25b4" : "\u25be"}`;
+    this.opener.title = [open ? "Hide the canvas" : "Show the canvas", ...(open ? [] : troubles)].join("\n");
+    this.opener.setAttribute("aria-label", [label, ...(open ? [] : troubles)].join(", "));
     this.opener.setAttribute("aria-expanded", String(open));
     if (!open) return;
-    const { pixels } = this.size();
     const regions = this.drag?.part === "draw" && this.drag.now && !this.single ? [...this.regions, this.drag.now] : this.regions;
     this.renderBoxes(this.ghostLayer, this.source.ghosts(), pixels, true);
     this.renderBoxes(this.boxLayer, regions, pixels, false);
     this.renderHandles(this.regions[this.selected]);
-    this.renderStatus(pixels);
+    this.renderStatus(troubles);
     this.aspect.value = this.node.properties?.[ASPECT] ?? "";
     const picture = this.picture.own ?? this.picture.graph;
     if (picture && this.image.getAttribute("src") !== picture) this.image.src = picture;
@@ -575,12 +588,17 @@ class RegionCanvas {
     }
   }
 
-  renderStatus(pixels) {
-    const box = this.regions[this.selected];
+  // What to look at, in words: a text that cannot be read, boxes that paint little, what the server said.
+  troubles(pixels) {
     const own = this.regions.flatMap((region, i) =>
       boxes.warnings(region, pixels).map((text) => `${this.single ? "Box" : `Region ${i + 1}`}: ${text}`),
     );
-    const lines = [this.error, this.source.locked(), this.source.advice?.(this.regions), ...own, ...this.report].filter(Boolean);
+    return [this.error, this.source.advice?.(this.regions), ...own, ...this.report].filter(Boolean);
+  }
+
+  renderStatus(troubles) {
+    const box = this.regions[this.selected];
+    const lines = [this.source.locked(), ...troubles].filter(Boolean);
     const place = box ? `x ${box.x}, y ${box.y}, ${box.w} \u00d7 ${box.h}` : "";
     const hint = this.regions.length ? "" : "Drag here to draw a region";
     const text = lines.length ? `\u26a0 ${lines.join("\n\u26a0 ")}` : place || hint;
@@ -612,7 +630,6 @@ class RegionCanvas {
   look() {
     if (!this.node.graph || this.drag) return;
     this.load(this.source.read());
-    if (!this.open) return;
     const seen = JSON.stringify([this.size(), this.source.ghosts(), this.source.locked(), this.source.sees?.(), stylesFor(this.node)]);
     if (seen === this.seen) return;
     this.seen = seen;
@@ -753,7 +770,7 @@ function addBox(node) {
 function opened(node, saved) {
   const canvas = node.dmmCanvas;
   node.properties[CANVAS] = saved.properties?.[CANVAS] ?? (!canvas.single && Boolean(canvas.regions.length || canvas.error));
-  canvas.render();
+  canvas.renderSoon();
 }
 
 const STYLE = `
