@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,15 @@ from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ...dmm_core.files import atomic_write
+from ...dmm_core.unet import load_unet
 from ..data.demo.family import FIRST, Family
+from ..paint.painter import painter
+from ..paint.thumbnails import thumbnail_uri
+from .judge import SETTINGS
 
 MODELS = Path(__file__).parents[2] / "models"
+PICTURED, PICTURED_SEED = "an orange cat", 3
+"""What the thumbnails of the student's styles show."""
 RECIPE = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
 
@@ -71,12 +78,25 @@ def shipped_file(work: Path, part: str, family: Family = FIRST) -> Path:
         files = {"text": "text", "vae": "decoder"} if whole else {}
         parts = {key: half(load_file(work / f"{file}.safetensors")) for key, file in files.items()}
         save_checkpoint(path, Checkpoint(unet=half(load_file(source)), **parts, metadata=about(title)))
+    elif part == "student":
+        save_checkpoint(path, with_thumbnails(load_checkpoint(source), work, family))
     elif part == "control" or part.startswith("lora"):
         save_tensors(path, half(load_file(source)))
     else:  # finished as they are
         with atomic_write(path) as temporary:
             shutil.copyfile(source, temporary)
     return path
+
+
+def with_thumbnails(student: Checkpoint, work: Path, family: Family) -> Checkpoint:
+    """The student with a picture for each style, painted by its teacher: all of one caption and one noise."""
+    brush, styles = painter(student), []
+    for style in student.styles:
+        teacher = load_unet(load_checkpoint(shipped_file(work, style.name, family)).unet)
+        plain = dataclasses.replace(brush, unet=teacher, styles=())
+        picture = plain.pictures(plain.latents([PICTURED], None, PICTURED_SEED, SETTINGS))[0]
+        styles.append(dataclasses.replace(style, thumbnail=thumbnail_uri(picture)))
+    return dataclasses.replace(student, styles=styles)
 
 
 def publish(work: Path, models: Path, family: Family = FIRST) -> list[Path]:

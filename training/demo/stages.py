@@ -70,7 +70,7 @@ class Budget:
     teacher: int = 48_000
     lora: int = 12_000
     control: int = 24_000
-    student_steps: int = 2000
+    student_steps: int = 3000
 
 
 TINY = Budget(

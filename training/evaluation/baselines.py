@@ -165,7 +165,7 @@ def merge(method: str, shares: Sequence[float], parents: Sequence[ModelRef], stu
         (method, [float(share) for share in shares]),
         parents,
         student=student,
-        make=lambda: load_unet(summed(shares, parents), dtype=None, copy=False),
+        make=lambda: load_unet(summed(shares, parents), dtype=None, copy=False, heads=student.config.num_heads),
     )
     return Contender(method, ((ref, None),), {"method": method})
 
@@ -286,7 +286,7 @@ class _Bank:
             own = weights[key].float()
             # A full adapter is the teacher itself, without a rounding of the sum
             weights[key] = own if is_full(own.shape, self.rank) else mean + low_rank(own - mean, self.rank)
-        return load_unet(weights, dtype=None, copy=False)
+        return load_unet(weights, dtype=None, copy=False, heads=self.teachers[index].config.num_heads)
 
 
 def parameter_shapes(config: UNetConfig) -> Mapping[str, torch.Size]:
@@ -299,7 +299,7 @@ def parameter_shapes(config: UNetConfig) -> Mapping[str, torch.Size]:
 
 def merge_with_bank(student: ModelRef, teachers: Sequence[ModelRef], base: ModelRef, budget: str) -> Contender:
     """What ``dmm merge`` makes without training: the soup and a style bank of this size. All teachers are in memory while it is made."""
-    size = bank_of(budget, parameter_shapes(base.config), len(teachers) + 1, FILE_ITEMSIZE)
+    size = bank_of(budget, parameter_shapes(base.config), len(teachers) + 1, FILE_ITEMSIZE, styles=len(teachers))
 
     def make() -> UNet:
         config = TrainConfig(init="bank", bank=budget, seed=0)

@@ -32,7 +32,7 @@ def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) ->
     if grown and (banks or config.init == "soup"):
         raise ValueError(f"init is {config.init!r}: a model that has styles already goes on from itself (init: base)")
     if base.config.bank and any(teacher.unet is base for teacher in teachers):
-        return ready(load_unet(bank_start(base, teachers, config)), config)
+        return ready(load_unet(bank_start(base, teachers, config), heads=base.config.num_heads), config)
     if base.config.bank and not again:
         raise ValueError(
             "the base is a DMM model with a style bank, which goes on with the styles that it has, and no others yet: start from a plain "
@@ -78,13 +78,13 @@ def goes_on(base: UNet, teachers: Sequence[Teacher]) -> bool:
 def student_bank(unet: UNetConfig, teachers: int, config: TrainConfig) -> BankConfig:
     """The bank of a student with ``init`` "bank", whose last core is that of the base. unet: of the teachers."""
     shapes = plain_shapes(unet)
-    return layout_of(shapes, bank_of(config.bank, shapes, teachers + 1, FILE_ITEMSIZE), teachers + 1)
+    return layout_of(shapes, bank_of(config.bank, shapes, teachers + 1, FILE_ITEMSIZE, styles=teachers), teachers + 1)
 
 
 def banked(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) -> dict[str, Tensor]:
     """The teachers' mean and the bank of what sets each of them, and the base, apart; float32."""
     shapes, models = plain_shapes(base.config), [teacher.unet.state_dict() for teacher in teachers]
-    size = bank_of(config.bank, shapes, len(teachers) + 1, FILE_ITEMSIZE)
+    size = bank_of(config.bank, shapes, len(teachers) + 1, FILE_ITEMSIZE, styles=len(teachers))
     with torch.no_grad():
         fitted = fit_bank(models, base.state_dict(), size.rank, shapes=shapes, bias=size.bias, dtype=torch.float32)
         return {key: weight for one in fitted for key, weight in one.weights.items()}

@@ -7,6 +7,7 @@ computed goes into files, block by block: a merge that was interrupted goes on f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import platform
@@ -29,6 +30,7 @@ from ...dmm_core.unet import UNetConfig, unet_config_from_state_dict
 from ...dmm_core.weights_file import write_weights
 from ..config import check_names
 from ..files.checksums import read_checked, with_digest
+from ..files.folder_lock import locked
 from ..files.hashing import repr_sha256
 from ..progress import ProgressCallback
 from ..teachers.teacher import check_architectures
@@ -47,7 +49,7 @@ CENTRES = ("mean", "base")
 @dataclass(frozen=True)
 class Source:
     """A model to merge. unet: its weights by key, of which one is asked for at a time; shapes: theirs. stamp: what changes when they do.
-    prediction, zero_snr: as of a ``Checkpoint``."""
+    prediction, zero_snr, heads: as of a ``Checkpoint``."""
 
     info: StyleInfo
     unet: Mapping[str, Tensor]
@@ -55,6 +57,7 @@ class Source:
     stamp: str
     prediction: str = "eps"
     zero_snr: bool = False
+    heads: Sequence[int] = ()
 
     @property
     def name(self) -> str:
@@ -106,9 +109,9 @@ def merge(
     models = [*teachers, *([base] if base else [])]
     unet_config, shapes = checked(teachers, models)
     cores = len(teachers) + bool(none)
-    size = bank_of(config.budget, shapes, cores, config.dtype.itemsize)
+    size = bank_of(config.budget, shapes, cores, config.dtype.itemsize, styles=len(teachers))
     what = repr_sha256([m.stamp for m in models], cores, size.rank, size.bias, str(config.dtype))[:16]
-    new = not folder.exists()
+    new = not any(folder.glob("*.safetensors"))
     folder.mkdir(parents=True, exist_ok=True)
     weights: dict[str, Tensor] = {}
     figures: list[LayerFigures] = []
@@ -168,6 +171,7 @@ def merge(
         prediction=teachers[0].prediction,
         zero_snr=teachers[0].zero_snr,
         clip_skip=parts.clip_skip if parts.text else None,
+        heads=unet_config.num_heads,
     )
     return checkpoint, report
 
@@ -215,7 +219,7 @@ def checked(teachers: Sequence[Source], models: Sequence[Source]) -> tuple[UNetC
     for model in models:
         plain = model.plain()
         try:
-            configs.append((model.name, unet_config_from_state_dict(plain)))
+            configs.append((model.name, unet_config_from_state_dict(plain, model.heads)))
         except ValueError as error:
             raise ValueError(f"'{model.name}': {error}") from error
     check_architectures(configs[0][1], configs)
@@ -230,6 +234,18 @@ def checked(teachers: Sequence[Source], models: Sequence[Source]) -> tuple[UNetC
         if different:
             raise ValueError(f"'{model.name}' and '{models[0].name}' differ in the weights {', '.join(different[:4])}")
     return configs[0][1], shapes
+
+
+@contextlib.contextmanager
+def merge_folder(folder: Path) -> Iterator[None]:
+    """Inside, the folder for a merge's parts is this process's alone; it is removed afterwards when nothing is in it. Raises ValueError
+    naming the process that has it, so that two merges into one file do not mix."""
+    try:
+        with locked(folder, "the merge folder", "give the output another name"):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # parts are in it, or it is gone
+            folder.rmdir()
 
 
 def forget_parts(folder: Path) -> None:
