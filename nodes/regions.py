@@ -107,6 +107,7 @@ class DMMRegion(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
+                    advanced=True,
                     tooltip=(
                         "Width of the soft edge as a share of the canvas's shorter side, so that it means the same at every size. "
                         "Above 0 it takes the place of feather."

@@ -15,8 +15,8 @@ import { quoteName } from "./style_menu.js";
 const WIDGET = "DMM_REGION_LIST";
 const CANVAS = "dmm_canvas"; // the widget of Style Region, the server's report, and the node's property: shown or not
 const ASPECT = "dmm_aspect"; // the node's property: "3:2", or none for the graph's
-const MARGIN = 10; // pixels that the host leaves around the element of a widget, on each side
-const BAR = 26;
+const MARGIN = 4; // pixels that the host leaves around the element of a widget, on each side
+const BAR = 24;
 const HEIGHTS = { list: 394, one: 230, text: 100 };
 const NEAR = { mouse: 7, pen: 10, touch: 18 }; // pixels within which a handle is hit
 const SNAP = 6; // pixels
@@ -466,7 +466,7 @@ class RegionCanvas {
   // --- drawing
 
   get open() {
-    return this.node.properties?.[CANVAS] !== false;
+    return Boolean(this.node.properties?.[CANVAS]);
   }
 
   setOpen(open) {
@@ -766,9 +766,18 @@ function addBox(node) {
   widget.serialize = false; // neither queued nor saved: the numbers are
 }
 
-// Graphs from before the canvas were laid out without it: there it is closed, unless the list has regions.
+// A node that the user adds has its canvas open. Graphs from before the canvas were laid out without it: there it is closed, unless
+// the list has regions.
+function added(node) {
+  node.properties[CANVAS] = false;
+  setTimeout(() => {
+    if (!node.dmmCanvas.configured) node.dmmCanvas.setOpen(true);
+  });
+}
+
 function opened(node, saved) {
   const canvas = node.dmmCanvas;
+  canvas.configured = true;
   node.properties[CANVAS] = saved.properties?.[CANVAS] ?? (!canvas.single && Boolean(canvas.regions.length || canvas.error));
   canvas.renderSoon();
 }
@@ -848,8 +857,6 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (node.comfyClass === "DMMRegion") addBox(node);
-    if (!node.dmmCanvas) return;
-    const [width, height] = node.computeSize();
-    node.setSize([Math.max(node.size[0], width, 320), Math.max(node.size[1], height)]);
+    if (node.dmmCanvas) added(node);
   },
 });
