@@ -413,6 +413,10 @@ def test_old_graphs_open_as_they_were(page):
     saved = page.evaluate("JSON.parse(JSON.stringify(app.graph.serialize()))")
     kept = {n["id"]: (n["type"], n["widgets_values"]) for n in saved["nodes"] if n["id"] in values}
     assert kept == {key: (kind, [*values[key], defaults[kind]]) for key, (kind, _) in kept.items()}
+    heights = {n["type"]: n["size"][1] for n in saved["nodes"] if n["id"] in values}
+    assert (
+        max(heights.values()) < 430 and page.locator(".dmm-stage:visible").count() == 0
+    )  # with a button for the canvas, closed
     links = {link[0]: link[1:5] for link in saved["links"]}
     assert links == {link[0]: link[1:5] for link in old["links"]}
     sent = queued(page)
