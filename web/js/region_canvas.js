@@ -794,6 +794,7 @@ const STYLE = `
 .dmm-body { display: flex; flex-direction: column; gap: 3px; flex: 1; min-height: 0; }
 .dmm-tools { display: flex; gap: 3px; flex: none; height: 22px; }
 .dmm-tools input[type=button] { flex: 1 1 22px; padding: 0 2px; }
+.dmm-tools [data-action=duplicate] { flex-basis: 36px; }
 .dmm-tools .dmm-aspect { flex: 1 1 44px; width: 44px; padding: 0 4px; }
 .dmm-stage { position: relative; flex: 1 1 140px; min-height: 80px; overflow: hidden; display: flex; align-items: center;
   justify-content: center; background: var(--comfy-menu-bg); border: 1px solid var(--border-color); border-radius: 4px;
