@@ -6,6 +6,7 @@ the codebook ``model_embedding`` [N, D] and the style MLP. Style names, the reci
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .bank import BANK, bank_config
 from .ema_keys import UNET_PART, from_ema, only_ema
+from .heads import HEADS, METADATA, foreign_heads, heads_by_level, is_released, read_heads, written_heads
 from .metadata import (
     StyleInfo,
     check_styles,
@@ -30,9 +32,11 @@ from .metadata import (
 )
 from .scaled_fp8 import dequantised, is_mark
 from .style import CODEBOOK, MLP_NAMES
-from .unet import unet_config_from_state_dict
+from .unet import UNetConfig, unet_config_from_state_dict
 from .vocabulary import IDS, NUM_TOKENS, compact_vocabulary, expand_vocabulary
 from .weights_file import not_finite, read_weights, write_weights
+
+logger = logging.getLogger(__name__)
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -45,7 +49,7 @@ V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
 CLIP_SKIP = "dmm.clip_skip"
 """Metadata key: the clip skip with which the model reads its prompts, where it is not its family's."""
 GUESS = "a guess"
-"""``Checkpoint.prediction_from`` where nothing in the file says it."""
+"""``Checkpoint.prediction_from`` and ``heads_from`` where nothing in the file says it."""
 
 MAX_STYLES = 4096
 """A bound for untrusted files: every style gets a name, and all names are compared with each other."""
@@ -71,7 +75,8 @@ class Checkpoint:
     prediction: "eps" or "v"; zero_snr: the model was trained on the schedule that ends in pure noise; scaled_fp8: number of weights that
     the file keeps as float8 with a scale (they are in half precision here); prediction_from: what said the prediction, in words, GUESS,
     or "" for what was not read from a file; overruled: that these two are not what the file alone says; clip_skip: 1 reads the text
-    encoder's last layer, 2 the one before it, None is what the model family was trained with.
+    encoder's last layer, 2 the one before it, None is what the model family was trained with; heads: attention heads of each level of the
+    UNet, () where nothing says them; heads_from: what said them, in words, GUESS, or "" for a released model's sizes and our own files.
     """
 
     unet: dict[str, Tensor]
@@ -87,6 +92,13 @@ class Checkpoint:
     clip_skip: int | None = None
     prediction_from: str = ""
     overruled: bool = False
+    heads: tuple[int, ...] = ()
+    heads_from: str = ""
+
+    @property
+    def config(self) -> UNetConfig:
+        """Every size of the UNet, its attention heads included. Raises ValueError as ``unet_config_from_state_dict`` does."""
+        return unet_config_from_state_dict(self.unet, self.heads)
 
     def encoder(self, base: Checkpoint | None = None) -> tuple[dict[str, Tensor], int | None]:
         """The text encoder that its prompts are read with, ``base``'s where it has none ({} without either), and the clip skip."""
@@ -153,9 +165,9 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: Checkpoint, extra: Mapp
         check_styles(styles, num_styles)
         if checkpoint.prediction not in ("eps", "v"):
             raise ValueError(f"the prediction is {checkpoint.prediction!r}, expected 'eps' or 'v'")
-        config = unet_config_from_state_dict(checkpoint.unet)
+        config = checkpoint.config
         said = {CLIP_SKIP: str(checkpoint.clip_skip)} if checkpoint.clip_skip else {}
-        rest = {**checkpoint.metadata, **(extra or {}), **said}
+        rest = {**checkpoint.metadata, **(extra or {}), **said, **written_heads(config)}
         metadata = write_metadata(
             styles, checkpoint.recipe, checkpoint.prediction, rest=rest, config=config, title=path.stem
         )
@@ -203,8 +215,9 @@ def assemble(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Checkpo
         raise ValueError(f"weight '{odd}' of the UNet is {dtype}: get the model in half precision, not a quantised one")
     check_finite_styles(unet)
     num_styles = count_styles(unet)
-    unet_config_from_state_dict(unet)  # refuses what is none
+    config = unet_config_from_state_dict(unet)  # refuses what is none
     styles, recipe, prediction, rest = read_metadata(metadata, num_styles)
+    heads, heads_from = _heads(rest, config, ours="dmm.format" in metadata)
     sources = (
         ("dmm.prediction", prediction),
         (f"its tensor '{V_MARK}'", "v" if v_mark else None),
@@ -218,7 +231,23 @@ def assemble(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Checkpo
     return Checkpoint(
         unet, expand_vocabulary(text), vae, styles, recipe, rest, prediction,
         zero_snr=zero_snr, other=other, clip_skip=clip_skip, prediction_from=told_by,
+        heads=heads, heads_from=heads_from,
     )  # fmt: skip
+
+
+def _heads(rest: dict[str, str], config: UNetConfig, ours: bool) -> tuple[tuple[int, ...], str]:
+    """Attention heads by the metadata, whose ``HEADS`` is taken out of ``rest``, and what said them. ours: this pack wrote the file, with
+    the usual heads where it says no others."""
+    if (said := rest.pop(HEADS, None)) is not None:
+        return read_heads(said, config), HEADS
+    if ours or is_released(config):
+        return (), ""
+    try:
+        if heads := heads_by_level(config, foreign_heads(rest)):
+            return heads, METADATA
+    except ValueError as error:
+        logger.warning("attention heads in the file's metadata are not looked at: %s", error)
+    return (), GUESS
 
 
 def _clip_skip(said: str | None) -> int | None:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from .bank import BANK
+from .heads import heads_by_level
 from .sdxl import FEATURES_PER_SIZE
 from .style import CODEBOOK, MLP_NAMES
 from .unet import UNetConfig, unet_config_from_state_dict
@@ -113,7 +114,7 @@ def unet_config_to_diffusers(config: UNetConfig, sample_size: int | None = None)
         "addition_embed_type": addition,
         "addition_time_embed_dim": FEATURES_PER_SIZE if config.adm_channels else None,
         # By an old mistake this is the number of heads.
-        "attention_head_dim": _one_or_list([config.heads(c) for c in channels]),
+        "attention_head_dim": _one_or_list(config.all_heads),
         "block_out_channels": channels,
         "center_input_sample": False,
         "cross_attention_dim": config.context_dim,
@@ -144,17 +145,20 @@ def check_diffusers_config(described: Mapping[str, Any], config: UNetConfig) -> 
         raise ValueError(
             f"its config.json says num_models {str(count)[:200]}, but the weights hold {config.num_styles} styles"
         )
-    heads = described.get("num_attention_heads") or described.get("attention_head_dim", 8)
-    wanted = [config.heads(mult * config.model_channels) for mult in config.channel_mult]
-    if (heads if isinstance(heads, list) else [heads] * len(wanted)) != wanted:
-        raise ValueError(
-            f"its config.json says {str(heads)[:200]} attention heads, and a single file with these sizes is read with {wanted}: "
-            "it would paint something else"
-        )
     if not described.get("flip_sin_to_cos", True) or described.get("freq_shift", 0):
         raise ValueError(
             "its config.json asks for other time features (flip_sin_to_cos, freq_shift) than Stable Diffusion's"
         )
+
+
+def heads_in_config(described: Mapping[str, Any], config: UNetConfig) -> tuple[int, ...]:
+    """The attention heads of each level by a config.json. Raises ValueError for what is no such number."""
+    # UNet2DConditionModel's own rule: "attention_head_dim" is the number of heads, 8 where neither is there.
+    heads = described.get("num_attention_heads") or described.get("attention_head_dim", 8)
+    try:
+        return heads_by_level(config, {"attention_head_dim": heads})
+    except ValueError as error:
+        raise ValueError(f"its config.json does not fit the weights: {error}") from error
 
 
 def _unet_modules(config: UNetConfig) -> dict[str, str]:

@@ -19,9 +19,9 @@ from typing import Any
 from .style_value import NO_STYLE
 from .unet import UNetConfig
 
-FORMAT = 2
-"""The newest version of a file that this code reads. It writes 2 for a model with a style bank, and 1 for one without, which older versions
-of this pack read too."""
+FORMAT = 3
+"""The newest version of a file that this code reads. It writes 3 for a model with other attention heads than the usual ones, 2 for another
+with a style bank, and 1 for one without, which older versions of this pack read too."""
 
 LONGEST = {
     "name": 100,
@@ -176,7 +176,7 @@ def write_metadata(
         metadata.pop(key, None)
     # Both spellings in use: the specification's, and the one that ComfyUI writes.
     metadata["modelspec.prediction_type"] = metadata["modelspec.predict_key"] = "v" if prediction == "v" else "epsilon"
-    metadata["dmm.format"] = "2" if config.bank else "1"
+    metadata["dmm.format"] = "3" if config.num_heads else "2" if config.bank else "1"
     metadata["dmm.prediction"] = prediction
     if styles:
         entries = [{k: v for k, v in asdict(style).items() if v} for style in styles]

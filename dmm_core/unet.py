@@ -9,8 +9,8 @@ embedding.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,8 @@ build."""
 class UNetConfig:
     """Every size of a UNet. Depths count transformer layers behind each residual block, in block order.
 
-    ``linear_proj``: the transformers' projections are Linear (SD2.x, SDXL), not 1x1 convolutions (SD1.x).
+    ``linear_proj``: the transformers' projections are Linear (SD2.x, SDXL), not 1x1 convolutions (SD1.x). ``num_heads``: attention heads
+    of each level, which no weight shows (``heads.py``); () for the usual ones.
     """
 
     in_channels: int = 4
@@ -48,15 +49,64 @@ class UNetConfig:
     num_styles: int = 0
     style_mlp: str = "add_embedding"
     bank: BankConfig | None = None
+    num_heads: tuple[int, ...] = ()
 
     @property
     def embed_dim(self) -> int:
         """Width D of the time embedding and of a style code."""
         return 4 * self.model_channels
 
-    def heads(self, channels: int) -> int:
-        """Attention heads, which no weight shows: 8 in SD1.x, 64 channels a head in SD2.x, SDXL and the demo family."""
-        return 8 if not self.linear_proj and self.model_channels >= 320 else max(1, channels // 64)
+    @property
+    def usual_heads(self) -> tuple[int, ...]:
+        """Attention heads of each level where nothing else is said: 8 in SD1.x, 64 channels a head in SD2.x, SDXL and the demo family."""
+        if not self.linear_proj and self.model_channels >= 320:
+            return (8,) * len(self.channel_mult)
+        return tuple(max(1, mult * self.model_channels // 64) for mult in self.channel_mult)
+
+    @property
+    def all_heads(self) -> tuple[int, ...]:
+        """Attention heads of each level, levels without attention included."""
+        return self.num_heads or self.usual_heads
+
+    @property
+    def attention_levels(self) -> tuple[int, ...]:
+        """The levels that have transformers, the finest first."""
+        last, down, up = len(self.channel_mult) - 1, iter(self.depth_input), iter(self.depth_output)
+        found = {last} if self.depth_middle else set()
+        for level, blocks in enumerate(self.num_res_blocks):
+            found |= {level for _ in range(blocks) if next(down)}
+        for level in reversed(range(last + 1)):
+            found |= {level for _ in range(self.num_res_blocks[level] + 1) if next(up)}
+        return tuple(sorted(found))
+
+    def heads(self, level: int) -> int:
+        """Attention heads of a level. Raises ValueError for a number that does not divide its channels."""
+        heads, channels = self.all_heads[level], self.channel_mult[level] * self.model_channels
+        if channels % heads:
+            guessed = (
+                ""
+                if self.num_heads
+                else ", the usual number, of which the file says nothing: say num_heads (docs/files.md)"
+            )
+            raise ValueError(f"{heads} attention heads do not divide the {channels} channels of a level{guessed}")
+        return heads
+
+
+def with_heads(config: UNetConfig, heads: Sequence[int]) -> UNetConfig:
+    """``config`` with the attention heads of each level; with none, it is left as it is. The usual ones are the same as ().
+
+    Raises ValueError for another number of levels, and for heads that do not divide the channels.
+    """
+    if not heads:
+        return config
+    if len(heads) != len(config.channel_mult):
+        raise ValueError(f"attention heads of {len(heads)} levels, and the UNet has {len(config.channel_mult)}")
+    levels = config.attention_levels
+    # A level without attention has none to say.
+    told = replace(config, num_heads=tuple(heads[i if i in levels else levels[0]] for i in range(len(heads))))
+    if any(told.heads(level) != config.usual_heads[level] for level in levels):
+        return told
+    return replace(config, num_heads=())
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -208,7 +258,7 @@ def encoder_blocks(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
     for level, mult in enumerate(config.channel_mult):
         out = mult * config.model_channels
         for _ in range(config.num_res_blocks[level]):
-            blocks.append(Block(ResBlock(ch, embed_dim, out), *transformer(config, out, next(depths))))
+            blocks.append(Block(ResBlock(ch, embed_dim, out), *transformer(config, level, next(depths))))
             ch = out
             skips.append(ch)
         if level < len(config.channel_mult) - 1:
@@ -220,15 +270,15 @@ def encoder_blocks(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
 def middle_block(config: UNetConfig) -> Block:
     """Residual block, transformer, residual block, at the lowest resolution."""
     ch = config.channel_mult[-1] * config.model_channels
-    attention = transformer(config, ch, config.depth_middle)
+    attention = transformer(config, len(config.channel_mult) - 1, config.depth_middle)
     return Block(ResBlock(ch, config.embed_dim, ch), *attention, ResBlock(ch, config.embed_dim, ch))
 
 
-def transformer(config: UNetConfig, channels: int, depth: int) -> list[nn.Module]:
-    """The transformer behind a residual block, as a list of one; empty for depth 0."""
+def transformer(config: UNetConfig, level: int, depth: int) -> list[nn.Module]:
+    """The transformer behind a residual block of a level, as a list of one; empty for depth 0."""
     if depth == 0:
         return []
-    heads = config.heads(channels)
+    channels, heads = config.channel_mult[level] * config.model_channels, config.heads(level)
     return [SpatialTransformer(channels, config.context_dim, heads=heads, depth=depth, linear=config.linear_proj)]
 
 
@@ -269,7 +319,7 @@ class UNet(nn.Module):
         for level in reversed(range(len(config.channel_mult))):
             out = config.channel_mult[level] * config.model_channels
             for i in range(config.num_res_blocks[level] + 1):
-                layers = [ResBlock(ch + skips.pop(), embed_dim, out), *transformer(config, out, next(depths))]
+                layers = [ResBlock(ch + skips.pop(), embed_dim, out), *transformer(config, level, next(depths))]
                 if level and i == config.num_res_blocks[level]:
                     layers.append(Upsample(out))
                 self.output_blocks.append(Block(*layers))
@@ -419,8 +469,9 @@ class UNet(nn.Module):
             self.style_bank.masses = before
 
 
-def unet_config_from_state_dict(sd: Mapping[str, Tensor]) -> UNetConfig:
-    """Read every size from a UNet state dict in the LDM layout (keys without ``model.diffusion_model.``).
+def unet_config_from_state_dict(sd: Mapping[str, Tensor], heads: Sequence[int] = ()) -> UNetConfig:
+    """Read every size from a UNet state dict in the LDM layout (keys without ``model.diffusion_model.``). heads: the attention heads of
+    each level, which it does not show; () for the usual ones.
 
     Raises ValueError naming the key that is missing, or of another shape than such a UNet's.
     """
@@ -473,7 +524,7 @@ def unet_config_from_state_dict(sd: Mapping[str, Tensor]) -> UNetConfig:
     mlp = next((name for name in MLP_NAMES if f"{name}.linear_1.weight" in sd), MLP_NAMES[0])
     adm = shape("label_emb.0.0.weight", 2)[1] if "label_emb.0.0.weight" in sd else 0
     num_styles = shape(f"{CODEBOOK}.weight", 2)[0] if f"{CODEBOOK}.weight" in sd else 0
-    return UNetConfig(
+    config = UNetConfig(
         in_channels=in_channels,
         out_channels=shape("out.2.weight", 4)[0],
         model_channels=model_channels,
@@ -489,21 +540,27 @@ def unet_config_from_state_dict(sd: Mapping[str, Tensor]) -> UNetConfig:
         style_mlp=mlp,
         bank=bank_config(sd, num_styles),
     )
+    return with_heads(config, heads)
 
 
-def load_unet(sd: Mapping[str, Tensor], dtype: torch.dtype | None = torch.float32, copy: bool = True) -> UNet:
+def load_unet(
+    sd: Mapping[str, Tensor], dtype: torch.dtype | None = torch.float32, copy: bool = True, heads: Sequence[int] = ()
+) -> UNet:
     """Build the UNet that a state dict describes and load it strictly (copies; ``sd`` is left alone; see
-    ``load_strictly``).
+    ``load_strictly``). heads: as of ``unet_config_from_state_dict``; ``config.num_heads`` of a network whose weights these are.
 
     Raises ValueError with the sorted missing / unexpected / misshapen keys.
     """
-    config = unet_config_from_state_dict(sd)
+    config = unet_config_from_state_dict(sd, heads)
     return load_strictly(lambda: UNet(config), sd, "UNet", dtype=dtype, copy=copy)
 
 
-def missing_weights(sd: Mapping[str, Tensor]) -> list[str]:
-    """Keys of the UNet that a state dict describes which it does not hold, sorted. Raises ValueError where it describes none."""
-    config = unet_config_from_state_dict(sd)
+def missing_weights(sd: Mapping[str, Tensor], heads: Sequence[int] = ()) -> list[str]:
+    """Keys of the UNet that a state dict describes which it does not hold, sorted. heads: as of ``unet_config_from_state_dict``.
+
+    Raises ValueError where it describes none.
+    """
+    config = unet_config_from_state_dict(sd, heads)
     with torch.device("meta"):
         return sorted(UNet(config).state_dict().keys() - sd.keys())
 

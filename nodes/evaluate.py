@@ -201,10 +201,11 @@ def model_ref(teacher: TeacherInput, student: Teacher, clip, prompts: list[str])
     who = f"teacher '{teacher.name}'"
     (once,) = frozen_teachers([teacher], student, clip, prompts)
     # Nothing else is kept of ``once``: its UNet is a copy.
+    heads = once.unet.config.num_heads
     rest = (once.contexts, once.pooled, once.prediction, once.zero_snr)
 
     def open_it() -> Teacher:
-        return Teacher(teacher.name, plain_unet(unet_weights(teacher.model), who), *rest)
+        return Teacher(teacher.name, plain_unet(unet_weights(teacher.model), who, heads=heads), *rest)
 
     return dataclasses.replace(ModelRef.of(once, len(prompts)), open=open_it)
 

@@ -207,7 +207,8 @@ def at_once(one, node_id, change: Change) -> io.NodeOutput:
     with torch.inference_mode(False), torch.no_grad(), memory_given_back():
         before = host_model.to_checkpoint(one["model"], one["clip"], one["vae"])
         after, what, report = change(before, say)
-        short = hashlib.sha256("\n".join([weights_sha256(before.unet), what]).encode()).hexdigest()[:8]
+        parts = [weights_sha256(before.unet), what, *([repr(before.heads)] if before.heads else [])]
+        short = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
         folder = Path(paths.output_folder())
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{stem}-{short}.safetensors"

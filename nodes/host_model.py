@@ -14,7 +14,6 @@ import comfy.model_detection
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.model_sampling
-import comfy.ops
 import comfy.sd
 import comfy.supported_models
 import comfy.utils
@@ -24,14 +23,17 @@ from torch import Tensor
 
 from ..dmm_core.bank import BANK, StyleBank, bank_config, with_blends
 from ..dmm_core.checkpoint import STYLE_KEYS, TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX, Checkpoint
+from ..dmm_core.heads import heads_by_level
 from ..dmm_core.metadata import StyleInfo, architecture
 from ..dmm_core.scaled_fp8 import dequantised
 from ..dmm_core.sdxl import SIZE_CHANNELS
 from ..dmm_core.style import CODEBOOK, MLP_NAMES, StyleMLP
 from ..dmm_core.style_value import NO_STYLE, Style, check_new_name, find_style, style_rows, vocabulary
-from ..dmm_core.unet import missing_weights, unet_config_from_state_dict
+from ..dmm_core.unet import UNetConfig, missing_weights, unet_config_from_state_dict, with_heads
 from ..dmm_core.vae import vae_config_from_state_dict
+from ..training.config import ModelSettings
 from ..training.files.model_files import load_any
+from ..training.files.model_settings import guessed_heads, told
 from ..training.files.style_file import (
     MadeFor,
     StyleFile,
@@ -41,8 +43,9 @@ from ..training.files.style_file import (
     read_style_file,
     unet_fingerprint,
 )
-from . import region_patch, style_patch
+from . import region_patch, style_ops, style_patch
 from .folded import unfolded
+from .lost_names import with_names
 from .weights import HostWeights, numbers
 
 TEXT_WIDTHS = {"clip_l": 768, "clip_h": 1024, "clip_g": 1280}
@@ -57,7 +60,7 @@ class ModelInfo:
     """What a MODEL from a DMM file knows beyond its weights.
 
     styles: one per code of the codebook; blends: named mixes of them, with weights (N,); dtype: of the file's UNet. Of an add-on, made_for:
-    the UNet that its styles were made for; style_dtype: of its file.
+    the UNet that its styles were made for; style_dtype: of its file. remark: what was guessed in reading the file, for the user.
     """
 
     styles: tuple[StyleInfo, ...]
@@ -69,6 +72,7 @@ class ModelInfo:
     blends: tuple[tuple[StyleInfo, tuple[float, ...]], ...] = ()
     made_for: MadeFor | None = None
     style_dtype: torch.dtype | None = None
+    remark: str = ""
 
     @property
     def all_styles(self) -> list[StyleInfo]:
@@ -159,8 +163,8 @@ def with_edited_style(model, style: str, changes: dict[str, str]):
 # --- file to host -----------------------------------------------------------------------------------------------------
 
 
-def load(path: str) -> tuple:
-    """A file or folder that ``load_any`` reads, DMM or plain -> (MODEL, CLIP or None, VAE, ModelInfo).
+def load(path: str, settings: ModelSettings | None = None) -> tuple:
+    """A file or folder that ``load_any`` reads, DMM or plain -> (MODEL, CLIP or None, VAE, ModelInfo). settings: what the user says of it.
 
     One without a VAE gives the host's empty VAE, whose use names the problem.
     Raises ValueError for files that are no Stable Diffusion checkpoint.
@@ -169,23 +173,29 @@ def load(path: str) -> tuple:
         raise ValueError(
             f"{path} holds styles without a model: put it into models/dmm_styles and use Add DMM Styles to Model on the MODEL they are for"
         )
-    checkpoint = load_any(path)
-    if missing := missing_weights(checkpoint.unet):  # the host would only log them, and paint with what lies in memory
+    settings = settings or ModelSettings()
+    checkpoint, about_names = with_names(told(load_any(path), settings), path)
+    # The host would only log them, and paint with what lies in memory.
+    if missing := missing_weights(checkpoint.unet, checkpoint.heads):
         raise ValueError(
             f"{path}: {len(missing)} of its UNet's weights missing ({', '.join(missing[:3])}): download or save it again"
         )
     model, clip, vae = build_model(checkpoint), build_clip(checkpoint), build_vae(checkpoint)
     # The host reloads from these when it needs a second copy (torch.compile and hooks under DynamicVRAM, several GPUs).
-    model.cached_patcher_init = (reload_model, (path,))
+    model.cached_patcher_init = (reload_model, (path, settings))
     if clip is not None:
         clip.patcher.cached_patcher_init = (reload_clip, (path,))
     if checkpoint.vae:
         vae.patcher.cached_patcher_init = (reload_vae, (path,))
-    return model, clip, vae, model_info(model)
+    info = model_info(model)
+    if about_names:
+        info = replace(info, remark="\n".join(filter(None, (info.remark, about_names))))
+        model.set_attachments(ATTACHMENT, info)
+    return model, clip, vae, info
 
 
-def reload_model(path: str, disable_dynamic: bool = False):
-    return build_model(load_any(path), disable_dynamic)
+def reload_model(path: str, settings: ModelSettings, disable_dynamic: bool = False):
+    return build_model(told(load_any(path), settings), disable_dynamic)
 
 
 def reload_clip(path: str, disable_dynamic: bool = False):
@@ -200,7 +210,7 @@ def build_model(checkpoint: Checkpoint, disable_dynamic: bool = False):
     """The MODEL of a checkpoint, styles attached and set to no style."""
     sd = plain_unet(checkpoint)
     dtype = comfy.utils.weight_dtype(sd, UNET_PREFIX)
-    config, is_known = model_config(sd)
+    config, is_known = model_config(sd, checkpoint.config)
     if is_known:
         patcher = comfy.sd.load_state_dict_guess_config(
             sd, output_vae=False, output_clip=False, disable_dynamic=disable_dynamic
@@ -219,6 +229,7 @@ def build_model(checkpoint: Checkpoint, disable_dynamic: bool = False):
         prediction=checkpoint.prediction,
         zero_snr=checkpoint.zero_snr,
         dtype=dtype,
+        remark=guessed_heads({"this file": checkpoint}),
     )
     patcher.set_attachments(ATTACHMENT, info)
     return patcher
@@ -229,8 +240,8 @@ def plain_unet(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return {UNET_PREFIX + k: v for k, v in checkpoint.unet.items() if not k.startswith(STYLE_KEYS)}
 
 
-def model_config(sd: dict[str, Tensor]) -> tuple:
-    """The host's description of a UNet, and whether its own loader knows these sizes.
+def model_config(sd: dict[str, Tensor], unet: UNetConfig) -> tuple:
+    """The host's description of a UNet, and whether its own loader knows these sizes and this number of attention heads.
 
     The host tells models apart by their exact widths; the small ones of the demo family are described by hand.
     """
@@ -238,15 +249,45 @@ def model_config(sd: dict[str, Tensor]) -> tuple:
     if sizes["model_channels"] >= SD_WIDTH:
         config = comfy.model_detection.model_config_from_unet(sd, UNET_PREFIX)
         if config is not None:
-            return config, True
+            known = with_heads(unet, heads_by_level(unet, config.unet_config)) == unet
+            config.unet_config |= {} if known else host_heads(unet)
+            return config, known
     elif kind := small_kind(sizes):
         config = kind(sizes)
-        config.unet_config |= {"num_heads": -1, "num_head_channels": 64}  # no weight shows them; see UNetConfig.heads
+        config.unet_config |= host_heads(unet)
         return config, False
     raise ValueError(
         f"ComfyUI knows no model of these sizes: width {sizes['model_channels']}, context {sizes['context_dim']}, "
         f"pooled conditioning {sizes['adm_in_channels']}; use an SD1.x, SD2.x or SDXL model"
     )
+
+
+def host_heads(unet: UNetConfig) -> dict[str, int]:
+    """The attention heads of a UNet in the host's words. Raises ValueError for heads that it has no words for."""
+    heads = [unet.heads(level) for level in unet.attention_levels]
+    each = {unet.channel_mult[level] * unet.model_channels // n for level, n in zip(unet.attention_levels, heads)}
+    if len(each) == 1:
+        return {"num_heads": -1, "num_head_channels": each.pop()}
+    if len(set(heads)) == 1:
+        return {"num_heads": heads[0], "num_head_channels": -1}
+    raise ValueError(
+        f"its UNet has {', '.join(map(str, heads))} attention heads at its levels: ComfyUI's have one number of heads, or one number of "
+        "channels a head"
+    )
+
+
+def model_heads(patcher) -> tuple[int, ...]:
+    """The attention heads of each level of a MODEL's UNet, from any loader, as a ``Checkpoint`` has them; () for the usual ones."""
+    sizes = patcher.model.model_config.unet_config
+    unet = UNetConfig(
+        model_channels=sizes["model_channels"],
+        channel_mult=tuple(sizes["channel_mult"]),
+        linear_proj=bool(sizes["use_linear_in_transformer"]),
+    )
+    each = sizes["num_head_channels"]
+    channels = [mult * unet.model_channels for mult in unet.channel_mult]
+    heads = tuple(sizes["num_heads"] if each == -1 else max(1, width // each) for width in channels)
+    return () if heads == unet.usual_heads else heads
 
 
 def small_kind(sizes: dict):
@@ -302,7 +343,7 @@ def build_style_modules(
     """
     dtype = model.get_dtype()
     dtype = dtype if dtype.itemsize > 1 else file_dtype  # eight bits are too few for the codes
-    ops = comfy.ops.manual_cast
+    ops = style_ops
     num_styles, dim = weights[f"{CODEBOOK}.weight"].shape
     mlp = next(name for name in MLP_NAMES if f"{name}.linear_1.weight" in weights)
     modules = {
@@ -434,7 +475,7 @@ def which_base(file: StyleFile, fingerprint: str, patched: bool) -> str:
 
 def build_clip(checkpoint: Checkpoint, disable_dynamic: bool = False):
     """The CLIP of a checkpoint, or None when it holds no text encoder."""
-    config, _ = model_config(plain_unet(checkpoint))
+    config, _ = model_config(plain_unet(checkpoint), checkpoint.config)
     target = config.clip_target(state_dict=checkpoint.text)
     weights = config.process_clip_state_dict(dict(checkpoint.text))
     if target is None or not weights:
@@ -529,6 +570,7 @@ def to_checkpoint(model, clip=None, vae=None) -> Checkpoint:
         prediction=info.prediction,
         zero_snr=info.zero_snr,
         clip_skip=None if clip is None else clip_skip(clip),
+        heads=model_heads(model),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
+from ..training.config import ModelSettings
 from ..training.files.model_files import change_stamp
 from . import host_model, paths
 
@@ -18,6 +19,7 @@ def describe(info: host_model.ModelInfo, has_clip: bool, has_vae: bool) -> str:
         lines.append("no text encoder in this file: use Load CLIP")
     if not has_vae:
         lines.append("no VAE in this file: use Load VAE")
+    lines += [info.remark] if info.remark else []
     return "\n".join(lines)
 
 
@@ -41,19 +43,42 @@ class LoadDMMModel(io.ComfyNode):
                         "From models/dmm, output/dmm, models/checkpoints, and UNets in models/diffusion_models or "
                         "models/diffusers. Plain models load without styles."
                     ),
-                )
+                ),
+                io.Int.Input(
+                    "num_heads",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Attention heads of the UNet, which its weights do not show. 0: what the file or a yaml beside it says, or the "
+                        "usual number. Only models of sizes of their own need it."
+                    ),
+                ),
+                io.Int.Input(
+                    "num_head_channels",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    optional=True,
+                    advanced=True,
+                    tooltip="The same said otherwise: channels of each attention head. 0: as the file says.",
+                ),
             ],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
             has_intermediate_output=True,
         )
 
     @classmethod
-    def fingerprint_inputs(cls, ckpt_name):
-        return (ckpt_name, change_stamp(paths.model_path(ckpt_name)))  # a training run may have replaced the file
+    def fingerprint_inputs(cls, ckpt_name, num_heads=0, num_head_channels=0):
+        stamp = change_stamp(paths.model_path(ckpt_name))  # a training run may have replaced the file
+        return (ckpt_name, num_heads, num_head_channels, stamp)
 
     @classmethod
-    def execute(cls, ckpt_name) -> io.NodeOutput:
-        model, clip, vae, info = host_model.load(paths.model_path(ckpt_name))
+    def execute(cls, ckpt_name, num_heads=0, num_head_channels=0) -> io.NodeOutput:
+        said = ModelSettings(num_heads=num_heads or None, num_head_channels=num_head_channels or None)
+        model, clip, vae, info = host_model.load(paths.model_path(ckpt_name), said)
         text = describe(info, clip is not None, vae.first_stage_model is not None)
         return io.NodeOutput(model, clip, vae, ui=ui.PreviewText(text))
 

@@ -102,6 +102,7 @@ def merged(
     sources = [source(f"teacher '{one.name}'", one.model, StyleInfo(one.name, one.description)) for one in teachers]
     stamps = [one.stamp for one in (foundation, *sources)]
     settings = [config.budget, *(one.name for one in sources), *(["base"] if config.centre == "base" else [])]
+    settings += [repr(foundation.heads)] if foundation.heads else []
     short = hashlib.sha256("\n".join([*stamps, *settings]).encode()).hexdigest()[:8]
     folder = Path(paths.output_folder())
     path = folder / f"{stem}-{short}.safetensors"
@@ -127,7 +128,8 @@ def source(who: str, model, info: StyleInfo) -> Source:
     weights = HostWeights(model, styles=True)
     digest = weights_sha256(weights)
     info = dataclasses.replace(info, sha256=digest)
-    return Source(info, weights, weights.shapes, digest, prediction(model, who), zero_snr(model))
+    kind, heads = prediction(model, who), host_model.model_heads(model)
+    return Source(info, weights, weights.shapes, digest, kind, zero_snr(model), heads)
 
 
 def as_narrow(unet: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

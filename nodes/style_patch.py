@@ -14,6 +14,8 @@ host's injections would stay there while the model is loaded, between the calls.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import comfy.conds
@@ -36,6 +38,8 @@ FIXED = "dmm_fixed"
 IDLE = "dmm_idle"
 """In the options of one sampling: whether the bank has nothing to add in this step, as all styles are the one in the weights."""
 DELTA = "dmm_delta"
+AGAIN = "dmm_again"
+"""Of a style bank, while a LoRA is trained: ends ``bank_in_backward``."""
 KEY = "dmm"
 """Of our wrappers, and of the styles beside a MODEL among its additional models."""
 
@@ -246,14 +250,37 @@ def compute_delta(executor, x, t, c_concat=None, c_crossattn=None, control=None,
     if bank is None or idle:
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     folded = transformer_options[STYLE].folded
-    bank.masses = masses_of(bank, rows.to(x.device), map_rows, options.get(MAP), folded)
+    masses = masses_of(bank, rows.to(x.device), map_rows, options.get(MAP), folded)
+    with bank_in_force(modules, unet, masses):
+        out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    if out.requires_grad:  # a LoRA is being trained
+        out.register_hook(lambda _: bank_in_backward(modules, unet, masses))
+    return out
+
+
+@contextmanager
+def bank_in_force(modules: torch.nn.Module, unet: torch.nn.Module, masses: Tensor | PixelMasses) -> Iterator[None]:
+    """Inside the block the layers of a UNet add their part of the bank. modules: as of ``style_modules``."""
     handles = modules.attach(unet) if isinstance(modules, AddedStyles) else []
+    modules.style_bank.masses = masses
     try:
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        yield
     finally:
-        bank.masses = None
+        modules.style_bank.masses = None
         for handle in handles:
             handle.remove()
+
+
+def bank_in_backward(modules: torch.nn.Module, unet: torch.nn.Module, masses: Tensor | PixelMasses) -> None:
+    """As ``bank_in_force`` for the backward pass of one forward, up to its end, or that of another forward: gradient checkpointing computes
+    the layers once more. To be called by autograd when it comes to the forward's output: of several, the last comes first."""
+    bank = modules.style_bank
+    before = vars(bank).get(AGAIN)
+    if before is not None:
+        before.close()
+    vars(bank)[AGAIN] = again = ExitStack()
+    again.enter_context(bank_in_force(modules, unet, masses))
+    torch.autograd.Variable._execution_engine.queue_callback(again.close)
 
 
 def masses_of(

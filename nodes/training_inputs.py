@@ -51,7 +51,7 @@ def gather(
     if goes_on(base):
         weights, styles = host_model.with_blend_codes(weights, host_model.model_info(base))
         teachers = in_style_order(styles, teachers)
-    unet = (styled_unet if styles else plain_unet)(weights, "the base model")
+    unet = (styled_unet if styles else plain_unet)(weights, "the base model", heads=host_model.model_heads(base))
     foundation = frozen_base(base, clip, unet, data.prompts)
     frozen = frozen_teachers(teachers, foundation, clip, data.prompts)
     for teacher, style in zip(frozen, styles):
@@ -99,7 +99,7 @@ def frozen_styles(model, clip, prompts: Sequence[str]) -> tuple[Teacher, list[Te
     """A DMM model as it is now, LoRAs and named blends included: without a style, and as a teacher for each of its styles."""
     info = host_model.model_info(model)
     unet, styles = host_model.with_blend_codes(unet_weights(model, styles=True), info)
-    foundation = frozen_base(model, clip, styled_unet(unet, "the model"), prompts)
+    foundation = frozen_base(model, clip, styled_unet(unet, "the model", heads=host_model.model_heads(model)), prompts)
     foundation.sha256 = foundation.weights_sha256
     return foundation, [foundation.as_style(i, style) for i, style in enumerate(styles)]
 
@@ -108,7 +108,8 @@ def frozen_teachers(teachers: Sequence[TeacherInput], base: Teacher, clip, promp
     """The connected teachers; one without a CLIP of its own reads the captions with the base's."""
     frozen = []
     for teacher in teachers:
-        unet = plain_unet(unet_weights(teacher.model, styles=True), f"teacher '{teacher.name}'")
+        heads = host_model.model_heads(teacher.model)
+        unet = plain_unet(unet_weights(teacher.model, styles=True), f"teacher '{teacher.name}'", heads=heads)
         check_architectures(base.unet.config, [(teacher.name, unet.config)])
         own = (base.contexts, base.pooled)
         if teacher.clip not in (None, clip):
@@ -220,4 +221,4 @@ def average_unet(run: Trainer) -> UNet:
 
 
 def student_unet(run: Trainer) -> UNet:
-    return load_unet(run.student_weights()).to(run.device)
+    return load_unet(run.student_weights(), heads=run.base.unet.config.num_heads).to(run.device)

@@ -56,6 +56,8 @@ class ModelSettings:
     prediction: str | None = None
     zero_snr: bool | None = None
     clip_skip: int | None = None
+    num_heads: int | None = None
+    num_head_channels: int | None = None
 
     def __bool__(self) -> bool:
         return self != ModelSettings()
@@ -108,10 +110,19 @@ class TeacherSpec:
         low=1,
         high=MOST_SKIPPED,
     )
+    num_heads: int | None = setting(
+        None,
+        "Attention heads of every block of its UNet; null: what its file says, or its family's.",
+        unit="heads",
+        low=1,
+    )
+    num_head_channels: int | None = setting(
+        None, "The same said otherwise: channels of each attention head, instead of num_heads.", unit="channels", low=1
+    )
 
     @property
     def settings(self) -> ModelSettings:
-        return ModelSettings(self.prediction, self.zero_snr, self.clip_skip)
+        return ModelSettings(self.prediction, self.zero_snr, self.clip_skip, self.num_heads, self.num_head_channels)
 
 
 @dataclass
@@ -396,6 +407,15 @@ class DistillConfig:
         low=1,
         high=MOST_SKIPPED,
     )
+    num_heads: int | None = setting(
+        None,
+        "Attention heads of every block of the base's UNet; null: what its file says, or its family's.",
+        unit="heads",
+        low=1,
+    )
+    num_head_channels: int | None = setting(
+        None, "The same said otherwise: channels of each attention head, instead of num_heads.", unit="channels", low=1
+    )
     title: str = setting("DMM", "The model's title in its file.")
     picture_every: int = setting(
         500,
@@ -417,7 +437,7 @@ class DistillConfig:
     @property
     def settings(self) -> ModelSettings:
         """Of the base."""
-        return ModelSettings(self.prediction, self.zero_snr, self.clip_skip)
+        return ModelSettings(self.prediction, self.zero_snr, self.clip_skip, self.num_heads, self.num_head_channels)
 
     def check(self) -> None:
         """Raises ValueError naming the first setting that makes no sense."""

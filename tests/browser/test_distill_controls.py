@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from ..host.test_example_workflows import graph_of
+from ..host.templates import graph_of
 from .conftest import PATIENCE
 from .test_workflows import open_graph, queued, set_widget
 

@@ -2,7 +2,7 @@
 
 from comfyui_dmm.training.presets import PRESETS
 
-from ..host.test_example_workflows import graph_of
+from ..host.templates import graph_of
 from .test_workflows import open_graph, queued, set_widget
 
 TRAINER = "app.graph.findNodesByType('DMMDistillTeachers')[0]"

@@ -8,7 +8,7 @@ from comfyui_dmm.dmm_core.checkpoint import load_checkpoint, save_checkpoint
 from comfyui_dmm.dmm_core.metadata import StyleInfo
 
 from ..host.families import DEMO, checkpoint_of, random_unet
-from ..host.test_example_workflows import graph_of
+from ..host.templates import graph_of
 from .test_style_menu import STYLES, add, id_of, link, names_for, until_names
 from .test_workflows import LIST, choices, open_graph, open_style_list, queued, run, set_widget
 

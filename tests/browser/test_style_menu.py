@@ -8,7 +8,7 @@ from comfyui_dmm.training.files.style_file import save_style
 
 from ..host.families import DEMO, checkpoint_of, random_unet
 from ..host.server import PACK
-from ..host.test_example_workflows import graph_of
+from ..host.templates import graph_of
 from .test_workflows import (
     MARKUP,
     choices,

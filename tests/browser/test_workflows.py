@@ -10,7 +10,7 @@ from comfyui_dmm.dmm_core.metadata import StyleInfo
 
 from ..host.families import DEMO, checkpoint_of, random_unet
 from ..host.server import PACK
-from ..host.test_example_workflows import NAMES, graph_of, twin_of
+from ..host.templates import TITLES, graph_of, twin_of
 
 MARKUP = '<img src=x onerror="window.hacked = true"> & <b>bold</b>'
 
@@ -82,7 +82,7 @@ def open_style_list(page):
     return page.locator(".litecontextmenu .litemenu-entry")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TITLES)
 def test_the_graph_opens_whole(page, name, tmp_path_factory):
     """No missing nodes or models, nothing red; what would be queued is the API twin, what would be saved the same graph."""
     graph = graph_of(name)

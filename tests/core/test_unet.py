@@ -93,7 +93,7 @@ def to_diffusers(unet, config):
     )
     model = diffusers.UNet2DConditionModel(
         block_out_channels=channels, layers_per_block=config.num_res_blocks[0], down_block_types=down, up_block_types=up,
-        cross_attention_dim=config.context_dim, attention_head_dim=[config.heads(c) for c in channels],
+        cross_attention_dim=config.context_dim, attention_head_dim=list(config.all_heads),
         transformer_layers_per_block=depths, use_linear_projection=config.linear_proj, **extra,
     )  # fmt: skip
     plain = {

@@ -45,7 +45,7 @@ def float_clip(host, checkpoint):
     """The host's CLIP of a checkpoint, in float32: unasked it holds text encoders in float16."""
     from comfyui_dmm.nodes import host_model
 
-    config, _ = host_model.model_config(host_model.plain_unet(checkpoint))
+    config, _ = host_model.model_config(host_model.plain_unet(checkpoint), checkpoint.config)
     weights = config.process_clip_state_dict({k: v.clone() for k, v in checkpoint.text.items()})
     if not weights:
         return None

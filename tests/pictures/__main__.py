@@ -8,8 +8,9 @@ from pathlib import Path
 
 from comfyui_dmm.training.host_path import find_host
 
+from ..host.templates import TITLES
 from .documents import documents, documents_by_host
-from .templates import FOLDER, thumbnails
+from .templates import thumbnails
 
 DOCUMENTS = "documents"
 
@@ -22,7 +23,7 @@ def main() -> None:
         sys.exit("no ComfyUI found: set COMFYUI_PATH to its folder")
     folder, names = (
         Path(sys.argv[1]),
-        sys.argv[2:] or [*sorted(p.stem for p in (FOLDER / "api").glob("*.json")), DOCUMENTS],
+        sys.argv[2:] or [*TITLES, DOCUMENTS],
     )
     with tempfile.TemporaryDirectory() as base:
         made = []

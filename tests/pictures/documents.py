@@ -14,7 +14,8 @@ from comfyui_dmm.training.paint.painter import Painter, painter
 from PIL import Image
 
 from ..host.server import Server
-from .templates import paint, twin
+from ..host.templates import twin_of
+from .templates import paint
 
 MODELS = Path(__file__).parents[2] / "models" / "dmm"
 SEED = 1
@@ -110,7 +111,7 @@ def documents_by_host(host: Path, base: Path, folder: Path) -> Iterator[Path]:
     """Paint those that need ComfyUI into ``folder``; yields their paths. base: for the server."""
     folder.mkdir(parents=True, exist_ok=True)
     with Server(host, base) as server:
-        sheets = paint(server, twin("style_sheet"))
+        sheets = paint(server, twin_of("style_sheet"))
         for name, picture in (
             ("style-sheet", sheets["10"][0]),
             ("style-travel", sheets["15"][0]),

@@ -1,16 +1,15 @@
 """The thumbnails that the template browser shows: every template is run by a real ComfyUI, and what it paints is put on one sheet."""
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from ..host.server import PACK, Server
+from ..host.server import Server
+from ..host.templates import TITLES, twin_of
 from .layout import rows, scaled, stack
 
-FOLDER = PACK / "workflows"
 SIDE = 192
 """Pixels of a single picture of the demo model on a thumbnail."""
 ZOOM = SIDE / 128
@@ -46,8 +45,8 @@ THUMBNAILS: dict[str, Callable[[Painted], Image.Image]] = {
     "controlnet_lora_regions": under("17", "24", width=768),
     "instant_merge": sheet_of("20"),
     "merge_loras": sheet_of("20"),
-    "add_teacher": under("16", "21", width=542),
-    "forget_style": under("13", "18", width=542),
+    "add_teacher": lambda painted: rows([painted["16"], painted["21"]]),
+    "forget_style": lambda painted: rows([painted["13"], painted["18"]]),
     "evaluate": lambda painted: rows([[first_tables(painted["11"][0]), scaled(painted["18"][0], ZOOM)]]),
 }
 """Template -> its thumbnail from what it paints. ``quickstart`` and ``distill_quickstart`` show more than one run."""
@@ -103,13 +102,8 @@ def distill_quickstart(server: Server, graph: dict) -> Image.Image:
     )  # fmt: skip
 
 
-def twin(name: str) -> dict:
-    """A template's graph in the API's form."""
-    return json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
-
-
 def thumbnail(server: Server, name: str) -> Image.Image:
-    graph = twin(name)
+    graph = twin_of(name)
     if name in THUMBNAILS:
         return THUMBNAILS[name](paint(server, changed(graph, **SHOWN.get(name, {}))))
     return {"quickstart": quickstart, "distill_quickstart": distill_quickstart}[name](server, graph)
@@ -120,6 +114,6 @@ def thumbnails(host: Path, base: Path, folder: Path, names: Sequence[str]) -> It
     folder.mkdir(parents=True, exist_ok=True)
     with Server(host, base) as server:
         for name in names:
-            path = folder / f"{name}.jpg"
+            path = folder / f"{TITLES[name]}.jpg"
             thumbnail(server, name).save(path, quality=90)
             yield path

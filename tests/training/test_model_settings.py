@@ -329,3 +329,41 @@ def test_sd15_that_predicts_v_stays_at_its_size():
     sd2 = dataclasses.replace(sd15, context_dim=1024)
     sizes = [default_resolution(config, prediction) for config in (sd15, sd2) for prediction in ("eps", "v")]
     assert sizes == [512, 512, 512, 768]
+
+
+def test_a_run_and_a_merge_of_models_with_their_own_heads(run_folder, capsys, caplog):
+    """The usual number of these sizes is 1. Student and merge have the models' 4 and say so; each part of a run counts as the file does."""
+    said = {"num_heads": 4}
+    config_of(run_folder, base=said, **said)
+    assert main(["distill", "--config", str(run_folder / "run.yaml")]) == 1
+    assert "'two' has num_heads (1, 1) instead of (4, 4)" in capsys.readouterr().err
+    (run_folder / "two.yaml").write_text("model: {params: {unet_config: {params: {num_heads: 4}}}}\n")
+    run = load_run(config_of(run_folder, base=said, **said), torch.device("cpu"))
+    assert {model.unet.config.num_heads for model in (run.base, *run.teachers)} == {(4, 4)}
+    assert identity(run.start())["attention heads"] == "[4, 4]"
+    with caplog.at_level(logging.INFO):
+        assert main(["distill", "--config", str(run_folder / "run.yaml")]) == 0
+    assert "how many attention heads" not in caplog.text
+    student = load_checkpoint(run_folder / "out.safetensors")
+    assert student.config.num_heads == (4, 4) and painter(student).unet.config.num_heads == (4, 4)
+    config_of(run_folder, base={"num_head_channels": SMALL.model_channels * 2}, **said)
+    assert main(["distill", "--config", str(run_folder / "run.yaml")]) == 1
+    capsys.readouterr()
+    one, two = (f"{name}={run_folder / name}.safetensors" for name in ("one", "two"))
+    (run_folder / "two.yaml").unlink()
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        merge = [
+            "merge",
+            "--teacher",
+            f"{one},num_heads=4",
+            "--teacher",
+            two,
+            "--output",
+            str(run_folder / "merged.safetensors"),
+        ]
+        assert main(merge) == 1
+    assert "has num_heads" in capsys.readouterr().err and "attention heads these models have" in caplog.text
+    merge[4] += ",num_heads=4"
+    assert main(merge) == 0
+    assert load_checkpoint(run_folder / "merged.safetensors").heads == (4, 4)

@@ -10,8 +10,8 @@ from typing import Any
 from ..fields import about_field, default_of, describe
 
 MODELS = (
-    "Settings of a model stand behind its file: FILE,prediction=v,clip_skip=2 (also prediction=eps, zero_snr=true); without them its "
-    "metadata, a yaml beside it or a guess decide (docs/files.md)."
+    "Settings of a model stand behind its file: FILE,prediction=v,clip_skip=2 (also prediction=eps, zero_snr=true, num_heads=8, "
+    "num_head_channels=64); without them its metadata, a yaml beside it or a guess decide (docs/files.md)."
 )
 """The end of the help of commands that take models."""
 

@@ -10,7 +10,6 @@ import torch
 
 from ...dmm_core.bank_size import USUAL
 from ...dmm_core.checkpoint import Checkpoint
-from ...dmm_core.unet import unet_config_from_state_dict
 from ..data.text_states import TextStates
 from ..evaluation.baselines import ALL, BASELINES, RANK, Contender, another_student, choose_baselines, make_baselines
 from ..evaluation.evaluate import Lineup, evaluate
@@ -96,7 +95,7 @@ def read_inputs(args: argparse.Namespace, device: torch.device) -> tuple[Lineup,
 
     chosen = choose_baselines(args.baselines) if args.baselines is not None else ()
     student = base_with_parts(args.model, args.parts_from or args.base)
-    config = unet_config_from_state_dict(student.unet)
+    config = student.config
     prompts = prompts_of(args.prompts, config)
     features_file = args.features or (DEMO_FILE if is_small(config) else None)
     metrics = args.metrics or [m for m in METRICS if features_file or m not in OF_FEATURES]

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...dmm_core.checkpoint import Checkpoint
-from ...dmm_core.unet import UNetConfig, load_unet, unet_config_from_state_dict
+from ...dmm_core.unet import UNetConfig, load_unet
 from ...dmm_core.vae import latent_scale, load_vae
 from ..data.text_states import TextStates
 from ..evaluation.features import PixelDecoder
 from ..evaluation.model_ref import ModelRef, PromptStates
 from ..evaluation.settings import usual_settings
-from ..files.hashing import repr_sha256, weights_hash
+from ..files.hashing import repr_sha256, unet_hash, weights_hash
 from ..text import encoder_key
 from .progress_bar import ProgressBar
 
@@ -64,7 +64,7 @@ def painting(
 ) -> dict[str, Any]:
     """Fields of EvaluationSettings: the usual size, steps and cfg for this model and device, replaced by --size, --steps and --cfg where
     given, and the options ``names``."""
-    usual = usual_settings(unet_config_from_state_dict(student.unet), student.prediction, device)
+    usual = usual_settings(student.config, student.prediction, device)
     given = {name: getattr(args, name) for name in ("steps", "cfg") if getattr(args, name) is not None}
     if args.size:
         given["width"], given["height"] = args.size
@@ -104,18 +104,19 @@ def model_ref(
     from ..teachers.models import as_checkpoint
     from ..teachers.teacher import Teacher
 
-    config: UNetConfig = unet_config_from_state_dict(checkpoint.unet)
+    config = checkpoint.config
     if not (keep or styled) and config.num_styles:
         raise ValueError(f"'{name}' is itself a DMM model with {config.num_styles} styles: use a plain checkpoint")
     encoder, clip_skip = checkpoint.encoder(student)
     states, named = text.of(encoder, clip_skip=clip_skip), encoder_key(encoder, clip_skip)
-    key = repr_sha256(weights_hash(checkpoint.unet), named, checkpoint.prediction, checkpoint.zero_snr)
+    key = repr_sha256(unet_hash(checkpoint), named, checkpoint.prediction, checkpoint.zero_snr)
     prediction, zero_snr = checkpoint.prediction, checkpoint.zero_snr
     held = checkpoint if keep else None
 
     def open_it() -> Teacher:
         weights = (held or as_checkpoint(file, student)).unet
-        return Teacher(name, load_unet(weights, dtype=None, copy=held is not None), *states, prediction, zero_snr)
+        unet = load_unet(weights, dtype=None, copy=held is not None, heads=config.num_heads)
+        return Teacher(name, unet, *states, prediction, zero_snr)
 
     words = PromptStates(named, *states)
     return ModelRef(name, key, open_it, config, zero_snr, prediction, words)

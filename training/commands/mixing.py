@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from ...dmm_core.unet import unet_config_from_state_dict
 from ..data.text_states import TextStates
 from ..evaluation.features import DEMO_FILE, FeatureNet, PixelDecoder, load_features
 from ..evaluation.mixing.judge_mixing import BLEND, MERGE, PATHS, RATIOS, MixingLineup, Pair, judge_mixing
@@ -124,7 +123,7 @@ def read_inputs(
     from ..teachers.models import as_checkpoint, base_with_parts
 
     student = base_with_parts(args.model, args.parts_from)
-    config = unet_config_from_state_dict(student.unet)
+    config = student.config
     styles = [style.name for style in student.styles]
     prompts = prompts_of(args.prompts, config)
     merging = MERGE in args.paths

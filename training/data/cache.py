@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint
-from ...dmm_core.unet import unet_config_from_state_dict
 from ...dmm_core.vae import AutoencoderKL, latent_scale, load_vae
 from ..files.hashing import repr_sha256, weights_hash
 from ..paint.images import to_tensor
@@ -112,7 +111,7 @@ def build_image_cache(
     base = base_with_parts(base, parts_from)
     if not base.vae:
         raise ValueError("the base model has no VAE: name a full checkpoint to take it from (parts_from, --parts-from)")
-    config = unet_config_from_state_dict(base.unet)
+    config = base.config
     multiple, scale, vae_hash = size_multiple(config), latent_scale(config), weights_hash(base.vae)
     resolution = resolution or default_resolution(config, base.prediction)
     sizes = bucket_sizes(resolution, multiple, max_aspect)

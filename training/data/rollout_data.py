@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint
-from ..files.hashing import repr_sha256, weights_hash
+from ..files.hashing import repr_sha256, unet_hash
 from ..seeds import hash_seed
 from .batches import Batch, Draw
 from .cached_text import TextStore
@@ -106,7 +106,7 @@ class Rollouts:
         return rollouts
 
     def _painted_by(self, role: str, checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-        wanted = weights_hash(checkpoint.unet), checkpoint.prediction, checkpoint.zero_snr
+        wanted = unet_hash(checkpoint), checkpoint.prediction, checkpoint.zero_snr
         for entry in self.entries:
             if entry["role"] == role and (entry["unet"], entry["prediction"], entry["zero_snr"]) == wanted:
                 return entry

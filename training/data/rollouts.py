@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint
-from ...dmm_core.unet import UNetConfig, unet_config_from_state_dict
+from ...dmm_core.unet import UNetConfig
 from ..config import check_names
-from ..files.hashing import repr_sha256, weights_hash
+from ..files.hashing import repr_sha256, unet_hash
 from ..files.model_settings import say_guesses
 from ..progress import ProgressCallback
 from ..teachers.lora_files import recorded
@@ -74,7 +74,7 @@ def build_rollouts(
     """
     check_names(list(teachers))
     base_model = base_with_parts(base, parts_from)
-    config = unet_config_from_state_dict(base_model.unet)
+    config = base_model.config
     settings = settings or RolloutSettings()
     if not settings.sizes:
         side = default_resolution(config, base_model.prediction)
@@ -126,7 +126,7 @@ def _owners(teachers: Mapping[str, Model], base: Checkpoint, config: UNetConfig)
     for name, model in teachers.items():
         checkpoint = as_checkpoint(model, base)  # one file in memory at a time
         owners.append(_owner(name, model, checkpoint, role="teacher", base=base))
-        sizes.append((name, unet_config_from_state_dict(checkpoint.unet)))
+        sizes.append((name, checkpoint.config))
         guessed[name] = dataclasses.replace(checkpoint, unet={}, text={}, vae={}, other={})
     check_architectures(config, sizes)
     say_guesses({"base": base, **guessed})
@@ -147,7 +147,7 @@ def _owner(name: str, model: Model, checkpoint: Checkpoint, *, role: str, base: 
     if checkpoint.num_styles:
         raise ValueError(f"'{name}' is itself a DMM model with {checkpoint.num_styles} styles: use a plain checkpoint")
     file, digest = ("", "") if isinstance(model, Checkpoint) else recorded(*split_model(model)[:2])
-    unet, text = weights_hash(checkpoint.unet), encoder_key(*checkpoint.encoder(base))
+    unet, text = unet_hash(checkpoint), encoder_key(*checkpoint.encoder(base))
     return Owner(
         role,
         name,
@@ -164,7 +164,10 @@ def _load_teacher(
     owner: Owner, model: Model, store: TextStore, settings: RolloutSettings, *, device: torch.device | str
 ) -> Teacher:
     """An owner of paths as a teacher on the device, in the settings' precision."""
-    unet = plain_unet(as_checkpoint(model).unet, f"'{owner.name}'").to(device, PRECISIONS[settings.precision])
+    checkpoint = as_checkpoint(model)
+    unet = plain_unet(checkpoint.unet, f"'{owner.name}'", heads=checkpoint.heads).to(
+        device, PRECISIONS[settings.precision]
+    )
     contexts, pooled = store.stored[owner.text]
     return Teacher(owner.name, unet, contexts, pooled, prediction=owner.prediction, zero_snr=owner.zero_snr)
 

@@ -104,5 +104,5 @@ def tour(config_path: str, watch: Watch) -> None:
     )
     print(
         "\nIn ComfyUI: copy the checkpoint into ComfyUI/models/dmm (or models/checkpoints), open the template "
-        "'quickstart' of this pack and pick the file in the 'Load DMM Model' node."
+        "'DMM 01 - Quickstart' and pick the file in the 'Load DMM Model' node."
     )

@@ -165,7 +165,7 @@ def merge(method: str, shares: Sequence[float], parents: Sequence[ModelRef], stu
         (method, [float(share) for share in shares]),
         parents,
         student=student,
-        make=lambda: load_unet(summed(shares, parents), dtype=None, copy=False),
+        make=lambda: load_unet(summed(shares, parents), dtype=None, copy=False, heads=student.config.num_heads),
     )
     return Contender(method, ((ref, None),), {"method": method})
 
@@ -286,7 +286,7 @@ class _Bank:
             own = weights[key].float()
             # A full adapter is the teacher itself, without a rounding of the sum
             weights[key] = own if is_full(own.shape, self.rank) else mean + low_rank(own - mean, self.rank)
-        return load_unet(weights, dtype=None, copy=False)
+        return load_unet(weights, dtype=None, copy=False, heads=self.teachers[index].config.num_heads)
 
 
 def parameter_shapes(config: UNetConfig) -> Mapping[str, torch.Size]:

@@ -45,7 +45,10 @@ class ModelRef:
         texts = [tensor_sha256(teacher.contexts[rows])]
         if teacher.pooled is not None:
             texts.append(tensor_sha256(teacher.pooled[rows]))
-        key = repr_sha256(teacher.weights_sha256, teacher.style, teacher.prediction, *texts)
+        heads = teacher.unet.config.num_heads
+        key = repr_sha256(
+            teacher.weights_sha256, teacher.style, teacher.prediction, *texts, *([heads] if heads else [])
+        )
         text = PromptStates(repr_sha256(*texts), teacher.contexts, teacher.pooled)
         return cls(teacher.name, key, lambda: teacher, teacher.unet.config, teacher.zero_snr, teacher.prediction, text)
 

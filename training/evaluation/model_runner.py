@@ -45,7 +45,9 @@ def placed(teacher: Teacher, device: torch.device, dtype: torch.dtype) -> Teache
     """The model on a device in a dtype; a copy, unless it is there already."""
     if {(p.dtype, p.device) for p in teacher.unet.parameters()} == {(dtype, device)}:
         return teacher
-    return dataclasses.replace(teacher, unet=load_unet(teacher.unet.state_dict(), dtype).to(device))
+    return dataclasses.replace(
+        teacher, unet=load_unet(teacher.unet.state_dict(), dtype, heads=teacher.unet.config.num_heads).to(device)
+    )
 
 
 class ModelRunner:

@@ -18,8 +18,8 @@ from torch import Tensor
 from ...dmm_core.checkpoint import CLIP_SKIP, Checkpoint, save_checkpoint
 from ...dmm_core.diffusers_layout import unet_config_to_diffusers, unet_to_diffusers
 from ...dmm_core.files import atomic_write
+from ...dmm_core.heads import written_heads
 from ...dmm_core.metadata import architecture
-from ...dmm_core.unet import unet_config_from_state_dict
 from ...dmm_core.weights_file import check_writable, refusal_explained, storable
 from .model_files import CONFIG, WEIGHTS, add_parts, load_any
 from .model_settings import guesses, split_settings, told
@@ -101,7 +101,7 @@ def save_diffusers(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
         raise ValueError(f"the folder of {folder} does not exist: create it first")
     try:
         unet = unet_to_diffusers(checkpoint.unet)
-        config = unet_config_from_state_dict(checkpoint.unet)
+        config = checkpoint.config
         resolution = architecture(config, checkpoint.prediction)[1]
         described = unet_config_to_diffusers(config, int(resolution.split("x")[0]) // 8 if resolution else None)
     except ValueError as error:
@@ -109,6 +109,7 @@ def save_diffusers(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
     metadata = file_metadata(folder, checkpoint)
     if checkpoint.clip_skip:
         metadata[CLIP_SKIP] = str(checkpoint.clip_skip)
+    metadata |= written_heads(config)
     check_writable(folder, unet, metadata)
     made = not folder.exists()
     folder.mkdir(exist_ok=True)

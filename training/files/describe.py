@@ -18,7 +18,6 @@ from ...dmm_core.bank import BANK
 from ...dmm_core.checkpoint import GUESS, Checkpoint
 from ...dmm_core.metadata import StyleInfo, architecture
 from ...dmm_core.style import CODEBOOK
-from ...dmm_core.unet import unet_config_from_state_dict
 from .model_files import layout_of, load_any, load_any_info, model_sha256, weight_files
 from .model_settings import OWN_WORDS
 from .style_file import StyleFile, is_style_file, read_style_file, style_digest, unet_digest
@@ -54,7 +53,7 @@ def describe(path: str | os.PathLike, digest: bool = True) -> str:
 
 
 def _sizes(checkpoint: Checkpoint) -> list[str]:
-    config = unet_config_from_state_dict(checkpoint.unet)
+    config = checkpoint.config
     count = checkpoint.num_styles
     styles = f"DMM checkpoint, {count} styles" if count else "plain checkpoint, no styles"
     unet = (
@@ -68,6 +67,7 @@ def _sizes(checkpoint: Checkpoint) -> list[str]:
         ),
         *([_row("clip skip", str(checkpoint.clip_skip))] if checkpoint.clip_skip else []),
         _row("UNet", unet),
+        *([_row("heads", heads)] if (heads := _heads(checkpoint)) else []),
     ]
     if checkpoint.scaled_fp8:
         rows.append(
@@ -81,6 +81,15 @@ def _sizes(checkpoint: Checkpoint) -> list[str]:
         rows.append(_row("style bank", f"{_weights(bank)}, of these; rank {max(ranks)}, {config.bank.cores} cores"))
     contents = (("text encoder", checkpoint.text), ("VAE", checkpoint.vae), ("other", checkpoint.other))
     return rows + [_row(name, _weights(weights)) for name, weights in contents if weights or name != "other"]
+
+
+def _heads(checkpoint: Checkpoint) -> str:
+    """The attention heads of a UNet and what says so; "" for a released model's, which all of them have."""
+    said, heads = checkpoint.heads_from, checkpoint.config.all_heads
+    if not said and not checkpoint.heads:
+        return ""
+    text = f"{heads[0]} at every level" if len(set(heads)) == 1 else f"{', '.join(map(str, heads))} by level"
+    return text + (" (a guess: nothing in the file says it)" if said == GUESS else f" (by {said})" if said else "")
 
 
 def _told_by(checkpoint: Checkpoint) -> str:

@@ -8,10 +8,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.vae import IGNORED_PREFIXES
 
 NOT_WEIGHTS = ("position_ids",)
 """Ends of keys that some files carry and others do not: a counter."""
+
+
+def unet_hash(checkpoint: Checkpoint) -> str:
+    """``weights_hash`` of the UNet; another one where it has other attention heads than the usual ones."""
+    weights, heads = weights_hash(checkpoint.unet), checkpoint.config.num_heads
+    return repr_sha256(weights, heads) if heads else weights
 
 
 def weights_hash(weights: Mapping[str, Tensor]) -> str:

@@ -33,13 +33,15 @@ from ...dmm_core.checkpoint import (
 )
 from ...dmm_core.diffusers_layout import (
     check_diffusers_config,
+    heads_in_config,
     is_diffusers_unet,
     unet_from_diffusers,
     vae_from_diffusers,
 )
 from ...dmm_core.files import file_sha256
+from ...dmm_core.heads import HEADS
 from ...dmm_core.scaled_fp8 import dequantised
-from ...dmm_core.unet import unet_config_from_state_dict
+from ...dmm_core.unet import unet_config_from_state_dict, with_heads
 from ...dmm_core.weights_file import read_keys, read_weights
 from .clip_layout import to_single_file
 from .model_settings import with_yaml
@@ -104,6 +106,8 @@ def change_stamp(path: str | os.PathLike) -> tuple[tuple[str, int, int], ...]:
     path = Path(path)
     files = _series_of(path) if path.exists() and not path.is_dir() else [path]
     if path.suffix == ".safetensors" and (beside := path.with_suffix(".yaml")).is_file():
+        files.append(beside)
+    if UNET_FILE.fullmatch(path.name) and (beside := path.with_name(CONFIG)).is_file():
         files.append(beside)
     if path.is_dir():
         found = [*path.glob("*"), *path.glob("*/*")]
@@ -196,9 +200,17 @@ def _read_unet(
     try:
         unet = unet_from_diffusers(weights)
         if described:
-            check_diffusers_config(described, unet_config_from_state_dict(unet))
+            config = unet_config_from_state_dict(unet)
+            check_diffusers_config(described, config)
+            heads = heads_in_config(described, config)
         marks = {ZERO_SNR_MARK: torch.empty(0)} if metadata.pop(ZERO_SNR, None) == "true" else {}
         whole = assemble({**{UNET_PREFIX + k: v for k, v in unet.items()}, **extra, **marks}, metadata)
+        if described and whole.heads_from != HEADS:
+            whole = replace(whole, heads=heads, heads_from=CONFIG)
+        elif described and with_heads(config, heads) != with_heads(config, whole.heads):
+            raise ValueError(
+                f"its config.json says {heads} attention heads, and its metadata {whole.heads}: get it again"
+            )
         return replace(whole, scaled_fp8=scaled)
     except ValueError as error:
         raise ValueError(f"{files[0]}: {error}") from error

@@ -1,4 +1,4 @@
-"""What a model predicts, its noise schedule and its clip skip, where the weights do not say it.
+"""What a model predicts, its noise schedule, its clip skip and its attention heads, where the weights do not say it.
 
 In this order: what the user says, in a config or behind the file's name (``sd15.safetensors,prediction=v,clip_skip=2``); the file's
 ``dmm.*`` metadata and the tensors ``v_pred`` and ``ztsnr``; a yaml beside the file (``sd15.yaml`` beside ``sd15.safetensors``), as
@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ...dmm_core.checkpoint import GUESS, V_MARK, Checkpoint
+from ...dmm_core.heads import METADATA, heads_by_level
+from ...dmm_core.heads import NAMES as NAMES_OF_HEADS
+from ...dmm_core.unet import unet_config_from_state_dict
 from ..config import MOST_SKIPPED, ModelSettings
 from ..yaml_file import read_yaml
 
@@ -24,12 +27,19 @@ logger = logging.getLogger(__name__)
 SETTING = "a setting"
 OWN_WORDS = ("", "dmm.prediction", f"its tensor '{V_MARK}'")
 """``Checkpoint.prediction_from`` of what a yaml beside the file does not overrule: marks made for this very question."""
+WEAK_WORDS = ("", GUESS, METADATA)
+"""``Checkpoint.heads_from`` of what a yaml beside the file overrules."""
 NAMES = tuple(field.name for field in fields(ModelSettings))
+_COUNTS = {"clip_skip": MOST_SKIPPED, "num_heads": 9999, "num_head_channels": 9999}
+"""Settings that are whole numbers from 1, and their bounds."""
 _TAIL = re.compile(r"((?:,\s*\w+=[^,=]*)+)$")
 
 
 def told(checkpoint: Checkpoint, settings: ModelSettings, by: str = SETTING) -> Checkpoint:
-    """``checkpoint`` as ``settings`` say it is, where they say something."""
+    """``checkpoint`` as ``settings`` say it is, where they say something. Raises ValueError for attention heads that the UNet cannot have,
+    and for both ways of saying them at once."""
+    if settings.num_heads or settings.num_head_channels:
+        checkpoint = replace(checkpoint, heads=_heads(checkpoint, settings), heads_from=by)
     prediction = settings.prediction or checkpoint.prediction
     zero_snr = checkpoint.zero_snr if settings.zero_snr is None else settings.zero_snr
     other = (prediction, zero_snr) != (checkpoint.prediction, checkpoint.zero_snr)
@@ -43,8 +53,33 @@ def told(checkpoint: Checkpoint, settings: ModelSettings, by: str = SETTING) -> 
     )
 
 
+def _heads(checkpoint: Checkpoint, settings: ModelSettings) -> tuple[int, ...]:
+    if settings.num_heads and settings.num_head_channels:
+        raise ValueError(
+            f"num_heads {settings.num_heads} and num_head_channels {settings.num_head_channels} are both given: say one of them"
+        )
+    said = {"num_heads": settings.num_heads, "num_head_channels": settings.num_head_channels}
+    return heads_by_level(unet_config_from_state_dict(checkpoint.unet), said)
+
+
 def guesses(models: Mapping[str, Checkpoint]) -> str:
     """What was guessed of models, by name, as a sentence for the user; "" where every file says it."""
+    return "\n".join(filter(None, (_guessed_predictions(models), guessed_heads(models))))
+
+
+def guessed_heads(models: Mapping[str, Checkpoint]) -> str:
+    """As ``guesses``, of attention heads alone: of models that are no released size of Stable Diffusion."""
+    guessed = [name for name, model in models.items() if model.heads_from == GUESS]
+    if not guessed:
+        return ""
+    return (
+        f"no file says how many attention heads these models have, which are no released size of Stable Diffusion: {', '.join(guessed)}. "
+        "The usual number is taken (64 channels a head, or 8 heads in wide models of SD1's kind); if one paints noise or mush it has "
+        "another: say so with num_heads or num_head_channels (docs/files.md)"
+    )
+
+
+def _guessed_predictions(models: Mapping[str, Checkpoint]) -> str:
     guessed = {name: model.prediction for name, model in models.items() if model.prediction_from == GUESS}
     if not guessed:
         return ""
@@ -93,12 +128,12 @@ def _settings(given: Mapping[str, str]) -> ModelSettings:
             values[name] = value
         elif name == "zero_snr" and value in ("true", "false"):
             values[name] = value == "true"
-        elif name == "clip_skip" and re.fullmatch(r"[0-9]{1,2}", value) and 1 <= int(value) <= MOST_SKIPPED:
+        elif name in _COUNTS and re.fullmatch(r"0?[1-9][0-9]{0,3}", value) and int(value) <= _COUNTS[name]:
             values[name] = int(value)
         else:
             raise ValueError(
-                f"'{name}={value}' behind a model's file: expected prediction=eps, prediction=v, zero_snr=true, zero_snr=false or "
-                f"clip_skip=1 to {MOST_SKIPPED}"
+                f"'{name}={value}' behind a model's file: expected prediction=eps, prediction=v, zero_snr=true, zero_snr=false, "
+                f"clip_skip=1 to {MOST_SKIPPED}, num_heads=8 or num_head_channels=64"
             )
     return ModelSettings(**values)
 
@@ -107,8 +142,9 @@ def _settings(given: Mapping[str, str]) -> ModelSettings:
 
 
 def with_yaml(checkpoint: Checkpoint, path: Path) -> Checkpoint:
-    """``checkpoint`` as the yaml beside its file ``path`` says, if there is one: prediction and clip skip, as LDM's inference configs have
-    them. A file that cannot be read, or is something else, is left alone. Raises ValueError for what is neither eps nor v."""
+    """``checkpoint`` as the yaml beside its file ``path`` says, if there is one: prediction, clip skip and attention heads, as LDM's
+    inference configs have them. A file that cannot be read, or is something else, is left alone, and so are the heads of a UNet of another
+    size. Raises ValueError for what is neither eps nor v, and for heads that do not divide the channels."""
     beside = path.with_suffix(".yaml")
     if path.suffix != ".safetensors" or not beside.is_file():
         return checkpoint
@@ -130,7 +166,28 @@ def with_yaml(checkpoint: Checkpoint, path: Path) -> Checkpoint:
                 "%s says %s, %s says %s: the file counts", beside.name, prediction, path.name, checkpoint.prediction
             )
         prediction = None
+    checkpoint = _with_yaml_heads(checkpoint, params, beside)
     return told(checkpoint, ModelSettings(prediction, clip_skip=skip), by=beside.name)
+
+
+def _with_yaml_heads(checkpoint: Checkpoint, params: Mapping[str, Any], beside: Path) -> Checkpoint:
+    """The attention heads by LDM's ``unet_config``, or ``network_config`` as SDXL's yamls have it. params: of the yaml's ``model``."""
+    said = _inside(params, "unet_config", "params") or _inside(params, "network_config", "params")
+    if checkpoint.heads_from not in WEAK_WORDS or not any(said.get(name) for name in NAMES_OF_HEADS):
+        return checkpoint
+    sizes = unet_config_from_state_dict(checkpoint.unet)
+    for name, ours in (("model_channels", sizes.model_channels), ("context_dim", sizes.context_dim)):
+        if said.get(name) not in (None, ours):
+            logger.warning(
+                "the attention heads in %s are not looked at: it is for another UNet (%s %s, and the weights have %d)",
+                beside.name, name, str(said[name])[:40], ours,
+            )  # fmt: skip
+            return checkpoint
+    try:
+        heads = heads_by_level(sizes, said)
+    except ValueError as error:
+        raise ValueError(f"{beside}: {error}") from error
+    return replace(checkpoint, heads=heads, heads_from=beside.name) if heads else checkpoint
 
 
 def _inside(config: Any, *names: str) -> Mapping[str, Any]:

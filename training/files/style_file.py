@@ -195,7 +195,7 @@ def file_metadata(path: Path, checkpoint: Checkpoint) -> dict[str, str]:
     try:
         styles = checkpoint.styles or default_styles(checkpoint.num_styles)
         check_styles(styles, checkpoint.num_styles)
-        config = unet_config_from_state_dict(checkpoint.unet)
+        config = checkpoint.config
         rest = {**checkpoint.metadata, **({ZERO_SNR: "true"} if checkpoint.zero_snr else {})}
         return write_metadata(
             styles, checkpoint.recipe, checkpoint.prediction, rest=rest, config=config, title=path.stem

@@ -143,9 +143,9 @@ class Forget(RunKind):
         if run.base.unet.config.bank:
             return self.bank_report(run, steps, tick)
         width = max(len("a search for"), *(len(one.teacher.name) for one in self.forgotten))
-        networks = [run.base.unet]  # a deleted code changes nothing else
+        num_heads, networks = run.base.unet.config.num_heads, [run.base.unet]  # a deleted code changes nothing else
         if run.step:
-            networks.append(load_unet(run.student_weights()).to(run.device))
+            networks.append(load_unet(run.student_weights(), heads=num_heads).to(run.device))
         now = "   found now" if run.step else ""
         lines = [f"{'a search for':<{width}}  found before{now}  without a style"]
         total = len(networks) * steps * len(self.forgotten)
@@ -164,9 +164,10 @@ class Forget(RunKind):
         and in the trained one (in a run without steps, in the former alone)."""
         places = [one.teacher.style for one in self.forgotten if isinstance(one.teacher.style, int)]
         dropped = drop_styles(run.base.unet.state_dict(), places)
-        networks = {"deleted": load_unet(dropped.unet).to(run.device)}
+        num_heads = run.base.unet.config.num_heads
+        networks = {"deleted": load_unet(dropped.unet, heads=num_heads).to(run.device)}
         if run.step:
-            networks["trained"] = load_unet(run.student_weights()).to(run.device)
+            networks["trained"] = load_unet(run.student_weights(), heads=num_heads).to(run.device)
         heads = [f"{name}: {what}" for name in networks for what in ("codes", "and cores")]
         width = max(len("a search in"), *(len(one.teacher.name) for one in self.forgotten))
         lines = [f"{'a search in':<{width}}{''.join(f'{head:>20}' for head in heads)}{'without a style':>20}"]

@@ -32,7 +32,7 @@ def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) ->
     if grown and (banks or config.init == "soup"):
         raise ValueError(f"init is {config.init!r}: a model that has styles already goes on from itself (init: base)")
     if base.config.bank and any(teacher.unet is base for teacher in teachers):
-        return ready(load_unet(bank_start(base, teachers, config)), config)
+        return ready(load_unet(bank_start(base, teachers, config), heads=base.config.num_heads), config)
     if base.config.bank and not again:
         raise ValueError(
             "the base is a DMM model with a style bank, which goes on with the styles that it has, and no others yet: start from a plain "

@@ -71,7 +71,7 @@ def merge_files(
         none = Source(
             file_info(base), foundation.unet, shapes_of(foundation),
             stamp_of(split_model(base)[0]), foundation.prediction,
-            foundation.zero_snr,
+            foundation.zero_snr, foundation.heads,
         )  # fmt: skip
     folder = output.with_name(f".{output.stem}-merge-parts")
     checkpoint, report = merge(sources, none, parts, config, folder=folder, progress=progress)
@@ -142,7 +142,8 @@ def source_of(name: str, file: str, base: Checkpoint | None) -> tuple[Source, Ch
     names, digest = recorded(path, loras)
     stamp = "\n".join(stamp_of(one) for one in (path, *(lora.file for lora in loras))) + repr(loras)
     info = StyleInfo(name, teacher=names, sha256=digest)
-    return Source(info, unet, shapes_of(checkpoint), stamp, checkpoint.prediction, checkpoint.zero_snr), checkpoint
+    shapes, heads = shapes_of(checkpoint), checkpoint.heads
+    return Source(info, unet, shapes, stamp, checkpoint.prediction, checkpoint.zero_snr, heads), checkpoint
 
 
 def warn_of_clip_skip(parts: Checkpoint, models: Mapping[str, Checkpoint]) -> None:

@@ -168,7 +168,7 @@ def add_teachers(
 
 def with_bank(model: Checkpoint) -> tuple[UNetConfig, BankConfig]:
     """The sizes of a model and of its bank. Raises ValueError for one without."""
-    config = unet_config_from_state_dict(model.unet)
+    config = model.config
     if not config.num_styles:
         raise ValueError("the model has no styles: it is a plain checkpoint, not a DMM model (dmm merge makes one)")
     if not config.bank:
@@ -188,7 +188,7 @@ def checked(model: Checkpoint, config: UNetConfig, teachers: Sequence[Source]) -
     for one in teachers:
         plain = one.plain()
         try:
-            check_architectures(config, [(one.name, unet_config_from_state_dict(plain))])
+            check_architectures(config, [(one.name, unet_config_from_state_dict(plain, one.heads))])
         except ValueError as error:
             raise ValueError(f"'{one.name}': {error}") from error
         for what in ("prediction", "zero_snr"):

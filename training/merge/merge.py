@@ -47,7 +47,7 @@ CENTRES = ("mean", "base")
 @dataclass(frozen=True)
 class Source:
     """A model to merge. unet: its weights by key, of which one is asked for at a time; shapes: theirs. stamp: what changes when they do.
-    prediction, zero_snr: as of a ``Checkpoint``."""
+    prediction, zero_snr, heads: as of a ``Checkpoint``."""
 
     info: StyleInfo
     unet: Mapping[str, Tensor]
@@ -55,6 +55,7 @@ class Source:
     stamp: str
     prediction: str = "eps"
     zero_snr: bool = False
+    heads: Sequence[int] = ()
 
     @property
     def name(self) -> str:
@@ -168,6 +169,7 @@ def merge(
         prediction=teachers[0].prediction,
         zero_snr=teachers[0].zero_snr,
         clip_skip=parts.clip_skip if parts.text else None,
+        heads=unet_config.num_heads,
     )
     return checkpoint, report
 
@@ -215,7 +217,7 @@ def checked(teachers: Sequence[Source], models: Sequence[Source]) -> tuple[UNetC
     for model in models:
         plain = model.plain()
         try:
-            configs.append((model.name, unet_config_from_state_dict(plain)))
+            configs.append((model.name, unet_config_from_state_dict(plain, model.heads)))
         except ValueError as error:
             raise ValueError(f"'{model.name}': {error}") from error
     check_architectures(configs[0][1], configs)

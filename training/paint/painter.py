@@ -147,7 +147,7 @@ def painter(checkpoint: Checkpoint, companion: Checkpoint | None = None, device:
         if not weights:
             raise ValueError(f"the checkpoint has no {what}: name a full checkpoint of the same family to take it from")
     return Painter(
-        load_unet(checkpoint.unet).to(device).eval(),
+        load_unet(checkpoint.unet, heads=checkpoint.heads).to(device).eval(),
         ClipText(text, clip_skip).to(device),
         load_vae(vae).to(device).eval(),
         styles=[style.name for style in checkpoint.styles],

@@ -83,7 +83,7 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
     if again:
         config = dataclasses.replace(config, teachers=in_style_order(base.styles, config.teachers))
     files: Named = {spec.name: load_teacher(spec, base, config) for spec in config.teachers}
-    base_unet = (styled_unet if grown or again else plain_unet)(base.unet, "the base model")
+    base_unet = (styled_unet if grown or again else plain_unet)(base.unet, "the base model", heads=base.heads)
     ranks = ranks or Ranks()
     unets = teacher_unets(config, files, ranks)
     check_architectures(base_unet.config, [(name, unet.config) for name, unet in unets.items()])
@@ -137,8 +137,8 @@ def teacher_unets(config: DistillConfig, files: Named, ranks: Ranks) -> dict[str
     unets = {}
     for i, spec in enumerate(config.teachers):
         copy = ranks.world == 1 or bool(spec.loras)
-        look = copy or i % ranks.world == ranks.rank
-        unets[spec.name] = plain_unet(files[spec.name][0].unet, f"teacher '{spec.name}'", copy, look)
+        look, file = copy or i % ranks.world == ranks.rank, files[spec.name][0]
+        unets[spec.name] = plain_unet(file.unet, f"teacher '{spec.name}'", copy, look, heads=file.heads)
     return unets
 
 

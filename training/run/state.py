@@ -65,6 +65,8 @@ def identity(run: Trainer) -> dict[str, str]:
     settings = {k: v for k, v in dataclasses.asdict(run.config).items() if k not in out}
     parts = {f"setting {k}": json.dumps(v) for k, v in settings.items()}
     parts["base model"] = run.base.weights_sha256
+    if heads := run.base.unet.config.num_heads:  # all models have the same
+        parts["attention heads"] = json.dumps(heads)
     parts["base text"] = rows_fingerprint(run.base.contexts)
     parts["teacher names"] = json.dumps([t.name for t in run.teachers])
     for teacher in run.teachers:

@@ -33,6 +33,7 @@ def student_checkpoint(
         prediction=run.base.prediction,
         zero_snr=run.base.zero_snr,
         clip_skip=base.clip_skip,
+        heads=run.base.unet.config.num_heads,
     )
 
 

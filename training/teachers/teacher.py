@@ -187,12 +187,14 @@ def in_style_order(styles: Sequence[StyleInfo], teachers: Sequence[Named]) -> li
     return [named[name] for name in names]
 
 
-def plain_unet(sd: Mapping[str, Tensor], name: str, copy: bool = True, look: bool = True) -> UNet:
+def plain_unet(
+    sd: Mapping[str, Tensor], name: str, copy: bool = True, look: bool = True, *, heads: Sequence[int] = ()
+) -> UNet:
     """A frozen, style-less UNet from a state dict; ValueError (naming the teacher) for styles, NaN or a foreign layout.
 
-    copy: False makes its weights the tensors of ``sd`` themselves; look: False skips the search for NaN.
+    copy: False makes its weights the tensors of ``sd`` themselves; look: False skips the search for NaN; heads: as of ``load_unet``.
     """
-    unet = sound_unet(sd, name, copy, look)
+    unet = sound_unet(sd, name, copy, look, heads=heads)
     if unet.config.num_styles:
         raise ValueError(
             f"{name} is itself a DMM model with {unet.config.num_styles} styles: use a plain checkpoint (new teachers for a DMM "
@@ -201,9 +203,9 @@ def plain_unet(sd: Mapping[str, Tensor], name: str, copy: bool = True, look: boo
     return unet
 
 
-def styled_unet(sd: Mapping[str, Tensor], name: str) -> UNet:
+def styled_unet(sd: Mapping[str, Tensor], name: str, *, heads: Sequence[int] = ()) -> UNet:
     """A frozen DMM UNet from a state dict; ValueError (naming it) for one without styles, NaN or a foreign layout."""
-    unet = sound_unet(sd, name)
+    unet = sound_unet(sd, name, heads=heads)
     if not unet.config.num_styles:
         raise ValueError(
             f"{name} has no styles: it is a plain checkpoint, not a DMM model (Distill Teachers makes one)"
@@ -211,11 +213,13 @@ def styled_unet(sd: Mapping[str, Tensor], name: str) -> UNet:
     return unet
 
 
-def sound_unet(sd: Mapping[str, Tensor], name: str, copy: bool = True, look: bool = True) -> UNet:
-    """A UNet from a state dict; ValueError, naming it, for NaN or a foreign layout. copy, look: as of
+def sound_unet(
+    sd: Mapping[str, Tensor], name: str, copy: bool = True, look: bool = True, *, heads: Sequence[int] = ()
+) -> UNet:
+    """A UNet from a state dict; ValueError, naming it, for NaN or a foreign layout. copy, look, heads: as of
     ``plain_unet``."""
     try:
-        unet = load_unet(sd, copy=copy)
+        unet = load_unet(sd, copy=copy, heads=heads)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     for key, tensor in unet.state_dict().items() if look else ():
@@ -234,7 +238,7 @@ def check_architectures(base: UNetConfig, teachers: Sequence[tuple[str, UNetConf
     aside."""
     problems = []
     for name, config in teachers:
-        ours, theirs = (dataclasses.asdict(without_styles(c)) for c in (base, config))
+        ours, theirs = ({**dataclasses.asdict(without_styles(c)), "num_heads": c.all_heads} for c in (base, config))
         different = [f"{k} {theirs[k]} instead of {ours[k]}" for k in ours if ours[k] != theirs[k]]
         if different:
             problems.append(f"'{name}' has {', '.join(different)}")

@@ -6,6 +6,8 @@ import { app } from "../../../scripts/app.js";
 const REPORT = "dmm_report";
 const LINE = 15; // pixels, of a 10 pixel font
 const LETTER = 6.1;
+const PADDING = 8; // of the text, above and below together
+const SCROLL_BAR = 14;
 
 function show(node, text) {
   const widget = node.widgets?.find((other) => other.name === REPORT) ?? addReport(node);
@@ -37,7 +39,8 @@ function addReport(node) {
   function height() {
     const room = isTable() ? Infinity : Math.max(1, (node.size[0] - 60) / LETTER);
     const lines = element.textContent.split("\n").map((line) => Math.max(1, Math.ceil(line.length / room)));
-    return LINE * lines.reduce((a, b) => a + b) + (isTable() ? 24 : 10); // a table has a scroll bar
+    const margins = 2 * (widget?.margin ?? 10); // the host's, around the element
+    return LINE * lines.reduce((a, b) => a + b) + PADDING + margins + (isTable() ? SCROLL_BAR : 0);
   }
   const widget = node.addDOMWidget(REPORT, "dmm_report", element, {
     serialize: false, // not sent to the server ...

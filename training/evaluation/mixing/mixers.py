@@ -60,7 +60,10 @@ def merged(
     check_mergeable(first, second)
     a, b = first.unet.state_dict(), second.unet.state_dict()
     unet = load_unet(
-        {key: torch.lerp(a[key].float(), b[key].float(), ratio).to(dtype) for key in a}, dtype=None, copy=False
+        {key: torch.lerp(a[key].float(), b[key].float(), ratio).to(dtype) for key in a},
+        dtype=None,
+        copy=False,
+        heads=first.unet.config.num_heads,
     )
     rows = torch.arange(prompts)
     contexts = torch.lerp(*to_one_length(first.contexts[rows], second.contexts[rows]), ratio)

@@ -1,0 +1,96 @@
+// Folds the advanced inputs of this pack's nodes where the canvas draws them. "Nodes 2.0" folds them by itself, with a button of its own;
+// the flag that says whether they are open, node.showAdvanced, is the host's and is saved with the graph.
+//
+// A folded input keeps its value and is queued as ever. One that a link decides stays visible.
+
+import { app } from "../../../scripts/app.js";
+
+const TOGGLE = "dmm_advanced";
+const FIRST = "preset"; // stands above the other inputs of a node that has one, whose order in saved graphs stays as it is
+
+const onCanvas = () => !window.LiteGraph?.vueNodesMode;
+let measuring = false; // a node's size is that of what is seen, whoever draws it
+const advanced = (node) => node.widgets.filter((widget) => widget.options?.advanced);
+const linked = (node, widget) => node.inputs?.some((input) => input.widget?.name === widget.name && input.link != null);
+
+function foldable(node, widget) {
+  let hidden = widget.hidden ?? false;
+  Object.defineProperty(widget, "hidden", {
+    configurable: true,
+    enumerable: true,
+    get: () => hidden || ((measuring || onCanvas()) && !node.showAdvanced && !linked(node, widget)),
+    set: (value) => (hidden = value),
+  });
+}
+
+function addToggle(node) {
+  const widget = node.addWidget("button", TOGGLE, null, () => {
+    node.showAdvanced = !node.showAdvanced;
+    fit(node);
+  });
+  widget.serialize = false;
+  Object.assign(widget.options, { serialize: false, canvasOnly: true });
+  const count = advanced(node).length;
+  Object.defineProperty(widget, "label", {
+    configurable: true,
+    get: () => (node.showAdvanced ? "hide advanced inputs \u25b4" : `${count} advanced inputs \u25be`),
+    set: () => {},
+  });
+  Object.defineProperty(widget, "hidden", { configurable: true, get: () => !onCanvas(), set: () => {} });
+}
+
+function measureWhatIsSeen(node) {
+  const compute = node.computeSize;
+  node.computeSize = function (...out) {
+    measuring = true;
+    try {
+      return compute.apply(this, out);
+    } finally {
+      measuring = false;
+    }
+  };
+}
+
+function fit(node) {
+  const [, height] = node.computeSize();
+  node.setSize([node.size[0], height]);
+  node.setDirtyCanvas(true, true);
+}
+
+// Nodes that were saved when nothing was folded are as high as all their inputs.
+function shrink(node) {
+  if (node.showAdvanced) return;
+  const [, folded] = node.computeSize();
+  node.showAdvanced = true;
+  const [, open] = node.computeSize();
+  node.showAdvanced = false;
+  if (node.size[1] >= open) node.setSize([node.size[0], folded]);
+}
+
+function presetFirst(node) {
+  const layout = node.getLayoutWidgets;
+  if (!layout || !node.widgets.some((widget) => widget.name === FIRST)) return;
+  node.getLayoutWidgets = function () {
+    const widgets = layout.call(this);
+    return [...widgets.filter((widget) => widget.name === FIRST), ...widgets.filter((widget) => widget.name !== FIRST)];
+  };
+}
+
+app.registerExtension({
+  name: "comfyui-dmm.AdvancedInputs",
+
+  nodeCreated(node) {
+    if (!node.comfyClass?.startsWith("DMM") || !node.widgets?.length || !advanced(node).length) return;
+    for (const widget of advanced(node)) foldable(node, widget);
+    presetFirst(node);
+    addToggle(node);
+    measureWhatIsSeen(node);
+    fit(node);
+    const configured = node.onConfigure;
+    node.onConfigure = function (...saved) {
+      const result = configured?.apply(this, saved);
+      shrink(node);
+      return result;
+    };
+  },
+});
