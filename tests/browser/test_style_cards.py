@@ -91,7 +91,7 @@ def cards(page):
 def save_plain(server) -> None:
     """A model without styles, in the server's folder."""
     checkpoint = load_checkpoint(PACK / "models" / "dmm" / "demo-dmm.safetensors")
-    checkpoint.unet = {k: v for k, v in load_checkpoint(PACK / "models" / "dmm" / "demo-base.safetensors").unet.items()}
+    checkpoint.unet = load_checkpoint(PACK / "models" / "dmm" / "demo-base.safetensors").unet
     checkpoint.styles, checkpoint.recipe, checkpoint.metadata = [], {}, {}
     save_checkpoint(server.base / "models" / "dmm" / "plain.safetensors", checkpoint)
 
@@ -112,7 +112,10 @@ def test_the_loader_shows_the_styles_of_its_file(page, server, tmp_path_factory)
     assert cards(page).locator("img").count() == len(STYLES)
     assert cards(page).first.get_attribute("title") == "ink: bold black outline and hatching"
     page.wait_for_timeout(600)  # the node has grown
-    cut = "() => { const f = document.querySelector('.dmm-frame'); return [f.scrollHeight - f.clientHeight, f.scrollWidth - f.clientWidth]; }"
+    cut = """() => {
+        const frame = document.querySelector('.dmm-frame');
+        return [frame.scrollHeight - frame.clientHeight, frame.scrollWidth - frame.clientWidth];
+    }"""
     assert page.evaluate(cut) == [0, 0]
     page.screenshot(path=tmp_path_factory.getbasetemp() / f"cards-{page.renderer}.png")
     set_widget(page, "DMMLoadModel", "ckpt_name", "names.safetensors")
@@ -142,9 +145,12 @@ def test_every_style_field_has_a_button_and_graphs_are_saved_as_before(page, ser
             page.keyboard.press("Escape")
             panel.wait_for(state="detached")
             assert on_button(page, node, field)
-        saved = page.evaluate("id => JSON.parse(JSON.stringify(app.graph.getNodeById(id).serialize())).widgets_values", node)
+        saved = page.evaluate(
+            "id => JSON.parse(JSON.stringify(app.graph.getNodeById(id).serialize())).widgets_values", node
+        )
         own = page.evaluate(
-            "id => app.graph.getNodeById(id).widgets.filter((w) => w.serialize !== false).map((w) => [w.name, w.value])", node
+            "id => app.graph.getNodeById(id).widgets.filter((w) => w.serialize !== false).map((w) => [w.name, w.value])",
+            node,
         )
         assert saved == [value for _, value in own]
         sent = queued(page)[str(node)]["inputs"]
@@ -173,7 +179,9 @@ def test_styles_are_taken_and_blended_with_the_mouse(page, tmp_path_factory):
     panel.wait_for(state="detached")
     assert queued(page)[str(region)]["inputs"]["style"] == "pixel:0.49, candy:0.21, echo:0.3"
     page.evaluate("app.extensionManager.command.execute('Comfy.Undo')")
-    page.wait_for_function("() => app.graph.findNodesByType('DMMRegion').every((n) => !n.widgets[0].value.includes('echo'))")
+    page.wait_for_function(
+        "() => app.graph.findNodesByType('DMMRegion').every((n) => !n.widgets[0].value.includes('echo'))"
+    )
     assert page.errors == []
 
 
@@ -184,12 +192,15 @@ def test_the_keyboard_is_enough(page):
     set_on(page, mixed, "background", "ink")
     panel = open_panel(page, mixed, "background")
     assert page.evaluate("document.activeElement.getAttribute('role')") == "listbox"
-    columns = page.evaluate(
-        "() => { const cards = [...document.querySelectorAll('.dmm-option')]; return cards.filter((c) => c.offsetTop === cards[0].offsetTop).length; }"
-    )
+    columns = page.evaluate("""() => {
+        const cards = [...document.querySelectorAll('.dmm-option')];
+        return cards.filter((card) => card.offsetTop === cards[0].offsetTop).length;
+    }""")
     for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "ArrowDown"):
         page.keyboard.press(key)
-    active = page.evaluate("document.getElementById(document.activeElement.getAttribute('aria-activedescendant')).textContent")
+    active = page.evaluate(
+        "document.getElementById(document.activeElement.getAttribute('aria-activedescendant')).textContent"
+    )
     assert active.startswith([*STYLES, "none"][1 + columns])
     page.keyboard.press("Home")
     page.keyboard.press("ArrowUp")  # no further
@@ -243,7 +254,9 @@ def test_fields_of_several_lines_and_of_names(page):
 
 
 def test_many_styles_are_searched(page):
-    answer_styles(page, [{"name": f"style {i}", "description": "blue" if i == 17 else "", "thumbnail": ""} for i in range(40)])
+    answer_styles(
+        page, [{"name": f"style {i}", "description": "blue" if i == 17 else "", "thumbnail": ""} for i in range(40)]
+    )
     open_graph(page, graph_of("regions"))
     region = id_of(page, "DMMRegion")
     set_on(page, region, "style", "none")
@@ -328,10 +341,17 @@ def test_only_small_jpeg_and_webp_data_become_pictures(page):
     good = load_checkpoint(PACK / "models" / "dmm" / "demo-dmm.safetensors").styles[0].thumbnail
     bad = [
         *("javascript:window.hacked=1", "https://example.invalid/a.jpg", "data:image/svg+xml;base64,PHN2Zy8+", "x"),
-        *("data:text/html;base64,PGI+", "data:image/jpeg;base64,AA==\n", f"{good} ", "data:image/jpeg;base64," + "A" * 200_000),
+        *(
+            "data:text/html;base64,PGI+",
+            "data:image/jpeg;base64,AA==\n",
+            f"{good} ",
+            "data:image/jpeg;base64," + "A" * 200_000,
+        ),
         *(7, None, {"a": 1}),
     ]
-    answer_styles(page, [{"name": f"s{i}", "description": None, "thumbnail": uri} for i, uri in enumerate([good, *bad])])
+    answer_styles(
+        page, [{"name": f"s{i}", "description": None, "thumbnail": uri} for i, uri in enumerate([good, *bad])]
+    )
     open_graph(page, graph_of("quickstart"))
     cards(page).nth(len(bad)).wait_for()
     assert cards(page).locator("img").count() == 1 and cards(page).first.locator("img").get_attribute("src") == good

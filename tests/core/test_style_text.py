@@ -13,20 +13,116 @@ NODE = shutil.which("node")
 pytestmark = pytest.mark.skipif(NODE is None, reason="no node: it runs the file of the page")
 
 READABLE = [
-    *("ink", " ink ", "none", "my ink", "ink, pen", "ink:0.7, pen:0.3", "ink:7,pen:3", "ink : .5 , pen : 1e-1 ", "ink:+1."),
-    *("ink:1.5, pen:-0.5", "paper: cut-out", "paper: cut-out:2, ink", '"a, b":0.5, c', "'a;b'", '"50%: x"', "the cat's eye"),
-    *('say "hi"', "ink:٣, pen:١", "ink:𝟛, pen:𝟙", "墨:2, pen:6", "0%: flat; 60%: ink", "40%-60%: ink", "ink; 40% - 60% : pen"),
-    *("0%: ink\n50%: pen\n\n100%: 墨", "ink;", "50%:ink:0.5,pen:0.5", "a:b:2, c", "1:2:", '""x"", y', "ink\u2003", "\x1cink\x1f"),
-    *("\ufeffink", "0%-0%: ink", "0%: a; 0%: b", "5e1%: ink", "ink:0, pen:1", "a\tb", "'it''s'", '"a":"b"', "x:'y:2'", "50% : none"),
+    *(
+        "ink",
+        " ink ",
+        "none",
+        "my ink",
+        "ink, pen",
+        "ink:0.7, pen:0.3",
+        "ink:7,pen:3",
+        "ink : .5 , pen : 1e-1 ",
+        "ink:+1.",
+    ),
+    *(
+        "ink:1.5, pen:-0.5",
+        "paper: cut-out",
+        "paper: cut-out:2, ink",
+        '"a, b":0.5, c',
+        "'a;b'",
+        '"50%: x"',
+        "the cat's eye",
+    ),
+    *(
+        'say "hi"',
+        "ink:٣, pen:١",
+        "ink:𝟛, pen:𝟙",
+        "墨:2, pen:6",
+        "0%: flat; 60%: ink",
+        "40%-60%: ink",
+        "ink; 40% - 60% : pen",
+    ),
+    *(
+        "0%: ink\n50%: pen\n\n100%: 墨",
+        "ink;",
+        "50%:ink:0.5,pen:0.5",
+        "a:b:2, c",
+        "1:2:",
+        '""x"", y',
+        "ink\u2003",
+        "\x1cink\x1f",
+    ),
+    *(
+        "\ufeffink",
+        "0%-0%: ink",
+        "0%: a; 0%: b",
+        "5e1%: ink",
+        "ink:0, pen:1",
+        "a\tb",
+        "'it''s'",
+        '"a":"b"',
+        "x:'y:2'",
+        "50% : none",
+    ),
 ]
 REFUSED = [
-    *("", "  ", "\n;\n", ",", "ink,", "ink,,pen", "ink, ink", ":5", "ink:0", "ink:1, pen:-1", "ink:1e999", "ink:-1e999, pen"),
-    *('"ink', "'a, b", "ink; pen", "120%: ink", "-5%: ink", "60%-40%: ink", "60%: a; 40%: b", "50%:", "0%: ink; 40%-60%:"),
+    *(
+        "",
+        "  ",
+        "\n;\n",
+        ",",
+        "ink,",
+        "ink,,pen",
+        "ink, ink",
+        ":5",
+        "ink:0",
+        "ink:1, pen:-1",
+        "ink:1e999",
+        "ink:-1e999, pen",
+    ),
+    *(
+        '"ink',
+        "'a, b",
+        "ink; pen",
+        "120%: ink",
+        "-5%: ink",
+        "60%-40%: ink",
+        "60%: a; 40%: b",
+        "50%:",
+        "0%: ink; 40%-60%:",
+    ),
     *("a; 10%-50%: b; 20%: c", '"":1', "''", "ink:0.00000000001"),
 ]
 NASTY = [
-    *("ink", " ink", "ink ", "a, b", "a;b", "50%", "a\nb", "ink:0.5", "ink: 3e2 ", "ink:.5", "1:2:", "paper: cut-out", "-1"),
-    *("the cat's eye", "'quoted'", 'say "hi"', '"', "ink:٣", ":5", "墨", "<b>", "a:b:-0.5", "a:5.", "none of it", "x\x85"),
+    *(
+        "ink",
+        " ink",
+        "ink ",
+        "a, b",
+        "a;b",
+        "50%",
+        "a\nb",
+        "ink:0.5",
+        "ink: 3e2 ",
+        "ink:.5",
+        "1:2:",
+        "paper: cut-out",
+        "-1",
+    ),
+    *(
+        "the cat's eye",
+        "'quoted'",
+        'say "hi"',
+        '"',
+        "ink:٣",
+        ":5",
+        "墨",
+        "<b>",
+        "a:b:-0.5",
+        "a:5.",
+        "none of it",
+        "x\x85",
+    ),
 ]
 BOTH_QUOTES = "both ' and \""
 
@@ -88,7 +184,24 @@ def test_names_are_written_as_the_server_reads_them():
 
 def test_names_are_found_as_the_server_finds_them():
     lists = [["ink", "Pen", "straße", "ΟΔΟΣ"], ["ink", "INK "], ["1", "ink"], ["ink", "\u0661"], [], ["none at all"]]
-    wanted = ["ink", "INK", " pen ", "STRASSE", "οδος", "0", "1", " 3 ", "03", "4", "01234", "ink ", "x", "", "\u0661", "Iné"]
+    wanted = [
+        "ink",
+        "INK",
+        " pen ",
+        "STRASSE",
+        "οδος",
+        "0",
+        "1",
+        " 3 ",
+        "03",
+        "4",
+        "01234",
+        "ink ",
+        "x",
+        "",
+        "\u0661",
+        "Iné",
+    ]
     cases = [[known, name] for known in lists for name in wanted]
     got = in_node("value.map(([known, name]) => text.findStyle(known, name) ?? null)", cases)
     for (known, name), found in zip(cases, got, strict=True):
