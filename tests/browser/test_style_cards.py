@@ -256,8 +256,26 @@ def test_fields_of_several_lines_and_of_names(page):
 
 
 def test_many_styles_are_searched(page):
-    styles = [{"name": f"s{i}", "description": None, "thumbnail": uri} for i, uri in enumerate([good, *bad])]
-    open_with_styles(page, "quickstart", styles)
+    styles = [{"name": f"style {i}", "description": "blue" if i == 17 else "", "thumbnail": ""} for i in range(40)]
+    open_with_styles(page, "regions", styles)
+    page.wait_for_function("() => document.querySelector('.dmm-names')?.children.length === 40")
+    region = id_of(page, "DMMRegion")
+    set_on(page, region, "style", "none")
+    panel = open_panel(page, region, "style")
+    page.wait_for_function("() => document.activeElement.type === 'search'")
+    assert panel.get_by_role("option").count() == 41
+    page.keyboard.type("BLUE")
+    assert panel.get_by_role("option").count() == 1
+    page.keyboard.press("Enter")
+    until_value(page, region, "style", "style 17")
+
+
+def test_names_that_the_model_does_not_know_are_marked(page, server, tmp_path_factory):
+    """At once, and again when the file of the loader changes; the tooltip has the names that there are."""
+    save_plain(server)
+    other = checkpoint_of(random_unet(DEMO), torch.float16, whole=True)
+    save_checkpoint(server.base / "models" / "dmm" / "marks.safetensors", other)
+    open_graph(page, graph_of("quickstart"))
     selector, apply = id_of(page, "DMMStyleSelector"), add(page, "DMMApplyStyle")
     set_on(page, apply, "style", "foo:0.5, ink")
     until_row(page, apply, "style", "", False)  # not connected: nobody knows
