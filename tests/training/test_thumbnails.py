@@ -97,6 +97,17 @@ def test_what_cannot_be_painted_leaves_the_file(model, arguments, words, capsys)
     assert words in capsys.readouterr().err and model.read_bytes() == before
 
 
+def test_a_merge_paints_them_if_asked(tmp_path, capsys):
+    files = [PACK / "models" / "dmm" / f"demo-teacher-{name}.safetensors" for name in ("ink", "pop")]
+    teachers = [word for file in files for word in ("--teacher", f"{file.stem}={file}")]
+    parts = ["--parts-from", str(PACK / "models" / "dmm" / "demo-dmm.safetensors")]
+    output = tmp_path / "merged.safetensors"
+    command = ["merge", *teachers, *parts, "--budget", "80%", "--device", "cpu", "--output", str(output)]
+    assert main([*command, "--thumbnails", "a red star"]) == 0
+    assert "2 thumbnails in" in capsys.readouterr().out
+    assert all(style.thumbnail for style in read_info(output).styles)
+
+
 def test_a_plain_checkpoint_has_none(tmp_path, capsys):
     path = PACK / "models" / "dmm" / "demo-base.safetensors"
     assert main(["thumbnails", str(path), "--prompt", "x"]) == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .progress_bar import ProgressBar
 
@@ -27,6 +29,36 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Paint, then write; an interrupt leaves the file as it was."""
+    print(
+        paint_into(
+            args.model,
+            args.prompt,
+            names=args.style,
+            parts_from=args.parts_from,
+            seed=args.seed,
+            size=args.size,
+            settings={"steps": args.steps, "cfg": args.cfg, "negative": args.negative},
+            device=args.device,
+        )
+    )
+
+
+def paint_into(
+    model: str,
+    prompt: str,
+    *,
+    names: Sequence[str] | None = None,
+    parts_from: str | None = None,
+    seed: int = 0,
+    size: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    device: str = "auto",
+) -> str:
+    """Paint thumbnails of these styles, or of all, into a model's file: what was done, in words.
+
+    size: pixels a side, 0 for what the model was trained at; settings: others of ``painter.Settings``. Raises ValueError before anything
+    is painted for a file that has no such styles or could not be written.
+    """
     from ...dmm_core.checkpoint import load_checkpoint, read_info
     from ..data.buckets import default_resolution
     from ..files.outputs import check_output
@@ -36,18 +68,17 @@ def run(args: argparse.Namespace) -> None:
     from ..parallel.devices import pick_device
     from ..teachers.models import as_checkpoint
 
-    check_output(args.model, what="the model")
-    known = [style.name for style in read_info(args.model).styles]
+    check_output(model, what="the model")
+    known = [style.name for style in read_info(model).styles]
     if not known:
-        raise ValueError(f"{args.model} is a plain checkpoint: it has no styles to paint thumbnails of")
-    names = list(dict.fromkeys(args.style or known))
+        raise ValueError(f"{model} is a plain checkpoint: it has no styles to paint thumbnails of")
+    names = list(dict.fromkeys(names or known))
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"{args.model} has no style '{unknown[0]}': its styles are {', '.join(known)}")
-    companion = as_checkpoint(args.parts_from) if args.parts_from else None
-    checkpoint = load_checkpoint(args.model)
-    brush = painter(checkpoint, companion, pick_device(args.device))
-    size = args.size or default_resolution(brush.unet.config, brush.prediction)
-    settings = Settings(args.steps, args.cfg, width=size, height=size, negative=args.negative)
-    thumbnails = style_thumbnails(brush, names, args.prompt, seed=args.seed, settings=settings, tick=ProgressBar())
-    write_thumbnails(args.model, thumbnails)
-    print(f"{len(thumbnails)} thumbnail{'s' * (len(thumbnails) != 1)} in {args.model}")
+        raise ValueError(f"{model} has no style '{unknown[0]}': its styles are {', '.join(known)}")
+    companion = as_checkpoint(parts_from) if parts_from else None
+    brush = painter(load_checkpoint(model), companion, pick_device(device))
+    side = size or default_resolution(brush.unet.config, brush.prediction)
+    given = Settings(width=side, height=side, **(settings or {}))
+    thumbnails = style_thumbnails(brush, names, prompt, seed=seed, settings=given, tick=ProgressBar())
+    write_thumbnails(model, thumbnails)
+    return f"{len(thumbnails)} thumbnail{'s' * (len(thumbnails) != 1)} in {model}"
