@@ -32,7 +32,13 @@ class StyledRegion:
 
 def regions_input():
     return io.Autogrow.Input(
-        "regions", io.Autogrow.TemplatePrefix(RegionType.Input("region"), prefix="region", min=1, max=100)
+        "regions",
+        io.Autogrow.TemplatePrefix(
+            RegionType.Input("region", tooltip="A Style Region. A new socket appears when you use the last one."),
+            prefix="region",
+            min=1,
+            max=100,
+        ),
     )
 
 
@@ -164,7 +170,7 @@ class StyleMix(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The DMM model that will paint it: its styles are the choice."),
                 io.Conditioning.Input("positive", tooltip="Prompt of the background."),
-                io.Conditioning.Input("negative"),
+                io.Conditioning.Input("negative", tooltip="Negative prompt of the background."),
                 style_input("background", tooltip="Style where no region is. A name, shares or a schedule."),
                 io.Combo.Input(
                     "mode",
@@ -209,7 +215,7 @@ class StylePanorama(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The DMM model that will paint it: its styles are the choice."),
                 io.Conditioning.Input("positive", tooltip="For regions without a prompt of their own."),
-                io.Conditioning.Input("negative"),
+                io.Conditioning.Input("negative", tooltip="Negative prompt of the background."),
                 io.Int.Input(
                     "tile_width", default=512, min=32, max=8192, step=8, tooltip="Pixels. The model's own size."
                 ),

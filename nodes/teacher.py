@@ -36,7 +36,7 @@ class DMMTeacher(io.ComfyNode):
             ),
             search_aliases=["distill", "merge checkpoints"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="The checkpoint that paints this look, with LoRAs or without."),
                 io.Clip.Input(
                     "clip",
                     optional=True,

@@ -5,6 +5,7 @@
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { nodesById } from "./graph_nodes.js";
 import { trains } from "./training_nodes.js";
 
 const CONTROLS = "dmm_controls";
@@ -18,16 +19,7 @@ const BUTTONS = {
 
 const training = new Map(); // node id, as the server has it -> the server's entry: {step, steps, paused, stopping, ...}
 
-// Nodes of this kind with the id that the server knows them by: "12", or "3:12" inside of a subgraph.
-function trainers(graph, prefix = "") {
-  return graph.nodes.flatMap((node) => {
-    const id = `${prefix}${node.id}`;
-    if (node.subgraph) return trainers(node.subgraph, `${id}:`);
-    return trains(node) ? [[id, node]] : [];
-  });
-}
-
-const allTrainers = () => trainers(app.rootGraph ?? app.graph);
+const allTrainers = () => nodesById().filter(([, node]) => trains(node));
 
 let asking = false;
 

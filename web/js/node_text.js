@@ -1,20 +1,50 @@
-// Shows what this pack's nodes report when they have run: the styles in a file, where a model was saved, how well it learnt.
-// The words may come from strangers' model files: they are text, never markup.
+// Shows what this pack's nodes report when they have run: the styles in a file, where a model was saved, how well it learnt; or, in red,
+// why one stopped. The words may come from strangers' model files: they are text, never markup.
 
 import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
+import { nodeOf } from "./graph_nodes.js";
 
 const REPORT = "dmm_report";
+const PROGRESS = "$$node-text-preview"; // the host's field for words during the work, which says "step 180 of 400" for ever after
+const ours = (node) => node?.comfyClass?.startsWith("DMM");
 const LINE = 15; // pixels, of a 10 pixel font
 const LETTER = 6.1;
 const PADDING = 8; // of the text, above and below together
 const SCROLL_BAR = 14;
 
-function show(node, text) {
-  const widget = node.widgets?.find((other) => other.name === REPORT) ?? addReport(node);
+function show(node, text, isError = false) {
+  removeProgress(node);
+  const widget = reportOf(node) ?? addReport(node);
   widget.value = text;
+  widget.element.classList.toggle("dmm-error", isError);
+  widget.element.style.boxShadow = isError ? "inset 3px 0 0 var(--error-text, #ff4444)" : "none";
+  widget.element.setAttribute("role", isError ? "alert" : "status");
   const [width, height] = node.computeSize();
   node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
   node.setDirtyCanvas(true);
+}
+
+const reportOf = (node) => node.widgets?.find((other) => other.name === REPORT);
+
+function removeProgress(node) {
+  const index = node.widgets?.findIndex((other) => other.name === PROGRESS) ?? -1;
+  if (index < 0) return;
+  node.widgets[index].onRemove?.();
+  node.widgets.splice(index, 1);
+}
+
+function failed({ detail: { node_id: id, exception_message: message } }) {
+  const node = nodeOf(id);
+  if (!ours(node)) return;
+  show(node, message.trim(), true);
+  app.extensionManager?.toast?.add({ severity: "error", summary: node.title, detail: message.trim(), life: 20_000 });
+}
+
+// An error belongs to the run it ended.
+function started({ detail: id }) {
+  const node = id && nodeOf(id);
+  if (ours(node) && reportOf(node)?.element.classList.contains("dmm-error")) show(node, "");
 }
 
 function addReport(node) {
@@ -55,6 +85,11 @@ function addReport(node) {
 
 app.registerExtension({
   name: "comfyui-dmm.NodeText",
+
+  setup() {
+    api.addEventListener("execution_error", failed);
+    api.addEventListener("executing", started);
+  },
 
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!nodeData.name.startsWith("DMM")) return;
