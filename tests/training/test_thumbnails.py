@@ -143,13 +143,26 @@ def test_a_watched_run_leaves_thumbnails_and_learns_the_same(tmp_path, monkeypat
         run = small_run(steps=3)
         train(run, None, watch)
         files[name] = tmp_path / f"{name}.safetensors"
-        save_student(run, run_parts(run), files[name], "title", watch.student_pictures)
+        save_student(run, run_parts(run), files[name], "title", pictures=watch.student_pictures)
     for end in ("", "-raw"):
         plain, watched = (files[name].with_name(f"{name}{end}.safetensors") for name in ("plain", "watched"))
         assert weights_of(plain) == weights_of(watched)
         assert not any(style.thumbnail for style in read_info(plain).styles)
         thumbnails = [style.thumbnail for style in read_info(watched).styles]
         assert thumbnails == [thumbnail_uri(picture) for picture in watch.student_pictures] and all(thumbnails)
+
+
+def test_the_sheet_before_the_first_step_leaves_none():
+    class Enough(Exception):
+        pass
+
+    def stop(*_):
+        raise Enough
+
+    watch = Watch(on_step=stop, decode=Eye(), picture_every=5)
+    with pytest.raises(Enough):
+        train(small_run(steps=3), None, watch)
+    assert not watch.student_pictures and len(watch.decode.seen) > 0
 
 
 def test_a_style_that_has_a_thumbnail_keeps_it():

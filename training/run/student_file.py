@@ -89,7 +89,9 @@ def raw_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}-raw.safetensors")
 
 
-def save_student(run: Trainer, base: Checkpoint, path: Path, title: str, pictures: Sequence[Image.Image] = ()) -> None:
+def save_student(
+    run: Trainer, base: Checkpoint, path: Path, title: str, *, pictures: Sequence[Image.Image] = ()
+) -> None:
     """The student as a file in half precision, and its raw weights beside it where there is an average. Of several processes the first
     one writes; where the student is shared out, this is for all of them together. pictures: as in ``student_checkpoint``."""
     main = run.ranks.is_main

@@ -86,7 +86,8 @@ class Watching:
     def show(self) -> None:
         image = self.pictures.paint() if self.pictures else None
         if self.pictures and image is not None:
-            self.watch.student_pictures = self.pictures.of_student
+            if self.run.step:  # before the first it has no style yet
+                self.watch.student_pictures = self.pictures.of_student
             self.watch.on_picture(image)
 
     def step(self, metrics: Metrics, save: Callable[[], None]) -> None:
