@@ -8,14 +8,14 @@ import { fileOf, isLoader } from "./model_styles.js";
 import { element, shown, strip } from "./style_cards.js";
 
 const WIDGET = "dmm_cards";
-const MARGIN = 6;
+const MARGIN = 4;
 const TALLEST = 320; // pixels; a model with very many styles scrolls
-const LINE = 20;
+const LINE = 16;
 
 function content(file) {
   if (!file) return element("div", { class: "dmm-note" }, "\u2026");
   if (file.error) return element("div", { class: "dmm-note", title: shown(file.error) }, shown(file.error));
-  if (!file.styles.length) return element("div", { class: "dmm-note" }, "No styles: a plain checkpoint, fine as a teacher or base.");
+  if (!file.styles.length) return element("div", { class: "dmm-note", title: "A plain checkpoint." }, "No styles: fine as a teacher or base.");
   return strip(file.styles, "Styles in this file");
 }
 
