@@ -40,7 +40,9 @@ async function readStyles(file) {
   try {
     const response = await api.fetchApi(`/dmm/styles?${file}`);
     const body = await response.json();
-    files.set(file, response.ok ? { styles: body.styles.map(asStyle) } : { error: String(body.error) });
+    const now = response.ok ? { styles: body.styles.map(asStyle) } : { error: String(body.error) };
+    if (JSON.stringify(now) === JSON.stringify(files.get(file))) return; // what shows it need not be made anew
+    files.set(file, now);
   } catch (error) {
     console.warn(`DMM: no style list for ${file}`, error);
   }
