@@ -110,7 +110,7 @@ def test_quickstart_runs(page):
     if page.renderer == "canvas":
         page.wait_for_function("() => app.graph.findNodesByType('SaveImage')[0].imgs?.length === 4")
     else:
-        page.wait_for_function("() => document.querySelectorAll('[data-node-id] img:not(.dmm-picture)').length === 4")
+        page.wait_for_function("() => document.querySelectorAll('[data-node-id] img:not(.dmm-thumbnail)').length === 4")
     assert page.errors == []
 
 

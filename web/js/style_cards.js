@@ -22,12 +22,12 @@ export const shown = (text) => text.replace(/[\u202a-\u202e\u2066-\u2069]/g, "\u
 
 // The picture of a style; its first letter where it has none.
 export function picture(style) {
-  if (style.thumbnail) return element("img", { class: "dmm-picture", src: style.thumbnail, alt: "", draggable: "false" });
+  if (style.thumbnail) return element("img", { class: "dmm-thumbnail", src: style.thumbnail, alt: "", draggable: "false" });
   const letter = [...shown(style.name).trim()][0] ?? "?";
-  return element("span", { class: "dmm-picture dmm-letter", "aria-hidden": "true" }, letter);
+  return element("span", { class: "dmm-thumbnail dmm-letter", "aria-hidden": "true" }, letter);
 }
 
-export const nameOf = (style) => element("span", { class: "dmm-name", dir: "auto" }, shown(style.name));
+export const nameOf = (style) => element("span", { class: "dmm-title", dir: "auto" }, shown(style.name));
 
 // What hovering over a style tells.
 export function tip(style) {

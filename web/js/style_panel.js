@@ -42,7 +42,7 @@ export function openPanel({ button, label, kind, styles, note, read, write }) {
   const share = element("input", { type: "range", min: "5", max: "95", step: "5", value: "50", "aria-label": "Share of the added style" });
   const percent = element("span", {});
   const add = element("button", { type: "button", onclick: () => blend(options[active]?.style) });
-  const text = element("div", { class: "dmm-text", role: "status" });
+  const text = element("div", { class: "dmm-said", role: "status" });
   list.id = `${id}-list`;
   const panel = element("div", { class: "dmm-panel", role: "dialog", "aria-modal": "true", "aria-label": label });
   if (styles.length > MANY) panel.append(search);
