@@ -291,6 +291,21 @@ def _check_layer(sd: Mapping[str, Tensor], name: str, tensors: Mapping[str, Tens
             )
 
 
+def check_alone(side: Mapping[str, Tensor], num_styles: int) -> None:
+    """Raise ValueError naming the layer unless the parts of a bank fit together, as far as that can be told without the UNet's layers."""
+    bank = {key: tensor for key, tensor in side.items() if key.startswith(f"{BANK}.")}
+    layers: dict[str, Tensor] = {}
+    for name in banked_layers(bank):
+        parts = layer_parts(bank, name)
+        up, down = parts.get("up"), parts.get("down")
+        if up is None or down is None or up.ndim != 2 or down.ndim not in (2, 4):
+            raise ValueError(f"the style bank of '{name}' is not complete: it has {', '.join(parts)}")
+        layers[f"{name}.weight"] = torch.empty(up.shape[0], *down.shape[1:], device="meta")
+        if "bias" in parts:
+            layers[f"{name}.bias"] = torch.empty(up.shape[0], device="meta")
+    bank_config({**layers, **bank}, num_styles)
+
+
 def part_shapes(weight: Sequence[int], ranks: Sequence[int], cores: int) -> dict[str, tuple[int, ...]]:
     """The shapes of what a bank holds for a layer with a weight of this shape."""
     up, down = ranks

@@ -26,10 +26,13 @@ class Size:
     share: float
 
 
-def bank_of(budget: str, shapes: Mapping[str, Sequence[int]], cores: int, itemsize: int) -> Size:
+def bank_of(
+    budget: str, shapes: Mapping[str, Sequence[int]], cores: int, itemsize: int, *, styles: int | None = None
+) -> Size:
     """The largest bank within a budget: "10%" of the UNet's numbers, or "150MB", "0.2GB" (of 10^6 and 10^9 bytes).
 
-    shapes: of the UNet's weights. itemsize: bytes of a number. Raises ValueError for other words, and with the smallest size for a
+    shapes: of the UNet's weights. itemsize: bytes of a number. styles: how many of the cores are styles' (None: all), another is the
+    base's. Raises ValueError for other words, and with the smallest size for a
     budget into which not even rank 1 fits.
     """
     unet = sum(math.prod(shape) for shape in shapes.values())
@@ -40,9 +43,10 @@ def bank_of(budget: str, shapes: Mapping[str, Sequence[int]], cores: int, itemsi
     try:
         rank = rank_within(shapes, numbers, cores, bias=bias)
     except ValueError:
-        smallest = bank_size(shapes, 1, cores, bias=False)
+        smallest, count = bank_size(shapes, 1, cores, bias=False), cores if styles is None else styles
+        said = f"{count} style{'s' * (count != 1)}{' and the base' * (cores > count)}"
         raise ValueError(
-            f"the budget {budget.strip()} is too small for {cores} models: the smallest is {100 * smallest / unet:.3g}% of the model, "
+            f"the budget {budget.strip()} is too small for {said}: the smallest is {100 * smallest / unet:.3g}% of the model, "
             f"{smallest * itemsize / 1e6:.3g} MB"
         ) from None
     held = bank_size(shapes, rank, cores, bias=bias)

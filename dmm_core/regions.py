@@ -55,6 +55,14 @@ class Box:
         (h, top), (w, left) = span(self.y, self.height, height), span(self.x, self.width, width)
         return h, w, top, left
 
+    @property
+    def inside(self) -> float:
+        """The share of it, in 0..1, that lies on the canvas."""
+        across, down = (
+            min(start + length, 1) - max(start, 0) for start, length in ((self.x, self.width), (self.y, self.height))
+        )
+        return across * down / (self.width * self.height)
+
 
 def feathered(area: Area, height: int, width: int, feather: float) -> Tensor:
     """1 in an area and a linear ramp to 0 over ``feather`` latents at its inner edges -> (height, width).
@@ -166,6 +174,7 @@ class Region:
 
     mask: (H, W) or (B, H, W) in 0..1, at any size. fall_off: "feather" or "gaussian" (boxes only). feather: width of
     the soft edge in latents. weight: how much it counts where regions overlap. crop: a box is denoised on its own crop.
+    feather_share: if given, the width of the soft edge as a share of the canvas's shorter side, in place of ``feather``.
     """
 
     box: Box | None = None
@@ -174,6 +183,7 @@ class Region:
     feather: float = 1.0
     weight: float = 1.0
     crop: bool = True
+    feather_share: float | None = None
 
     def __post_init__(self):
         if (self.box is None) == (self.mask is None):
@@ -184,16 +194,22 @@ class Region:
             raise ValueError(f"the weight of a region is {self.weight}: it must be above 0")
         if not (math.isfinite(self.feather) and self.feather >= 0):
             raise ValueError(f"the feather of a region is {self.feather}: it must be 0 or more")
+        if self.feather_share is not None and not 0 <= self.feather_share <= 1:
+            raise ValueError(f"the feather of a region is {self.feather_share} of the canvas: it must be in 0 to 1")
+
+    def soft_edge(self, height: int, width: int) -> float:
+        """The width of the soft edge in latents, on a canvas of height x width latents."""
+        return self.feather if self.feather_share is None else self.feather_share * min(height, width)
 
     def coverage(self, height: int, width: int) -> Tensor:
         """(B or 1, height, width) in 0..1, the weight left aside."""
         if self.mask is not None:
-            return painted(self.mask, height, width, self.feather)
+            return painted(self.mask, height, width, self.soft_edge(height, width))
         assert self.box is not None, "a region has a box or a mask"
         area = self.box.area(height, width)
         if self.fall_off == "gaussian":
             return gaussian(area, height, width, BOX_VARIANCE)[None].float()
-        return feathered(area, height, width, self.feather)[None]
+        return feathered(area, height, width, self.soft_edge(height, width))[None]
 
     def placed(self, height: int, width: int) -> list[Placement]:
         area = self.box.area(height, width) if self.box is not None and self.crop else None

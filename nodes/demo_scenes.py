@@ -25,7 +25,7 @@ class DMMDemoScenes(io.ComfyNode):
             search_aliases=["dataset"],
             inputs=[
                 io.Int.Input("count", default=192, min=8, max=10_000, tooltip="How many pictures."),
-                io.Int.Input("seed", default=0, min=0, max=2**32 - 1),
+                io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Another seed draws other scenes."),
             ],
             outputs=[
                 io.Image.Output(display_name="images", is_output_list=True),
@@ -50,7 +50,9 @@ class DemoOutline(io.ComfyNode):
             description="The outline of a thing that the demo models know, white on black: a hint for the demo ControlNet.",
             search_aliases=["demo hint", "control image", "outline"],
             inputs=[
-                io.Combo.Input("object", options=list(SHAPES), default=SHAPES[0]),
+                io.Combo.Input(
+                    "object", options=list(SHAPES), default=SHAPES[0], tooltip="The thing whose outline is drawn."
+                ),
                 io.Int.Input(
                     "seed", default=0, min=0, max=2**32 - 1, tooltip="Another seed moves, turns and resizes the object."
                 ),

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
+from ..dmm_core.metadata import check_new_text
 from ..training.paint.thumbnails import thumbnail_uri
 from .host_model import with_edited_style
 
@@ -29,7 +30,7 @@ class EditStyle(io.ComfyNode):
             ),
             search_aliases=["rename style", "style thumbnail", "style description"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="The model with the style. Save DMM Model keeps the change."),
                 io.String.Input("style", default="ink", tooltip="The style to edit, by its present name."),
                 io.String.Input("name", default="", tooltip="Its new name. Nodes behind this one must use it."),
                 io.String.Input(
@@ -38,7 +39,13 @@ class EditStyle(io.ComfyNode):
                 io.Image.Input(
                     "thumbnail", optional=True, tooltip="A picture in this style; the first of a batch, made small."
                 ),
-                io.String.Input("licence", default="", optional=True, advanced=True),
+                io.String.Input(
+                    "licence",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Under what terms the style may be used.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )
@@ -47,6 +54,8 @@ class EditStyle(io.ComfyNode):
     def execute(cls, model, style, name, description, thumbnail=None, licence="") -> io.NodeOutput:
         texts = {"name": name, "description": description, "licence": licence}
         changes = {key: text for key, text in texts.items() if text.strip()}
+        for key, text in changes.items():
+            check_new_text(key, text.strip() if key == "name" else text)
         if thumbnail is not None:
             changes["thumbnail"] = thumbnail_uri(picture(thumbnail))
         return io.NodeOutput(with_edited_style(model, style, changes))

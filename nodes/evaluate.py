@@ -66,9 +66,11 @@ class EvaluateDMM(io.ComfyNode):
                 io.Int.Input(
                     "width", default=128, min=16, max=8192, step=8, tooltip="128 for the demo models, 512 for SD 1.5."
                 ),
-                io.Int.Input("height", default=128, min=16, max=8192, step=8),
-                io.Int.Input("steps", default=12, min=1, max=1000),
-                io.Float.Input("cfg", default=4.0, min=0.0, max=100.0, step=0.1, round=0.01),
+                io.Int.Input("height", default=128, min=16, max=8192, step=8, tooltip="Of the pictures, in pixels."),
+                io.Int.Input("steps", default=12, min=1, max=1000, tooltip="Sampling steps of a picture."),
+                io.Float.Input(
+                    "cfg", default=4.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Classifier-free guidance."
+                ),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -113,7 +115,13 @@ class EvaluateDMM(io.ComfyNode):
                 io.Int.Input(
                     "own_draws", default=32, min=2, max=1000, advanced=True, tooltip="By which it judges each of them."
                 ),
-                io.Combo.Input("precision", options=["auto", "fp32", "bf16", "fp16"], default="auto", advanced=True),
+                io.Combo.Input(
+                    "precision",
+                    options=["auto", "fp32", "bf16", "fp16"],
+                    default="auto",
+                    advanced=True,
+                    tooltip="Of the painting; auto: what the device is fast in.",
+                ),
                 # Optional and at the end: graphs from before these inputs still run.
                 io.Boolean.Input(
                     "baselines",

@@ -48,7 +48,7 @@ class IdentifyStyle(io.ComfyNode):
                 io.Image.Input(
                     "image", optional=True, tooltip="Pictures of any size; needs the VAE. Or connect latent."
                 ),
-                io.Vae.Input("vae", optional=True),
+                io.Vae.Input("vae", optional=True, tooltip="Encodes the images; not needed for latents."),
                 io.Latent.Input(
                     "latent", optional=True, tooltip="Pictures as latents, judged at the size that they have."
                 ),
@@ -66,7 +66,9 @@ class IdentifyStyle(io.ComfyNode):
                     tooltip="How often each picture is noised and judged: more are slower and surer.",
                 ),
                 io.Boolean.Input("with_none", default=True, tooltip="No style is a possible answer."),
-                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, advanced=True),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**63 - 1, advanced=True, tooltip="Of the noise that is added."
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="name", is_output_list=True),

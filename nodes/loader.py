@@ -8,17 +8,17 @@ from ..training.config import ModelSettings
 from ..training.files.model_files import change_stamp
 from . import host_model, paths
 
+PLAIN = "a plain model, no styles: fine as a teacher or a base"
+
 
 def describe(info: host_model.ModelInfo, has_clip: bool, has_vae: bool) -> str:
     """What the file holds, for the node's text field."""
     names = list(info.known)
-    lines = ["no styles: this is a plain checkpoint, not a DMM model"]
-    if names:
-        lines = [f"{len(names)} styles: {', '.join(names)}"]
-    if not has_clip:
-        lines.append("no text encoder in this file: use Load CLIP")
-    if not has_vae:
-        lines.append("no VAE in this file: use Load VAE")
+    lines = [f"{len(names)} styles: {', '.join(names)}" if names else PLAIN]
+    if lacking := [part for part, there in (("CLIP", has_clip), ("VAE", has_vae)) if not there]:
+        lines.append(
+            f"no {' and no '.join(lacking)} in this file: to paint, add {' and '.join(f'Load {p}' for p in lacking)}"
+        )
     lines += [info.remark] if info.remark else []
     return "\n".join(lines)
 

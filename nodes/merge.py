@@ -19,7 +19,8 @@ from ..dmm_core.checkpoint import save_checkpoint
 from ..dmm_core.metadata import StyleInfo
 from ..training.config import check_names
 from ..training.files.hashing import weights_sha256
-from ..training.merge.merge import CENTRES, MergeConfig, Source, forget_parts, merge
+from ..training.files.outputs import check_output
+from ..training.merge.merge import CENTRES, MergeConfig, Source, forget_parts, merge, merge_folder
 from ..training.merge.report import MergeReport
 from . import host_model, paths
 from .preview import send_text
@@ -118,6 +119,7 @@ def merged(
     short = hashlib.sha256("\n".join([*stamps, *settings]).encode()).hexdigest()[:8]
     folder = Path(paths.output_folder())
     path = folder / f"{stem}-{short}.safetensors"
+    check_output(path)
     parts = folder.with_name("dmm_runs") / f"{stem}-{short}-merge"
     bar = comfy.utils.ProgressBar(len(foundation.unet), node_id=node_id)
 
@@ -126,12 +128,13 @@ def merged(
         send_text(f"{what}: {done} of {total}", node_id)
 
     inherited = clip_and_vae_parts(base, clip, vae)
-    checkpoint, report = merge(sources, foundation, inherited, config, folder=parts, progress=progress)
-    folder.mkdir(parents=True, exist_ok=True)
-    unet = as_narrow(checkpoint.unet, config.dtype)
-    save_checkpoint(path, dataclasses.replace(checkpoint, unet=unet, metadata={"modelspec.title": stem}))
-    forget_parts(parts)
-    report.write(parts.with_name(f"{stem}-{short}"))
+    with merge_folder(parts):
+        checkpoint, report = merge(sources, foundation, inherited, config, folder=parts, progress=progress)
+        folder.mkdir(parents=True, exist_ok=True)
+        unet = as_narrow(checkpoint.unet, config.dtype)
+        save_checkpoint(path, dataclasses.replace(checkpoint, unet=unet, metadata={"modelspec.title": stem}))
+        report.write(parts.with_name(f"{stem}-{short}"))
+        forget_parts(parts)
     return path, report
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..dmm_core.metadata import StyleInfo
+from ..dmm_core.metadata import StyleInfo, check_new_text
 from .host_model import with_blend
 from .style_types import as_style, style_input
 
@@ -22,10 +22,16 @@ class NameBlend(io.ComfyNode):
             ),
             search_aliases=["save blend", "new style", "custom style"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="From Load DMM Model. Save DMM Model keeps the named blend."),
                 style_input(multiline=True, default="ink:0.5, candy:0.5"),
-                io.String.Input("name", default="my blend"),
-                io.String.Input("description", default="", optional=True, advanced=True),
+                io.String.Input("name", default="my blend", tooltip="The name of the new style."),
+                io.String.Input(
+                    "description",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="What it looks like, for whoever picks it.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )
@@ -33,6 +39,8 @@ class NameBlend(io.ComfyNode):
     @classmethod
     def execute(cls, model, style, name, description="") -> io.NodeOutput:
         style = as_style(style)
+        check_new_text("name", name.strip())
+        check_new_text("description", description)
         return io.NodeOutput(with_blend(model, style, StyleInfo(name, description=description or str(style))))
 
 

@@ -7,13 +7,17 @@ serves every size and both passes of a hires fix. Everything after that is the h
 
 from __future__ import annotations
 
+import logging
+
 import comfy.utils
 import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ..dmm_core.region_check import box_warnings
 from .style_patch import STYLE
 
+log = logging.getLogger(__name__)
 PLACE = "dmm_place"
 KEY = "dmm_regions"
 
@@ -22,10 +26,21 @@ def install(patcher) -> None:
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, place_conditionings)
 
 
+def warn_of_thin_boxes(guider, height: int, width: int) -> None:
+    """Say in the log which boxes are thinner than a latent or two on this canvas: only here is its size known."""
+    places = {id(c[PLACE]): c for conds in guider.conds.values() for c in conds or [] if PLACE in c}
+    for c in places.values():
+        box = getattr(c[PLACE], "box", None)
+        if box is not None:
+            for line in box_warnings(f"the region in style '{c[STYLE]}'", box, (8 * height, 8 * width)):
+                log.warning(line)
+
+
 def place_conditionings(executor, noise, *args, **kwargs):
     """OUTER_SAMPLE wrapper. Raises ValueError for places that the canvas has no room for."""
     guider = executor.class_obj
     height, width = noise.shape[-2:]
+    warn_of_thin_boxes(guider, height, width)
     hints = CroppedHints()
     # New dicts: those of the guider share their values with the CONDITIONING that the host has cached.
     guider.conds = {

@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from comfy_api.latest import io
+from torch import Tensor
 
+from ..dmm_core.bounding_boxes import covered, read_boxes
+from ..dmm_core.region_check import box_warnings
+from ..dmm_core.region_list import CROP, FULL, parse_regions
 from ..dmm_core.regions import Box, Region, Rest, TileShare
 from ..dmm_core.style_value import Style
 from .host_model import model_info
+from .region_canvas import bounding_boxes_input, canvas_report, list_input, picture_input, picture_size
 from .region_patch import with_place
 from .style_map import StyleMap, with_map
 from .style_patch import STYLE
@@ -17,7 +22,6 @@ from .style_types import as_style, style_input
 
 RegionType = io.Custom("DMM_REGION")
 OWN_PROMPTS, ONE_PASS = "own prompts", "one pass"
-CROP, FULL = "own crop", "whole canvas"
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +34,15 @@ class StyledRegion:
     negative: list | None = None
 
 
-def regions_input():
+def regions_input(least: int):
     return io.Autogrow.Input(
-        "regions", io.Autogrow.TemplatePrefix(RegionType.Input("region"), prefix="region", min=1, max=100)
+        "regions",
+        io.Autogrow.TemplatePrefix(
+            RegionType.Input("region", tooltip="A Style Region. A new socket appears when you use the last one."),
+            prefix="region",
+            min=least,
+            max=100,
+        ),
     )
 
 
@@ -90,8 +100,27 @@ class DMMRegion(io.ComfyNode):
                         "prompt is painted everywhere and the box cut out of it. Masks always take the whole canvas."
                     ),
                 ),
+                io.Float.Input(
+                    "feather_share",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Width of the soft edge as a share of the canvas's shorter side, so that it means the same at every size. "
+                        "Above 0 it takes the place of feather."
+                    ),
+                ),
+                bounding_boxes_input(
+                    "A box in pixels, instead of x, y, width and height; needs the picture that it was drawn on. Several boxes are "
+                    "one region, as a mask of them all."
+                ),
+                picture_input(),
             ],
             outputs=[RegionType.Output(display_name="region")],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -109,16 +138,50 @@ class DMMRegion(io.ComfyNode):
         positive=None,
         negative=None,
         mask=None,
+        feather_share=0.0,
+        bboxes=None,
+        picture=None,
     ) -> io.NodeOutput:
+        size = picture_size(picture)
+        box = None
+        if mask is None:
+            box, mask = box_or_mask(Box(x, y, width, height) if bboxes is None else bboxes, size)
         place = Region(
-            box=Box(x, y, width, height) if mask is None else None,
+            box=box,
             mask=mask,
             fall_off=fall_off if mask is None else "feather",
             feather=feather / 8,
             weight=weight,
             crop=paint_on == CROP,
+            feather_share=feather_share or None,
         )
-        return io.NodeOutput(StyledRegion(place, as_style(style), positive, negative))
+        warnings = box_warnings("this region", box, size) if box is not None else []
+        report = canvas_report(cls, warnings, picture if mask is None or picture is not None else mask)
+        return io.NodeOutput(StyledRegion(place, as_style(style), positive, negative), ui=report)
+
+
+def box_or_mask(place, size: tuple[int, int] | None) -> tuple[Box | None, Tensor | None]:
+    """A Box, or bounding boxes from a wire, as (box, None), or (None, mask) of several. size: (height, width) of their picture.
+
+    Raises ValueError when there is no box on the picture.
+    """
+    if isinstance(place, Box):
+        return place, None
+    boxes = pixel_boxes(place, size)
+    if not boxes:
+        raise ValueError(
+            "bboxes hold no box on the picture: draw one, or disconnect them to use x, y, width and height"
+        )
+    return (boxes[0], None) if len(boxes) == 1 else (None, covered(boxes, *size))
+
+
+def pixel_boxes(bboxes, size: tuple[int, int] | None) -> list[Box]:
+    """Bounding boxes from a wire. Raises ValueError without the size (height, width) of their picture."""
+    if size is None:
+        raise ValueError(
+            "bboxes are in pixels: connect the picture that they were drawn on to 'picture' (Create Bounding Boxes gives it as preview)"
+        )
+    return read_boxes(bboxes, *size)
 
 
 def placed(parts: Sequence[StyledRegion], positive: list, negative: list) -> tuple[list, list]:
@@ -143,7 +206,8 @@ def one_pass(background: Style, regions: Sequence[StyledRegion], positive: list,
     """One prompt, and a map of styles inside a single forward. Raises ValueError for regions with prompts of their own."""
     if any(region.positive is not None or region.negative is not None for region in regions):
         raise ValueError(
-            f"mode '{ONE_PASS}' paints one prompt for all: disconnect the prompts of the regions, or choose '{OWN_PROMPTS}'"
+            f"mode '{ONE_PASS}' paints one prompt for all: disconnect the prompts of the regions, clear those in region_list, or "
+            f"choose '{OWN_PROMPTS}'"
         )
     styles = StyleMap(tuple(r.place for r in regions), (background, *(r.style for r in regions)))
     return with_map(positive, styles), with_map(negative, styles)
@@ -158,7 +222,7 @@ class StyleMix(io.ComfyNode):
             category="DMM/regions",
             description=(
                 "Paints several styles and prompts on one canvas: regions over a background. Connect both outputs to the "
-                "sampler; a ControlNet may come before or after."
+                "sampler; a ControlNet may come before or after. Draw the regions in the node, or connect Style Regions."
             ),
             search_aliases=[
                 "regional prompting",
@@ -168,11 +232,12 @@ class StyleMix(io.ComfyNode):
                 "分区提示词",
                 "區域提示詞",
                 "領域別プロンプト",
+                "draw regions",
             ],
             inputs=[
                 io.Model.Input("model", tooltip="The DMM model that will paint it: its styles are the choice."),
                 io.Conditioning.Input("positive", tooltip="Prompt of the background."),
-                io.Conditioning.Input("negative"),
+                io.Conditioning.Input("negative", tooltip="Negative prompt of the background."),
                 style_input("background", tooltip="Style where no region is. A name, shares or a schedule."),
                 io.Combo.Input(
                     "mode",
@@ -182,17 +247,95 @@ class StyleMix(io.ComfyNode):
                         f"{ONE_PASS}: one prompt; the style changes from place to place inside one pass, at little cost."
                     ),
                 ),
-                regions_input(),
+                regions_input(0),
+                list_input(),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoder of the model, for the prompts in region_list. Without it they share positive and negative.",
+                ),
+                bounding_boxes_input(
+                    "Boxes in pixels for region_list, in its order, instead of its own; need the picture that they were drawn on."
+                ),
+                picture_input(),
             ],
             outputs=both_prompts(),
+            has_intermediate_output=True,
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, background, mode, regions) -> io.NodeOutput:
-        background, regions = as_style(background), [region for region in regions.values() if region is not None]
-        check(model, [background, *(region.style for region in regions)])
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        background,
+        mode,
+        regions=None,
+        region_list="",
+        clip=None,
+        bboxes=None,
+        picture=None,
+    ) -> io.NodeOutput:
+        size = picture_size(picture)
+        background, regions = as_style(background), connected(regions)
+        drawn = listed(region_list, clip, bboxes, size)
+        if not (regions or drawn):
+            raise ValueError(
+                "there is no region: draw one on the canvas, write one into region_list or connect a Style Region"
+            )
+        everyone = [*regions, *drawn]
+        check(model, [background, *(region.style for region in everyone)])
         function = one_pass if mode == ONE_PASS else mixed
-        return io.NodeOutput(*function(background, regions, positive, negative))
+        warnings = [
+            line
+            for i, region in enumerate(drawn, 1)
+            for line in box_warnings(f"region {i} of the list", region.place.box, size)
+        ]
+        return io.NodeOutput(
+            *function(background, everyone, positive, negative), ui=canvas_report(cls, warnings, picture)
+        )
+
+
+def connected(regions: dict | None) -> list[StyledRegion]:
+    """What ``regions_input`` gave."""
+    return [region for region in (regions or {}).values() if region is not None]
+
+
+def listed(text: str, clip, bboxes, size: tuple[int, int] | None) -> list[StyledRegion]:
+    """The regions of a list, with their prompts encoded by ``clip``, in the places of ``bboxes`` if there are any.
+
+    size: (height, width) of the picture of the boxes. Raises ValueError for a prompt without a text encoder, and for another number of
+    boxes than of regions.
+    """
+    entries = parse_regions(text)
+    places = [entry.place for entry in entries]
+    if bboxes is not None:
+        boxes = pixel_boxes(bboxes, size)
+        if len(boxes) != len(entries):
+            raise ValueError(
+                f"bboxes hold {len(boxes)} boxes on the picture, and region_list {len(entries)} regions: the first box is the first "
+                "region's, so there must be as many"
+            )
+        places = [replace(place, box=box) for place, box in zip(places, boxes)]
+    regions = []
+    for number, (entry, place) in enumerate(zip(entries, places), 1):
+        name = f"region {number} of the list"
+        positive, negative = (encoded(name, text, clip) for text in (entry.prompt, entry.negative))
+        regions.append(StyledRegion(place, entry.style, positive, negative))
+    return regions
+
+
+def encoded(name: str, prompt: str, clip) -> list | None:
+    """The CONDITIONING of a prompt, as CLIPTextEncode's; None for none. Raises ValueError without a text encoder."""
+    if not prompt:
+        return None
+    if clip is None:
+        shown = prompt if len(prompt) <= 40 else prompt[:39] + "\u2026"
+        raise ValueError(
+            f"{name} has a prompt of its own, '{shown}': connect the model's CLIP to 'clip', or clear the prompt"
+        )
+    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
 
 
 def check(model, styles: Sequence[Style]) -> None:
@@ -217,7 +360,7 @@ class StylePanorama(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The DMM model that will paint it: its styles are the choice."),
                 io.Conditioning.Input("positive", tooltip="For regions without a prompt of their own."),
-                io.Conditioning.Input("negative"),
+                io.Conditioning.Input("negative", tooltip="Negative prompt of the background."),
                 io.Int.Input(
                     "tile_width", default=512, min=32, max=8192, step=8, tooltip="Pixels. The model's own size."
                 ),
@@ -232,14 +375,14 @@ class StylePanorama(io.ComfyNode):
                     step=0.05,
                     tooltip="Least share that neighbouring tiles overlap.",
                 ),
-                regions_input(),
+                regions_input(1),
             ],
             outputs=both_prompts(),
         )
 
     @classmethod
     def execute(cls, model, positive, negative, tile_width, tile_height, overlap, regions) -> io.NodeOutput:
-        regions = [region for region in regions.values() if region is not None]
+        regions = connected(regions)
         check(model, [region.style for region in regions])
         parts = [
             replace(region, place=TileShare(i, len(regions), tile_height // 8, tile_width // 8, overlap))

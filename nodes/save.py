@@ -52,10 +52,12 @@ class SaveDMMModel(io.ComfyNode):
             ),
             search_aliases=["save checkpoint", "export model", "保存模型", "儲存模型", "モデル保存"],
             inputs=[
-                io.Model.Input("model"),
-                io.Clip.Input("clip", optional=True),
-                io.Vae.Input("vae", optional=True),
-                io.String.Input("filename_prefix", default="model"),
+                io.Model.Input(
+                    "model", tooltip="What is saved: the weights with all LoRAs on the way, and the styles."
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="The text encoder, to make the file a whole checkpoint."),
+                io.Vae.Input("vae", optional=True, tooltip="The VAE, to make the file a whole checkpoint."),
+                io.String.Input("filename_prefix", default="model", tooltip="The file in output/dmm begins with this."),
                 io.Combo.Input(
                     "what",
                     options=[WHOLE, STYLES],

@@ -41,7 +41,7 @@ class StyleForPrompt(io.ComfyNode):
             ),
             search_aliases=["style conditioning", "style guidance", "negative style"],
             inputs=[
-                io.Conditioning.Input("conditioning"),
+                io.Conditioning.Input("conditioning", tooltip="The prompt that is painted in this style."),
                 io.Model.Input("model", tooltip="The DMM model that will paint it: its styles are the choice."),
                 style_input(multiline=True),
             ],

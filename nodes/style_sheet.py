@@ -48,7 +48,7 @@ class StyleSheet(io.ComfyNode):
             description="The same prompt in every style of the model, in one batch.",
             search_aliases=["all styles", "style grid", "compare styles", "对比", "一览", "一覽", "一覧"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="From Load DMM Model."),
                 io.Latent.Input("latent", tooltip=LATENT_TIP),
                 io.String.Input(
                     "styles",
@@ -81,7 +81,7 @@ class StyleTravel(io.ComfyNode):
             description="An animation, or a strip, that wanders from style to style: one picture per frame, same noise.",
             search_aliases=["style interpolation", "style animation", "morph"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="From Load DMM Model."),
                 io.Latent.Input("latent", tooltip=LATENT_TIP),
                 io.String.Input(
                     "stops",
@@ -124,9 +124,9 @@ class LabelStyles(io.ComfyNode):
             description="One sheet of pictures, each with its style's name above it.",
             search_aliases=["contact sheet", "image grid", "style labels"],
             inputs=[
-                io.Image.Input("images"),
+                io.Image.Input("images", tooltip="The pictures of one sheet, in the order of the styles."),
                 StyleType.Input("style", tooltip="From Style Sheet or Style Travel."),
-                io.String.Input("title", default=""),
+                io.String.Input("title", default="", tooltip="Stands above the sheet."),
                 io.Int.Input("columns", default=0, min=0, max=100, tooltip="0: about as many as rows."),
             ],
             outputs=[io.Image.Output()],

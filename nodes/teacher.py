@@ -36,7 +36,7 @@ class DMMTeacher(io.ComfyNode):
             ),
             search_aliases=["distill", "merge checkpoints", "教师", "教師", "교사"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="The checkpoint that paints this look, with LoRAs or without."),
                 io.Clip.Input(
                     "clip",
                     optional=True,

@@ -44,7 +44,7 @@ async def get_presets(request):
 
 
 async def get_training(request):
-    """{"training": [{"node_id", "step", "steps", "paused", "stopping", "seconds_left" (or null)}, ...]}"""
+    """{"training": [{"node_id", "step", "steps", "paused", "stopping", "seconds_left" (or null), "curve" (``Curve.as_lists``)}, ...]}"""
     from aiohttp import web
 
     return web.json_response({"training": [describe(*entry) for entry in list(_running.items())]})
@@ -74,4 +74,5 @@ def describe(node_id: str, training: tuple[Controls, Progress]) -> dict:
         "paused": controls.paused,
         "stopping": controls.stopping,
         "seconds_left": progress.seconds_left,
+        "curve": progress.curve.as_lists(),
     }

@@ -201,9 +201,6 @@ def distil(run: Trainer, base, *, name: str, vae, preview_every: int, node_id) -
     def on_paint(done: int, total: int, what: str) -> None:
         """Teachers paint for the run's final stage."""
         send_text(f"{what}: {done} of {total}", node_id)
-        mm.throw_exception_if_processing_interrupted()
-        if controls.stopping:
-            raise StopAndSave
 
     watch = Watch(
         on_step,

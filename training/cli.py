@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
 from typing import NoReturn
 
 import torch
@@ -16,17 +21,20 @@ from .parallel.ranks import AgreedError, LostProcess, Ranks, in_words, launched
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 after an error that was explained, 130 when interrupted."""
+    """Returns the exit status: 0, 1 after an error that was explained, 130 when interrupted (Ctrl-C, SIGTERM)."""
     ranks = launched()
     logging.basicConfig(level=logging.INFO if ranks.is_main else logging.WARNING, format="%(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that a log has it in order with what goes to stderr
+    kept = KEPT
     try:
         try:
             args = parser().parse_args(argv)
+            kept = getattr(args, "kept", KEPT)
             if args.threads:
                 torch.set_num_threads(args.threads)
-            args.run(args)
+            with interruptible():
+                args.run(args)
         finally:
             sys.stdout.flush()  # after --help too
     except BrokenPipeError:  # as with `dmm ... | head`: whoever read it has seen enough
@@ -49,9 +57,30 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         if ranks.is_main:
-            print("dmm: interrupted; what is done is kept, the same command goes on from there", file=sys.stderr)
+            print(f"\ndmm: interrupted; {kept}", file=sys.stderr)  # a progress bar may be in this line
         return 130
     return 0
+
+
+KEPT = "what is done is kept, the same command goes on from there"
+"""After an interrupt, of commands that do not say something else (``set_defaults(kept=...)``)."""
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, SIGTERM interrupts as Ctrl-C does: at once, so that what is half written is removed. Main thread only; else nothing."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def silence() -> None:

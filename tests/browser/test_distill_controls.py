@@ -106,12 +106,19 @@ def test_the_buttons_steer_the_training(trainer, server, tmp_path_factory):
     button(page, "Pause").wait_for(state="visible")
     assert not training(server)[0]["paused"]
     assert (queued(page), saved(page)) == before
+    chart = page.locator("svg[role=img]")
+    page.wait_for_function("() => document.querySelectorAll('svg[role=img] polyline').length === 4")
+    assert re.match(r"Loss after \d+ of 100000 steps: ink [\d.e-]+, candy ", chart.get_attribute("aria-label"))
 
     button(page, "Stop and save").click()
     page.wait_for_function("() => window.ended")
     assert page.evaluate("window.ended") == "execution_success"
     assert all(button(page, label).is_disabled() for label in LABELS)
     page.screenshot(path=tmp_path_factory.getbasetemp() / f"stopped-{page.renderer}.png")
+    names = page.evaluate(f"{TRAINER}.widgets.map((w) => w.name)")
+    assert (
+        chart.count() == 1 and "dmm_losses" in names and "$$node-text-preview" not in names
+    )  # no "step 180 of 100000"
     assert (queued(page), saved(page)) == before and training(server) == []
     assert page.errors == []
 

@@ -137,6 +137,8 @@ def test_names_of_every_kind_are_kept_as_they_are(path, tmp_path, name):
         (("ink", "a\x1b[2J"), "control character"),
         (("ink", "", "x" * 4001), "description has 4001 characters"),
         (("ink", "", "\ud800"), "control character"),
+        (("ink", "\u202eknis"), r"a style's name holds the control character '\\u202e': remove it"),
+        (("ink", "", "so \u2066 it is"), "a style's description holds the control character"),
     ],
 )
 def test_what_is_refused(path, arguments, message):

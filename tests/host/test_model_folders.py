@@ -104,7 +104,7 @@ def test_each_of_them_is_the_model_that_it_was_made_from(folders, name):
     assert_same(model.model.diffusion_model.state_dict(), whole.model.diffusion_model.state_dict())
     text = str(out.ui.as_dict())
     assert "4 styles: ink, Neon lines" in text
-    assert "no text encoder in this file: use Load CLIP" in text and "no VAE in this file: use Load VAE" in text
+    assert "no CLIP and no VAE in this file: to paint, add Load CLIP and Load VAE" in text
     assert clip is None
     model.cached_patcher_init[0](*model.cached_patcher_init[1])  # the host's second copy
     before = node.fingerprint_inputs(name)

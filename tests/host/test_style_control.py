@@ -191,6 +191,7 @@ def test_a_named_blend_is_a_style_now_and_in_the_file(models, model, unet):
         ("none", "x", "strength 0"),
         ("oil", "x", "unknown style 'oil'"),
         ("ink:0", "x", "sum to 0"),
+        ("ink:0.5, 墨:0.5", "my\u202eblend", r"name holds the control character '\\u202e': remove it"),
     ],
 )
 def test_blends_that_cannot_be_named(model, style, name, message):

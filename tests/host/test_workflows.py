@@ -102,7 +102,7 @@ def test_a_plain_checkpoint_loads_with_a_note_and_refuses_styles(server, files):
     plain.unet = {k: v for k, v in plain.unet.items() if not k.startswith(STYLE_KEYS)}
     save_checkpoint(server.base / "models" / "checkpoints" / "plain.safetensors", plain)
     outputs = server.run(painting({"a": "none"}, "plain.safetensors"))
-    assert outputs["load"]["text"] == ["no styles: this is a plain checkpoint, not a DMM model"]
+    assert outputs["load"]["text"] == ["a plain model, no styles: fine as a teacher or a base"]
     with pytest.raises(NodeError, match="unknown style 'ink'.*plain checkpoint") as caught:
         server.run(painting({"a": "ink"}, "plain.safetensors"))
     assert caught.value.node == "style a"
@@ -165,7 +165,7 @@ def test_a_file_without_text_encoder_or_vae_says_so(server, files):
     assert caught.value.node == "decode a"
     graph["decode a"]["inputs"]["vae"] = ["whole", 2]
     note = server.run(graph)["load"]["text"][0]
-    assert "no text encoder in this file" in note and "no VAE in this file" in note
+    assert "no CLIP and no VAE in this file" in note
 
 
 def test_save_and_load(server, files):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..host.server import Server
 from ..host.templates import twin_of
+from .layout import rows
 from .templates import paint
 
 MODELS = Path(__file__).parents[2] / "models" / "dmm"
@@ -41,11 +42,34 @@ def blends(brush: Painter) -> Image.Image:
     return blend_strip(brush.pictures(latents), first, second, shares, title="One model, two styles, seven blends")
 
 
+BANNER = ("an orange cat", "a big blue house, hills", "a purple mushroom")
+CORNERS = ("ink", "candy", "sticker", "echo")
+
+
+def wall(brush: Painter, styles: Sequence[str], caption: str) -> list[Image.Image]:
+    """One caption in each of these styles, from one noise."""
+    return [brush.pictures(brush.latents([caption], brush.style_row(style), SEED, SETTINGS))[0] for style in styles]
+
+
+def banner(brush: Painter) -> Image.Image:
+    """For the registry, which wants 21 to 9: every style, three captions."""
+    return rows([wall(brush, brush.styles, caption) for caption in BANNER], 1.5, gap=0)
+
+
+def icon(brush: Painter) -> Image.Image:
+    """For the registry: a square of four styles, 400 pixels a side."""
+    one, two, three, four = wall(brush, CORNERS, BANNER[0])
+    return rows([[one, two], [three, four]], 200 / 128, gap=0)
+
+
+WITHOUT_HOST = {"demo-grid": teachers_and_student, "demo-blend": blends, "banner": banner, "icon": icon}
+
+
 def documents(folder: Path) -> Iterator[Path]:
     """Paint those that need no ComfyUI into ``folder``; yields their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     brush = painter(load_checkpoint(MODELS / "demo-dmm.safetensors"))
-    for name, picture_of in (("demo-grid", teachers_and_student), ("demo-blend", blends)):
+    for name, picture_of in WITHOUT_HOST.items():
         path = folder / f"{name}.jpg"
         picture_of(brush).save(path, quality=90)
         yield path

@@ -7,6 +7,7 @@ an OSError; anything else is listed under "failures" with the seed that makes it
 
 import json
 import logging
+import math
 import random
 import resource
 import shutil
@@ -32,7 +33,7 @@ from comfyui_dmm.training.files.describe import describe
 from comfyui_dmm.training.files.model_files import load_any, load_any_info, model_sha256
 from comfyui_dmm.training.files.style_file import is_style_file, read_style_file, recombine
 from comfyui_dmm.training.teachers.lora_files import apply_loras
-from safetensors.torch import save_file
+from safetensors.torch import load, load_file, save, save_file
 
 SECONDS = 20
 """A read may take no longer; the machine may be busy."""
@@ -107,6 +108,12 @@ def make_good(folder: Path) -> dict[str, Path]:
     key = "lora_unet_input_blocks_1_0_emb_layers_1"
     save_file({f"{key}.lora_up.weight": torch.randn(32, 2), f"{key}.lora_down.weight": torch.randn(2, 128),
                f"{key}.alpha": torch.tensor(2.0)}, good["lora"])  # fmt: skip
+    good["lora header"] = folder / "lora-header.safetensors"
+    save_file({f"{key}.lora_up.weight": torch.randn(32, 2), f"{key}.lora_down.weight": torch.randn(2, 128)}, good["lora header"],
+              {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 4})})  # fmt: skip
+    for kind in ("fp8 old", "fp8 new"):
+        good[kind] = folder / f"{kind.replace(' ', '-')}.safetensors"
+        save_file(in_fp8(load_file(good["single"]), new=kind == "fp8 new"), good[kind])
     good["cache"] = folder / "cache"
     good["cache"].mkdir()
     shard = {"file": "latents-32x32-00000.safetensors", "count": 1, "bytes": 3, "sha256": "ab" * 32}
@@ -119,6 +126,26 @@ def make_good(folder: Path) -> dict[str, Path]:
     }
     (good["cache"] / "manifest.json").write_text(json.dumps(manifest))
     return good
+
+
+def in_fp8(tensors: dict[str, torch.Tensor], new: bool) -> dict[str, torch.Tensor]:
+    """A single file's tensors with some of the UNet's weights as float8 and a scale, under the new marks or the old ones."""
+    out = dict(tensors)
+    for key in (key for key in tensors if key.endswith(SCALED)):
+        layer, scale = key.removesuffix(".weight"), tensors[key].float().abs().max() / 400
+        out[key] = (tensors[key].float() / scale).to(torch.float8_e4m3fn)
+        out[f"{layer}.{'weight_scale' if new else 'scale_weight'}"] = scale
+        if new:
+            out[f"{layer}.comfy_quant"] = as_mark(b'{"format": "float8_e4m3fn"}')
+    return out if new else {**out, f"{UNET}scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
+
+
+def as_mark(text: bytes) -> torch.Tensor:
+    return torch.tensor(list(text), dtype=torch.uint8)
+
+
+UNET = "model.diffusion_model."
+SCALED = ("to_q.weight", "to_v.weight", "emb_layers.1.weight", "out_layers.3.weight")
 
 
 # --- changes ----------------------------------------------------------------------------------------------------------
@@ -248,7 +275,7 @@ def change_tensors(header: dict, dice: random.Random) -> None:
 
 
 TELLING = ("model_embedding", "add_embedding", "time_emb", "input_blocks.0.0", "conv_in", "out.2", "conv_out", "token_embedding",
-           "token_ids", "to_k", "proj_in", "self_attn", "latents", "lora_")  # fmt: skip
+           "token_ids", "to_k", "proj_in", "self_attn", "latents", "lora_", "scale", "comfy_quant")  # fmt: skip
 BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
         "F4": 4, "F6_E2M3": 6}  # fmt: skip
 
@@ -290,6 +317,132 @@ def changed_metadata(metadata: dict, dice: random.Random) -> object:
         dice.randrange(len(STRANGE_JSON))]()])  # fmt: skip
     metadata[key] = text if dice.random() < 0.97 else value
     return metadata
+
+
+def changed_fp8(raw: bytes, dice: random.Random) -> bytes:
+    """A file of scaled float8 weights with something wrong, or merely unusual, about one weight, its scale or its mark."""
+    tensors, metadata = load(raw), None
+    layers = sorted(key.removesuffix(".weight") for key in tensors if key.endswith(SCALED))
+    for layer in dice.sample(layers, dice.randint(1, 3)):
+        key = next(f"{layer}.{end}" for end in ("weight_scale", "scale_weight") if f"{layer}.{end}" in tensors)
+        other = f"{layer}.{'scale_weight' if key.endswith('weight_scale') else 'weight_scale'}"
+        weight, scale = tensors[f"{layer}.weight"], tensors[key]
+        rows, ones = weight.shape[0], [1] * (weight.ndim - 1)
+        what = dice.randrange(10)
+        if what == 0:
+            tensors.pop(key)
+        elif what == 1:
+            shape = dice.choice([(1,), (1, 1), (rows, *ones), (rows,), (2,), (0,), (rows, rows), (*ones, rows), ()])
+            tensors[key] = torch.rand(shape) * scale
+        elif what == 2:
+            tensors[key] = scale.to(
+                dice.choice([torch.float16, torch.float64, torch.bfloat16, torch.int32, torch.bool])
+            )
+        elif what == 3:
+            tensors[key] = torch.tensor(dice.choice([math.nan, math.inf, -math.inf, 0.0, -1.0, 1e30, 1e-30]))
+        elif what == 4:
+            tensors[f"{layer}.weight"] = weight.to(dice.choice([torch.float16, torch.float8_e5m2, torch.uint8]))
+        elif what == 5:
+            tensors[other] = scale
+        elif what == 6:
+            tensors[f"{layer}.comfy_quant"] = dice.choice(STRANGE_MARKS)
+        elif what == 7:
+            tensors.pop(dice.choice([f"{layer}.weight", f"{layer}.comfy_quant"]), None)
+        elif what == 8:
+            tensors[f"{layer}.{dice.choice(['input_scale', 'scale_input', 'weight_scale_2', 'weight_codebook'])}"] = (
+                torch.ones(())
+            )
+        else:
+            said = dice.choice(
+                [{}, [], None, {"layers": 3}, {"layers": {layer.removeprefix(UNET): {"format": "float8_e4m3fn"}}}]
+            )
+            metadata = {"_quantization_metadata": dice.choice([json.dumps(said), "{", ""])}
+    return save({key: tensor.clone() for key, tensor in tensors.items()}, metadata)
+
+
+STRANGE_MARKS = [
+    *map(
+        as_mark,
+        (
+            b"{",
+            b"",
+            b"[]",
+            b"null",
+            b'{"format": "nvfp4"}',
+            b'{"format": 5}',
+            b'{"format": "float8_e5m2"}',
+            b"[" * 3000,
+        ),
+    ),
+    torch.zeros(5000, dtype=torch.uint8),
+    torch.zeros(2, 2, dtype=torch.uint8),
+    torch.zeros(3),
+]
+
+ALPHAS = [
+    *((4, 4), ("4", 4), (" 3 ", 3), (0, 0), (-3, -3), (0.5, 0.5), ("1e2", 100), (1e30, 1e30), ("x", None), ("", None), (True, None)),
+    *((None, None), ([4], None), ({"a": 4}, None), (math.nan, None), (math.inf, None), ("nan", None), (10**400, None), ("1e999", None)),
+]  # fmt: skip
+"""(lora_alpha as a header has it, the number that it is or None: it must be refused)."""
+KOHYA_ALPHAS = [
+    ("4", 4),
+    ("16.0", 16),
+    ("-3", -3),
+    ("0", 2),
+    ("None", 2),
+    ("", 2),
+    ("x", None),
+    ("nan", None),
+    ("1e999", None),
+    ("[4]", None),
+]
+"""As ALPHAS, of ``ss_network_alpha``; the rank is 2, and what says nothing means scale 1."""
+PATTERNS = [({}, ""), (None, ""), ({"emb_layers_1": 6}, 6), ({"^emb_layers_1": 6}, ""), ({"other": "x"}, ""),
+            *((bad, None) for bad in (3, "x", [1], True, {"(a+)+$": 1}, {"emb_layers_1": "x"}, {"emb_layers_1": [6]}))]  # fmt: skip
+"""(alpha_pattern, the alpha that it gives the weight, "" for none, None: refused)."""
+RANKS = [2, "2", 0, -1, 64, None, "x", [2], True, math.nan, 10**400]
+"""r: what is said of the rank only warns, as the tensors have it."""
+RANK_PATTERNS = [
+    ({}, True),
+    ({"emb_layers_1": 2}, True),
+    ({"emb_layers_1": "x"}, True),
+    (3, False),
+    ([2], False),
+    ({"(a+)+$": 1}, False),
+]
+NO_JSON = ["{", "", "nul", "[" * 100_000, "{'unet.r': 2}", "\x00", "[]", "5", '"x"', "true"]
+
+
+def changed_lora_header(raw: bytes, dice: random.Random) -> tuple[bytes, float | None]:
+    """A LoRA with a header of another content -> (the file, the scale that it must be applied at, None: it must be refused)."""
+    (length,) = struct.unpack("<Q", raw[:8])
+    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    place = dice.choice(["lora_adapter_metadata", "adapter_config", "peft_config", "header", "kohya", "no JSON"])
+    (said, alpha), root = dice.choice(ALPHAS), dice.choice([False, False, True, "true"])
+    if place == "kohya":
+        said, alpha = dice.choice(KOHYA_ALPHAS)
+        metadata, root = {"ss_network_alpha": said}, False
+    elif place == "no JSON":
+        metadata, alpha = {"lora_adapter_metadata": dice.choice(NO_JSON)}, None
+    elif place == "header":
+        said, alpha = dice.choice([(a, n) for a, n in ALPHAS if isinstance(a, str)])
+        metadata = {"lora_alpha": said, "r": str(dice.choice(RANKS[:5])), "use_rslora": str(root)}
+    else:
+        (pattern, of_pattern), (ranks, fine) = dice.choice(PATTERNS), dice.choice(RANK_PATTERNS)
+        if dice.random() < 0.6:
+            pattern, of_pattern, ranks, fine = {}, "", {}, True
+        config = {
+            "r": dice.choice(RANKS),
+            "lora_alpha": said,
+            "alpha_pattern": pattern,
+            "rank_pattern": ranks,
+            "use_rslora": root,
+        }
+        alpha = (alpha if of_pattern == "" else of_pattern) if fine else None
+        metadata = {place: json.dumps({f"unet.{k}": v for k, v in config.items()} if dice.random() < 0.5 else config)}
+    header["__metadata__"] = metadata
+    scale = None if alpha is None else alpha / 2 * (math.sqrt(2) if root else 1)
+    return with_header(json.dumps(header).encode(), data), scale
 
 
 STRANGE_JSON: list[Callable[[], str]] = [
@@ -347,6 +500,10 @@ def changed_config(text: bytes, dice: random.Random) -> bytes:
 # --- readers ----------------------------------------------------------------------------------------------------------
 
 
+meant: dict[Path, float | None] = {}
+"""The scale that a LoRA must be applied at (None: it must be refused), where the change says it."""
+
+
 def readers(good: dict[str, Path], scratch: Path) -> dict[str, list[tuple[str, Callable[[Path], object]]]]:
     """What is tried on each kind of file, by name."""
 
@@ -357,6 +514,38 @@ def readers(good: dict[str, Path], scratch: Path) -> dict[str, list[tuple[str, C
         save_checkpoint(scratch / "again.safetensors", checkpoint)
         again = load_checkpoint(scratch / "again.safetensors")
         assert (again.styles, again.recipe) == (checkpoint.styles, checkpoint.recipe)
+
+    def right_fp8(path: Path) -> None:
+        """What is accepted is value times scale, computed here by hand."""
+        read, raw = load_any(path).unet, load_file(path)
+        for key, weight in raw.items():
+            if (
+                weight.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2)
+                or not key.startswith(UNET)
+                or not key.endswith(".weight")
+            ):
+                continue
+            layer = key.removesuffix(".weight")
+            scale = raw.get(f"{layer}.weight_scale", raw.get(f"{layer}.scale_weight"))
+            assert scale is not None or f"{layer}.comfy_quant" not in raw, key
+            if scale is not None and scale.numel() > 1:
+                scale = scale.reshape(-1, *[1] * (weight.ndim - 1))
+            want = weight.float() * (1 if scale is None else scale.float())
+            got = read[key.removeprefix(UNET)]
+            least = 2**-24 if got.dtype == torch.float16 else 0  # half precision's smallest step
+            torch.testing.assert_close(got.float(), want, rtol=2**-10, atol=least)
+
+    def right_scale(path: Path) -> None:
+        """The LoRA is applied at the scale that its header means, or refused."""
+        lora = [LoraSpec(str(path), 1.0)]
+        if path not in meant:
+            apply_loras(base, lora)
+            return
+        name, key = "lora_unet_input_blocks_1_0_emb_layers_1", "input_blocks.1.0.emb_layers.1.weight"
+        after, parts = apply_loras(base, lora, torch.float32).unet[key], load_file(path)
+        change = parts[f"{name}.lora_up.weight"] @ parts[f"{name}.lora_down.weight"]
+        assert meant[path] is not None, "it must be refused"
+        torch.testing.assert_close(after, base.unet[key].float() + meant[path] * change, rtol=1e-4, atol=1e-4)
 
     base = load_checkpoint(good["single"])
     models = [
@@ -375,6 +564,9 @@ def readers(good: dict[str, Path], scratch: Path) -> dict[str, list[tuple[str, C
         "pipeline": [*models, ("model_sha256", model_sha256)],
         "latents": [("load_latents", load_latents), *file],
         "lora": [("apply_loras", lambda path: apply_loras(base, [LoraSpec(str(path), 1.0)])), *file[:2]],
+        "lora header": [("right scale", right_scale), ("is_style_file", is_style_file)],
+        "fp8 old": [("right fp8", right_fp8), *file],
+        "fp8 new": [("right fp8", right_fp8), *file],
         "cache": [("read_manifest", read_manifest)],
     }
 
@@ -389,6 +581,14 @@ def hostile(kind: str, good: Path, target: Path, dice: random.Random) -> None:
     else:
         shutil.copyfile(good, target)
     raw = target.read_bytes()
+    meant.pop(target, None)
+    if kind == "lora header" and dice.random() < 0.8:
+        raw, meant[target] = changed_lora_header(raw, dice)
+        target.write_bytes(raw)
+        return
+    if kind.startswith("fp8") and dice.random() < 0.7:
+        target.write_bytes(changed_fp8(raw, dice))
+        return
     target.write_bytes(changed_file(raw, dice) if target.suffix == ".safetensors" else changed_config(raw, dice))
 
 

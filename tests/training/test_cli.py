@@ -290,3 +290,65 @@ def test_a_full_disk_leaves_the_old_checkpoint(folder, monkeypatch, capsys):
     assert "No space left" in capsys.readouterr().err
     assert (folder / "out" / "dmm.safetensors").read_bytes() == old
     assert not list((folder / "out").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("ink=a.safetensors", ("ink", "a.safetensors")),
+        (" ink =a.safetensors,prediction=v", ("ink", "a.safetensors,prediction=v")),
+        ("ink=v2=a.safetensors", ("ink=v2", "a.safetensors")),
+        ("ink=b=c/a.safetensors", ("ink", "b=c/a.safetensors")),
+        (
+            "x=y=b=c/a.safetensors+a.safetensors:0.5,clip_skip=2",
+            ("x=y", "b=c/a.safetensors+a.safetensors:0.5,clip_skip=2"),
+        ),
+        ("ink=gone=a.ckpt", ("ink", "gone=a.ckpt")),  # no file anywhere
+    ],
+)
+def test_names_and_paths_may_hold_an_equals_sign(tmp_path, monkeypatch, text, expected):
+    from comfyui_dmm.training.commands.arguments import named_file
+
+    (tmp_path / "b=c").mkdir()
+    for path in ("a.safetensors", "b=c/a.safetensors"):
+        (tmp_path / path).touch()
+    monkeypatch.chdir(tmp_path)
+    assert named_file(text) == expected
+
+
+@pytest.mark.parametrize("text", ["ink", "=a.safetensors", "ink=", ""])
+def test_what_is_no_name_and_file(text):
+    import argparse
+
+    from comfyui_dmm.training.commands.arguments import named_file
+
+    with pytest.raises(argparse.ArgumentTypeError, match="is not NAME=FILE"):
+        named_file(text)
+
+
+def test_a_name_that_is_too_long_for_the_disk(folder, monkeypatch, capsys):
+    long = "a" * 300
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    teachers = (
+        "--teacher",
+        "one=one.safetensors",
+        "--teacher",
+        "two=two.safetensors",
+        "--parts-from",
+        "base.safetensors",
+    )
+    for command in (
+        ("info", long),
+        ("sample", "base.safetensors", "--prompt", "a", "--output", f"{long}/x.png"),
+        ("merge", *teachers, "--output", f"{long}.safetensors"),
+        ("merge", *teachers, "--output", f"{long}/x.safetensors"),
+        ("cache", "images", "--images", ".", "--base", "base.safetensors", "--output", long),
+        ("demo", "looks", "--output", f"{long}.png"),
+        ("demo", "judge", "--sheet", f"{long}.png"),
+    ):
+        assert dmm(*command) == 1
+        said = capsys.readouterr().err
+        assert "too long" in said or "at most 25" in said, said
+        assert "Errno" not in said and len(said) < 400, said
+    assert sorted(folder.rglob("*")) == before

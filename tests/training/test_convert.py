@@ -16,11 +16,12 @@ from comfyui_dmm.dmm_core.unet import UNet
 from comfyui_dmm.training.commands.convert import add_parser
 from comfyui_dmm.training.files.convert import convert
 from comfyui_dmm.training.files.model_files import CONFIG, WEIGHTS, load_any, load_any_info, model_sha256, weight_files
-from comfyui_dmm.training.files.style_file import ONLY_ITS_OWN, read_style_file, split, unet_fingerprint
+from comfyui_dmm.training.files.style_file import ONLY_ITS_OWN, read_style_file, save_style, split, unet_fingerprint
 from comfyui_dmm.training.text import ClipText
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ..core.test_bank import banked_unet
 from ..core.test_diffusers_layout import FAMILIES, SD1, SD2, SDXL, N
 
 STYLES = [
@@ -153,7 +154,15 @@ def test_half_keeps_what_is_half(tmp_path):
 
 
 def test_the_shipped_model_there_and_back(tmp_path):
-    model = Path(__file__).parents[2] / "models" / "dmm" / "demo-dmm.safetensors"
+    """Without its bank, for which diffusers has no layout: with it the folder is refused, and nothing is written."""
+    shipped = Path(__file__).parents[2] / "models" / "dmm" / "demo-dmm.safetensors"
+    with pytest.raises(ValueError, match="style bank, for which diffusers has no layout: keep it as a single file"):
+        convert(shipped, tmp_path / "unet", "diffusers")
+    assert not (tmp_path / "unet").exists()
+    whole, model = load_checkpoint(shipped), tmp_path / "codes.safetensors"
+    save_checkpoint(
+        model, replace(whole, unet={k: v for k, v in whole.unet.items() if not k.startswith("style_bank.")})
+    )
     convert(model, tmp_path / "unet", "diffusers")
     convert(tmp_path / "unet", tmp_path / "b.safetensors", "single", parts_from=model)
     ours, theirs = load_checkpoint(tmp_path / "b.safetensors"), load_checkpoint(model)
@@ -488,3 +497,38 @@ def test_styles_in_float8_are_read(tmp_path):
     small.unet["model_embedding.weight"] = small.unet["model_embedding.weight"].to(torch.float8_e4m3fn)
     save_file({f"model.diffusion_model.{k}": v for k, v in small.unet.items()}, tmp_path / "fp8.safetensors")
     assert load_checkpoint(tmp_path / "fp8.safetensors").num_styles == N
+
+
+LAYER = "style_bank.middle_block.0.in_layers.2"
+DAMAGED_STYLES = {
+    "a code of another width": lambda w: w.update(
+        {"model_embedding.weight": w["model_embedding.weight"][:, :-1].clone()}
+    ),
+    "no MLP": lambda w: w.pop("add_embedding.linear_2.bias"),
+    "an MLP of another width": lambda w: w.update({"add_embedding.linear_1.bias": torch.zeros(3)}),
+    "no codebook": lambda w: w.pop("model_embedding.weight"),
+    "no up": lambda w: w.pop(f"{LAYER}.up.weight"),
+    "no cores": lambda w: w.pop(f"{LAYER}.cores.weight"),
+    "down of another rank": lambda w: w.update({f"{LAYER}.down.weight": w[f"{LAYER}.down.weight"][1:].clone()}),
+    "cores of another number": lambda w: w.update({f"{LAYER}.cores.weight": w[f"{LAYER}.cores.weight"][1:].clone()}),
+    "a flat up": lambda w: w.update({f"{LAYER}.up.weight": w[f"{LAYER}.up.weight"].flatten()}),
+    "an unknown part": lambda w: w.update({f"{LAYER}.sideways.weight": torch.zeros(2)}),
+    "NaN": lambda w: w[f"{LAYER}.up.weight"].fill_(float("nan")),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED_STYLES)
+def test_info_says_when_a_file_of_styles_is_damaged(tmp_path, kind, capsys):
+    from comfyui_dmm.training.cli import main
+
+    sound, bad = tmp_path / "sound.safetensors", tmp_path / "bad.safetensors"
+    save_style(sound, Checkpoint(unet=dict(banked_unet().state_dict())))
+    assert main(["info", str(sound)]) == 0
+    with safe_open(sound, "pt") as file:
+        metadata, weights = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    DAMAGED_STYLES[kind](weights)
+    save_file(weights, bad, metadata)
+    capsys.readouterr()
+    assert main(["info", str(bad)]) == 1
+    said = capsys.readouterr().err
+    assert "bad.safetensors" in said and ("damaged" in said or "no codebook" in said)

@@ -15,7 +15,7 @@ from comfyui_dmm.training.files.style_file import read_style_file
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's limits of memory")
-KINDS = 7
+KINDS = 10
 GROWTH = 900
 """MB that the largest reads may need: the longest list of a million values, and the headers with 400,000 tensors."""
 

@@ -291,7 +291,10 @@ def test_a_report_of_nothing_changed():
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ("0.1%", r"the budget 0.1% is too small for 4 models: the smallest is [\d.]+% of the model, [\d.]+ MB"),
+        (
+            "0.1%",
+            r"the budget 0.1% is too small for 3 styles and the base: the smallest is [\d.]+% of the model, [\d.]+ MB",
+        ),
         (
             "1KB",
             "the size of the style bank is '1KB': expected a share of the model such as 10%, or a size such as 150MB",

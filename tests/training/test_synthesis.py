@@ -95,7 +95,7 @@ def test_the_last_steps_train_on_what_each_teacher_painted(tmp_path):
     run = small_run(teachers=2, steps=2, **FINAL)
     steps, parts = [], []
     train(run, tmp_path, Watch(lambda run, m: steps.append((m.step, m.steps)), on_paint=lambda *a: parts.append(a[:2])))
-    assert steps == [(i, 5) for i in range(1, 6)] and parts == [(i, 6) for i in range(1, 7)]
+    assert steps == [(i, 5) for i in range(1, 6)] and list(dict.fromkeys(parts)) == [(i, 6) for i in range(7)]
     assert len(run.draws.final_data) == 20 and states(tmp_path)[-1].name == "state-00000005.safetensors"
     batch = run.draws(2)
     want = run.draws.final_data.batch(0, Draw(hash_seed(run.config.seed, "final stage"), 4, 2, 0.05, 0.1, run.schedule))

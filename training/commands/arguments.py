@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,17 +12,32 @@ from ..fields import about_field, default_of, describe
 
 MODELS = (
     "Settings of a model stand behind its file: FILE,prediction=v,clip_skip=2 (also prediction=eps, zero_snr=true, num_heads=8, "
-    "num_head_channels=64); without them its metadata, a yaml beside it or a guess decide (docs/files.md)."
+    "num_head_channels=64); without them its metadata, a yaml beside it or a guess decide (docs/files.md). NAME=FILE is split at the first "
+    "equals sign with a file behind it."
 )
 """The end of the help of commands that take models."""
 
 
 def named_file(text: str) -> tuple[str, str]:
-    """ "ink=models/ink.safetensors" -> ("ink", "models/ink.safetensors")"""
-    name, equals, file = text.partition("=")
-    if not (name.strip() and equals and file):
+    """ "ink=models/ink.safetensors" -> ("ink", "models/ink.safetensors")
+
+    Both may hold an equals sign: the one between them is the first that has a file or folder behind it, and where none has, the first.
+    """
+    places = [i for i, letter in enumerate(text) if letter == "=" and text[:i].strip() and text[i + 1 :]]
+    if not places:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
-    return name.strip(), file
+    place = next((i for i in places if _is_model(text[i + 1 :])), places[0])
+    return text[:place].strip(), text[place + 1 :]
+
+
+def _is_model(text: str) -> bool:
+    """Whether there is a file or folder behind a model's text, without its LoRAs and settings."""
+    from ..teachers.models import split_model
+
+    try:
+        return os.path.exists(text) or os.path.exists(split_model(text)[0])
+    except ValueError:  # of the settings, which is said when the model is read
+        return False
 
 
 def size(text: str) -> tuple[int, int]:

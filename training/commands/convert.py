@@ -20,7 +20,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     convert.add_argument("--parts-from", metavar="FILE", help="take a missing text encoder or VAE from this model")
     convert.add_argument("--onto", metavar="FILE", help="model whose UNet gets the styles of IN")
     convert.add_argument("--half", action="store_true", help="write float32 weights as float16")
-    convert.set_defaults(run=run_convert)
+    convert.set_defaults(run=run_convert, kept="nothing was written")
 
 
 def run_convert(args: argparse.Namespace) -> None:

@@ -86,8 +86,11 @@ def run_demo_judge(args: argparse.Namespace) -> None:
     models = folders(family, None, args.models, None)[1]
     if args.sheet:
         from ..demo.sheet import painted_sheet
-        from ..paint.images import save_picture
+        from ..files.outputs import check_output
+        from ..paint.images import picture_kind, save_picture
 
+        check_output(args.sheet, what="--sheet")
+        picture_kind(args.sheet)
         save_picture(painted_sheet(family, models), args.sheet, quality=80)
         print(f"wrote {args.sheet}")
     if args.count:
@@ -97,8 +100,11 @@ def run_demo_judge(args: argparse.Namespace) -> None:
 def run_demo_looks(args: argparse.Namespace) -> None:
     from ..data.demo.family import family_named
     from ..demo.sheet import looks_sheet
-    from ..paint.images import save_picture
+    from ..files.outputs import check_output
+    from ..paint.images import picture_kind, save_picture
 
+    check_output(args.output)
+    picture_kind(args.output)
     save_picture(looks_sheet(family_named(args.family)), args.output, quality=80)
     print(f"wrote {args.output}")
 
@@ -106,5 +112,4 @@ def run_demo_looks(args: argparse.Namespace) -> None:
 def run_demo(args: argparse.Namespace) -> None:
     from ..demo.tour import tour
 
-    with watched() as watch:
-        tour(args.config, watch)
+    tour(args.config, watched)

@@ -28,7 +28,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     ):
         sample.add_argument(f"--{name}", type=type(default), default=default)
     sample.add_argument("--output", default="sample.png")
-    sample.set_defaults(run=run_sample)
+    sample.set_defaults(run=run_sample, kept="nothing was written")
 
 
 def run_sample(args: argparse.Namespace) -> None:

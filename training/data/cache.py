@@ -33,7 +33,7 @@ from .batches import CaptionedLatents
 from .buckets import MAX_ASPECT, bucket_sizes, choose_bucket, default_resolution, enlargement, fit, size_multiple
 from .cached_text import TextStore, store_text
 from .image_folder import Picture, Problem, ahead, captions_alone, find_files, read_picture, survey, unreadable_pictures
-from .shards import ShardReader, ShardWriter, check_shards, first_few, read_manifest, shard_entries
+from .shards import ShardReader, ShardWriter, cache_folder, check_shards, first_few, read_manifest, shard_entries
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +106,41 @@ def build_image_cache(
     what the model was trained at. skip_bad leaves out what cannot be used instead of refusing it. batch_size: pictures
     a VAE forward. workers: threads that read pictures.
 
-    Every picture is read once before anything is encoded: a ValueError names what is wrong with which file.
+    Every picture is read once before anything is encoded: a ValueError names what is wrong with which file, or the process that
+    has the folder.
     """
+    with cache_folder(folder):
+        return _build_image_cache(
+            folder,
+            images,
+            base,
+            teachers=teachers,
+            parts_from=parts_from,
+            resolution=resolution,
+            max_aspect=max_aspect,
+            skip_bad=skip_bad,
+            device=device,
+            batch_size=batch_size,
+            workers=workers,
+            progress=progress,
+        )
+
+
+def _build_image_cache(
+    folder: str | os.PathLike,
+    images: str | os.PathLike,
+    base: Model,
+    *,
+    teachers: Sequence[Model],
+    parts_from: Model | None,
+    resolution: int | None,
+    max_aspect: float,
+    skip_bad: bool,
+    device: torch.device | str,
+    batch_size: int,
+    workers: int,
+    progress: ProgressCallback | None,
+) -> CacheReport:
     base = base_with_parts(base, parts_from)
     if not base.vae:
         raise ValueError("the base model has no VAE: name a full checkpoint to take it from (parts_from, --parts-from)")
@@ -224,8 +257,19 @@ def add_text(
     """Add the models' text encoders to a finished cache of any kind, leaving the rest as it is. Returns how many were
     new.
 
-    Raises ValueError for a model without a text encoder.
+    Raises ValueError for a model without a text encoder, and naming the process that has the folder.
     """
+    read_manifest(folder)  # or the lock would make a folder that is not there
+    with cache_folder(folder):
+        return _add_text(folder, models, device, progress)
+
+
+def _add_text(
+    folder: str | os.PathLike,
+    models: Sequence[Model],
+    device: torch.device | str,
+    progress: ProgressCallback | None,
+) -> int:
     manifest = read_manifest(folder)
     check_shards(folder, shard_entries(manifest))
     writer = ShardWriter(folder, manifest["kind"], manifest["settings"])

@@ -10,12 +10,13 @@ on disk is found when it is read. Caches from before that are read as they are; 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from ...dmm_core.files import atomic_write, file_sha256
 from ..files.checksums import ROW_DIGITS, row_digests
+from ..files.folder_lock import locked
 from ..files.hashing import repr_sha256
 from .batches import bad_rows
 
@@ -61,8 +63,17 @@ def first_few(items: Sequence[object]) -> str:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def cache_folder(folder: str | os.PathLike) -> Iterator[None]:
+    """Inside, the folder of a cache is this process's alone. Raises ValueError for a file, and naming the process that has the folder."""
+    if os.path.isfile(folder):
+        raise ValueError(f"'{folder}' is a file: give a folder for the cache")
+    with locked(Path(folder), "the cache"):
+        yield
+
+
 class ShardWriter:
-    """The folder of a cache that is being built or extended.
+    """The folder of a cache that is being built or extended, which is inside of ``cache_folder``.
 
     settings: what every shard depends on, by name; a folder that was made with others is refused (ValueError), never
     mixed.

@@ -44,7 +44,12 @@ def build_parts(work: Path, budget: Budget, jobs: int = 2, family: Family = FIRS
             for name in ready[: jobs - len(running)]:
                 waiting.remove(name)
                 running[pool.submit(run_stage, name, work, budget, family.name)] = name
-            finished, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            try:
+                finished, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            except BaseException:  # an interrupt, for which the pool would wait until its workers are done
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+                raise
             for future in finished:
                 name = running.pop(future)
                 seconds[name] = future.result()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from ..data.demo.latents import demo_latents
 from ..loop.eps_table import eps_errors, format_table
 from ..merge.files import merge_files
 from ..merge.merge import MergeConfig
-from ..paint.images import blend_strip, grid
+from ..paint.images import blend_strip, grid, save_picture
 from ..paint.painter import Painter, Settings, painter
 from ..run.distill import distill
 from ..run.watch.watch import Watch
@@ -35,8 +37,9 @@ HELD_OUT_SEED = 7_000_000
 """Seed of the scenes for the table; training draws its scenes from small seeds."""
 
 
-def tour(config_path: str, watch: Watch) -> None:
-    """Everything `make demo` shows; files go beside the config's ``output``."""
+def tour(config_path: str, watched: Callable[[], AbstractContextManager[Watch]]) -> None:
+    """Everything `make demo` shows; files go beside the config's ``output``. watched: gives a Watch for the training, and only for that: it
+    turns an interrupt into a request, which nothing else here answers."""
     started = time.monotonic()
     config = load_config(config_path)
     output = Path(config.output)
@@ -53,7 +56,8 @@ def tour(config_path: str, watch: Watch) -> None:
     print(
         f"\n1. Merged without training, in {merged - started:.1f} s: {at_once}\n\n{report.text()}\n\n2. Distilled from there\n"
     )
-    run = distill(config, watch)
+    with watched() as watch:
+        run = distill(config, watch)
     trained = time.monotonic()
 
     first_look = load_checkpoint(at_once)
@@ -82,12 +86,8 @@ def tour(config_path: str, watch: Watch) -> None:
             labels.append(name)
             rows.append(who.pictures(who.latents(CAPTIONS, row, seed=1, settings=SETTINGS)))
     sheet = output.with_name(output.stem + "-grid.png")
-    grid(
-        rows,
-        labels,
-        CAPTIONS,
-        title="Each teacher, and one model in its style: merged without training, and distilled from there",
-    ).save(sheet)
+    title = "Each teacher, and one model in its style: merged without training, and distilled from there"
+    save_picture(grid(rows, labels, CAPTIONS, title=title), sheet)
 
     first, second = BLEND
     shares = [i / 6 for i in range(7)]
@@ -96,7 +96,7 @@ def tour(config_path: str, watch: Watch) -> None:
     frames = brush.pictures(
         brush.latents(["a big blue house, hills"] * 7, mixes, BLEND_SEED, SETTINGS, same_noise=True)
     )
-    blend_strip(frames, first, second, shares, title="One model, two styles, seven blends").save(strip)
+    save_picture(blend_strip(frames, first, second, shares, title="One model, two styles, seven blends"), strip)
 
     print(f"\ncheckpoint  {output} ({output.stat().st_size / 1e6:.1f} MB)\npictures    {sheet}\nblend       {strip}")
     print(

@@ -299,7 +299,7 @@ def parameter_shapes(config: UNetConfig) -> Mapping[str, torch.Size]:
 
 def merge_with_bank(student: ModelRef, teachers: Sequence[ModelRef], base: ModelRef, budget: str) -> Contender:
     """What ``dmm merge`` makes without training: the soup and a style bank of this size. All teachers are in memory while it is made."""
-    size = bank_of(budget, parameter_shapes(base.config), len(teachers) + 1, FILE_ITEMSIZE)
+    size = bank_of(budget, parameter_shapes(base.config), len(teachers) + 1, FILE_ITEMSIZE, styles=len(teachers))
 
     def make() -> UNet:
         config = TrainConfig(init="bank", bank=budget, seed=0)

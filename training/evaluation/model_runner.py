@@ -141,7 +141,9 @@ class ModelRunner:
 
             def build(rows: Tensor = rows, seeds: list[int] = seeds) -> dict[str, Tensor]:
                 teacher = in_style(load(), style)
-                painted = self.split(lambda part: self._paint(teacher, rows[part], seeds[part]), len(rows))
+                painted = self.split(
+                    lambda part: self._paint(teacher, rows[part], seeds[part], name or ref.name), len(rows)
+                )
                 latents = painted.half()
                 if not torch.isfinite(latents).all():
                     raise ValueError(
@@ -155,13 +157,15 @@ class ModelRunner:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def _paint(self, teacher: Teacher, rows: Tensor, seeds: Sequence[int]) -> Tensor:
+    def _paint(self, teacher: Teacher, rows: Tensor, seeds: Sequence[int], name: str) -> Tensor:
+        """With every sampling step ``work`` is told, which may raise an interrupt."""
         s = self.settings
         size = (teacher.unet.config.in_channels, s.height // 8, s.width // 8)
         noise = torch.cat([host_noise((1, *size), seed) for seed in seeds]).to(self.device)
         latents = paint_rows(
             teacher.unet, teacher, rows, noise,
             steps=s.steps, cfg=s.cfg, style=teacher.style_row, sampler=s.sampler, scheduler=s.scheduler,
+            callback=lambda *_: self.work(0, f"'{name}' paints"),
         )  # fmt: skip
         return latents.float().cpu()
 

@@ -25,10 +25,11 @@ REFUSED = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
 
 @contextlib.contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
+def locked(folder: Path, what: str, instead: str = "choose another folder") -> Iterator[None]:
     """Inside, the folder (made where it is missing, and removed when nothing was put into it) is this process's alone.
 
-    Raises ValueError naming the process that has it, where another one or another thread of this one does; what: the folder's name in it.
+    Raises ValueError naming the process that has it, where another one or another thread of this one does; what: the folder's name in it;
+    instead: what else to do than to wait or to stop the other.
     On a file system without locks (some network folders) this is said, and nothing is locked.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
@@ -37,7 +38,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"{what} '{folder}' cannot be made: {error.strerror} ('{error.filename}')") from error
     path = folder / LOCK
-    file = _taken(path, f"{what} '{folder}'")
+    file = _taken(path, f"{what} '{folder}'", instead)
     try:
         yield
     finally:
@@ -49,7 +50,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
                 place.rmdir()
 
 
-def _taken(path: Path, what: str) -> IO[str]:
+def _taken(path: Path, what: str, instead: str) -> IO[str]:
     """The lock's file, locked."""
     while True:
         try:
@@ -67,7 +68,7 @@ def _taken(path: Path, what: str) -> IO[str]:
                 holder = _holder(path)
                 file.close()
                 raise ValueError(
-                    f"{what} is in use by {holder}: wait until it has ended or stop it, or choose another folder"
+                    f"{what} is in use by {holder}: wait until it has ended or stop it, or {instead}"
                 ) from error
             logger.warning("%s cannot be locked (%s): see to it that no other process works there", path.parent, error)
             return file

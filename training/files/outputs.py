@@ -21,6 +21,7 @@ def check_output(path: str | os.PathLike, inputs: Iterable[str | os.PathLike] = 
     target = Path(os.path.realpath(path))
     check_name(target.name, what)
     limit = name_limit(_existing(target.parent)) - ADDED
+    check_lengths(target.parent, f"the folder of {what}")
     if (length := len(os.fsencode(target.name))) > limit:
         raise ValueError(f"{what} has a file name of {length} bytes, at most {limit} are possible there: shorten it")
     if target.is_dir():
@@ -44,8 +45,19 @@ def check_name(name: str, what: str) -> None:
         raise ValueError(f"{what} has the control character {bad!r} in its file name: remove it")
 
 
+def check_lengths(folder: Path, what: str) -> None:
+    """Raise ValueError for a folder with a name in its path that is too long."""
+    limit = name_limit(_existing(folder))
+    for name in folder.parts:
+        if (length := len(os.fsencode(name))) > limit:
+            raise ValueError(
+                f"{what} has a name of {length} bytes in it ('{name[:20]}...'), at most {limit} are possible there: shorten it"
+            )
+
+
 def check_folder(folder: Path, what: str) -> None:
     """Raise ValueError where nothing can be written to a folder, or it cannot be made; nothing is left there."""
+    check_lengths(folder, what)
     place = _existing(folder)
     if not place.is_dir():
         raise ValueError(f"{what} cannot be made: '{place}' is a file")

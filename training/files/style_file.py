@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...dmm_core.bank import check_alone
 from ...dmm_core.checkpoint import GUESS, MAX_STYLES, STYLE_KEYS, Checkpoint, check_finite_styles, count_styles
 from ...dmm_core.metadata import StyleInfo, check_styles, default_styles, read_metadata, write_metadata
 from ...dmm_core.style import CODEBOOK, mlp_name
@@ -75,10 +76,22 @@ def read_style_file(path: str | os.PathLike, header_only: bool = False) -> Style
         odd = next((key for key, tensor in weights.items() if not tensor.is_floating_point()), None)
         if odd is not None:
             raise ValueError(f"weight '{odd}' is {weights[odd].dtype}, not of floating point")
+        _check_sound(weights)
         styles, recipe, prediction, rest = read_metadata(metadata, codebook.shape[0])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return StyleFile(weights, styles, recipe, rest, prediction, zero_snr, made_for)
+
+
+def _check_sound(side: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless codebook, MLP and bank are complete and fit together."""
+    width = side[f"{CODEBOOK}.weight"].shape[1]
+    check_finite_styles(side)
+    try:
+        count_styles({**side, "time_embed.2.weight": torch.empty(width, width, device="meta")})
+        check_alone(side, side[f"{CODEBOOK}.weight"].shape[0])
+    except ValueError as error:
+        raise ValueError(f"damaged: {error}") from error
 
 
 def save_style(

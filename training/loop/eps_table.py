@@ -92,22 +92,29 @@ def eps_errors(
     return table
 
 
+COLUMNS = {
+    "student": "DMM",
+    "merged": "merged",
+    "base": "base",
+    "soup": "soup",
+    "wrong": "others",
+    "wrong_best": "nearest",
+}
+"""Of the table, in an order in which the first ones tell most: a node shows no more than four of them."""
+WIDTH = 9
+
+
 def format_table(table: Sequence[EpsErrors]) -> str:
-    """Plain text, one line per teacher and one for the mean; smaller is closer to the teacher. Columns that nothing is known for are left
-    out: the soup of a model that grew, the other styles where there is one."""
+    """Plain text, one line per teacher and one for the mean; smaller is closer to the teacher. DMM: the student in that teacher's style;
+    others: in the other styles, and in the nearest of them. Columns that nothing is known for are left out: the soup of a model that
+    grew, the other styles where there is one."""
     titles = {
-        "base": "base",
-        "soup": "soup",
-        "merged": "merged",
-        "student": "DMM, its style",
-        "wrong": "other styles",
-        "wrong_best": "nearest other",
+        name: title for name, title in COLUMNS.items() if not all(math.isnan(getattr(row, name)) for row in table)
     }
-    titles = {name: title for name, title in titles.items() if not all(math.isnan(getattr(row, name)) for row in table)}
     width = max(len("teacher"), *(len(row.teacher) for row in table))
-    lines = ["teacher".ljust(width) + "".join(title.rjust(16) for title in titles.values())]
+    lines = ["teacher".ljust(width) + "".join(title.rjust(WIDTH) for title in titles.values())]
     for row in table:
-        lines.append(row.teacher.ljust(width) + "".join(f"{getattr(row, c):16.5f}" for c in titles))
+        lines.append(row.teacher.ljust(width) + "".join(f"{getattr(row, c):{WIDTH}.5f}" for c in titles))
     means = (sum(getattr(row, c) for row in table) / len(table) for c in titles)
-    lines.append("mean".ljust(width) + "".join(f"{m:16.5f}" for m in means))
+    lines.append("mean".ljust(width) + "".join(f"{m:{WIDTH}.5f}" for m in means))
     return "\n".join(lines)

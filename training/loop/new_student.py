@@ -78,13 +78,13 @@ def goes_on(base: UNet, teachers: Sequence[Teacher]) -> bool:
 def student_bank(unet: UNetConfig, teachers: int, config: TrainConfig) -> BankConfig:
     """The bank of a student with ``init`` "bank", whose last core is that of the base. unet: of the teachers."""
     shapes = plain_shapes(unet)
-    return layout_of(shapes, bank_of(config.bank, shapes, teachers + 1, FILE_ITEMSIZE), teachers + 1)
+    return layout_of(shapes, bank_of(config.bank, shapes, teachers + 1, FILE_ITEMSIZE, styles=teachers), teachers + 1)
 
 
 def banked(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) -> dict[str, Tensor]:
     """The teachers' mean and the bank of what sets each of them, and the base, apart; float32."""
     shapes, models = plain_shapes(base.config), [teacher.unet.state_dict() for teacher in teachers]
-    size = bank_of(config.bank, shapes, len(teachers) + 1, FILE_ITEMSIZE)
+    size = bank_of(config.bank, shapes, len(teachers) + 1, FILE_ITEMSIZE, styles=len(teachers))
     with torch.no_grad():
         fitted = fit_bank(models, base.state_dict(), size.rank, shapes=shapes, bias=size.bias, dtype=torch.float32)
         return {key: weight for one in fitted for key, weight in one.weights.items()}

@@ -21,7 +21,7 @@ from ..teachers.lora_files import FoldedUNet, recorded
 from ..teachers.models import as_checkpoint, split_model
 from ..text import usual_clip_skip
 from .grow import DeletionReport, GrowthReport, add_teachers, delete_styles
-from .merge import MergeConfig, Source, forget_parts, merge
+from .merge import MergeConfig, Source, forget_parts, merge, merge_folder
 from .report import MergeReport
 
 logger = logging.getLogger(__name__)
@@ -43,10 +43,38 @@ def merge_files(
     base: what is painted without a style. parts_from: where text encoder and VAE come from, else the base, else the first that has them.
     to: "single", or "style" for the styles alone, which then go onto the base. A merge that was interrupted has left its parts beside the
     output, and goes on.
-    Raises ValueError naming the file, before anything is written, for what does not belong together.
+    Raises ValueError naming the file, before anything is written, for what does not belong together, and where another process merges into
+    that output.
     """
     checked_output(output, *(file for _, file in teachers), base, parts_from)
     check_new_text("title", title)
+    folder = output.with_name(f".{output.stem}-merge-parts")
+    with merge_folder(folder):
+        return _merge_files(
+            teachers,
+            output,
+            config,
+            base=base,
+            parts_from=parts_from,
+            title=title,
+            to=to,
+            folder=folder,
+            progress=progress,
+        )
+
+
+def _merge_files(
+    teachers: Sequence[tuple[str, str]],
+    output: Path,
+    config: MergeConfig,
+    *,
+    base: str | None,
+    parts_from: str | None,
+    title: str,
+    to: str,
+    folder: Path,
+    progress: ProgressCallback | None,
+) -> tuple[MergeReport, list[Path]]:
     if to == "style" and config.centre != "base":
         raise ValueError(
             "styles alone (--to style) belong on the models' mean, which would be saved nowhere: centre them at the base (--centre base)"
@@ -73,12 +101,12 @@ def merge_files(
             stamp_of(split_model(base)[0]), foundation.prediction,
             foundation.zero_snr, foundation.heads,
         )  # fmt: skip
-    folder = output.with_name(f".{output.stem}-merge-parts")
     checkpoint, report = merge(sources, none, parts, config, folder=folder, progress=progress)
     checkpoint = dataclasses.replace(checkpoint, metadata={"modelspec.title": title})
     (save_style if to == "style" else save_checkpoint)(output, checkpoint)
+    written = [output, *report.write(output.with_suffix(""))]
     forget_parts(folder)
-    return report, [output, *report.write(output.with_suffix(""))]
+    return report, written
 
 
 def grow_file(

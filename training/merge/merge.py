@@ -7,6 +7,7 @@ computed goes into files, block by block: a merge that was interrupted goes on f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import platform
@@ -29,6 +30,7 @@ from ...dmm_core.unet import UNetConfig, unet_config_from_state_dict
 from ...dmm_core.weights_file import write_weights
 from ..config import check_names
 from ..files.checksums import read_checked, with_digest
+from ..files.folder_lock import locked
 from ..files.hashing import repr_sha256
 from ..progress import ProgressCallback
 from ..teachers.teacher import check_architectures
@@ -107,9 +109,9 @@ def merge(
     models = [*teachers, *([base] if base else [])]
     unet_config, shapes = checked(teachers, models)
     cores = len(teachers) + bool(none)
-    size = bank_of(config.budget, shapes, cores, config.dtype.itemsize)
+    size = bank_of(config.budget, shapes, cores, config.dtype.itemsize, styles=len(teachers))
     what = repr_sha256([m.stamp for m in models], cores, size.rank, size.bias, str(config.dtype))[:16]
-    new = not folder.exists()
+    new = not any(folder.glob("*.safetensors"))
     folder.mkdir(parents=True, exist_ok=True)
     weights: dict[str, Tensor] = {}
     figures: list[LayerFigures] = []
@@ -232,6 +234,18 @@ def checked(teachers: Sequence[Source], models: Sequence[Source]) -> tuple[UNetC
         if different:
             raise ValueError(f"'{model.name}' and '{models[0].name}' differ in the weights {', '.join(different[:4])}")
     return configs[0][1], shapes
+
+
+@contextlib.contextmanager
+def merge_folder(folder: Path) -> Iterator[None]:
+    """Inside, the folder for a merge's parts is this process's alone; it is removed afterwards when nothing is in it. Raises ValueError
+    naming the process that has it, so that two merges into one file do not mix."""
+    try:
+        with locked(folder, "the merge folder", "give the output another name"):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # parts are in it, or it is gone
+            folder.rmdir()
 
 
 def forget_parts(folder: Path) -> None:

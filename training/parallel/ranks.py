@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import os
 import pickle
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -159,6 +161,9 @@ def in_words(error: OSError) -> str:
     """What a disk says, in a line: with the file's name where there is one, or in the words of whoever raised it."""
     if error.strerror is None:
         return str(error)
+    if error.errno == errno.ENAMETOOLONG and error.filename:
+        longest = max(Path(os.fsdecode(error.filename)).parts, key=len, default="")
+        return f"a file name of {len(longest)} characters is too long: '{longest[:40]}...'"
     return f"{error.strerror}: {error.filename or 'while reading or writing'}"
 
 

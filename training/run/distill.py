@@ -72,7 +72,7 @@ def _distill(
     ended_by = None
     try:
         train(run, run_dir, watch, fork_from=fork_from)
-        if (report := run.kind.final_report(run, watch.on_paint if watch else None)) and ranks.is_main:
+        if (report := run.kind.final_report(run, watch.beside_steps(run.ranks) if watch else None)) and ranks.is_main:
             logger.info("\n%s", report)
             with atomic_write(run_dir / "report.txt") as temporary:
                 temporary.write_text(report + "\n", encoding="utf-8")

@@ -59,13 +59,15 @@ def train(
 
     def prepare_final_stage() -> None:
         if c.steps <= run.step < c.all_steps and run.draws.final_data is None:
-            run.draws.final_data = painted_by_teachers(run, run_dir and run_dir / "painted", watch.on_paint)
+            run.draws.final_data = painted_by_teachers(
+                run, run_dir and run_dir / "painted", tick, lambda: watch.controls.stopping
+            )
 
-    watching, ended_by = Watching(watch, run, run_dir), None
+    watching, tick, ended_by = Watching(watch, run, run_dir), watch.beside_steps(run.ranks), None
     try:
         with tf32(c.tf32), run.ranks.watching():
             if not run.step and not fork_from:
-                run.kind.begin(run, watch.on_paint)
+                run.kind.begin(run, tick)
             watching.begin()
             prepare_final_stage()
             for metrics in run.run():

@@ -1,12 +1,10 @@
 // Buttons on a node that trains, while it does: sample now, save now, pause, stop and save.
 //
-// The server's list of what trains is the truth: it is read when a node of this kind reports progress and when the page opens.
 // The buttons are no part of the workflow: neither queued nor saved with it.
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { nodesById } from "./graph_nodes.js";
-import { trains } from "./training_nodes.js";
+import { changed, trainers, training, whenTrainingChanges } from "./training_state.js";
 
 const CONTROLS = "dmm_controls";
 const HEIGHT = 24;
@@ -17,43 +15,17 @@ const BUTTONS = {
   stop: ["Stop and save", "End after the step in hand and go on with the graph"],
 };
 
-const training = new Map(); // node id, as the server has it -> the server's entry: {step, steps, paused, stopping, ...}
-
-const allTrainers = () => nodesById().filter(([, node]) => trains(node));
-
-let asking = false;
-
-async function readTraining() {
-  if (asking) return;
-  asking = true;
-  try {
-    const response = await api.fetchApi("/dmm/training");
-    const entries = (await response.json()).training;
-    training.clear();
-    for (const entry of entries) training.set(entry.node_id, entry);
-  } catch (error) {
-    console.warn("DMM: cannot read what is training", error);
-  } finally {
-    asking = false;
-  }
-  showAll();
-}
-
 async function ask(id, action) {
   const response = await api.fetchApi(`/dmm/training/${encodeURIComponent(id)}/${action}`, { method: "POST" });
   const body = await response.json();
-  if (response.ok) training.set(id, body);
-  else {
-    console.warn(`DMM: ${body.error}`);
-    training.delete(id); // it ended in this moment
-  }
-  showAll();
+  if (!response.ok) console.warn(`DMM: ${body.error}`);
+  changed(id, response.ok ? body : undefined); // without an entry, it ended in this moment
 }
 
 // --- the buttons ------------------------------------------------------------------------------------------------------
 
 function showAll() {
-  for (const [id, node] of allTrainers()) show(id, node);
+  for (const [id, node] of trainers()) show(id, node);
 }
 
 function show(id, node) {
@@ -105,31 +77,8 @@ function addButtons(node) {
   return widget;
 }
 
-// --- when -------------------------------------------------------------------------------------------------------------
-
-function progressed({ detail: { node } }) {
-  if (!training.has(String(node)) && allTrainers().some(([id]) => id === String(node))) readTraining();
-}
-
-// The host works on one node at a time: when it turns to another, or to none, the training is over.
-function turnedTo({ detail: node }) {
-  if (training.size && !training.has(String(node))) ended();
-}
-
-function ended() {
-  training.clear();
-  showAll();
-}
-
 app.registerExtension({
   name: "comfyui-dmm.DistillControls",
 
-  setup() {
-    api.addEventListener("progress", progressed);
-    api.addEventListener("executing", turnedTo);
-    for (const kind of ["execution_success", "execution_error", "execution_interrupted"]) api.addEventListener(kind, ended);
-    api.addEventListener("reconnected", readTraining);
-  },
-
-  afterConfigureGraph: readTraining, // a page that is opened while its graph trains
+  setup: () => whenTrainingChanges(showAll),
 });

@@ -10,7 +10,7 @@ export const NO_STYLE = "none";
 // The host's numbers: ids of the two borders of a subgraph, and the mode of a bypassed node.
 const SUBGRAPH_INPUT = -10;
 const SUBGRAPH_OUTPUT = -20;
-const BYPASSED = 4;
+export const BYPASSED = 4;
 
 // --- styles of a file ------------------------------------------------------------------------------------------------
 
@@ -58,7 +58,7 @@ function everyNode(graph = app.rootGraph ?? app.graph) {
 const holderOf = (graph) => everyNode().find((node) => node.subgraph === graph);
 
 // The node output behind an input, as {node, slot}, through the borders of subgraphs; undefined without a link.
-function origin(node, input) {
+export function origin(node, input) {
   const link = input?.link == null ? null : node.graph.getLink(input.link);
   if (!link) return undefined;
   if (Number(link.origin_id) !== SUBGRAPH_INPUT) return { node: node.graph.getNodeById(link.origin_id), slot: link.origin_slot };
@@ -74,18 +74,22 @@ function inside({ node, slot }) {
 }
 
 // The nodes that take a node's outputs, through the borders of subgraphs.
-function takers(node) {
-  return node.outputs.flatMap((output) => linkedTo(node.graph, output.links));
+export function takers(node) {
+  return (node.outputs ?? []).flatMap((output) => linkedTo(node.graph, output.links));
 }
 
 function linkedTo(graph, links) {
   return [...(links ?? [])].flatMap((id) => {
-    const { target_id, target_slot } = graph.getLink(id);
+    const link = graph.getLink(id);
+    if (!link) return []; // a graph that is being opened
+    const { target_id, target_slot } = link;
     if (Number(target_id) === SUBGRAPH_OUTPUT) {
       const holder = holderOf(graph);
+      if (!holder) return []; // a subgraph that is being made
       return linkedTo(holder.graph, holder.outputs[target_slot].links);
     }
     const target = graph.getNodeById(target_id);
+    if (!target) return [];
     if (!target.subgraph) return [target];
     const name = target.inputs[target_slot].name;
     return linkedTo(target.subgraph, target.subgraph.inputs.find((input) => input.name === name)?.linkIds);

@@ -1,4 +1,5 @@
-"""What may be asked of a training while it runs: a picture, a save, a pause, an end. Asked from any thread, answered after a step."""
+"""What may be asked of a training while it runs: a picture, a save, a pause, an end. Asked from any thread, answered after a step; a stop
+between two pictures too."""
 
 from __future__ import annotations
 
@@ -16,13 +17,15 @@ WAIT = 0.2
 
 
 class StopAndSave(Exception):
-    """Raised after a step when a stop was asked for: what trains saves what was learnt, as it does whatever ends it early."""
+    """Raised after a step, or between two pictures, when a stop was asked for: what trains saves what was learnt, as it does whatever
+    ends it early."""
 
 
 class Controls:
     """The requests to one run.
 
-    ``paused`` and ``stopping`` say what was asked for, at once; the run follows when its step is done. on_pause: called when it does.
+    ``paused`` and ``stopping`` say what was asked for, at once; the run follows when its step is done, and a sheet of pictures is given up
+    for a stop. on_pause: called when it pauses.
     What is asked of one process of a run is asked of all: they look together after each step.
     """
 
@@ -57,7 +60,8 @@ class Controls:
         """
         ranks = ranks or Ranks()
         check_interrupt()
-        self._answer(self._look(ranks), save, sample)
+        while asked := self._look(ranks):  # a picture takes a while, and a stop may have come meanwhile
+            self._answer(asked, save, sample)
         if self._waiting:
             self.on_pause()
         while self._waiting:

@@ -34,12 +34,20 @@ LARGEST_CELL = 512
 """Pixels of the longer side of one picture on the sheet."""
 
 
+class GivenUp(Exception):
+    """A stop was asked for while a sheet was painted."""
+
+
 class Pictures:
     """Paints a row per style and, for each of ``prompts`` captions of the data, what the teacher paints and what the student does.
 
     A sheet is written to ``folder``/step-00000100.png if there is a folder and goes to the journal if there is one. Nothing that
     fails here ends the run or changes what it learns: each kind of error is reported once, and the next sheet is tried
     again. Only what is no Exception passes, such as the interrupt that ``check_interrupt`` may raise.
+
+    stopping: whether a stop was asked for; looked at with every sampling step and before a style's pictures are decoded. The sheet is then
+    given up, nothing of it is written, and the caller is the one that stops. Of several processes the first one paints alone, looks at what
+    it was asked itself, and all stop together at their next look; where the student is shared out, all paint, and agree between two styles.
     """
 
     def __init__(
@@ -51,15 +59,16 @@ class Pictures:
         journal: Journal | None = None,
         prompts: int = 1,
         check_interrupt: Callable[[], object] = lambda: None,
+        stopping: Callable[[], bool] = lambda: False,
     ):
         self.run, self.decode, self.folder, self.journal = run, decode, folder, journal
-        self.check_interrupt = check_interrupt
+        self.check_interrupt, self.stopping = check_interrupt, stopping
         self.rows = torch.tensor(spread(len(run.data.prompts), prompts))
         self._of_teachers: dict[int, list[Image.Image]] = {}  # painted once: they do not learn
         self._reported: set[str] = set()
 
     def paint(self) -> Image.Image | None:
-        """The sheet of this moment, or None if it could not be made."""
+        """The sheet of this moment, or None if it could not be made or was given up."""
         image = self._safely(self._sheet)
         if image is not None and self.folder is not None:
             self._safely(functools.partial(self._write, image, self.folder))
@@ -70,6 +79,8 @@ class Pictures:
     def _safely(self, work: Callable[[], Image.Image | None]) -> Image.Image | None:
         try:
             return work()
+        except GivenUp:
+            return None
         except Exception as error:  # noqa: BLE001, whatever it is: it is reported, and training goes on
             kind, problem = type(error).__name__, (str(error).strip() or "no message").splitlines()[0]
         # Only now, without the error and the frames it held, can the failed painting's memory be freed.
@@ -90,16 +101,19 @@ class Pictures:
         styles = range(min(run.num_styles, STYLES))
         devices = [run.device] if run.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # nothing here draws from the global generators, but a decoder might
+            latents = []
             with run.student.averaged():  # first, as of several processes some do only this
-                latents = [self._latents(run.student.unet, run.base, style_row(run.num_styles, i)) for i in styles]
+                for i in styles:
+                    self._agree()
+                    latents.append(self._latents(run.student.unet, run.base, style_row(run.num_styles, i)))
             if not run.ranks.is_main:
                 return None
             for i in styles:
                 if i not in self._of_teachers:
                     teacher = run.teachers[i]
-                    of_teacher = self._latents(run.targets.pool.get(i), teacher, teacher.style_row)
-                    self._of_teachers[i] = list(self.decode(of_teacher))
-            of_student = [list(self.decode(latent)) for latent in latents]
+                    of_teacher = self._latents(run.targets.pool.get(i), teacher, teacher.style_row, alone=True)
+                    self._of_teachers[i] = self._decoded(of_teacher)
+            of_student = [self._decoded(latent) for latent in latents]
         sheet = [
             [small(picture) for pair in zip(self._of_teachers[i], of_student[i]) for picture in pair] for i in styles
         ]
@@ -107,13 +121,31 @@ class Pictures:
         columns = [f"{who}: {caption}" for caption in captions for who in ("teacher", "student")]
         return grid(sheet, [run.teachers[i].name for i in styles], columns, title=f"step {run.step}")
 
-    def _latents(self, unet: UNet, text: Teacher, style: Tensor | None = None) -> Tensor:
-        """(P, C, h, w) for P captions, by a UNet whose text states and parameterisation are those of ``text``."""
+    def _agree(self) -> None:
+        """Between two styles of a student that is shared out: all processes give up, or none does."""
+        if self.run.student.sharded and self.run.ranks.any([self.stopping()])[0]:
+            raise GivenUp
+
+    def _check(self, alone: bool) -> None:
+        """Between two steps or pictures. alone: no other process waits for this one to go on."""
+        self.check_interrupt()
+        if alone and self.stopping():
+            raise GivenUp
+
+    def _decoded(self, latents: Tensor) -> list[Image.Image]:
+        """By the first process alone."""
+        self._check(alone=True)
+        return list(self.decode(latents))
+
+    def _latents(self, unet: UNet, text: Teacher, style: Tensor | None = None, alone: bool = False) -> Tensor:
+        """(P, C, h, w) for P captions, by a UNet whose text states and parameterisation are those of ``text``. alone: by the first process
+        even where the student is shared out."""
+        alone = alone or not self.run.student.sharded
         noise = noise_for(self.run, len(self.rows), SEED)
         with self.run.autocast():
             return paint_rows(
                 unet, text, self.rows, noise,
-                steps=STEPS, cfg=CFG, style=style, callback=lambda *_: self.check_interrupt(),
+                steps=STEPS, cfg=CFG, style=style, callback=lambda *_: self._check(alone),
             )  # fmt: skip
 
     def _write(self, image: Image.Image, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...loop.metrics import Metrics
+from .curve import Curve
 
 MEMORY = 0.95
 """Share of the old value in a smoothed one: about 20 steps."""
@@ -14,12 +15,14 @@ class Progress:
     def __init__(self) -> None:
         self.step = self.steps = 0
         self.losses: dict[str, float] = {}
+        self.curve = Curve()
         self._seconds: float | None = None
 
     def update(self, metrics: Metrics) -> None:
         self.step, self.steps = metrics.step, metrics.steps
         for name, value in metrics.score.items():  # a teacher without rows in this batch is not in it
             self.losses[name] = smooth(self.losses.get(name), value)
+        self.curve.add(metrics.step, self.losses)
         self._seconds = smooth(self._seconds, metrics.seconds)
 
     @property

@@ -10,8 +10,9 @@ from PIL import Image
 
 from ...loop.metrics import Metrics
 from ...loop.trainer import Trainer
+from ...parallel.ranks import Ranks
 from ...progress import ProgressCallback
-from .controls import Controls
+from .controls import Controls, StopAndSave
 from .journal import Journal
 from .pictures import Decoder, Pictures
 
@@ -22,9 +23,8 @@ def nothing(*args: object) -> None:
 
 @dataclass
 class Watch:
-    """on_step: called after every step. on_picture: with every contact sheet. on_paint: in long work beside the steps
-    (teachers that paint for the
-    final stage, searches for codes).
+    """on_step: called after every step. on_picture: with every contact sheet. on_paint: in long work beside the steps (teachers that
+    paint for the final stage, searches for codes).
     on_save: after a save that was asked for.
 
     decode: latents to pictures; without it there are none. picture_every: steps between sheets, beginning before the first; 0 for none
@@ -41,6 +41,18 @@ class Watch:
     check_interrupt: Callable[[], None] = nothing
     controls: Controls = field(default_factory=Controls)
 
+    def beside_steps(self, ranks: Ranks) -> ProgressCallback:
+        """``on_paint``, which also raises the host's interrupt, and StopAndSave when a stop was asked for. Of several processes none raises
+        it here, where the others would wait for it: they stop together at their next look."""
+
+        def tick(done: int, total: int, what: str) -> None:
+            self.on_paint(done, total, what)
+            self.check_interrupt()
+            if ranks.world == 1 and self.controls.stopping:
+                raise StopAndSave
+
+        return tick
+
 
 class Watching:
     """A Watch at work on one run: its journal and pictures, in ``folder`` if there is one.
@@ -56,12 +68,16 @@ class Watching:
         if watch.decode and (run.ranks.is_main or run.student.sharded):
             place = folder / "pictures" if folder else None
             self.pictures = Pictures(
-                run, watch.decode, folder=place, journal=self.journal, check_interrupt=watch.check_interrupt
-            )
+                run, watch.decode, folder=place, journal=self.journal,
+                check_interrupt=watch.check_interrupt, stopping=lambda: watch.controls.stopping,
+            )  # fmt: skip
 
     def begin(self) -> None:
+        """The first sheet. Raises StopAndSave, in all processes, when a stop was asked for before the first step."""
         if self.watch.picture_every:
             self.show()
+        if self.run.ranks.any([self.watch.controls.stopping])[0]:
+            raise StopAndSave
 
     def show(self) -> None:
         image = self.pictures.paint() if self.pictures else None
