@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,9 +26,15 @@ from ..training.merge.report import MergeReport
 from . import host_model, paths
 from .preview import send_text
 from .teacher import TeacherInput
+from .thumbnails import paint_thumbnails
 from .training_inputs import clip_and_vae_parts, prediction, zero_snr
 from .training_run import file_stem, memory_given_back, teachers_input
 from .weights import HostWeights
+
+logger = logging.getLogger(__name__)
+
+PICTURED = "a red house, hills"
+"""What thumbnails show where nobody says it: lines, areas, colours and depth, and the demo models know the words."""
 
 
 class MergeCheckpoints(io.ComfyNode):
@@ -82,6 +89,16 @@ class MergeCheckpoints(io.ComfyNode):
                         "that Save DMM Model's 'styles only' can be put onto anyone's copy of the base."
                     ),
                 ),
+                io.String.Input(
+                    "thumbnail_prompt",
+                    default=PICTURED,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "What the thumbnails of the styles show: a small picture of each in a few steps, once the model is saved. Empty: "
+                        "none. Without a GPU only small models paint them."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(),
@@ -93,7 +110,9 @@ class MergeCheckpoints(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, base, clip, vae, teachers, budget, name, centre=CENTRES[0]) -> io.NodeOutput:
+    def execute(
+        cls, base, clip, vae, teachers, budget, name, centre=CENTRES[0], thumbnail_prompt=PICTURED
+    ) -> io.NodeOutput:
         stem, inputs = file_stem(name), [teacher for teacher in teachers.values() if teacher is not None]
         check_names([teacher.name for teacher in inputs])
         # Nodes run in inference mode, whose tensors a model that is trained later would refuse.
@@ -101,8 +120,12 @@ class MergeCheckpoints(io.ComfyNode):
             config = MergeConfig(budget.strip(), device=mm.get_torch_device(), centre=centre)
             path, report = merged(inputs, base, clip, vae, config=config, stem=stem, node_id=cls.hidden.unique_id)
             picture = np.asarray(report.picture().convert("RGB"), np.float32) / 255
-        model, *_ = host_model.load(str(path))
-        said = f"saved dmm/{path.name}\n\n{report.text()}"
+        model, text_encoder, decoder, _ = host_model.load(str(path))
+        said = f"saved dmm/{path.name}"
+        if thumbnail_prompt.strip():
+            said += "\n" + with_pictures(path, model, text_encoder, decoder, thumbnail_prompt, cls.hidden.unique_id)
+            model, *_ = host_model.load(str(path))  # which now has them
+        said += f"\n\n{report.text()}"
         return io.NodeOutput(model, torch.from_numpy(picture)[None], report.text(), ui=ui.PreviewText(said))
 
 
@@ -136,6 +159,15 @@ def merged(
         report.write(parts.with_name(f"{stem}-{short}"))
         forget_parts(parts)
     return path, report
+
+
+def with_pictures(path: Path, model, clip, vae, prompt: str, node_id) -> str:
+    """``paint_thumbnails`` in the file of a merged model, which is saved whatever happens here."""
+    try:
+        return paint_thumbnails(str(path), model, clip, vae, prompt, node_id)
+    except Exception as error:
+        logger.warning("no thumbnails of the merged model", exc_info=True)
+        return f"no thumbnails: {error}"
 
 
 def source(who: str, model, info: StyleInfo) -> Source:

@@ -8,7 +8,7 @@ from ..dmm_core.style_value import NO_STYLE, Style, parse_style
 
 StyleType = io.Custom("DMM_STYLE")
 
-HOW = "A name (ink), shares (ink:0.7, pen:0.3), or a schedule (0%: ink; 60%: pen). Or connect a style. Right-click the node to choose."
+HOW = "A name (ink), shares (ink:0.7, pen:0.3), or a schedule (0%: ink; 60%: pen). Or connect a style. The button below shows them."
 
 
 def style_input(name: str = "style", default: str = NO_STYLE, multiline: bool = False, tooltip: str = HOW):

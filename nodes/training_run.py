@@ -189,7 +189,8 @@ def distil(run: Trainer, base, *, name: str, vae, preview_every: int, node_id) -
     screen = Screen(run, progress, node_id)
 
     def write_checkpoint() -> None:
-        save_checkpoint(path, student_checkpoint(run, base, name, dtype=torch.float16))
+        student = student_checkpoint(run, base, name, dtype=torch.float16, pictures=watch.student_pictures)
+        save_checkpoint(path, student)
 
     controls = Controls(screen.show_pause)
 

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import torch
 
-from .commands import cache, convert, demo, distill, evaluate, info, merge, mixing, sample
+from .commands import cache, convert, demo, distill, evaluate, info, merge, mixing, sample, thumbnails
 from .parallel.ranks import AgreedError, LostProcess, Ranks, in_words, launched
 
 
@@ -108,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
     cache.add_parsers(commands)
     merge.add_parser(commands)
     sample.add_parser(commands)
+    thumbnails.add_parser(commands)
     info.add_parser(commands)
     convert.add_parser(commands)
     evaluate.add_parser(commands)

@@ -110,7 +110,7 @@ def test_quickstart_runs(page):
     if page.renderer == "canvas":
         page.wait_for_function("() => app.graph.findNodesByType('SaveImage')[0].imgs?.length === 4")
     else:
-        page.wait_for_function("() => document.querySelectorAll('[data-node-id] img').length === 4")
+        page.wait_for_function("() => document.querySelectorAll('[data-node-id] img:not(.dmm-thumbnail)').length === 4")
     assert page.errors == []
 
 
@@ -212,4 +212,4 @@ def test_a_node_shows_its_report_as_text(page, markup_graph):
     assert report.locator("*").count() == 0 and page.evaluate("window.hacked") is None
     assert queued(page) == before
     saved = page.evaluate("JSON.parse(JSON.stringify(app.graph.serialize())).nodes")
-    assert [n["widgets_values"] for n in saved if n["type"] == "DMMLoadModel"] == [["markup.safetensors"]]
+    assert [n["widgets_values"] for n in saved if n["type"] == "DMMLoadModel"] == [["markup.safetensors", 0, 0]]

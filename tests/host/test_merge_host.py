@@ -88,6 +88,43 @@ def test_the_model_paints_what_its_file_says(loaded):
         assert (calls[0].out - theirs[0].out).norm() < 0.1 * far, name
 
 
+def test_every_style_has_a_thumbnail(loaded):
+    """Painted by the host in each style, in the file and on the MODEL; an empty prompt paints none, and the weights are the same."""
+    from comfyui_dmm.nodes import host_model
+
+    model, *_ = merge(loaded, name="seen", thumbnail_prompt="a red star").args
+    merge(loaded, name="unseen", thumbnail_prompt="  ")
+    (seen,), (unseen,) = files("seen"), files("unseen")
+    thumbnails = [style.thumbnail for style in load_checkpoint(seen).styles]
+    assert len(set(thumbnails)) == 3 and all(thumbnails)
+    assert [style.thumbnail for style in host_model.model_info(model).styles] == thumbnails
+    read = load_checkpoint(unseen)
+    assert not any(style.thumbnail for style in read.styles)
+    assert all(torch.equal(weight, read.unet[key]) for key, weight in load_checkpoint(seen).unet.items())
+
+
+def test_a_large_model_paints_none_without_a_gpu(loaded, monkeypatch):
+    from comfyui_dmm.nodes import thumbnails
+
+    monkeypatch.setattr(thumbnails, "LARGEST_ON_CPU", 1000)
+    said = merge(loaded, name="large").ui.as_dict()["text"][0]
+    (path,) = files("large")
+    assert "no thumbnails" in said and not any(style.thumbnail for style in load_checkpoint(path).styles)
+
+
+def test_the_host_can_interrupt_the_thumbnails(loaded, monkeypatch):
+    """The merged model is saved, without any."""
+    import comfy.model_management as mm
+    from comfyui_dmm.nodes import thumbnails
+
+    monkeypatch.setattr(thumbnails, "send_text", lambda text, _: mm.interrupt_current_processing("1 of" in text))
+    with pytest.raises(mm.InterruptProcessingException):
+        merge(loaded, name="stopped")
+    mm.interrupt_current_processing(False)
+    (path,) = files("stopped")
+    assert not any(style.thumbnail for style in load_checkpoint(path).styles)
+
+
 def call_of(model, style):
     with watch(model) as calls:
         sample(apply(model, style), POSITIVE, NEGATIVE)

@@ -33,6 +33,19 @@ def test_names_descriptions_and_thumbnails_in_order(server, folder):
     assert answer.json() == {"styles": expected}
 
 
+def test_what_the_browser_has_is_not_sent_again(server, folder):
+    """Until the file changes."""
+    path, url = folder / "again.safetensors", f"http://{server.address}/dmm/styles"
+    for style in ("old", "new"):
+        styles = [StyleInfo(f"{style} {i}", thumbnail=THUMBNAIL) for i in range(DEMO.num_styles)]
+        save_checkpoint(path, checkpoint_of(random_unet(DEMO), torch.float16, styles=styles))
+        answer = ask(server, path.name)
+        assert [one["name"] for one in answer.json()["styles"]] == [one.name for one in styles]
+        tag = answer.headers["ETag"]
+        again = requests.get(url, params={"ckpt_name": path.name}, headers={"If-None-Match": tag}, timeout=60)
+        assert again.status_code == 304 and not again.content
+
+
 def test_the_styles_of_a_file_of_styles_alone(server):
     folder = server.base / "models" / "dmm_styles"
     folder.mkdir(exist_ok=True)

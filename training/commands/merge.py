@@ -10,6 +10,7 @@ import torch
 from ...dmm_core.bank_size import USUAL
 from .arguments import MODELS, named_file
 from .progress_bar import ProgressBar
+from .thumbnails import paint_into
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -45,6 +46,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     p.add_argument("--precision", choices=DTYPES, default="fp16", help="of the file (default: fp16)")
     p.add_argument("--title", default="DMM", help="the model's title in its file (default: DMM)")
+    p.add_argument("--thumbnails", metavar="PROMPT", help="then paint a small picture of every style into the file")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:0")
     p.add_argument(
         "--output", required=True, metavar="FILE", help="the DMM model, .safetensors; the report goes beside it"
@@ -58,6 +60,8 @@ def run(args: argparse.Namespace) -> None:
     from ..merge.merge import MergeConfig
     from ..parallel.devices import pick_device
 
+    if args.thumbnails and args.to == "style":
+        raise ValueError("styles alone (--to style) cannot paint thumbnails: merge into a whole model (--to single)")
     config = MergeConfig(args.budget, DTYPES[args.precision], pick_device(args.device), args.centre)
     report, files = merge_files(
         args.teacher,
@@ -71,3 +75,5 @@ def run(args: argparse.Namespace) -> None:
     )
     print(report.text())
     print("\n" + "\n".join(f"wrote {file}" for file in files))
+    if args.thumbnails:
+        print(paint_into(args.output, args.thumbnails, device=args.device))

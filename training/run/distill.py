@@ -82,7 +82,7 @@ def _distill(
     finally:
         try:
             if run.step and readable(run, ended_by):
-                save_student(run, base, output, config.title)
+                save_student(run, base, output, config.title, pictures=watch.student_pictures if watch else ())
         finally:
             run.targets.pool.close()
             if isinstance(ended_by, LostProcess):

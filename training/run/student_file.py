@@ -5,29 +5,38 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
-from ...dmm_core.metadata import check_new_text, check_styles, write_metadata
+from ...dmm_core.metadata import StyleInfo, check_new_text, check_styles, write_metadata
 from ..loop.trainer import Trainer
+from ..paint.thumbnails import thumbnail_uri
 
 
 def student_checkpoint(
-    run: Trainer, base: Checkpoint, title: str, *, dtype: torch.dtype | None = None, averaged: bool = True
+    run: Trainer,
+    base: Checkpoint,
+    title: str,
+    *,
+    dtype: torch.dtype | None = None,
+    averaged: bool = True,
+    pictures: Sequence[Image.Image] = (),
 ) -> Checkpoint:
     """The student as a DMM checkpoint with the base's text encoder and VAE, style names and recipe.
 
-    dtype: of the UNet's weights, None for float32.
+    dtype: of the UNet's weights, None for float32. pictures: of the first styles, their thumbnails where they have none.
     """
     weights = run.student_weights(averaged)
     return Checkpoint(
         unet={k: v.to(dtype or v.dtype) for k, v in weights.items()},
         text=base.text,
         vae=base.vae,
-        styles=run.kind.styles(run.teachers),
+        styles=with_pictures(run.kind.styles(run.teachers), pictures),
         recipe=recipe_of(run, base),
         metadata={"modelspec.title": title},
         prediction=run.base.prediction,
@@ -35,6 +44,15 @@ def student_checkpoint(
         clip_skip=base.clip_skip,
         heads=run.base.unet.config.num_heads,
     )
+
+
+def with_pictures(styles: Sequence[StyleInfo], pictures: Sequence[Image.Image]) -> list[StyleInfo]:
+    """The styles, the first of them with these pictures as their thumbnails; one that has a thumbnail keeps it."""
+    new = list(styles)
+    for i, (style, picture) in enumerate(zip(styles, pictures)):
+        if not style.thumbnail:
+            new[i] = dataclasses.replace(style, thumbnail=thumbnail_uri(picture))
+    return new
 
 
 def recipe_of(run: Trainer, base: Checkpoint) -> dict[str, Any]:
@@ -71,16 +89,18 @@ def raw_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}-raw.safetensors")
 
 
-def save_student(run: Trainer, base: Checkpoint, path: Path, title: str) -> None:
+def save_student(
+    run: Trainer, base: Checkpoint, path: Path, title: str, *, pictures: Sequence[Image.Image] = ()
+) -> None:
     """The student as a file in half precision, and its raw weights beside it where there is an average. Of several processes the first
-    one writes; where the student is shared out, this is for all of them together."""
+    one writes; where the student is shared out, this is for all of them together. pictures: as in ``student_checkpoint``."""
     main = run.ranks.is_main
     if not main and not run.student.sharded:
         return
-    checkpoint = student_checkpoint(run, base, title, dtype=torch.float16)
+    checkpoint = student_checkpoint(run, base, title, dtype=torch.float16, pictures=pictures)
     if main:
         save_checkpoint(path, checkpoint)
     if run.student.ema and run.student.ema.ready:
-        raw = student_checkpoint(run, base, f"{title} (raw)", dtype=torch.float16, averaged=False)
+        raw = student_checkpoint(run, base, f"{title} (raw)", dtype=torch.float16, averaged=False, pictures=pictures)
         if main:
             save_checkpoint(raw_file(path), raw)

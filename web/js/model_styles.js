@@ -1,11 +1,13 @@
-// The names of the styles that the model at a node has: read from its file, and followed along the links.
+// The styles that the model at a node has: read from its file, and followed along the links. A style is {name, description,
+// thumbnail}; only the name is always there.
 //
-// Names come from strangers' files: they are text, never markup.
+// All of them come from strangers' files: they are text, never markup, and a thumbnail is a picture or nothing.
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { findStyle, namesIn } from "./style_text.js";
 
-export const NO_STYLE = "none";
+export { NO_STYLE } from "./style_text.js";
 
 // The host's numbers: ids of the two borders of a subgraph, and the mode of a bypassed node.
 const SUBGRAPH_INPUT = -10;
@@ -17,29 +19,49 @@ export const BYPASSED = 4;
 // The input of a loading node that names its file; the server's query calls it the same.
 const FILE_INPUTS = { DMMLoadModel: "ckpt_name", DMMAddStyles: "styles" };
 
-const filesStyles = new Map(); // query -> array of names; null while unknown
+const files = new Map(); // query -> {styles} or {error: what the server says}; null until it has answered
 
 const queryOf = (node, file) => `${FILE_INPUTS[node.comfyClass]}=${encodeURIComponent(file)}`;
 
+// As dmm_core/metadata.py allows them.
+const PICTURE = /^data:image\/(jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}$/;
+const LONGEST_PICTURE = 200_000;
+
+const isPicture = (text) => typeof text === "string" && text.length <= LONGEST_PICTURE && PICTURE.test(text);
+
+const asStyle = ({ name, description, thumbnail }) => ({
+  name: String(name),
+  description: String(description ?? ""),
+  thumbnail: isPicture(thumbnail) ? thumbnail : "",
+});
+
 async function readStyles(file) {
-  if (!filesStyles.has(file)) filesStyles.set(file, null);
+  if (!files.has(file)) files.set(file, null);
   try {
     const response = await api.fetchApi(`/dmm/styles?${file}`);
     const body = await response.json();
-    filesStyles.set(file, response.ok ? body.styles.map((style) => style.name) : null);
+    const now = response.ok ? { styles: body.styles.map(asStyle) } : { error: String(body.error) };
+    if (JSON.stringify(now) === JSON.stringify(files.get(file))) return; // what shows it need not be made anew
+    files.set(file, now);
   } catch (error) {
     console.warn(`DMM: no style list for ${file}`, error);
   }
   app.graph?.setDirtyCanvas(true);
 }
 
-function stylesOfFile(file) {
-  if (!filesStyles.has(file)) readStyles(file);
-  return filesStyles.get(file);
+// What is known of the file that a loading node names: {styles} or {error}; null while nothing is.
+export function fileOf(node) {
+  const file = setting(node, FILE_INPUTS[node.comfyClass]);
+  if (!file) return null;
+  const query = queryOf(node, file);
+  if (!files.has(query)) readStyles(query);
+  return files.get(query);
 }
 
+export const isLoader = (node) => node.comfyClass in FILE_INPUTS;
+
 function readAgain() {
-  for (const file of filesStyles.keys()) readStyles(file);
+  for (const file of files.keys()) readStyles(file);
 }
 
 // --- from a node to where its model comes from ------------------------------------------------------------------------
@@ -96,48 +118,60 @@ function linkedTo(graph, links) {
   });
 }
 
-// The names of the styles in the model that reaches a node, or null when that cannot be told. A node without a model, such as
-// Style or Style Region, has that of the node it leads to.
-export function stylesFor(node) {
+// The names of the styles in the model that reaches a node, or null when that cannot be told.
+export const stylesFor = (node) => namesOf(modelStyles(node));
+
+const namesOf = (styles) => styles && styles.map((style) => style.name);
+
+// The styles in the model that reaches a node, or null when that cannot be told. A node without a model, such as Style or Style
+// Region, has that of the node it leads to.
+export function modelStyles(node) {
   const input = node.inputs?.find((other) => other.name === "model");
   if (input) return stylesFrom(origin(node, input));
   for (const taker of takers(node)) {
-    const names = stylesFor(taker);
-    if (names) return names;
+    const styles = modelStyles(taker);
+    if (styles) return styles;
   }
   return null;
 }
 
-// The styles in the graph's only model with styles, for a node that is not connected yet; null with none or several.
-export function onlyStyles() {
-  const loaders = everyNode().filter((node) => node.comfyClass in FILE_INPUTS);
-  const lists = loaders.map(stylesOfLoader).filter((names) => names?.length);
+// The names in the graph's only model with styles, for a node that is not connected yet; null with none or several.
+export const onlyStyles = () => namesOf(onlyModelStyles());
+
+export function onlyModelStyles() {
+  const loaders = everyNode().filter(isLoader);
+  const lists = loaders.map(stylesOfLoader).filter((styles) => styles?.length);
   return lists.length === 1 ? lists[0] : null;
 }
 
-// A list of names after a node that changes it. Edit Style finds the style as the server does: case and outer spaces aside.
-function withBlend(node, names) {
+// A list of styles after a node that changes it.
+function withBlend(node, styles) {
   const name = setting(node, "name")?.trim();
-  return name ? [...names, name] : names;
+  return name ? [...styles, { name }] : styles;
 }
 
-function withEdit(node, names) {
-  const [style, name] = ["style", "name"].map((field) => setting(node, field)?.trim());
-  if (!style || !name) return names;
-  const folded = (text) => text.trim().toLowerCase();
-  const old = names.includes(style) ? style : names.find((other) => folded(other) === folded(style));
-  return names.map((other) => (other === old ? name : other));
+// Edit Style finds the style as the server does.
+function withEdit(node, styles) {
+  const style = setting(node, "style");
+  if (!style?.trim()) return styles;
+  const edited = findStyle(namesOf(styles), style);
+  const changes = ["name", "description"].map((field) => [field, setting(node, field)?.trim()]).filter(([, text]) => text);
+  return styles.map((other) => (other.name === edited ? { ...other, ...Object.fromEntries(changes) } : other));
 }
 
-function withTeachers(node, names) {
-  const own = teacherNames(node);
-  return own && [...names, ...own];
+function withTeachers(node, styles) {
+  const own = teacherStyles(node);
+  return own && [...styles, ...own];
 }
 
-// Names with commas between them, as Forget Style takes them; names that need quotes stay in the list.
-function withoutForgotten(node, names) {
-  const gone = (setting(node, "styles") ?? "").split(",").map((name) => name.trim());
-  return names.filter((name) => !gone.includes(name));
+function withoutForgotten(node, styles) {
+  let gone = [];
+  try {
+    gone = namesIn(setting(node, "styles") ?? "").map((name) => findStyle(namesOf(styles), name));
+  } catch {
+    // Nothing is forgotten yet: what is written there is no list of names.
+  }
+  return styles.filter((style) => !gone.includes(style.name));
 }
 
 const CHANGES = {
@@ -156,8 +190,8 @@ function stylesFrom(at) {
       continue;
     }
     if (node.mode !== BYPASSED) {
-      const names = node.comfyClass in FILE_INPUTS ? stylesOfLoader : OF_TEACHERS[node.comfyClass];
-      if (names) return changes.reduce((list, change) => list && change(list), names(node));
+      const source = isLoader(node) ? stylesOfLoader : OF_TEACHERS[node.comfyClass];
+      if (source) return changes.reduce((list, change) => list && change(list), source(node));
       const change = CHANGES[node.comfyClass];
       if (change) changes.unshift((list) => change(node, list));
     }
@@ -169,17 +203,14 @@ function stylesFrom(at) {
   return null;
 }
 
-function stylesOfLoader(node) {
-  const file = setting(node, FILE_INPUTS[node.comfyClass]);
-  return file ? stylesOfFile(queryOf(node, file)) : null;
-}
+const stylesOfLoader = (node) => fileOf(node)?.styles ?? null;
 
-const OF_TEACHERS = { DMMDistillTeachers: teacherNames, DMMMerge: teacherNames };
+const OF_TEACHERS = { DMMDistillTeachers: teacherStyles, DMMMerge: teacherStyles };
 
-function teacherNames(node) {
+function teacherStyles(node) {
   const teachers = node.inputs.filter((i) => i.type === "DMM_TEACHER" && i.link != null).map((i) => origin(node, i)?.node);
   const names = teachers.map((teacher) => teacher && setting(teacher, "name")?.trim());
-  return names.length && names.every(Boolean) ? names : null;
+  return names.length && names.every(Boolean) ? names.map((name, i) => ({ name, description: setting(teachers[i], "description") })) : null;
 }
 
 app.registerExtension({
@@ -190,7 +221,7 @@ app.registerExtension({
     const input = FILE_INPUTS[node.comfyClass];
     const file = input && node.widgets?.find((widget) => widget.name === input);
     if (!file) return;
-    queueMicrotask(() => stylesOfLoader(node)); // a graph that is being opened sets the value after this
+    queueMicrotask(() => fileOf(node)); // a graph that is being opened sets the value after this
     const chosen = file.callback;
     file.callback = function (value, ...rest) {
       readStyles(queryOf(node, value));

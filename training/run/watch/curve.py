@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from .journal import finite
 
@@ -26,7 +27,7 @@ class Curve:
             self.points = self.points[1::2]
             self.stride *= 2
 
-    def as_lists(self) -> dict[str, list]:
+    def as_lists(self) -> dict[str, Any]:
         """{"steps": [...], "losses": {name: [loss, or None where that teacher had not had its turn yet]}}, as JSON takes it."""
         names = list(self.points[-1][1]) if self.points else []
         rows = [losses for _, losses in self.points]

@@ -64,6 +64,8 @@ class Pictures:
         self.run, self.decode, self.folder, self.journal = run, decode, folder, journal
         self.check_interrupt, self.stopping = check_interrupt, stopping
         self.rows = torch.tensor(spread(len(run.data.prompts), prompts))
+        self.of_student: list[Image.Image] = []
+        """What the last sheet shows of the student: a picture per style, of the first caption."""
         self._of_teachers: dict[int, list[Image.Image]] = {}  # painted once: they do not learn
         self._reported: set[str] = set()
 
@@ -117,6 +119,7 @@ class Pictures:
         sheet = [
             [small(picture) for pair in zip(self._of_teachers[i], of_student[i]) for picture in pair] for i in styles
         ]
+        self.of_student = [pictures[0] for pictures in of_student]
         captions = [run.data.prompts[row] for row in self.rows.tolist()]
         columns = [f"{who}: {caption}" for caption in captions for who in ("teacher", "student")]
         return grid(sheet, [run.teachers[i].name for i in styles], columns, title=f"step {run.step}")

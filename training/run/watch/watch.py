@@ -30,6 +30,9 @@ class Watch:
     decode: latents to pictures; without it there are none. picture_every: steps between sheets, beginning before the first; 0 for none
     but those that are asked for. check_interrupt: may raise the host's interrupt. controls: what is asked of the run from outside.
     Whatever any of them raises ends the run, after it has been saved.
+
+    student_pictures: filled by the run: what the student painted on the last sheet, a picture per style. They become the thumbnails of
+    the model's file.
     """
 
     on_step: Callable[[Trainer, Metrics], None] = nothing
@@ -40,6 +43,7 @@ class Watch:
     picture_every: int = 0
     check_interrupt: Callable[[], None] = nothing
     controls: Controls = field(default_factory=Controls)
+    student_pictures: list[Image.Image] = field(default_factory=list)
 
     def beside_steps(self, ranks: Ranks) -> ProgressCallback:
         """``on_paint``, which also raises the host's interrupt, and StopAndSave when a stop was asked for. Of several processes none raises
@@ -81,7 +85,9 @@ class Watching:
 
     def show(self) -> None:
         image = self.pictures.paint() if self.pictures else None
-        if image is not None:
+        if self.pictures and image is not None:
+            if self.run.step:  # before the first it has no style yet
+                self.watch.student_pictures = self.pictures.of_student
             self.watch.on_picture(image)
 
     def step(self, metrics: Metrics, save: Callable[[], None]) -> None:

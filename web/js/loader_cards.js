@@ -1,0 +1,69 @@
+// Under Load DMM Model and Add DMM Styles to Model: the styles in the chosen file, before anything has run.
+//
+// The cards are neither saved with the graph nor sent to the server.
+
+import { app } from "../../../scripts/app.js";
+import { onBeat } from "./heartbeat.js";
+import { fileOf, isLoader } from "./model_styles.js";
+import { element, shown, strip } from "./style_cards.js";
+
+const WIDGET = "dmm_cards";
+const MARGIN = 4;
+const TALLEST = 320; // pixels; a model with very many styles scrolls
+const LINE = 16;
+
+function content(file) {
+  if (!file) return element("div", { class: "dmm-note" }, "\u2026");
+  if (file.error) return element("div", { class: "dmm-note", title: shown(file.error) }, shown(file.error));
+  if (!file.styles.length) return element("div", { class: "dmm-note", title: "A plain checkpoint." }, "No styles: fine as a teacher or base.");
+  return strip(file.styles, "Styles in this file");
+}
+
+function addCards(node) {
+  const frame = element("div", { class: "dmm-frame" });
+  let inner = null;
+  let before;
+  let tall = LINE;
+
+  const height = () => tall + 2 * MARGIN;
+  const widget = node.addDOMWidget(WIDGET, "dmm_cards", frame, {
+    serialize: false, // not sent to the server ...
+    margin: MARGIN,
+    hideOnZoom: false,
+    getMinHeight: height,
+    getMaxHeight: height,
+  });
+  widget.serialize = false; // ... and not saved
+
+  function refresh() {
+    const file = fileOf(node);
+    if (!inner || file !== before) {
+      before = file;
+      inner = content(file);
+      frame.replaceChildren(inner);
+    }
+    const wanted = Math.min(TALLEST, inner.offsetHeight); // 0 while it is not on the page
+    if (wanted && wanted !== tall) {
+      tall = wanted;
+      const [width, least] = node.computeSize();
+      node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], least)]);
+      node.setDirtyCanvas(true, true);
+    }
+  }
+  return refresh;
+}
+
+app.registerExtension({
+  name: "comfyui-dmm.LoaderCards",
+
+  nodeCreated(node) {
+    if (!isLoader(node)) return;
+    const refresh = addCards(node);
+    const stop = onBeat(() => node.graph && refresh());
+    const removed = node.onRemoved;
+    node.onRemoved = function (...rest) {
+      stop();
+      return removed?.apply(this, rest);
+    };
+  },
+});

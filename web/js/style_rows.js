@@ -1,0 +1,139 @@
+// A row under every style field: a button that opens the cards of the connected model's styles, and beside it what the field's text
+// means to that model. A name that the model does not know is marked at once, before a run.
+//
+// The rows are neither saved with the graph nor sent to the server.
+
+import { app } from "../../../scripts/app.js";
+import { onBeat } from "./heartbeat.js";
+import { modelStyles, NO_STYLE, onlyModelStyles, setting } from "./model_styles.js";
+import { element, picture, shown } from "./style_cards.js";
+import { namesOfField, problem } from "./style_check.js";
+import { FIELDS, write } from "./style_fields.js";
+import { openPanel } from "./style_panel.js";
+import { findStyle } from "./style_text.js";
+
+const HEIGHT = 22;
+const MARGIN = 4;
+const RED = "#ff4444";
+
+function addRow(node, field, kind) {
+  const label = Object.keys(FIELDS[node.comfyClass]).length > 1 ? `Choose a style: ${field}` : "Choose a style";
+  const icon = element("span", { "aria-hidden": "true" });
+  const button = element("button", { type: "button", title: label, "aria-label": label, "aria-haspopup": "dialog", "aria-expanded": "false" });
+  button.append(icon, "Styles");
+  const said = element("span", { dir: "auto" });
+  const row = element("div", { class: "dmm-row" }, button, said);
+  button.onclick = () => open(node, field, kind, button, label);
+  for (const kindOf of ["pointerdown", "mousedown", "dblclick"]) button.addEventListener(kindOf, (event) => event.stopPropagation());
+
+  const height = () => HEIGHT + 2 * MARGIN;
+  const widget = node.addDOMWidget(`dmm_${field}`, "dmm_style_row", row, {
+    serialize: false, // not sent to the server ...
+    margin: MARGIN,
+    hideOnZoom: false,
+    getMinHeight: height,
+    getMaxHeight: height,
+  });
+  widget.serialize = false; // ... and not saved
+  const { widgets } = node;
+  widgets.splice(widgets.indexOf(widget), 1);
+  const text = widgets.find((other) => other.name === field);
+  widgets.splice(widgets.indexOf(text) + 1, 0, widget);
+  outlineWhenWrong(text, () => row.classList.contains("dmm-wrong"));
+  return { node, field, kind, text, row, button, icon, said, before: "" };
+}
+
+// The border that the canvas draws around a field.
+function outlineWhenWrong(widget, isWrong) {
+  const proto = Object.getPrototypeOf(widget);
+  const usual = () => Reflect.get(proto, "outline_color", widget);
+  if (usual() === undefined) return; // a field that is an element, or a host that draws it in another way
+  Object.defineProperty(widget, "outline_color", { configurable: true, get: () => (isWrong() ? RED : usual()) });
+}
+
+function open(node, field, kind, button, label) {
+  const known = modelStyles(node) ?? onlyModelStyles();
+  const none = kind === "style" || node.comfyClass === "DMMStyleSelector" ? [{ name: NO_STYLE, description: "No style." }] : [];
+  const note = {
+    note: !known
+      ? "It cannot be told which styles there are: connect a model, or type a name."
+      : !known.length && "This model has no styles: it is a plain checkpoint.",
+  };
+  openPanel({
+    button,
+    label,
+    kind,
+    styles: known?.length ? [...known, ...none] : [],
+    ...(known?.length ? {} : note),
+    read: () => setting(node, field) ?? "",
+    write: (change) => write(node, field, change),
+  });
+}
+
+// --- what a row says --------------------------------------------------------------------------------------------------
+
+function state({ node, field, kind }) {
+  const text = setting(node, field);
+  if (text === undefined) return { linked: true, what: "from the link" };
+  const known = modelStyles(node);
+  if (!known) return { what: "" };
+  const names = known.map((style) => style.name);
+  const wrong = problem(kind, String(text), names);
+  if (wrong) return { wrong: true, ...wrong };
+  if (!known.length) return { what: "this model has no styles", why: "It is a plain checkpoint." };
+  const used = namesOfField(kind, String(text)).map((name) => findStyle(names, name));
+  const styles = used.map((name) => known.find((style) => style.name === name)).filter(Boolean);
+  const what = styles.length === 1 ? (styles[0].description ?? "") : "";
+  return { what, why: what, style: styles[0] };
+}
+
+function refresh(entry) {
+  const { linked = false, wrong = false, what, why = "", style } = state(entry);
+  const now = JSON.stringify([linked, wrong, what, why, style?.name, style?.thumbnail?.length]);
+  if (now === entry.before) return;
+  entry.before = now;
+  entry.button.disabled = linked;
+  entry.row.classList.toggle("dmm-wrong", wrong);
+  entry.said.textContent = shown(what);
+  entry.said.title = shown(why);
+  entry.icon.replaceChildren(style?.thumbnail ? picture(style) : "\u25a6");
+  const area = entry.text.element ?? entry.text.inputEl; // of a field with several lines
+  if (area) {
+    area.style.outline = wrong ? `1px solid ${RED}` : "";
+    area.title = wrong ? shown(why) : "";
+  }
+  entry.node.setDirtyCanvas(true);
+}
+
+// --- on the nodes -----------------------------------------------------------------------------------------------------
+
+// The rows of a node stand between its inputs, and the host saves values by their place, with holes for what is not saved: the graphs
+// of other versions have none.
+function saveWithoutHoles(node) {
+  const saved = node.onSerialize;
+  node.onSerialize = function (data) {
+    saved?.call(this, data);
+    if (!data.widgets_values) return;
+    const kept = this.widgets.map((widget, i) => [widget, data.widgets_values[i]]).filter(([widget]) => widget.serialize !== false);
+    data.widgets_values = kept.map(([, value]) => value ?? null);
+  };
+}
+
+app.registerExtension({
+  name: "comfyui-dmm.StyleRows",
+
+  nodeCreated(node) {
+    const fields = Object.entries(FIELDS[node.comfyClass] ?? {});
+    const rows = fields.filter(([field]) => node.widgets?.some((widget) => widget.name === field)).map(([field, kind]) => addRow(node, field, kind));
+    if (!rows.length) return;
+    saveWithoutHoles(node);
+    const stop = onBeat(() => node.graph && rows.forEach(refresh));
+    const removed = node.onRemoved;
+    node.onRemoved = function (...rest) {
+      stop();
+      return removed?.apply(this, rest);
+    };
+    const [width, height] = node.computeSize();
+    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
+  },
+});
