@@ -100,8 +100,8 @@ def slot_tooltips(infos: dict[str, dict[str, Any]]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name, info in infos.items():
         for input, options in options_of(info["input"]):
-            template = options.get("template")
-            for _, inner in options_of(template["input"]) if template else ():
+            template = options.get("template", {"input": {}})
+            for _, inner in options_of(template["input"]):
                 if tooltip := inner.get("tooltip"):
                     slots = (
                         key(f"{input}.{template['prefix']}{index}") for index in range(min(SLOTS, template["max"]))
