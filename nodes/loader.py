@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..training.config import ModelSettings
 from ..training.files.model_files import change_stamp
@@ -15,12 +15,16 @@ def describe(info: host_model.ModelInfo, has_clip: bool, has_vae: bool) -> str:
     """What the file holds, for the node's text field."""
     names = list(info.known)
     lines = [f"{len(names)} styles: {', '.join(names)}" if names else PLAIN]
-    if lacking := [part for part, there in (("CLIP", has_clip), ("VAE", has_vae)) if not there]:
-        lines.append(
-            f"no {' and no '.join(lacking)} in this file: to paint, add {' and '.join(f'Load {p}' for p in lacking)}"
-        )
+    if missing := lacking(has_clip, has_vae):
+        add = " and ".join(f"Load {part}" for part in missing)
+        lines.append(f"no {' and no '.join(missing)} in this file: to paint, add {add}")
     lines += [info.remark] if info.remark else []
     return "\n".join(lines)
+
+
+def lacking(has_clip: bool, has_vae: bool) -> list[str]:
+    """The outputs that a file has nothing for, by name."""
+    return [part for part, there in (("CLIP", has_clip), ("VAE", has_vae)) if not there]
 
 
 class LoadDMMModel(io.ComfyNode):
@@ -87,8 +91,9 @@ class LoadDMMModel(io.ComfyNode):
     def execute(cls, ckpt_name, num_heads=0, num_head_channels=0) -> io.NodeOutput:
         said = ModelSettings(num_heads=num_heads or None, num_head_channels=num_head_channels or None)
         model, clip, vae, info = host_model.load(paths.model_path(ckpt_name), said)
-        text = describe(info, clip is not None, vae.first_stage_model is not None)
-        return io.NodeOutput(model, clip, vae, ui=ui.PreviewText(text))
+        parts = clip is not None, vae.first_stage_model is not None
+        shown = {"text": [describe(info, *parts)], "lacks": lacking(*parts)}
+        return io.NodeOutput(model, clip, vae, ui=shown)
 
 
 NODES = [LoadDMMModel]

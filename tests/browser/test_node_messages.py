@@ -17,13 +17,34 @@ def queue_and_wait(page, event: str) -> None:
 
 
 def test_a_report_is_not_cut_off(page):
+    """Sentences wrap and tables scroll sideways; both are as high as they need."""
     open_graph(page, graph_of("quickstart"))
+    for text in (
+        "one line",
+        "a sentence that is much wider than the node is, and must go on in the next line, and the next " * 2,
+        "a    b\n1    2",
+    ):
+        page.evaluate("(text) => app.graph.findNodesByType('DMMStyleSelector')[0].onExecuted({ text: [text] })", text)
+        report = page.locator("pre").filter(has_text=text.split("\n")[0][:30])
+        report.wait_for(state="visible")
+        page.wait_for_timeout(500)
+        inner, needed = report.evaluate("(e) => [e.clientHeight, e.scrollHeight]")
+        assert inner >= needed > 0, text
+
+
+def test_a_loader_says_on_its_outputs_what_the_file_lacks(page):
+    """Its cards show the styles; what they say is not said twice."""
+    open_graph(page, graph_of("quickstart"))
+    node = "app.graph.findNodesByType('DMMLoadModel')[0]"
     run(page)
-    report = page.locator("pre").filter(has_text="7 styles")
-    report.wait_for(state="visible")
-    page.wait_for_timeout(500)
-    inner, needed = report.evaluate("(e) => [e.clientHeight, e.scrollHeight]")
-    assert inner >= needed > 0
+    labels = f"{node}.outputs.map((o) => o.label ?? o.name)"
+    assert page.evaluate(labels) == ["MODEL", "CLIP", "VAE"]
+    assert not page.evaluate(f"{node}.widgets.some((w) => w.name === 'dmm_report')")
+    set_widget(page, "DMMLoadModel", "ckpt_name", "demo-teacher-ink.safetensors")
+    queue_and_wait(page, "execution_error")
+    assert page.evaluate(labels) == ["MODEL", "not in this file: CLIP", "not in this file: VAE"]
+    set_widget(page, "DMMLoadModel", "ckpt_name", "demo-dmm.safetensors")
+    assert page.evaluate(labels) == ["MODEL", "CLIP", "VAE"]
 
 
 def test_an_error_stands_on_its_node_until_the_next_run(page, tmp_path_factory):

@@ -202,13 +202,14 @@ def test_a_style_name_is_text_and_never_markup(page, markup_graph):
 
 
 def test_a_node_shows_its_report_as_text(page, markup_graph):
-    """Under the loader, after a run: the styles of the file. It is neither queued nor saved with the graph."""
+    """A report that names a style of a stranger's file; it is neither queued nor saved with the graph."""
     open_graph(page, markup_graph)
     before = queued(page)
-    run(page)
-    report = page.locator("pre").filter(has_text="4 styles")
+    said = f"this is {MARKUP}, and not ink"
+    page.evaluate("(text) => app.graph.findNodesByType('DMMStyleSelector')[0].onExecuted({ text: [text] })", said)
+    report = page.locator("pre").filter(has_text="this is")
     report.wait_for(state="visible")
-    assert report.inner_text() == f"4 styles: ink, {MARKUP}, paper: cut-out, 墨"
+    assert report.inner_text() == said
     assert report.locator("*").count() == 0 and page.evaluate("window.hacked") is None
     assert queued(page) == before
     saved = page.evaluate("JSON.parse(JSON.stringify(app.graph.serialize())).nodes")

@@ -13,8 +13,16 @@ const LETTER = 6.1;
 const PADDING = 8; // of the text, above and below together
 const SCROLL_BAR = 14;
 
+// What the cards of a loader and its outputs say already.
+const REPEATED = /^(\d+ styles: |a plain model, no styles|no (CLIP|VAE)\b.* in this file)/;
+const CARDS = "dmm_cards";
+
 function show(node, text, isError = false) {
   removeProgress(node);
+  if (!isError && node.widgets?.some((other) => other.name === CARDS)) {
+    text = text.split("\n").filter((line) => !REPEATED.test(line)).join("\n");
+    if (!text && !reportOf(node)) return;
+  }
   const widget = reportOf(node) ?? addReport(node);
   widget.value = text;
   widget.element.classList.toggle("dmm-error", isError);
@@ -67,6 +75,7 @@ function addReport(node) {
   const isTable = () => /\S {2,}\S/.test(element.textContent);
 
   function height() {
+    if (!element.textContent) return 0;
     const room = isTable() ? Infinity : Math.max(1, (node.size[0] - 60) / LETTER);
     const lines = element.textContent.split("\n").map((line) => Math.max(1, Math.ceil(line.length / room)));
     const margins = 2 * (widget?.margin ?? 10); // the host's, around the element
