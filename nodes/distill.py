@@ -21,7 +21,7 @@ class DistillTeachers(io.ComfyNode):
                 "queueing the same graph again goes on from there. While it runs, buttons on the node pause it, show and save what "
                 "it has learnt, or stop it and go on with the graph."
             ),
-            search_aliases=["train dmm", "merge models", "distillation"],
+            search_aliases=["train dmm", "merge models", "distillation", "蒸馏", "蒸餾", "蒸留", "증류"],
             is_input_list=True,
             inputs=[
                 io.Model.Input(

@@ -50,7 +50,7 @@ class EvaluateDMM(io.ComfyNode):
                 "How near a DMM model is to its teachers, style by style: both paint the same prompts from the same noise. Cancel keeps "
                 "what is painted; queueing the same graph again goes on from there."
             ),
-            search_aliases=["fid", "kid", "benchmark", "compare with teachers", "quality"],
+            search_aliases=["fid", "kid", "benchmark", "compare with teachers", "quality", "评估", "評估", "評価"],
             inputs=[
                 io.Model.Input("model", tooltip="From Load DMM Model."),
                 io.Clip.Input("clip", tooltip="The model's text encoder, from the same loader."),

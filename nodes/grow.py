@@ -63,7 +63,15 @@ class AddTeacher(io.ComfyNode):
                 "Teaches a DMM model the looks of more models. The model as it was guards the styles that it has, so their teachers "
                 "are not needed. Saves a new file to output/dmm; cancel keeps what was learnt."
             ),
-            search_aliases=["add style", "incremental", "extend dmm", "distillation"],
+            search_aliases=[
+                "add style",
+                "incremental",
+                "extend dmm",
+                "distillation",
+                "添加风格",
+                "加入風格",
+                "教師を追加",
+            ],
             is_input_list=True,
             inputs=[
                 *model_inputs("its styles stay."),
@@ -118,7 +126,7 @@ class ForgetStyle(io.ComfyNode):
                 "Takes styles out of a DMM model: not only their names and vectors, but also, as far as an attack can tell, what the "
                 "network knows of them. Their teachers are not needed. Saves a new file to output/dmm."
             ),
-            search_aliases=["remove style", "unlearn", "delete style", "remove teacher"],
+            search_aliases=["remove style", "unlearn", "delete style", "remove teacher", "遗忘", "遺忘", "忘却"],
             is_input_list=True,
             inputs=[
                 *model_inputs("all but the forgotten styles stay."),

@@ -33,7 +33,15 @@ class IdentifyStyle(io.ComfyNode):
                 "Names the style of a picture: the style in which the model itself explains it best. Any picture gets an answer; the "
                 "report says how sure it is."
             ),
-            search_aliases=["which style", "classify style", "recognise style", "style of image"],
+            search_aliases=[
+                "which style",
+                "classify style",
+                "recognise style",
+                "style of image",
+                "识别",
+                "辨識",
+                "判別",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="From Load DMM Model."),
                 io.Clip.Input("clip", tooltip="The model's text encoder, from the same loader."),

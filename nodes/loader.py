@@ -38,7 +38,15 @@ class LoadDMMModel(io.ComfyNode):
                 "Loads one model that holds many styles. Pick one of them with Style Selector; without it, the model "
                 "paints with no style."
             ),
-            search_aliases=["load checkpoint", "multi style", "distilled model merging"],
+            search_aliases=[
+                "load checkpoint",
+                "multi style",
+                "distilled model merging",
+                "加载模型",
+                "載入模型",
+                "モデル読み込み",
+                "모델 로드",
+            ],
             inputs=[
                 io.Combo.Input(
                     "ckpt_name",

@@ -49,7 +49,19 @@ class MergeCheckpoints(io.ComfyNode):
                 "style bank of what sets each apart. Distill Teachers takes more time and comes nearer. Cancel keeps what is computed; "
                 "queueing the same graph again goes on from there."
             ),
-            search_aliases=["merge", "model merge", "checkpoint merge", "instant merge", "style bank", "merge loras"],
+            search_aliases=[
+                "merge",
+                "model merge",
+                "checkpoint merge",
+                "instant merge",
+                "style bank",
+                "merge loras",
+                "融合",
+                "合并",
+                "合併",
+                "マージ",
+                "병합",
+            ],
             inputs=[
                 io.Model.Input("base", tooltip="What the merged model paints without a style."),
                 io.Clip.Input(

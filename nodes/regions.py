@@ -64,7 +64,7 @@ class DMMRegion(io.ComfyNode):
             display_name="Style Region",
             category="DMM/regions",
             description="A box, or a painted mask, with its own style and, if you like, its own prompt. Goes into Style Mix.",
-            search_aliases=["regional prompt", "area", "mask style"],
+            search_aliases=["regional prompt", "area", "mask style", "区域", "區域", "領域"],
             inputs=[
                 style_input(),
                 io.Conditioning.Input("positive", optional=True, tooltip="Its own prompt; without one, Style Mix's."),
@@ -229,6 +229,9 @@ class StyleMix(io.ComfyNode):
                 "mixture of diffusers",
                 "multidiffusion",
                 "style regions",
+                "分区提示词",
+                "區域提示詞",
+                "領域別プロンプト",
                 "draw regions",
             ],
             inputs=[
@@ -353,7 +356,7 @@ class StylePanorama(io.ComfyNode):
                 "Paints a canvas larger than the model knows in overlapping tiles (Mixture of Diffusers). Regions share it from "
                 "left to right, each with its style and prompt; their boxes and masks are not used."
             ),
-            search_aliases=["tiled diffusion", "wide picture", "mixture of diffusers"],
+            search_aliases=["tiled diffusion", "wide picture", "mixture of diffusers", "全景", "パノラマ"],
             inputs=[
                 io.Model.Input("model", tooltip="The DMM model that will paint it: its styles are the choice."),
                 io.Conditioning.Input("positive", tooltip="For regions without a prompt of their own."),

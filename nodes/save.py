@@ -50,7 +50,7 @@ class SaveDMMModel(io.ComfyNode):
                 "Saves a DMM model with its styles, their names and its recipe to output/dmm. LoRAs and merges become "
                 "part of it; the selected style does not."
             ),
-            search_aliases=["save checkpoint", "export model"],
+            search_aliases=["save checkpoint", "export model", "保存模型", "儲存模型", "モデル保存"],
             inputs=[
                 io.Model.Input(
                     "model", tooltip="What is saved: the weights with all LoRAs on the way, and the styles."

@@ -16,7 +16,7 @@ class StyleSelector(io.ComfyNode):
             display_name="Style Selector",
             category="DMM",
             description="Makes a DMM model paint in one of its styles. A later Style Selector replaces an earlier one.",
-            search_aliases=["dmm style", "choose style"],
+            search_aliases=["dmm style", "choose style", "style picker", "风格", "風格", "スタイル", "스타일"],
             inputs=[
                 io.Model.Input("model", tooltip="From Load DMM Model."),
                 io.String.Input("style", default=NO_STYLE, tooltip=f"A style of the model by name, or '{NO_STYLE}'."),

@@ -46,7 +46,7 @@ class StyleSheet(io.ComfyNode):
             display_name="Style Sheet",
             category="DMM/style",
             description="The same prompt in every style of the model, in one batch.",
-            search_aliases=["all styles", "style grid", "compare styles"],
+            search_aliases=["all styles", "style grid", "compare styles", "对比", "一览", "一覽", "一覧"],
             inputs=[
                 io.Model.Input("model", tooltip="From Load DMM Model."),
                 io.Latent.Input("latent", tooltip=LATENT_TIP),

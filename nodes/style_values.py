@@ -46,7 +46,7 @@ class BlendStyles(io.ComfyNode):
             display_name="Blend Styles",
             category="DMM/style",
             description="A mix of two styles. Blends can be blended again, so any number of styles can come together.",
-            search_aliases=["mix styles", "interpolate styles"],
+            search_aliases=["mix styles", "interpolate styles", "混合", "ブレンド"],
             inputs=[
                 style_input("first"),
                 style_input("second"),
@@ -79,7 +79,7 @@ class StyleSchedule(io.ComfyNode):
                 "One style at first, another later: the first decides the composition, the second the finish. Schedules "
                 "can be chained."
             ),
-            search_aliases=["style keyframes", "style over steps", "prompt travel"],
+            search_aliases=["style keyframes", "style over steps", "prompt travel", "调度", "排程", "スケジュール"],
             inputs=[
                 style_input("first"),
                 style_input("then"),

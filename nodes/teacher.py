@@ -34,7 +34,7 @@ class DMMTeacher(io.ComfyNode):
                 "A model whose look Distill Teachers should learn, under the name its style will have. LoRAs applied to the "
                 "MODEL are part of it."
             ),
-            search_aliases=["distill", "merge checkpoints"],
+            search_aliases=["distill", "merge checkpoints", "教师", "教師", "교사"],
             inputs=[
                 io.Model.Input("model", tooltip="The checkpoint that paints this look, with LoRAs or without."),
                 io.Clip.Input(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from comfyui_dmm.training.host_path import find_host
 
-from .in_process import claim_names, strangers
+from .in_process import import_host, strangers
 from .server import Server
 
 HERE = Path(__file__).parent
@@ -27,19 +27,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", autouse=True)
 def host(tmp_path_factory):
     """The host's ``comfy`` package in this process, on the CPU, with an empty base folder (``host_folder``)."""
-    claim_names(HOST)
-    from comfy.cli_args import args
-
-    args.cpu = True
-    args.base_directory = str(tmp_path_factory.mktemp("base"))
-    import comfy.sd
-    import folder_paths
-    from comfyui_dmm.nodes import paths
-
-    for name in ("dmm", "checkpoints", "loras"):
-        Path(folder_paths.models_dir, name).mkdir(parents=True)
-    paths.register()
-    yield comfy
+    yield import_host(HOST, tmp_path_factory.mktemp("base"))
     assert not strangers(HOST)
 
 

@@ -67,3 +67,23 @@ def claim_names(host: Path) -> None:
     if early:
         raise RuntimeError(f"imported before the host of the tests in {host}: {early}")
     sys.meta_path.insert(0, finder)
+
+
+def import_host(host: Path, base: Path) -> ModuleType:
+    """The host's ``comfy`` package, imported into this process on the CPU, with ``base`` as its folder for models, input and output.
+
+    Raises RuntimeError as ``claim_names``.
+    """
+    claim_names(host)
+    from comfy.cli_args import args
+
+    args.cpu = True
+    args.base_directory = str(base)
+    import comfy.sd
+    import folder_paths
+    from comfyui_dmm.nodes import paths
+
+    for name in ("dmm", "checkpoints", "loras"):
+        Path(folder_paths.models_dir, name).mkdir(parents=True)
+    paths.register()
+    return comfy

@@ -1,0 +1,1 @@
+"""The nodes' texts in other languages: ``locales/`` as ComfyUI reads it, from one table and the nodes' own English texts."""
