@@ -153,16 +153,22 @@ def test_half_keeps_what_is_half(tmp_path):
         convert(tmp_path / "large.safetensors", tmp_path / "half.safetensors", "single", half=True)
 
 
+SHIPPED = Path(__file__).parents[2] / "models" / "dmm" / "demo-dmm.safetensors"
+
+
+def shipped_without_bank(path: Path) -> Path:
+    """The shipped DMM model with its codes alone, as a file: diffusers has no layout for a bank."""
+    whole = load_checkpoint(SHIPPED)
+    save_checkpoint(path, replace(whole, unet={k: v for k, v in whole.unet.items() if not k.startswith("style_bank.")}))
+    return path
+
+
 def test_the_shipped_model_there_and_back(tmp_path):
-    """Without its bank, for which diffusers has no layout: with it the folder is refused, and nothing is written."""
-    shipped = Path(__file__).parents[2] / "models" / "dmm" / "demo-dmm.safetensors"
+    """Without its bank; with it the folder is refused, and nothing is written."""
     with pytest.raises(ValueError, match="style bank, for which diffusers has no layout: keep it as a single file"):
-        convert(shipped, tmp_path / "unet", "diffusers")
+        convert(SHIPPED, tmp_path / "unet", "diffusers")
     assert not (tmp_path / "unet").exists()
-    whole, model = load_checkpoint(shipped), tmp_path / "codes.safetensors"
-    save_checkpoint(
-        model, replace(whole, unet={k: v for k, v in whole.unet.items() if not k.startswith("style_bank.")})
-    )
+    model = shipped_without_bank(tmp_path / "codes.safetensors")
     convert(model, tmp_path / "unet", "diffusers")
     convert(tmp_path / "unet", tmp_path / "b.safetensors", "single", parts_from=model)
     ours, theirs = load_checkpoint(tmp_path / "b.safetensors"), load_checkpoint(model)

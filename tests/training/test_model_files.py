@@ -30,7 +30,7 @@ from comfyui_dmm.training.run.load import load_run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from .test_convert import SD1, SDXL, checkpoint, saved
+from .test_convert import SD1, SDXL, checkpoint, saved, shipped_without_bank
 
 DEMO = Path(__file__).parents[2] / "models" / "dmm"
 
@@ -174,13 +174,14 @@ def test_parts_are_taken_where_there_are_none():
 def demo(tmp_path_factory):
     """Demo models as UNet folders."""
     folder = tmp_path_factory.mktemp("demo")
-    for name in ("dmm", "base", "teacher-ink"):
+    for name in ("base", "teacher-ink"):
         convert(DEMO / f"demo-{name}.safetensors", folder / name, "diffusers")
+    convert(shipped_without_bank(folder / "dmm.safetensors"), folder / "dmm", "diffusers")
     return folder
 
 
 def test_dmm_sample_paints_the_same_from_a_folder(demo, tmp_path, capsys):
-    whole = str(DEMO / "demo-dmm.safetensors")
+    whole = str(demo / "dmm.safetensors")
     rest = ["--prompt", "a red star", "--style", "ink", "--steps", "2", "--size", "32", "--output"]
     assert not main(["sample", whole, *rest, str(tmp_path / "a.png")])
     assert not main(["sample", str(demo / "dmm"), "--parts-from", whole, *rest, str(tmp_path / "b.png")])

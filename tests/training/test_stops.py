@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 ROOT = Path(__file__).parents[2]
 TEACHERS = [{"name": f"number {i}", "file": ("one.safetensors", "two.safetensors")[i % 2]} for i in range(12)]
 TOLD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run behind an "&", it is ignored
 from comfyui_dmm.training import cli
 from comfyui_dmm.training.{module} import {owner} as owner
 whole = owner.{method}
