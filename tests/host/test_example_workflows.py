@@ -49,9 +49,13 @@ def to_api(graph: dict, node_info: dict) -> dict:
     for node in graph["nodes"]:
         if node["type"] in NOTES:
             continue
-        names = list(widget_names(node_info[node["type"]]))
-        values = node.get("widgets_values", [])
-        assert len(values) == len(names), f"{node['type']} has {len(values)} values for {names}"
+        info = node_info[node["type"]]
+        names, values = list(widget_names(info)), node.get("widgets_values", [])
+        # A graph from before an optional input, or one that the page makes of another pack's, has no value for it.
+        missing = set(names[len(values) :])
+        assert len(values) <= len(names) and missing <= set(info["input"].get("optional", {})), (
+            f"{node['type']}: {values} for {names}"
+        )
         inputs = {name: value for name, value in zip(names, values) if name}
         inputs |= {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot.get("link") is not None}
         nodes[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
