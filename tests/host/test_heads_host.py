@@ -64,12 +64,12 @@ def test_the_node_shows_a_guess(models):
 
     save_checkpoint(models / "dmm" / "heads.safetensors", checkpoint_of(random_unet(FAMILIES["demo"]), torch.float32))
     ours = LoadDMMModel.execute("heads.safetensors")
-    assert "attention heads" not in ours.ui.as_dict()["text"][0]
+    assert "attention heads" not in ours.ui["text"][0]
     save_file(load_file(models / "dmm" / "heads.safetensors"), models / "dmm" / "foreign.safetensors")
     assert load_checkpoint(models / "dmm" / "foreign.safetensors").heads_from == GUESS
-    assert "attention heads" in LoadDMMModel.execute("foreign.safetensors").ui.as_dict()["text"][0]
+    assert "attention heads" in LoadDMMModel.execute("foreign.safetensors").ui["text"][0]
     said = LoadDMMModel.execute("foreign.safetensors", num_heads=8)
-    assert "attention heads" not in said.ui.as_dict()["text"][0]
+    assert "attention heads" not in said.ui["text"][0]
     with pytest.raises(ValueError, match="both given"):
         LoadDMMModel.execute("foreign.safetensors", num_heads=8, num_head_channels=8)
     stamps = {LoadDMMModel.fingerprint_inputs("foreign.safetensors", n) for n in (0, 4, 8)}

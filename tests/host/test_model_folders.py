@@ -102,7 +102,7 @@ def test_each_of_them_is_the_model_that_it_was_made_from(folders, name):
     model, clip, vae = out.result
     whole = load(folders / "dmm" / "whole.safetensors")[0]
     assert_same(model.model.diffusion_model.state_dict(), whole.model.diffusion_model.state_dict())
-    text = str(out.ui.as_dict())
+    text = str(out.ui)
     assert "4 styles: ink, Neon lines" in text
     assert "no CLIP and no VAE in this file: to paint, add Load CLIP and Load VAE" in text
     assert clip is None
