@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..training.files.model_files import change_stamp
 from . import host_model, paths
@@ -43,7 +43,10 @@ class AddStyles(io.ComfyNode):
     def execute(cls, model, styles) -> io.NodeOutput:
         model, base = host_model.with_added_styles(model, paths.style_file_path(styles))
         names = list(host_model.model_info(model).known)
-        return io.NodeOutput(model, ui=ui.PreviewText(f"{len(names)} styles: {', '.join(names)}\n{base}"))
+        # In the page the styles stand on cards.
+        return io.NodeOutput(
+            model, ui={"text": [f"{len(names)} styles: {', '.join(names)}\n{base}"], "remarks": [base]}
+        )
 
 
 NODES = [AddStyles]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from comfy_api.latest import io
 
 from ..training.config import ModelSettings
@@ -11,20 +13,15 @@ from . import host_model, paths
 PLAIN = "a plain model, no styles: fine as a teacher or a base"
 
 
-def describe(info: host_model.ModelInfo, has_clip: bool, has_vae: bool) -> str:
-    """What the file holds, for the node's text field."""
+def describe(info: host_model.ModelInfo, missing: Sequence[str]) -> str:
+    """What the file holds, for the node's text field. missing: the outputs that it has nothing for."""
     names = list(info.known)
     lines = [f"{len(names)} styles: {', '.join(names)}" if names else PLAIN]
-    if missing := lacking(has_clip, has_vae):
+    if missing:
         add = " and ".join(f"Load {part}" for part in missing)
         lines.append(f"no {' and no '.join(missing)} in this file: to paint, add {add}")
     lines += [info.remark] if info.remark else []
     return "\n".join(lines)
-
-
-def lacking(has_clip: bool, has_vae: bool) -> list[str]:
-    """The outputs that a file has nothing for, by name."""
-    return [part for part, there in (("CLIP", has_clip), ("VAE", has_vae)) if not there]
 
 
 class LoadDMMModel(io.ComfyNode):
@@ -91,8 +88,10 @@ class LoadDMMModel(io.ComfyNode):
     def execute(cls, ckpt_name, num_heads=0, num_head_channels=0) -> io.NodeOutput:
         said = ModelSettings(num_heads=num_heads or None, num_head_channels=num_head_channels or None)
         model, clip, vae, info = host_model.load(paths.model_path(ckpt_name), said)
-        parts = clip is not None, vae.first_stage_model is not None
-        shown = {"text": [describe(info, *parts)], "lacks": lacking(*parts)}
+        parts = {"CLIP": clip is not None, "VAE": vae.first_stage_model is not None}
+        missing = [part for part, there in parts.items() if not there]
+        # In the page the styles stand on cards, and what is missing on the outputs: of the text only the remark is left to say.
+        shown = {"text": [describe(info, missing)], "remarks": [info.remark], "lacks": missing}
         return io.NodeOutput(model, clip, vae, ui=shown)
 
 

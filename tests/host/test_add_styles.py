@@ -324,7 +324,7 @@ def test_styles_only_there_and_back(models, styled, folder, monkeypatch):
         assert all(torch.equal(again.weights[key], value) for key, value in before.weights.items())
     with torch.inference_mode():
         out = AddStyles.execute(host_alone(with_bank(random_unet(DEMO))), names[0])
-    assert f"4 styles: {', '.join(NAMES)}" in str(out.ui.as_dict()) and "made for" in str(out.ui.as_dict())
+    assert f"4 styles: {', '.join(NAMES)}" in str(out.ui) and "made for" in str(out.ui)
     with pytest.raises(ValueError, match="put it into models/dmm_styles and use Add DMM Styles to Model"):
         load_model(paths.style_file_path(names[0]))
     for outside in ("../dmm/x.safetensors", "missing.safetensors"):

@@ -1,9 +1,8 @@
 // Buttons on a node that trains, while it does: sample now, save now, pause, stop and save.
-//
-// The buttons are no part of the workflow: neither queued nor saved with it.
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { addUnsaved, makeRoom } from "./node_widgets.js";
 import { changed, trainers, training, whenTrainingChanges } from "./training_state.js";
 
 const CONTROLS = "dmm_controls";
@@ -66,14 +65,8 @@ function addButtons(node) {
     });
     row.append(button);
   }
-  const widget = node.addDOMWidget(CONTROLS, "dmm_controls", row, {
-    serialize: false, // not sent to the server ...
-    getMinHeight: () => HEIGHT,
-    getMaxHeight: () => HEIGHT,
-  });
-  widget.serialize = false; // ... and not saved
-  const [width, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
+  const widget = addUnsaved(node, CONTROLS, "dmm_controls", row, { height: () => HEIGHT });
+  makeRoom(node);
   return widget;
 }
 

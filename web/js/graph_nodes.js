@@ -1,11 +1,11 @@
-// Nodes of the whole graph with the ids that the server knows them by: "12", or "3:12" inside of a subgraph.
+// Nodes of the whole graph, subgraphs among them, with the ids that the server knows them by: "12", or "3:12" inside of a subgraph.
 
 import { app } from "../../../scripts/app.js";
 
 export function nodesById(graph = app.rootGraph ?? app.graph, prefix = "") {
   return graph.nodes.flatMap((node) => {
     const id = `${prefix}${node.id}`;
-    return node.subgraph ? nodesById(node.subgraph, `${id}:`) : [[id, node]];
+    return [[id, node], ...(node.subgraph ? nodesById(node.subgraph, `${id}:`) : [])];
   });
 }
 

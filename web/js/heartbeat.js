@@ -10,6 +10,16 @@ export function onBeat(task) {
   return () => tasks.delete(task);
 }
 
+// The same for as long as a node is there, while it is in a graph.
+export function onBeatOf(node, task) {
+  const stop = onBeat(() => node.graph && task());
+  const removed = node.onRemoved;
+  node.onRemoved = function (...rest) {
+    stop();
+    return removed?.apply(this, rest);
+  };
+}
+
 function beat() {
   if (document.hidden) return;
   for (const task of [...tasks]) {

@@ -1,10 +1,9 @@
 // Under Load DMM Model and Add DMM Styles to Model: the styles in the chosen file, before anything has run.
-//
-// The cards are neither saved with the graph nor sent to the server.
 
 import { app } from "../../../scripts/app.js";
-import { onBeat } from "./heartbeat.js";
+import { onBeatOf } from "./heartbeat.js";
 import { fileOf, isLoader } from "./model_styles.js";
+import { addUnsaved, makeRoom } from "./node_widgets.js";
 import { element, shown, strip } from "./style_cards.js";
 
 const WIDGET = "dmm_cards";
@@ -26,14 +25,7 @@ function addCards(node) {
   let tall = LINE;
 
   const height = () => tall + 2 * MARGIN;
-  const widget = node.addDOMWidget(WIDGET, "dmm_cards", frame, {
-    serialize: false, // not sent to the server ...
-    margin: MARGIN,
-    hideOnZoom: false,
-    getMinHeight: height,
-    getMaxHeight: height,
-  });
-  widget.serialize = false; // ... and not saved
+  addUnsaved(node, WIDGET, "dmm_cards", frame, { height, margin: MARGIN, hideOnZoom: false });
 
   function refresh() {
     const file = fileOf(node);
@@ -45,8 +37,7 @@ function addCards(node) {
     const wanted = Math.min(TALLEST, inner.offsetHeight); // 0 while it is not on the page
     if (wanted && wanted !== tall) {
       tall = wanted;
-      const [width, least] = node.computeSize();
-      node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], least)]);
+      makeRoom(node);
       node.setDirtyCanvas(true, true);
     }
   }
@@ -58,12 +49,6 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (!isLoader(node)) return;
-    const refresh = addCards(node);
-    const stop = onBeat(() => node.graph && refresh());
-    const removed = node.onRemoved;
-    node.onRemoved = function (...rest) {
-      stop();
-      return removed?.apply(this, rest);
-    };
+    onBeatOf(node, addCards(node));
   },
 });

@@ -1,9 +1,9 @@
-// The loss of each teacher over the steps, as a small chart on a node that trains. It stays when the training is over, and is no part of
-// the workflow.
+// The loss of each teacher over the steps, as a small chart on a node that trains. It stays when the training is over.
 //
 // Names of styles are the user's or a file's: text, never markup.
 
 import { app } from "../../../scripts/app.js";
+import { addUnsaved, makeRoom } from "./node_widgets.js";
 import { trainers, training, whenTrainingChanges } from "./training_state.js";
 
 const CHART = "dmm_losses";
@@ -24,15 +24,9 @@ function element(kind, attributes) {
 function addChart(node) {
   const box = document.createElement("div");
   Object.assign(box.style, { width: "100%", overflow: "hidden", background: "var(--comfy-input-bg)", borderRadius: "4px" });
-  const height = HEIGHT + LEGEND + 24; // the host's margins
-  const widget = node.addDOMWidget(CHART, "dmm_losses", box, {
-    serialize: false, // not sent to the server ...
-    getMinHeight: () => height,
-    getMaxHeight: () => height,
-  });
-  widget.serialize = false; // ... and not saved
-  const [width, least] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], least)]);
+  const height = () => HEIGHT + LEGEND + 24; // the host's margins
+  const widget = addUnsaved(node, CHART, "dmm_losses", box, { height });
+  makeRoom(node);
   return widget;
 }
 

@@ -5,6 +5,7 @@
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { nodesById } from "./graph_nodes.js";
 import { findStyle, namesIn } from "./style_text.js";
 
 export { NO_STYLE } from "./style_text.js";
@@ -72,9 +73,7 @@ export function setting(node, name) {
   return linked ? undefined : node.widgets?.find((widget) => widget.name === name)?.value;
 }
 
-function everyNode(graph = app.rootGraph ?? app.graph) {
-  return graph.nodes.flatMap((node) => (node.subgraph ? [node, ...everyNode(node.subgraph)] : [node]));
-}
+const everyNode = () => nodesById().map(([, node]) => node);
 
 // The node that a subgraph is, in the graph around it.
 const holderOf = (graph) => everyNode().find((node) => node.subgraph === graph);

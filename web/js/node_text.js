@@ -4,6 +4,7 @@
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { nodeOf } from "./graph_nodes.js";
+import { addUnsaved, makeRoom } from "./node_widgets.js";
 
 const REPORT = "dmm_report";
 const PROGRESS = "$$node-text-preview"; // the host's field for words during the work, which says "step 180 of 400" for ever after
@@ -13,23 +14,15 @@ const LETTER = 6.1;
 const PADDING = 8; // of the text, above and below together
 const SCROLL_BAR = 14;
 
-// What the cards of a loader and its outputs say already.
-const REPEATED = /^(\d+ styles: |a plain model, no styles|no (CLIP|VAE)\b.* in this file)/;
-const CARDS = "dmm_cards";
-
 function show(node, text, isError = false) {
   removeProgress(node);
-  if (!isError && node.widgets?.some((other) => other.name === CARDS)) {
-    text = text.split("\n").filter((line) => !REPEATED.test(line)).join("\n");
-    if (!text && !reportOf(node)) return;
-  }
+  if (!text && !reportOf(node)) return;
   const widget = reportOf(node) ?? addReport(node);
   widget.value = text;
   widget.element.classList.toggle("dmm-error", isError);
   widget.element.style.boxShadow = isError ? "inset 3px 0 0 var(--error-text, #ff4444)" : "none";
   widget.element.setAttribute("role", isError ? "alert" : "status");
-  const [width, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
+  makeRoom(node);
   node.setDirtyCanvas(true);
 }
 
@@ -81,14 +74,7 @@ function addReport(node) {
     const margins = 2 * (widget?.margin ?? 10); // the host's, around the element
     return LINE * lines.reduce((a, b) => a + b) + PADDING + margins + (isTable() ? SCROLL_BAR : 0);
   }
-  const widget = node.addDOMWidget(REPORT, "dmm_report", element, {
-    serialize: false, // not sent to the server ...
-    getValue: () => element.textContent,
-    setValue,
-    getMinHeight: height,
-    getMaxHeight: height,
-  });
-  widget.serialize = false; // ... and not saved
+  const widget = addUnsaved(node, REPORT, "dmm_report", element, { height, getValue: () => element.textContent, setValue });
   return widget;
 }
 
@@ -105,7 +91,8 @@ app.registerExtension({
     const executed = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (output) {
       executed?.call(this, output);
-      if (output?.text) show(this, output.text.join("\n"));
+      const said = output?.remarks ?? output?.text; // where cards show the styles, what they do not say
+      if (said) show(this, said.join("\n"));
     };
   },
 });

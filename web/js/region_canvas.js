@@ -9,6 +9,7 @@ import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import * as boxes from "./region_boxes.js";
 import { after, canvasSize } from "./canvas_size.js";
+import { onBeat } from "./heartbeat.js";
 import { NO_STYLE, onlyStyles, origin, setting, stylesFor } from "./model_styles.js";
 import { quoteName } from "./style_menu.js";
 
@@ -20,7 +21,6 @@ const BAR = 24;
 const HEIGHTS = { list: 394, one: 230, text: 100 };
 const NEAR = { mouse: 7, pen: 10, touch: 18 }; // pixels within which a handle is hit
 const SNAP = 6; // pixels
-const EVERY = 300; // milliseconds between looks at the graph, which says nothing when it changes
 
 const canvases = new Set();
 
@@ -54,12 +54,12 @@ class RegionCanvas {
     this.source = source;
     this.build();
     this.load(source.read());
-    this.timer = setInterval(() => this.look(), EVERY);
+    this.stop = onBeat(() => this.look());
     canvases.add(this);
   }
 
   remove() {
-    clearInterval(this.timer);
+    this.stop();
     canvases.delete(this);
   }
 

@@ -1,11 +1,10 @@
 // A row under every style field: a button that opens the cards of the connected model's styles, and beside it what the field's text
 // means to that model. A name that the model does not know is marked at once, before a run.
-//
-// The rows are neither saved with the graph nor sent to the server.
 
 import { app } from "../../../scripts/app.js";
-import { onBeat } from "./heartbeat.js";
+import { onBeatOf } from "./heartbeat.js";
 import { modelStyles, NO_STYLE, onlyModelStyles, setting } from "./model_styles.js";
+import { addUnsaved, makeRoom } from "./node_widgets.js";
 import { element, picture, shown } from "./style_cards.js";
 import { namesOfField, problem } from "./style_check.js";
 import { FIELDS, write } from "./style_fields.js";
@@ -27,14 +26,7 @@ function addRow(node, field, kind) {
   for (const kindOf of ["pointerdown", "mousedown", "dblclick"]) button.addEventListener(kindOf, (event) => event.stopPropagation());
 
   const height = () => HEIGHT + 2 * MARGIN;
-  const widget = node.addDOMWidget(`dmm_${field}`, "dmm_style_row", row, {
-    serialize: false, // not sent to the server ...
-    margin: MARGIN,
-    hideOnZoom: false,
-    getMinHeight: height,
-    getMaxHeight: height,
-  });
-  widget.serialize = false; // ... and not saved
+  const widget = addUnsaved(node, `dmm_${field}`, "dmm_style_row", row, { height, margin: MARGIN, hideOnZoom: false });
   const { widgets } = node;
   widgets.splice(widgets.indexOf(widget), 1);
   const text = widgets.find((other) => other.name === field);
@@ -127,13 +119,7 @@ app.registerExtension({
     const rows = fields.filter(([field]) => node.widgets?.some((widget) => widget.name === field)).map(([field, kind]) => addRow(node, field, kind));
     if (!rows.length) return;
     saveWithoutHoles(node);
-    const stop = onBeat(() => node.graph && rows.forEach(refresh));
-    const removed = node.onRemoved;
-    node.onRemoved = function (...rest) {
-      stop();
-      return removed?.apply(this, rest);
-    };
-    const [width, height] = node.computeSize();
-    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
+    onBeatOf(node, () => rows.forEach(refresh));
+    makeRoom(node);
   },
 });
