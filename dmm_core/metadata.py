@@ -23,6 +23,9 @@ FORMAT = 3
 """The newest version of a file that this code reads. It writes 3 for a model with other attention heads than the usual ones, 2 for another
 with a style bank, and 1 for one without, which older versions of this pack read too."""
 
+STYLES = "dmm.styles"
+"""Metadata key: what is known of the styles, a list in JSON in the order of their codes."""
+
 LONGEST = {
     "name": 100,
     "description": 4000,
@@ -142,8 +145,8 @@ def read_metadata(
             f"the file has DMM format {version}, this version of comfyui-dmm reads up to {FORMAT}: update comfyui-dmm"
         )
     styles = default_styles(num_styles)
-    if "dmm.styles" in rest:
-        entries = _from_json("dmm.styles", rest.pop("dmm.styles"), list)
+    if STYLES in rest:
+        entries = _from_json(STYLES, rest.pop(STYLES), list)
         if len(entries) > num_styles:  # before making something of each
             _check_count(len(entries), num_styles)
         styles = [_style(i, entry) for i, entry in enumerate(entries)]
@@ -180,7 +183,7 @@ def write_metadata(
     metadata["dmm.prediction"] = prediction
     if styles:
         entries = [{k: v for k, v in asdict(style).items() if v} for style in styles]
-        metadata["dmm.styles"] = _to_json("dmm.styles", entries)
+        metadata[STYLES] = _to_json(STYLES, entries)
     if recipe:
         metadata["dmm.recipe"] = _to_json("dmm.recipe", recipe)
     return metadata

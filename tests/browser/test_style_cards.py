@@ -13,24 +13,11 @@ from ..host.families import DEMO, checkpoint_of, random_unet
 from ..host.server import PACK
 from ..host.templates import graph_of
 from .test_edit_style import HOSTILE, SETTLED, set_on
+from .test_style_menu import FIELDS as TEXT_FIELDS
 from .test_style_menu import STYLES, add, id_of, link
 from .test_workflows import open_graph, queued, run, set_widget
 
-FIELDS = {
-    "DMMStyleSelector": ["style"],
-    "DMMEditStyle": ["style"],
-    "DMMApplyStyle": ["style"],
-    "DMMStyleForPrompt": ["style"],
-    "DMMNameBlend": ["style"],
-    "DMMStyle": ["text"],
-    "DMMBlendStyles": ["first", "second"],
-    "DMMStyleSchedule": ["first", "then"],
-    "DMMRegion": ["style"],
-    "DMMStyleMix": ["background"],
-    "DMMStyleSheet": ["styles"],
-    "DMMStyleTravel": ["stops"],
-    "DMMForgetStyle": ["styles"],
-}
+FIELDS = {"DMMStyleSelector": ["style"], "DMMEditStyle": ["style"], **TEXT_FIELDS, "DMMForgetStyle": ["styles"]}
 ROW = "(id, field) => app.graph.getNodeById(id).widgets.find((w) => w.name === `dmm_${field}`).element"
 VALUE = "([id, field]) => app.graph.getNodeById(id).widgets.find((w) => w.name === field).value"
 TURNED = "safe\u202eexe.\u2066ink"

@@ -6,6 +6,7 @@ from comfyui_dmm.dmm_core.checkpoint import load_checkpoint, save_checkpoint
 from comfyui_dmm.dmm_core.style_value import mix, parse_style, quote_name
 from comfyui_dmm.training.files.style_file import save_style
 
+from ..core.test_style_text import NASTY
 from ..host.families import DEMO, checkpoint_of, random_unet
 from ..host.server import PACK
 from ..host.templates import graph_of
@@ -264,26 +265,6 @@ def test_names_are_text_in_the_menu(page, markup_graph):  # noqa: F811
     text = page.evaluate(f"({NODE})('DMMRegion').widgets[0].value")
     assert parse_style(text) == mix({MARKUP: 1.0})
     assert page.locator("img[src=x]").count() == 0 and page.evaluate("window.hacked") is None
-
-
-NASTY = [
-    *(
-        "ink",
-        "my ink",
-        " ink",
-        "ink ",
-        "a, b",
-        "a;b",
-        "50%",
-        "a\nb",
-        "ink:0.5",
-        "ink: 3e2 ",
-        "ink:.5",
-        "1:2:",
-        "paper: cut-out",
-    ),
-    *("the cat's eye", "'quoted'", 'say "hi"', '"', "ink:٣", ":5", "墨", "<b>", "-1", "a:b:-0.5", "a:5.", "none of it"),
-]
 
 
 @pytest.mark.parametrize("page", ["canvas"], indirect=True)

@@ -96,6 +96,7 @@ REFUSED = [
 NASTY = [
     *(
         "ink",
+        "my ink",
         " ink",
         "ink ",
         "a, b",

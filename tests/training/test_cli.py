@@ -25,6 +25,8 @@ from .families import SMALL
 SHORT = {
     "steps": 4, "batch_size": 4, "lr": 1e-3, "ema_gamma": 6.94, "device": "cpu", "lambda_adv": 0.0, "validation": 4,
 }  # fmt: skip
+DISTILL = [sys.executable, "-m", "comfyui_dmm.training.cli", "--threads", "1", "distill", "--config"]
+"""The command in a process of its own; a config comes behind it."""
 WIDER = dataclasses.replace(SMALL, context_dim=64)
 
 
@@ -195,16 +197,7 @@ def test_an_interrupt_keeps_what_was_learnt(folder, monkeypatch, capsys):
 def test_a_signal_ends_the_run_between_steps(folder, number):
     """A real process, a real signal: exit 130, a state and a checkpoint of the same step, and the run goes on from it."""
     write_config(folder, train={**SHORT, "steps": 100_000})
-    command = [
-        sys.executable,
-        "-m",
-        "comfyui_dmm.training.cli",
-        "--threads",
-        "1",
-        "distill",
-        "--config",
-        folder / "run.yaml",
-    ]
+    command = [*DISTILL, folder / "run.yaml"]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     seen = ""
     while "0%" not in seen or "/100000" not in seen:  # the bar is drawn from the first step on
@@ -219,8 +212,7 @@ def test_a_signal_ends_the_run_between_steps(folder, number):
 def test_a_log_holds_few_lines_in_order(folder):
     """Both streams in one file: config, progress, result, as in ``dmm ... 2>&1 | tee log``."""
     write_config(folder, train={**SHORT, "steps": 30})
-    words = ["-m", "comfyui_dmm.training.cli", "--threads", "1", "distill", "--config"]
-    command = [sys.executable, "-W", "ignore", *words, folder / "run.yaml"]
+    command = [sys.executable, "-W", "ignore", *DISTILL[1:], folder / "run.yaml"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
     config, after = done.stdout.split("\n}\n")
     assert json.loads(config + "}")["train"]["steps"] == 30

@@ -17,7 +17,7 @@ from comfyui_dmm.training.run.watch.pictures import Pictures
 from comfyui_dmm.training.run.watch.watch import Watch
 
 from .families import small_run
-from .test_cli import SHORT, folder, write_config  # noqa: F401, a fixture
+from .test_cli import DISTILL, SHORT, folder, write_config  # noqa: F401, a fixture
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 
@@ -87,17 +87,7 @@ def test_a_stop_in_the_first_sheet_comes_before_the_first_step(folder):  # noqa:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_sample_stops_at_once_and_writes_nothing(folder, number):  # noqa: F811
     write_config(folder, train={**SHORT, "steps": 1}, picture_every=0)
-    run = [
-        sys.executable,
-        "-m",
-        "comfyui_dmm.training.cli",
-        "--threads",
-        "1",
-        "distill",
-        "--config",
-        folder / "run.yaml",
-    ]
-    subprocess.run(run, check=True, capture_output=True, cwd=ROOT)
+    subprocess.run([*DISTILL, folder / "run.yaml"], check=True, capture_output=True, cwd=ROOT)
     picture = folder / "pictures" / "all.png"
     picture.parent.mkdir()
     command = ("sample", folder / "out" / "dmm.safetensors", "--prompt", "a", "--style", "all", "--steps", 1000)

@@ -33,7 +33,16 @@ from .batches import CaptionedLatents
 from .buckets import MAX_ASPECT, bucket_sizes, choose_bucket, default_resolution, enlargement, fit, size_multiple
 from .cached_text import TextStore, store_text
 from .image_folder import Picture, Problem, ahead, captions_alone, find_files, read_picture, survey, unreadable_pictures
-from .shards import ShardReader, ShardWriter, cache_folder, check_shards, first_few, read_manifest, shard_entries
+from .shards import (
+    ShardReader,
+    ShardWriter,
+    cache_folder,
+    check_shards,
+    first_few,
+    in_cache_folder,
+    read_manifest,
+    shard_entries,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +93,7 @@ class CacheReport:
 # --- building ---------------------------------------------------------------------------------------------------------
 
 
+@in_cache_folder
 def build_image_cache(
     folder: str | os.PathLike,
     images: str | os.PathLike,
@@ -109,38 +119,6 @@ def build_image_cache(
     Every picture is read once before anything is encoded: a ValueError names what is wrong with which file, or the process that
     has the folder.
     """
-    with cache_folder(folder):
-        return _build_image_cache(
-            folder,
-            images,
-            base,
-            teachers=teachers,
-            parts_from=parts_from,
-            resolution=resolution,
-            max_aspect=max_aspect,
-            skip_bad=skip_bad,
-            device=device,
-            batch_size=batch_size,
-            workers=workers,
-            progress=progress,
-        )
-
-
-def _build_image_cache(
-    folder: str | os.PathLike,
-    images: str | os.PathLike,
-    base: Model,
-    *,
-    teachers: Sequence[Model],
-    parts_from: Model | None,
-    resolution: int | None,
-    max_aspect: float,
-    skip_bad: bool,
-    device: torch.device | str,
-    batch_size: int,
-    workers: int,
-    progress: ProgressCallback | None,
-) -> CacheReport:
     base = base_with_parts(base, parts_from)
     if not base.vae:
         raise ValueError("the base model has no VAE: name a full checkpoint to take it from (parts_from, --parts-from)")

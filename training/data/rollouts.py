@@ -34,7 +34,7 @@ from .cache import store_all_text
 from .cached_text import TextStore
 from .image_folder import clean_caption
 from .rollout_paths import BASE_NAME, PRECISIONS, Owner, RolloutSettings, paint_states, path_generator
-from .shards import ShardWriter, cache_folder
+from .shards import ShardWriter, in_cache_folder
 
 SHARD_PATHS = 32
 
@@ -55,6 +55,7 @@ def plan_paths(
     return {size: paths for size, paths in plan.items() if paths}
 
 
+@in_cache_folder
 def build_rollouts(
     folder: str | os.PathLike,
     base: Model,
@@ -72,23 +73,6 @@ def build_rollouts(
     checkpoint, for a base without a text encoder. One UNet is in memory at a time when files are given. Raises
     ValueError for models that do not fit together, before anything is painted, and naming the process that has the folder.
     """
-    with cache_folder(folder):
-        return _build_rollouts(
-            folder, base, teachers, captions, settings=settings, parts_from=parts_from, device=device, progress=progress
-        )
-
-
-def _build_rollouts(
-    folder: str | os.PathLike,
-    base: Model,
-    teachers: Mapping[str, Model],
-    captions: Sequence[str],
-    *,
-    settings: RolloutSettings | None,
-    parts_from: Model | None,
-    device: torch.device | str,
-    progress: ProgressCallback | None,
-) -> dict[str, int]:
     check_names(list(teachers))
     base_model = base_with_parts(base, parts_from)
     config = base_model.config

@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -70,6 +70,23 @@ def cache_folder(folder: str | os.PathLike) -> Iterator[None]:
         raise ValueError(f"'{folder}' is a file: give a folder for the cache")
     with locked(Path(folder), "the cache"):
         yield
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_cache_folder(
+    build: Callable[Concatenate[str | os.PathLike, P], R],
+) -> Callable[Concatenate[str | os.PathLike, P], R]:
+    """``build``, whose first argument is the folder of a cache, inside of ``cache_folder``."""
+
+    @functools.wraps(build)
+    def alone(folder: str | os.PathLike, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with cache_folder(folder):
+            return build(folder, *args, **kwargs)
+
+    return alone
 
 
 class ShardWriter:

@@ -15,7 +15,7 @@ from ...dmm_core.files import atomic_write
 from ...dmm_core.unet import load_unet
 from ..data.demo.family import FIRST, Family
 from ..paint.painter import painter
-from ..paint.thumbnails import thumbnail_uri
+from ..run.student_file import with_pictures
 from .judge import SETTINGS
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -90,13 +90,12 @@ def shipped_file(work: Path, part: str, family: Family = FIRST) -> Path:
 
 def with_thumbnails(student: Checkpoint, work: Path, family: Family) -> Checkpoint:
     """The student with a picture for each style, painted by its teacher: all of one caption and one noise."""
-    brush, styles = painter(student), []
+    brush, pictures = painter(student), []
     for style in student.styles:
         teacher = load_unet(load_checkpoint(shipped_file(work, style.name, family)).unet)
         plain = dataclasses.replace(brush, unet=teacher, styles=())
-        picture = plain.pictures(plain.latents([PICTURED], None, PICTURED_SEED, SETTINGS))[0]
-        styles.append(dataclasses.replace(style, thumbnail=thumbnail_uri(picture)))
-    return dataclasses.replace(student, styles=styles)
+        pictures += plain.pictures(plain.latents([PICTURED], None, PICTURED_SEED, SETTINGS))
+    return dataclasses.replace(student, styles=with_pictures(student.styles, pictures))
 
 
 def publish(work: Path, models: Path, family: Family = FIRST) -> list[Path]:

@@ -10,10 +10,8 @@ from pathlib import Path
 
 from ...dmm_core.checkpoint import read_info
 from ...dmm_core.files import atomic_write
-from ...dmm_core.metadata import StyleInfo
+from ...dmm_core.metadata import STYLES, StyleInfo
 from ...dmm_core.weights_file import HEADER_LIMIT
-
-STYLES = "dmm.styles"
 
 
 def write_thumbnails(path: str | os.PathLike, thumbnails: Mapping[str, str]) -> None:
