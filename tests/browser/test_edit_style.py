@@ -113,7 +113,9 @@ def test_words_of_a_strangers_file_are_never_run(page, hostile_graph):
     entries.get_by_text(HOSTILE[0], exact=True).first.click()
     selector = str(id_of(page, "DMMStyleSelector"))
     assert queued(page)[selector]["inputs"]["style"] == HOSTILE[0]
-    run(page)  # the report under Load DMM Model names them all
+    run(page)  # the report of Load DMM Model names them all: it has cards for them, so another node shows it
+    words = page.evaluate("id => app.nodeOutputs[id].text", id_of(page, "DMMLoadModel"))
+    page.evaluate("([id, text]) => app.graph.getNodeById(id).onExecuted({ text })", [int(selector), words])
     report = page.locator("pre").filter(has_text="4 styles")
     report.wait_for(state="visible")
     assert report.inner_text() == f"4 styles: {', '.join(HOSTILE)}" and report.locator("*").count() == 0
@@ -128,6 +130,9 @@ def test_words_of_a_strangers_file_are_never_run(page, hostile_graph):
         return failed;
     }""")
     assert f"unknown style '{HOSTILE[0]}'" in message and HOSTILE[1] in message
+    alert = page.locator("pre[role=alert]")
+    alert.wait_for(state="visible")
+    assert alert.inner_text() == message.strip() and alert.locator("*").count() == 0
     page.evaluate(SETTLED)
     assert page.evaluate("window.hacked") is None
     assert page.locator("img[src=x], svg[onload]").count() == 0 and page.locator("script").count() == before
