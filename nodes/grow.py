@@ -10,7 +10,7 @@ from pathlib import Path
 import comfy.model_management as mm
 import comfy.utils
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..dmm_core.checkpoint import Checkpoint, save_checkpoint
@@ -22,7 +22,7 @@ from ..training.merge.grow import add_teachers, delete_styles
 from . import host_model, paths, training_inputs
 from .distill_settings import growing_inputs, growth_input, guard_input, int_input, warm_start_input
 from .merge import source
-from .preview import send_text
+from .preview import send_text, told_with_file
 from .teacher import TeacherInput
 from .training_run import (
     comparison,
@@ -223,7 +223,7 @@ def at_once(one, node_id, change: Change) -> io.NodeOutput:
         save_checkpoint(path, dataclasses.replace(after, metadata={**after.metadata, "modelspec.title": stem}))
     model, *_ = host_model.load(str(path))
     # There are no losses: a Loss Graph behind the node is left out.
-    return io.NodeOutput(model, ExecutionBlocker(None), ui=ui.PreviewText(f"saved dmm/{path.name}\n\n{report}"))
+    return io.NodeOutput(model, ExecutionBlocker(None), ui=told_with_file(f"saved dmm/{path.name}\n\n{report}", path))
 
 
 def grown(before: Checkpoint, teachers: Sequence[TeacherInput], budget: str, node_id) -> tuple[Checkpoint, str, str]:

@@ -12,7 +12,7 @@ import comfy.model_management as mm
 import comfy.utils
 import numpy as np
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..dmm_core.bank_size import USUAL
@@ -24,7 +24,7 @@ from ..training.files.outputs import check_output
 from ..training.merge.merge import CENTRES, MergeConfig, Source, forget_parts, merge, merge_folder
 from ..training.merge.report import MergeReport
 from . import host_model, paths
-from .preview import send_text
+from .preview import send_text, told_with_file
 from .teacher import TeacherInput
 from .thumbnails import paint_thumbnails
 from .training_inputs import clip_and_vae_parts, prediction, zero_snr
@@ -126,7 +126,7 @@ class MergeCheckpoints(io.ComfyNode):
             said += "\n" + with_pictures(path, model, text_encoder, decoder, thumbnail_prompt, cls.hidden.unique_id)
             model, *_ = host_model.load(str(path))  # which now has them
         said += f"\n\n{report.text()}"
-        return io.NodeOutput(model, torch.from_numpy(picture)[None], report.text(), ui=ui.PreviewText(said))
+        return io.NodeOutput(model, torch.from_numpy(picture)[None], report.text(), ui=told_with_file(said, path))
 
 
 def merged(

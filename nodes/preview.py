@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
 import comfy.utils
 import torch
 from PIL import Image
 
+from ..dmm_core.checkpoint import read_info
 from ..dmm_core.vae import latent_scale
+from ..training.data.buckets import default_resolution
 from ..training.loop.metrics import Metrics
 from ..training.loop.trainer import Trainer
 from ..training.run.watch.pictures import Decoder
 from ..training.run.watch.progress import Progress
+from . import paths
 
 LARGEST = 1024
 """Pixels of the longer side of what is sent to the browser."""
@@ -58,3 +63,15 @@ def send_text(text: str, node_id) -> None:
     instance = getattr(PromptServer, "instance", None)  # absent when the host runs without its server
     if instance is not None and node_id is not None:
         instance.send_progress_text(text, node_id)
+
+
+def told_with_file(text: str, path: Path) -> dict[str, list]:
+    """What a node that has saved a DMM model shows (its ``ui``): the text, and what the page needs for a graph that paints with the file at
+    ``path`` (web/js/new_quickstart.js): its name for Load DMM Model, a style, and the pixels a side that such models paint well."""
+    info = read_info(path)
+    saved = {
+        "file": os.path.relpath(path, paths.output_folder()),
+        "style": info.styles[0].name if info.styles else "none",
+        "side": default_resolution(info.config, info.prediction),
+    }
+    return {"text": [text], "saved": [saved]}

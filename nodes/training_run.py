@@ -15,7 +15,7 @@ from typing import Any
 
 import comfy.model_management as mm
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ..training.config import TrainConfig, check_names
@@ -31,7 +31,7 @@ from ..training.run.watch.progress import Progress
 from ..training.run.watch.watch import Watch
 from . import host_model, paths, training_inputs, training_routes
 from .distill_settings import train_config
-from .preview import Screen, host_decoder, send_text
+from .preview import Screen, host_decoder, send_text, told_with_file
 from .teacher import TeacherInput, TeacherType
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def learn(
             gather, parts, name=name, vae=one["vae"], preview_every=one["preview_every"], node_id=node_id, report=report
         )
     model, *_ = host_model.load(str(path))
-    return io.NodeOutput(model, {"loss": losses}, ui=ui.PreviewText(text))
+    return io.NodeOutput(model, {"loss": losses}, ui=told_with_file(text, path))
 
 
 def _learn(gather, parts, *, name, vae, preview_every, node_id, report) -> tuple[Path, list[float], str]:

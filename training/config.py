@@ -270,7 +270,8 @@ class TrainConfig:
     )
     bank: str = setting(
         USUAL,
-        "Size of the style bank of init bank: a share of the UNet's weights, or of the file in MB. A base that has a bank keeps its own.",
+        "Size of the style bank where the student starts from bank: a share of the UNet's weights, or a size in MB. A base that has a bank "
+        "keeps its own.",
     )
     trainable: str = setting(
         "all",
