@@ -111,7 +111,7 @@ def test_a_text_without_translation_is_named():
         "no zh-TW, ja, ko for DMMStyle.half, name: 'half'",
         "no zh, zh-TW, ja, ko for DMMStyle.new, tooltip: 'new'",
     ]
-    assert unused(table, shown) == ["no node says 'gone': change or remove its row"]
+    assert unused(table, shown) == ["nothing says 'gone': change or remove its row"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """``python -m comfyui_dmm.tests.locales``: writes the files in ``locales/`` anew from ``locales/table.yaml`` and the nodes as ComfyUI
-shows them. Texts that the table lacks, and rows that no node uses, are named, and nothing is written."""
+shows them, and ``web/js/words.json`` from ``locales/words.yaml``. Texts that the table lacks, and rows that no node uses, are named, and nothing is written."""
 
 import asyncio
 import sys
@@ -11,6 +11,7 @@ from comfyui_dmm.training.host_path import find_host
 from ..host.in_process import import_host
 from .files import FOLDER, files, node_infos, texts, write
 from .table import missing, read, unused
+from .words import FILE, TABLE, words, words_json
 
 
 def main() -> None:
@@ -21,11 +22,14 @@ def main() -> None:
         import_host(host, Path(base))
         infos = asyncio.run(node_infos())
     table, shown = read(FOLDER / "table.yaml"), texts(infos)
-    problems = [*missing(table, shown), *unused(table, shown)]
+    page, said = read(TABLE), words()
+    problems = [*missing(table, shown), *unused(table, shown), *missing(page, said), *unused(page, said)]
     if problems:
         sys.exit("\n".join(problems))
     for path in write(files(infos, table)):
         print(path)
+    FILE.write_text(words_json(page), "utf-8")
+    print(FILE)
 
 
 if __name__ == "__main__":

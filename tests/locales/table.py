@@ -38,4 +38,4 @@ def missing(table: Table, shown: dict[str, str]) -> list[str]:
 
 def unused(table: Table, shown: dict[str, str]) -> list[str]:
     """One line for each row of the table whose English text no node shows."""
-    return [f"no node says {text!r}: change or remove its row" for text in table if text not in shown]
+    return [f"nothing says {text!r}: change or remove its row" for text in table if text not in shown]

@@ -4,6 +4,7 @@
 // A folded input keeps its value and is queued as ever. One that a link decides stays visible.
 
 import { app } from "../../../scripts/app.js";
+import { say } from "./words.js";
 
 const TOGGLE = "dmm_advanced";
 const FIRST = "preset"; // stands above the other inputs of a node that has one, whose order in saved graphs stays as it is
@@ -33,7 +34,7 @@ function addToggle(node) {
   const count = advanced(node).length;
   Object.defineProperty(widget, "label", {
     configurable: true,
-    get: () => (node.showAdvanced ? "hide advanced inputs \u25b4" : `${count} advanced inputs \u25be`),
+    get: () => `${node.showAdvanced ? say("hide advanced inputs") : say("{count} advanced inputs", { count })} ${node.showAdvanced ? "\u25b4" : "\u25be"}`,
     set: () => {},
   });
   Object.defineProperty(widget, "hidden", { configurable: true, get: () => !onCanvas(), set: () => {} });

@@ -4,15 +4,16 @@ import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { addUnsaved, makeRoom } from "./node_widgets.js";
 import { changed, trainers, training, whenTrainingChanges } from "./training_state.js";
+import { say } from "./words.js";
 
 const CONTROLS = "dmm_controls";
 const HEIGHT = 24;
-const BUTTONS = {
-  sample: ["Sample now", "Paint the student beside its teachers when the step in hand is done"],
-  save: ["Save now", "Write the model and the state of the run, and go on"],
-  pause: ["Pause", "Wait after the step in hand; memory stays taken"],
-  stop: ["Stop and save", "End after the step in hand and go on with the graph"],
-};
+const buttons = () => ({
+  sample: [say("Sample now"), say("Paint the student beside its teachers when the step in hand is done")],
+  save: [say("Save now"), say("Write the model and the state of the run, and go on")],
+  pause: [say("Pause"), say("Wait after the step in hand; memory stays taken")],
+  stop: [say("Stop and save"), say("End after the step in hand and go on with the graph")],
+});
 
 async function ask(id, action) {
   const response = await api.fetchApi(`/dmm/training/${encodeURIComponent(id)}/${action}`, { method: "POST" });
@@ -36,7 +37,7 @@ function show(id, node) {
     const { action } = button.dataset;
     button.disabled = !entry || entry.stopping;
     button.style.opacity = button.disabled ? 0.4 : 1;
-    if (action === "pause") button.textContent = entry?.paused ? "Resume" : BUTTONS.pause[0];
+    if (action === "pause") button.textContent = entry?.paused ? say("Resume") : say("Pause");
     button.onclick = () => ask(id, action === "pause" && entry?.paused ? "resume" : action);
   }
   node.setDirtyCanvas(true);
@@ -45,7 +46,7 @@ function show(id, node) {
 function addButtons(node) {
   const row = document.createElement("div");
   Object.assign(row.style, { display: "flex", gap: "4px", width: "100%" });
-  for (const [action, [label, explanation]] of Object.entries(BUTTONS)) {
+  for (const [action, [label, explanation]] of Object.entries(buttons())) {
     const button = document.createElement("button");
     button.type = "button";
     button.dataset.action = action;

@@ -5,6 +5,7 @@ import { onBeatOf } from "./heartbeat.js";
 import { fileOf, isLoader } from "./model_styles.js";
 import { addUnsaved, makeRoom } from "./node_widgets.js";
 import { element, shown, strip } from "./style_cards.js";
+import { say } from "./words.js";
 
 const WIDGET = "dmm_cards";
 const MARGIN = 4;
@@ -14,8 +15,8 @@ const LINE = 16;
 function content(file) {
   if (!file) return element("div", { class: "dmm-note" }, "\u2026");
   if (file.error) return element("div", { class: "dmm-note", title: shown(file.error) }, shown(file.error));
-  if (!file.styles.length) return element("div", { class: "dmm-note", title: "A plain checkpoint." }, "No styles: fine as a teacher or base.");
-  return strip(file.styles, "Styles in this file");
+  if (!file.styles.length) return element("div", { class: "dmm-note", title: say("A plain checkpoint.") }, say("No styles: fine as a teacher or base."));
+  return strip(file.styles, say("Styles in this file"));
 }
 
 function addCards(node) {

@@ -1,11 +1,12 @@
 // An output of Load DMM Model that the file has nothing for says so, before the node that wants it turns red.
 
 import { app } from "../../../scripts/app.js";
+import { say } from "./words.js";
 
 const LOADER = "DMMLoadModel";
 
 function label(node, lacks) {
-  for (const output of node.outputs) output.label = lacks.includes(output.name) ? `not in this file: ${output.name}` : undefined;
+  for (const output of node.outputs) output.label = lacks.includes(output.name) ? say("not in this file: {name}", { name: output.name }) : undefined;
   node.setDirtyCanvas(true, true);
 }
 

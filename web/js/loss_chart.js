@@ -5,6 +5,7 @@
 import { app } from "../../../scripts/app.js";
 import { addUnsaved, makeRoom } from "./node_widgets.js";
 import { trainers, training, whenTrainingChanges } from "./training_state.js";
+import { say } from "./words.js";
 
 const CHART = "dmm_losses";
 const WIDTH = 240;
@@ -52,7 +53,7 @@ function draw(box, { steps, losses }, all) {
     legend.append(entry);
     said.push(`${name} ${row.findLast((loss) => loss > 0)?.toPrecision(3)}`);
   });
-  svg.setAttribute("aria-label", `Loss after ${steps.at(-1)} of ${all} steps: ${said.join(", ")}`);
+  svg.setAttribute("aria-label", say("Loss after {step} of {steps} steps: {losses}", { step: steps.at(-1), steps: all, losses: said.join(", ") }));
   box.replaceChildren(svg, legend);
   box.title = said.join("\n");
 }

@@ -3,6 +3,8 @@
 // All sides are shares of the canvas, from its left upper corner. The list is that of dmm_core/region_list.py; a box is any object
 // with x, y, w and h, and functions that change one give a copy that keeps its other keys.
 
+import { say } from "./words.js";
+
 export const SMALLEST = 0.01;
 export const GRID = 0.05;
 export const STEP = 0.01; // of the arrow keys
@@ -151,9 +153,9 @@ export function inside(box) {
 // Words about a box that paints less than it seems to, as dmm_core/region_check.py has them. size: {width, height} in pixels, or null.
 export function warnings(box, size) {
   const found = [];
-  if (inside(box) < 0.5) found.push(`${Math.round(100 * (1 - inside(box)))}% of it lies outside of the canvas`);
+  if (inside(box) < 0.5) found.push(say("{share}% of it lies outside of the canvas", { share: Math.round(100 * (1 - inside(box))) }));
   const { width, height } = size ?? { width: 512, height: 512 };
-  if ((box.w * width) / 8 < 2 || (box.h * height) / 8 < 2) found.push("it is thinner than two latents (16 pixels)");
+  if ((box.w * width) / 8 < 2 || (box.h * height) / 8 < 2) found.push(say("it is thinner than two latents (16 pixels)"));
   return found;
 }
 

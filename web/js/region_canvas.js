@@ -12,6 +12,7 @@ import { after, canvasSize } from "./canvas_size.js";
 import { onBeat } from "./heartbeat.js";
 import { NO_STYLE, onlyStyles, origin, setting, stylesFor } from "./model_styles.js";
 import { quoteName } from "./style_menu.js";
+import { say } from "./words.js";
 
 const WIDGET = "DMM_REGION_LIST";
 const CANVAS = "dmm_canvas"; // the widget of Style Region, the server's report, and the node's property: shown or not
@@ -81,29 +82,29 @@ class RegionCanvas {
     const list = this.single
       ? []
       : [
-          button("add", "+", "Add a region", () => this.add()),
-          button("duplicate", "copy", "Duplicate (Ctrl+D)", () => this.duplicate()),
-          button("delete", "\u2715", "Delete (Delete)", () => this.delete()),
-          button("back", "\u2193", "One down in the order (Page Down)", () => this.reorder(-1)),
-          button("front", "\u2191", "One up in the order (Page Up)", () => this.reorder(1)),
+          button("add", "+", say("Add a region"), () => this.add()),
+          button("duplicate", say("copy"), say("Duplicate (Ctrl+D)"), () => this.duplicate()),
+          button("delete", "\u2715", say("Delete (Delete)"), () => this.delete()),
+          button("back", "\u2193", say("One down in the order (Page Down)"), () => this.reorder(-1)),
+          button("front", "\u2191", say("One up in the order (Page Up)"), () => this.reorder(1)),
         ];
-    this.opener = button("open", this.single ? "Draw the box" : "Draw regions", "Show the canvas", () => this.setOpen(!this.open));
+    this.opener = button("open", this.single ? say("Draw the box") : say("Draw regions"), say("Show the canvas"), () => this.setOpen(!this.open));
     this.aspect = make("input", {
       className: "dmm-aspect",
       placeholder: "auto",
-      title: "Sides of the canvas, such as 3:2; empty: as the latent behind this node",
+      title: say("Sides of the canvas, such as 3:2; empty: as the latent behind this node"),
       onchange: () => this.setAspect(this.aspect.value),
-      attributes: { "aria-label": "Sides of the canvas", "data-action": "aspect" },
+      attributes: { "aria-label": say("Sides of the canvas"), "data-action": "aspect" },
     });
     this.tools = make(
       "div",
-      { className: "dmm-tools", attributes: { role: "toolbar", "aria-label": "Canvas" } },
+      { className: "dmm-tools", attributes: { role: "toolbar", "aria-label": say("Canvas") } },
       ...list,
-      button("undo", "\u21b6", "Undo (Ctrl+Z)", () => this.undo()),
-      button("redo", "\u21b7", "Redo (Ctrl+Shift+Z)", () => this.redo()),
+      button("undo", "\u21b6", say("Undo (Ctrl+Z)"), () => this.undo()),
+      button("redo", "\u21b7", say("Redo (Ctrl+Shift+Z)"), () => this.redo()),
       this.aspect,
-      button("picture", "\u25a3", "Show or hide the picture", () => this.togglePicture()),
-      ...(this.single ? [] : [button("text", "{ }", "Show the list as text", () => this.toggleText())]),
+      button("picture", "\u25a3", say("Show or hide the picture"), () => this.togglePicture()),
+      ...(this.single ? [] : [button("text", "{ }", say("Show the list as text"), () => this.toggleText())]),
     );
     this.image = make("img", { className: "dmm-picture", alt: "", draggable: false, onload: () => this.layout() });
     this.image.hidden = true;
@@ -112,13 +113,13 @@ class RegionCanvas {
     this.handleLayer = make("div", { className: "dmm-layer" });
     const hatches = ["top", "bottom", "left", "right"].map((side) => make("div", { className: `dmm-hatch dmm-${side}` }));
     this.paper = make("div", { className: "dmm-paper" }, this.image, this.ghostLayer, this.boxLayer, ...hatches, this.handleLayer);
-    const keys = "Arrows move it, Shift and arrows resize it, Delete deletes it.";
+    const keys = say("Arrows move it, Shift and arrows resize it, Delete deletes it.");
     this.stage = make("div", {
       className: "dmm-stage",
       title: this.single
-        ? "Drag the box, its edges, or draw a new one. Alt: no snapping."
-        : "Drag on free space to draw a region, on a region to move it. Shift: draw over regions. Alt: no snapping.",
-      attributes: { role: "group", "aria-label": this.single ? `The box on the canvas. ${keys}` : `Regions on the canvas. ${keys}` },
+        ? say("Drag the box, its edges, or draw a new one. Alt: no snapping.")
+        : say("Drag on free space to draw a region, on a region to move it. Shift: draw over regions. Alt: no snapping."),
+      attributes: { role: "group", "aria-label": `${this.single ? say("The box on the canvas.") : say("Regions on the canvas.")} ${keys}` },
     });
     this.stage.append(this.paper);
     this.status = make("div", { className: "dmm-status", attributes: { role: "status" } });
@@ -127,7 +128,7 @@ class RegionCanvas {
       className: "dmm-text",
       spellcheck: false,
       onchange: () => this.typed(),
-      attributes: { "aria-label": "The list of regions as JSON" },
+      attributes: { "aria-label": say("The list of regions as JSON") },
     });
     this.body = make("div", { className: "dmm-body" }, this.tools, this.stage, this.status, this.fields, this.text);
     this.root = make("div", { className: "dmm-canvas" }, this.opener, this.body);
@@ -145,17 +146,17 @@ class RegionCanvas {
     this.names = make("datalist", { id: `dmm-styles-${++RegionCanvas.count}` });
     const fields = make(
       "div",
-      { className: "dmm-fields", attributes: { role: "group", "aria-label": "The selected region" } },
-      field("style", "style", { type: "text", title: "A name, shares (ink:0.7, pen:0.3) or a schedule" }),
-      field("strength", "strength", { type: "number", min: 0, max: 4, step: 0.05, title: "Of the style; 0 is no style" }),
-      field("feather", "feather", { type: "number", min: 0, max: 1, step: 0.01, title: "Soft edge, as a share of the canvas's shorter side" }),
-      field("weight", "weight", { type: "number", min: 0.01, max: 100, step: 0.05, title: "Against overlapping regions" }),
-      field("prompt", "prompt", { type: "text", title: "Its own prompt (connect clip); empty: that of positive" }),
-      field("negative", "negative", { type: "text", title: "Its own negative prompt (connect clip); empty: that of negative" }),
-      field("fall_off", "gaussian", { type: "checkbox", title: "A soft hill over the whole box, instead of a soft edge" }),
-      field("paint_on", "whole canvas", {
+      { className: "dmm-fields", attributes: { role: "group", "aria-label": say("The selected region") } },
+      field("style", say("style"), { type: "text", title: say("A name, shares (ink:0.7, pen:0.3) or a schedule") }),
+      field("strength", say("strength"), { type: "number", min: 0, max: 4, step: 0.05, title: say("Of the style; 0 is no style") }),
+      field("feather", say("feather"), { type: "number", min: 0, max: 1, step: 0.01, title: say("Soft edge, as a share of the canvas's shorter side") }),
+      field("weight", say("weight"), { type: "number", min: 0.01, max: 100, step: 0.05, title: say("Against overlapping regions") }),
+      field("prompt", say("prompt"), { type: "text", title: say("Its own prompt (connect clip); empty: that of positive") }),
+      field("negative", say("negative"), { type: "text", title: say("Its own negative prompt (connect clip); empty: that of negative") }),
+      field("fall_off", say("gaussian"), { type: "checkbox", title: say("A soft hill over the whole box, instead of a soft edge") }),
+      field("paint_on", say("whole canvas"), {
         type: "checkbox",
-        title: "The prompt is painted everywhere and the box cut out of it, instead of a small canvas of its own",
+        title: say("The prompt is painted everywhere and the box cut out of it, instead of a small canvas of its own"),
       }),
       this.names,
     );
@@ -513,9 +514,9 @@ class RegionCanvas {
     this.body.hidden = !open;
     const { pixels } = this.size();
     const troubles = this.troubles(pixels);
-    const label = this.single ? "Draw the box" : "Draw regions";
+    const label = this.single ? say("Draw the box") : say("Draw regions");
     this.opener.value = `${troubles.length && !open ? "\u26a0 " : ""}${label} ${open ? "\u25b4" : "\u25be"}`;
-    this.opener.title = [open ? "Hide the canvas" : "Show the canvas", ...(open ? [] : troubles)].join("\n");
+    this.opener.title = [open ? say("Hide the canvas") : say("Show the canvas"), ...(open ? [] : troubles)].join("\n");
     this.opener.setAttribute("aria-label", [label, ...(open ? [] : troubles)].join(", "));
     this.opener.setAttribute("aria-expanded", String(open));
     if (!open) return;
@@ -551,7 +552,7 @@ class RegionCanvas {
       element.classList.toggle("dmm-selected", !ghosts && i === this.selected);
       if (ghosts) continue;
       const place = `left ${percent(x)}, top ${percent(y)}, width ${percent(w)}, height ${percent(h)}`;
-      const label = [this.single ? "Box" : `Region ${i + 1} of ${regions.length}`, style, prompt, place, ...warned];
+      const label = [this.single ? say("Box") : say("Region {number} of {count}", { number: i + 1, count: regions.length }), style, prompt, place, ...warned];
       input.setAttribute("aria-label", label.filter(Boolean).join(", "));
       input.setAttribute("aria-pressed", String(i === this.selected));
     }
@@ -591,7 +592,7 @@ class RegionCanvas {
   // What to look at, in words: a text that cannot be read, boxes that paint little, what the server said.
   troubles(pixels) {
     const own = this.regions.flatMap((region, i) =>
-      boxes.warnings(region, pixels).map((text) => `${this.single ? "Box" : `Region ${i + 1}`}: ${text}`),
+      boxes.warnings(region, pixels).map((text) => `${this.single ? say("Box") : say("Region {number}", { number: i + 1 })}: ${text}`),
     );
     return [this.error, this.source.advice?.(this.regions), ...own, ...this.report].filter(Boolean);
   }
@@ -600,7 +601,7 @@ class RegionCanvas {
     const box = this.regions[this.selected];
     const lines = [this.source.locked(), ...troubles].filter(Boolean);
     const place = box ? `x ${box.x}, y ${box.y}, ${box.w} \u00d7 ${box.h}` : "";
-    const hint = this.regions.length ? "" : "Drag here to draw a region";
+    const hint = this.regions.length ? "" : say("Drag here to draw a region");
     const text = lines.length ? `\u26a0 ${lines.join("\n\u26a0 ")}` : place || hint;
     if (this.status.textContent !== text) this.status.textContent = text;
     this.status.title = text;
@@ -695,9 +696,9 @@ function listSource(node, name) {
     },
     set: (changed) => (text = changed),
     name: (region) => [region.style ?? NO_STYLE, region.prompt ?? ""],
-    locked: () => (linked(name) ? "The list comes from a link" : linked("bboxes") ? "bboxes decide where these regions are" : ""),
+    locked: () => (linked(name) ? say("The list comes from a link") : linked("bboxes") ? say("bboxes decide where these regions are") : ""),
     advice: (regions) =>
-      regions.some((region) => region.prompt || region.negative) && !linked("clip") ? "Connect clip: regions have prompts of their own" : "",
+      regions.some((region) => region.prompt || region.negative) && !linked("clip") ? say("Connect clip: regions have prompts of their own") : "",
     ghosts,
     sees: () => linked("clip"),
   };
@@ -724,7 +725,7 @@ function boxSource(node) {
     locked() {
       if (boxOf(node)) return "";
       const input = ["mask", "bboxes"].find((name) => node.inputs?.find((other) => other.name === name)?.link != null);
-      return input ? `The place comes from ${input}` : "The place comes from a link";
+      return input ? say("The place comes from {input}", { input }) : say("The place comes from a link");
     },
     ghosts: () => [],
     sees: () => [setting(node, "style"), promptOf(node)],

@@ -1,6 +1,7 @@
 // Whether a model can paint what stands in a style field, told before a run. No page and no host is needed here.
 
 import { findStyle, namesIn, NO_STYLE, parseStyle, strip } from "./style_text.js";
+import { say } from "./words.js";
 
 // The kinds of fields, and the names in them. Each throws an Error for what cannot be read.
 const NAMES = {
@@ -33,12 +34,12 @@ export function problem(kind, text, known) {
   try {
     names = NAMES[kind](text);
   } catch (error) {
-    return { what: "cannot be read", why: error.message };
+    return { what: say("cannot be read"), why: error.message };
   }
   const unknown = names.filter((name) => strip(name) !== NO_STYLE && findStyle(known, name) === undefined);
   if (!unknown.length) return null;
   if (!known.length) {
-    return { what: "this model has no styles", why: `A plain checkpoint: only '${NO_STYLE}' works with it.` };
+    return { what: say("this model has no styles"), why: say("A plain checkpoint: only '{none}' works with it.", { none: NO_STYLE }) };
   }
-  return { what: `not in this model: ${unknown.join(", ")}`, why: `The styles of this model: ${known.join(", ")}` };
+  return { what: say("not in this model: {names}", { names: unknown.join(", ") }), why: say("The styles of this model: {names}", { names: known.join(", ") }) };
 }

@@ -7,6 +7,7 @@ import { app } from "../../../scripts/app.js";
 import { NO_STYLE, onlyStyles, setting, stylesFor } from "./model_styles.js";
 import { FIELDS, write } from "./style_fields.js";
 import { isEmpty, quoteName, withLine, withStyle } from "./style_text.js";
+import { say } from "./words.js";
 
 export { quoteName, withStyle };
 
@@ -20,15 +21,15 @@ function menuItems(node) {
     const text = setting(node, field);
     if (text === undefined) return []; // a link decides
     const end = fields.length > 1 ? `: ${field}` : "";
-    if (kinds[field] === "lines") return [entry(node, field, "Add style", names, withLine)];
-    const choose = entry(node, field, `Choose style${end}`, names && [...names, NO_STYLE], (_, style) => style);
-    return isEmpty(text) ? [choose] : [choose, entry(node, field, `Add style${end}`, names, withStyle)];
+    if (kinds[field] === "lines") return [entry(node, field, say("Add style"), names, withLine)];
+    const choose = entry(node, field, say("Choose style") + end, names && [...names, NO_STYLE], (_, style) => style);
+    return isEmpty(text) ? [choose] : [choose, entry(node, field, say("Add style") + end, names, withStyle)];
   });
   return items.length ? [null, ...items] : [];
 }
 
 function entry(node, field, content, names, change) {
-  if (!names?.length) return { content: `${content} (no model with styles is connected)`, disabled: true };
+  if (!names?.length) return { content: say("{action} (no model with styles is connected)", { action: content }), disabled: true };
   const callback = (name) => write(node, field, (text) => change(text, quoteName(name)));
   return {
     content,

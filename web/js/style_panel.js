@@ -4,6 +4,7 @@
 import { element, nameOf, picture, shown, tip } from "./style_cards.js";
 import { namesOfField } from "./style_check.js";
 import { NO_STYLE, quoteName, strip, withLine, withShare, withStyle } from "./style_text.js";
+import { say } from "./words.js";
 
 const MANY = 8; // styles from which on there is a field to search them
 const EDGE = 8; // pixels from the panel to the window's edge
@@ -12,7 +13,7 @@ const EDGE = 8; // pixels from the panel to the window's edge
 const KINDS = {
   name: { take: (_, style) => style.name },
   style: { take: (_, style) => quoteName(style.name), blends: true },
-  lines: { take: (text, style) => withLine(text, quoteName(style.name)), blends: true, several: true, verb: "Add a line" },
+  lines: { take: (text, style) => withLine(text, quoteName(style.name)), blends: true, several: true },
   names: { take: (text, style) => withName(text, style.name), several: true },
 };
 
@@ -38,8 +39,8 @@ export function openPanel({ button, label, kind, styles, note, read, write }) {
   let added = null; // {style, text}: the style that was blended in last, and the text before
 
   const list = element("div", { class: "dmm-list", role: "listbox", tabindex: "0", "aria-label": label, "aria-multiselectable": kind !== "name" });
-  const search = element("input", { type: "search", placeholder: "Search styles", "aria-label": "Search styles", "aria-controls": `${id}-list` });
-  const share = element("input", { type: "range", min: "5", max: "95", step: "5", value: "50", "aria-label": "Share of the added style" });
+  const search = element("input", { type: "search", placeholder: say("Search styles"), "aria-label": say("Search styles"), "aria-controls": `${id}-list` });
+  const share = element("input", { type: "range", min: "5", max: "95", step: "5", value: "50", "aria-label": say("Share of the added style") });
   const percent = element("span", {});
   const add = element("button", { type: "button", onclick: () => blend(options[active]?.style) });
   const text = element("div", { class: "dmm-said", role: "status" });
@@ -70,7 +71,7 @@ export function openPanel({ button, label, kind, styles, note, read, write }) {
         class: "dmm-option",
         id: `${id}-${i}`,
         role: "option",
-        title: usable ? tip(style) : "Its name holds both kinds of quotes and cannot be written in a text: rename the style.",
+        title: usable ? tip(style) : say("Its name holds both kinds of quotes and cannot be written in a text: rename the style."),
         "aria-disabled": !usable && "true",
         onclick: () => choose(i),
       },
@@ -79,7 +80,7 @@ export function openPanel({ button, label, kind, styles, note, read, write }) {
     );
     if (style.description) made.append(element("span", { class: "dmm-about", dir: "auto" }, shown(style.description)));
     if (blends && usable && style.name !== NO_STYLE) {
-      const plus = element("span", { class: "dmm-plus", "aria-hidden": "true", title: "Add to the blend" }, "+ add");
+      const plus = element("span", { class: "dmm-plus", "aria-hidden": "true", title: say("Add to the blend") }, say("+ add"));
       plus.onclick = (event) => {
         event.stopPropagation();
         active = i;
@@ -102,7 +103,7 @@ export function openPanel({ button, label, kind, styles, note, read, write }) {
       else field.removeAttribute("aria-activedescendant");
     }
     now?.card.scrollIntoView({ block: "nearest" });
-    add.textContent = now ? `Add ${shown(now.style.name)}` : "Add";
+    add.textContent = now ? say("Add {name}", { name: shown(now.style.name) }) : say("Add");
     add.disabled = !now || now.style.name === NO_STYLE || quoteName(now.style.name) === null;
     percent.textContent = `${share.value}%`;
     text.textContent = shown(read());

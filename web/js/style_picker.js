@@ -6,20 +6,21 @@
 
 import { app } from "../../../scripts/app.js";
 import { NO_STYLE, stylesFor } from "./model_styles.js";
+import { say } from "./words.js";
 
 const WIDGET = "DMM_STYLE_NAME"; // not the type of the wires, or their sockets would become lists
 const NODES = ["DMMStyleSelector", "DMMEditStyle"];
-const TYPE_A_NAME = "type a name \u2026";
+const typeAName = () => `${say("type a name")} \u2026`;
 
 function stylePicker(node, inputName, [, spec]) {
   let before = spec.default;
 
   async function picked(value) {
-    if (value !== TYPE_A_NAME) return;
+    if (value !== typeAName()) return;
     widget.value = before;
     const answer = await app.extensionManager.dialog.prompt({
-      title: "Style",
-      message: "Name of a style in the model",
+      title: say("Style"),
+      message: say("Name of a style in the model"),
       defaultValue: before,
     });
     if (answer?.trim()) widget.value = answer.trim();
@@ -30,9 +31,9 @@ function stylePicker(node, inputName, [, spec]) {
   const widget = node.addWidget("combo", inputName, spec.default, picked, { values: [spec.default] });
 
   function choices() {
-    if (widget.value !== TYPE_A_NAME) before = widget.value;
+    if (widget.value !== typeAName()) before = widget.value;
     const names = stylesFor(node);
-    return [...new Set(names ? [...names, ...none] : [widget.value, ...none, TYPE_A_NAME])];
+    return [...new Set(names ? [...names, ...none] : [widget.value, ...none, typeAName()])];
   }
 
   // Evaluated whenever the list is drawn or opened, so it follows every change of file and of connections. The canvas reads

@@ -10,16 +10,17 @@ import { namesOfField, problem } from "./style_check.js";
 import { FIELDS, write } from "./style_fields.js";
 import { openPanel } from "./style_panel.js";
 import { findStyle } from "./style_text.js";
+import { say } from "./words.js";
 
 const HEIGHT = 22;
 const MARGIN = 4;
 const RED = "#ff4444";
 
 function addRow(node, field, kind) {
-  const label = Object.keys(FIELDS[node.comfyClass]).length > 1 ? `Choose a style: ${field}` : "Choose a style";
+  const label = Object.keys(FIELDS[node.comfyClass]).length > 1 ? say("Choose a style: {field}", { field }) : say("Choose a style");
   const icon = element("span", { "aria-hidden": "true" });
   const button = element("button", { type: "button", title: label, "aria-label": label, "aria-haspopup": "dialog", "aria-expanded": "false" });
-  button.append(icon, "Styles");
+  button.append(icon, say("Styles"));
   const said = element("span", { dir: "auto" });
   const row = element("div", { class: "dmm-row" }, button, said);
   button.onclick = () => open(node, field, kind, button, label);
@@ -45,11 +46,11 @@ function outlineWhenWrong(widget, isWrong) {
 
 function open(node, field, kind, button, label) {
   const known = modelStyles(node) ?? onlyModelStyles();
-  const none = kind === "style" || node.comfyClass === "DMMStyleSelector" ? [{ name: NO_STYLE, description: "No style." }] : [];
+  const none = kind === "style" || node.comfyClass === "DMMStyleSelector" ? [{ name: NO_STYLE, description: say("No style.") }] : [];
   const note = {
     note: !known
-      ? "It cannot be told which styles there are: connect a model, or type a name."
-      : !known.length && "This model has no styles: it is a plain checkpoint.",
+      ? say("It cannot be told which styles there are: connect a model, or type a name.")
+      : !known.length && say("This model has no styles: it is a plain checkpoint."),
   };
   openPanel({
     button,
@@ -66,13 +67,13 @@ function open(node, field, kind, button, label) {
 
 function state({ node, field, kind }) {
   const text = setting(node, field);
-  if (text === undefined) return { linked: true, what: "from the link" };
+  if (text === undefined) return { linked: true, what: say("from the link") };
   const known = modelStyles(node);
   if (!known) return { what: "" };
   const names = known.map((style) => style.name);
   const wrong = problem(kind, String(text), names);
   if (wrong) return { wrong: true, ...wrong };
-  if (!known.length) return { what: "this model has no styles", why: "It is a plain checkpoint." };
+  if (!known.length) return { what: say("this model has no styles"), why: say("A plain checkpoint.") };
   const used = namesOfField(kind, String(text)).map((name) => findStyle(names, name));
   const styles = used.map((name) => known.find((style) => style.name === name)).filter(Boolean);
   const what = styles.length === 1 ? (styles[0].description ?? "") : "";
