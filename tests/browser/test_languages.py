@@ -2,8 +2,10 @@
 
 import pytest
 
+from ..host.templates import graph_of
 from ..locales.files import FOLDER
 from ..locales.table import LANGUAGES, read
+from ..locales.words import TABLE
 from .conftest import configure
 
 ROWS = read(FOLDER / "table.yaml")
@@ -102,3 +104,29 @@ def found(page, words: str) -> list[str]:
     page.wait_for_timeout(1500)
     rows.first.wait_for()
     return [text.split("\n")[0] for text in rows.all_inner_texts()]
+
+
+@pytest.mark.parametrize("spoken", ["ja", "zh"])
+def test_the_pages_own_words(page, server, spoken):
+    """Buttons and marks of web/js, on a page in that language; names of styles stay as they are."""
+    configure(server, {"Comfy.Locale": spoken})
+    try:
+        page.reload(wait_until="domcontentloaded")
+        page.wait_for_function(READY)
+        page.wait_for_function("() => app.graph.nodes.length > 0")
+        rows = read(TABLE)
+        graph = graph_of("quickstart")
+        page.evaluate("graph => app.loadGraphData(graph)", graph)
+        button = page.get_by_role("button", name=rows["Choose a style"][spoken], exact=True)
+        button.wait_for(state="visible")
+        assert rows["Styles"][spoken] in button.inner_text()
+        button.click()
+        panel = page.get_by_role("dialog", name=rows["Choose a style"][spoken])
+        panel.get_by_role("option", name="pen").wait_for()
+        assert panel.get_by_role("option", name=rows["No style."][spoken]).count() == 1
+        page.keyboard.press("Escape")
+        page.evaluate("() => { app.graph.findNodesByType('DMMStyleSelector')[0].widgets.find((w) => w.name === 'style').value = 'inc'; }")
+        page.get_by_text(rows["not in this model: {names}"][spoken].replace("{names}", "inc")).first.wait_for()
+        assert page.errors == []
+    finally:
+        configure(server, {"Comfy.Locale": "en"})

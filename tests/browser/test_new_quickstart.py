@@ -15,7 +15,9 @@ def test_a_merged_model_opens_in_a_tab_of_its_own(page):
     button.wait_for(state="visible")
     assert queued(page) == before  # the button is no part of the graph
     button.click()
-    page.wait_for_function("() => app.graph.findNodesByType('KSampler').length && app.graph.nodes.length === 8")
+    page.wait_for_function(
+        "(tabs) => !tabs.includes(app.extensionManager.workflow.activeWorkflow?.path) && app.graph.nodes.length === 8", arg=tabs
+    )
     now = queued(page)
     loader, selector = (
         next(node["inputs"] for node in now.values() if node["class_type"] == kind)

@@ -91,7 +91,7 @@ class RegionCanvas {
     this.opener = button("open", this.single ? say("Draw the box") : say("Draw regions"), say("Show the canvas"), () => this.setOpen(!this.open));
     this.aspect = make("input", {
       className: "dmm-aspect",
-      placeholder: "auto",
+      placeholder: say("auto"),
       title: say("Sides of the canvas, such as 3:2; empty: as the latent behind this node"),
       onchange: () => this.setAspect(this.aspect.value),
       attributes: { "aria-label": say("Sides of the canvas"), "data-action": "aspect" },
