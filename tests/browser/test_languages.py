@@ -125,7 +125,9 @@ def test_the_pages_own_words(page, server, spoken):
         panel.get_by_role("option", name="pen").wait_for()
         assert panel.get_by_role("option", name=rows["No style."][spoken]).count() == 1
         page.keyboard.press("Escape")
-        page.evaluate("() => { app.graph.findNodesByType('DMMStyleSelector')[0].widgets.find((w) => w.name === 'style').value = 'inc'; }")
+        page.evaluate(
+            "() => { app.graph.findNodesByType('DMMStyleSelector')[0].widgets.find((w) => w.name === 'style').value = 'inc'; }"
+        )
         page.get_by_text(rows["not in this model: {names}"][spoken].replace("{names}", "inc")).first.wait_for()
         assert page.errors == []
     finally:

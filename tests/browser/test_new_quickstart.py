@@ -16,7 +16,8 @@ def test_a_merged_model_opens_in_a_tab_of_its_own(page):
     assert queued(page) == before  # the button is no part of the graph
     button.click()
     page.wait_for_function(
-        "(tabs) => !tabs.includes(app.extensionManager.workflow.activeWorkflow?.path) && app.graph.nodes.length === 8", arg=tabs
+        "(tabs) => !tabs.includes(app.extensionManager.workflow.activeWorkflow?.path) && app.graph.nodes.length === 8",
+        arg=tabs,
     )
     now = queued(page)
     loader, selector = (

@@ -179,6 +179,24 @@ def test_every_node_has_a_help_page():
     assert titles == {node: f"# {name}" for node, name in registered_nodes().items()}
 
 
+@pytest.mark.parametrize("page", sorted(HELP.glob("*.md")), ids=lambda page: page.stem)
+def test_a_help_page_has_a_picture_and_an_example(page):
+    """A small picture of its own, and the title of a template, which is in the template browser."""
+    text = page.read_text(encoding="utf-8")
+    (picture,) = re.findall(r"^!\[[^\]]+\]\(([^)]+)\)$", text, re.MULTILINE)
+    assert picture == f"{page.stem}.webp" and 0 < (HELP / picture).stat().st_size <= 40_000
+    (title,) = re.findall(r"^Example: the template \*(DMM [^*]+)\*", text, re.MULTILINE)
+    assert (PACK / "workflows" / f"{title}.json").exists()
+    if "where *Style Selector* is" not in text:
+        assert f'"{page.stem}"' in (PACK / "workflows" / f"{title}.json").read_text(encoding="utf-8")
+
+
+def test_the_pictures_of_the_help_pages_are_small():
+    pictures = list(HELP.glob("*.webp"))
+    assert {picture.stem for picture in pictures} == registered_nodes().keys()
+    assert sum(picture.stat().st_size for picture in pictures) <= 600_000
+
+
 # --- the checks themselves --------------------------------------------------------------------------------------------
 
 

@@ -25,15 +25,15 @@ def test_the_file_is_what_the_table_gives():
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_places_to_fill_are_the_same(language):
     assert not [
-        text
-        for text, row in read(TABLE).items()
-        if sorted(PLACE.findall(text)) != sorted(PLACE.findall(row[language]))
+        text for text, row in read(TABLE).items() if sorted(PLACE.findall(text)) != sorted(PLACE.findall(row[language]))
     ]
 
 
 def test_a_text_that_is_shown_goes_through_say():
     """What a screen reader reads, or a tooltip, a field or a button shows, is no bare literal."""
-    shown = re.compile(r'(?:\btitle|"aria-label"|placeholder|textContent|\bsummary|\bmessage)\s*[:=] *(["`])((?:(?!\1).)*)\1')
+    shown = re.compile(
+        r'(?:\btitle|"aria-label"|placeholder|textContent|\bsummary|\bmessage)\s*[:=] *(["`])((?:(?!\1).)*)\1'
+    )
     bare = [
         (path.name, text)
         for path in sorted(SCRIPTS.glob("*.js"))

@@ -1,5 +1,6 @@
 """``python -m comfyui_dmm.tests.locales``: writes the files in ``locales/`` anew from ``locales/table.yaml`` and the nodes as ComfyUI
-shows them, and ``web/js/words.json`` from ``locales/words.yaml``. Texts that the table lacks, and rows that no node uses, are named, and nothing is written."""
+shows them, and ``web/js/words.json`` from ``locales/words.yaml``. Texts that a table lacks, and rows that nothing uses, are named, and
+nothing is written."""
 
 import asyncio
 import sys

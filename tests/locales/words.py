@@ -22,7 +22,9 @@ def words() -> dict[str, str]:
         script = path.read_text("utf-8")
         texts = [json.loads(f'"{text}"') for text in TEXT.findall(script)]
         if len(texts) != len(CALL.findall(script)):
-            raise ValueError(f"{path.name} calls say with something that is no text in double quotes: write the text there")
+            raise ValueError(
+                f"{path.name} calls say with something that is no text in double quotes: write the text there"
+            )
         for text in texts:
             found.setdefault(text, path.name)
     return found

@@ -10,6 +10,15 @@ from PIL import Image
 from ..host.server import Server
 from ..host.templates import graph_of
 
+STYLES = {
+    "load": {"class_type": "DMMLoadModel", "inputs": {"ckpt_name": "demo-dmm.safetensors"}},
+    "save": {
+        "class_type": "DMMSaveModel",
+        "inputs": {"model": ["load", 0], "filename_prefix": "demo-styles", "what": "styles only"},
+    },
+}
+"""A graph in the API's form that writes a file of styles, for Add DMM Styles to Model."""
+
 LONGEST = 560
 """Pixels of a picture's longer side."""
 SIZE = 40_000
@@ -51,6 +60,7 @@ ADD = """(type) => {
     node.pos = [selector.pos[0], selector.pos[1]];
     app.graph.remove(selector);
     app.graph.add(node);
+    node.setSize([selector.size[0], node.computeSize()[1]]);
     for (const input of node.inputs) {
         for (const from of [loader, prompt]) {
             const slot = from.outputs.findIndex((output) => output.type === input.type);
@@ -61,7 +71,8 @@ ADD = """(type) => {
 SHOW = """(type) => {
     const node = app.graph.findNodesByType(type)[0];
     app.canvas.ds.scale = 1;
-    const [width, height] = node.size;
+    const width = node.size[0];
+    const height = Math.min(node.size[1], node.computeSize()[1] + 12); // without the room for what it will show
     app.canvas.ds.offset = [420 - node.pos[0], 140 - node.pos[1]];
     app.canvas.setDirty(true, true);
     return [420 - 70, 140 - 60, width + 140, Math.min(height, 660) + 90];
@@ -81,6 +92,7 @@ def help_pictures(host: Path, base: Path, folder: Path, nodes: tuple[str, ...] =
             "Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.UseNewMenu": "Top", "Comfy.VueNodes.Enabled": False,
             "Comfy.Minimap.Visible": False, "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
         }  # fmt: skip
+        server.run(STYLES)
         requests.post(f"http://{server.address}/settings", json=settings, timeout=60).raise_for_status()
         context = playwright.chromium.launch_persistent_context(
             str(base / "profile"),
