@@ -334,8 +334,8 @@ def connected(regions: dict | None) -> list[StyledRegion]:
 def listed(text: str, clip, bboxes, size: tuple[int, int] | None, common: str = "") -> list[StyledRegion]:
     """The regions of a list, with their prompts encoded by ``clip``, in the places of ``bboxes`` if there are any.
 
-    size: (height, width) of the picture of the boxes. common: put before every prompt that a region has of its own. Raises ValueError for a prompt without a text encoder, and for another number of
-    boxes than of regions.
+    size: (height, width) of the picture of the boxes. common: put before every prompt that a region has of its own. Raises ValueError for
+    a prompt without a text encoder, and for another number of boxes than of regions.
     """
     entries = parse_regions(text)
     places = [entry.place for entry in entries]
