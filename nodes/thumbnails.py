@@ -30,7 +30,10 @@ def paint_thumbnails(path: str, model, clip, vae, prompt: str, node_id) -> tuple
     info = read_info(path)
     size = sum(weight.numel() for weight in info.unet.values())
     if mm.get_torch_device().type == "cpu" and size > LARGEST_ON_CPU:
-        return model, f"no thumbnails: {size / 1e6:.0f} million parameters would paint for long without a GPU (dmm thumbnails does it)"
+        return (
+            model,
+            f"no thumbnails: {size / 1e6:.0f} million parameters would paint for long without a GPU (dmm thumbnails does it)",
+        )
     side = default_resolution(info.config, info.prediction)
     latent = torch.zeros(1, info.config.in_channels, side // 8, side // 8, device=mm.intermediate_device())
     noise = comfy.sample.prepare_noise(latent, SEED)
