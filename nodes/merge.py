@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management as mm
 import comfy.utils
@@ -19,8 +20,9 @@ from ..dmm_core.bank_size import USUAL
 from ..dmm_core.checkpoint import save_checkpoint
 from ..dmm_core.metadata import StyleInfo
 from ..training.config import check_names
-from ..training.files.hashing import weights_sha256
+from ..training.files.hashing import repr_sha256, weights_sha256
 from ..training.files.outputs import check_output
+from ..training.merge.finished import remember, remembered
 from ..training.merge.merge import CENTRES, MergeConfig, Source, forget_parts, merge, merge_folder
 from ..training.merge.report import MergeReport
 from . import host_model, paths
@@ -118,21 +120,25 @@ class MergeCheckpoints(io.ComfyNode):
         # Nodes run in inference mode, whose tensors a model that is trained later would refuse.
         with torch.inference_mode(False), torch.no_grad(), memory_given_back():
             config = MergeConfig(budget.strip(), device=mm.get_torch_device(), centre=centre)
-            path, report = merged(inputs, base, clip, vae, config=config, stem=stem, node_id=cls.hidden.unique_id)
+            path, report, folder = merged(
+                inputs, base, clip, vae, config=config, stem=stem, node_id=cls.hidden.unique_id
+            )
             picture = np.asarray(report.picture().convert("RGB"), np.float32) / 255
         model, text_encoder, decoder, _ = host_model.load(str(path))
         said = f"saved dmm/{path.name}"
         if thumbnail_prompt.strip():
-            said += "\n" + with_pictures(path, model, text_encoder, decoder, thumbnail_prompt, cls.hidden.unique_id)
-            model, *_ = host_model.load(str(path))  # which now has them
+            model, done = with_pictures(path, model, text_encoder, decoder, thumbnail_prompt, cls.hidden.unique_id)
+            said += f"\n{done}"
+        forget_parts(folder)
         said += f"\n\n{report.text()}"
         return io.NodeOutput(model, torch.from_numpy(picture)[None], report.text(), ui=told_with_file(said, path))
 
 
 def merged(
     teachers: Sequence[TeacherInput], base, clip, vae, *, config: MergeConfig, stem: str, node_id
-) -> tuple[Path, MergeReport]:
-    """The file of the merged model, named by a hash of all that determines it, and the report on it."""
+) -> tuple[Path, MergeReport, Path]:
+    """The file of the merged model, named by a hash of what its weights follow from, the report on it, and the folder that remembers it
+    until ``forget_parts``: where a cancel comes first, the same merge is not made again."""
     send_text("reading the models", node_id)
     foundation = source("the base model", base, StyleInfo("the base model"))
     sources = [source(f"teacher '{one.name}'", one.model, StyleInfo(one.name, one.description)) for one in teachers]
@@ -151,23 +157,28 @@ def merged(
         send_text(f"{what}: {done} of {total}", node_id)
 
     inherited = clip_and_vae_parts(base, clip, vae)
+    rest = [weights_sha256(inherited.text), weights_sha256(inherited.vae), inherited.clip_skip, stem]
+    rest += [(one.prediction, one.zero_snr) for one in (foundation, *sources)]
+    what = repr_sha256(stamps, settings, [one.info.description for one in sources], rest)
     with merge_folder(parts):
-        checkpoint, report = merge(sources, foundation, inherited, config, folder=parts, progress=progress)
-        folder.mkdir(parents=True, exist_ok=True)
-        unet = as_narrow(checkpoint.unet, config.dtype)
-        save_checkpoint(path, dataclasses.replace(checkpoint, unet=unet, metadata={"modelspec.title": stem}))
+        report = remembered(parts, what, path)
+        if report is None:
+            checkpoint, report = merge(sources, foundation, inherited, config, folder=parts, progress=progress)
+            folder.mkdir(parents=True, exist_ok=True)
+            unet = as_narrow(checkpoint.unet, config.dtype)
+            save_checkpoint(path, dataclasses.replace(checkpoint, unet=unet, metadata={"modelspec.title": stem}))
+            remember(parts, what, path, report)
         report.write(parts.with_name(f"{stem}-{short}"))
-        forget_parts(parts)
-    return path, report
+    return path, report, parts
 
 
-def with_pictures(path: Path, model, clip, vae, prompt: str, node_id) -> str:
-    """``paint_thumbnails`` in the file of a merged model, which is saved whatever happens here."""
+def with_pictures(path: Path, model, clip, vae, prompt: str, node_id) -> tuple[Any, str]:
+    """``paint_thumbnails`` in the file of a merged model, which is saved whatever happens here: the MODEL with them, and what was done."""
     try:
         return paint_thumbnails(str(path), model, clip, vae, prompt, node_id)
     except Exception as error:
         logger.warning("no thumbnails of the merged model", exc_info=True)
-        return f"no thumbnails: {error}"
+        return model, f"no thumbnails: {error}"
 
 
 def source(who: str, model, info: StyleInfo) -> Source:

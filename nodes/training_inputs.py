@@ -16,6 +16,7 @@ from ..dmm_core.scaled_fp8 import dequantised
 from ..dmm_core.unet import UNet, load_unet
 from ..training.config import AttackConfig, TrainConfig, check_names
 from ..training.data.batches import CaptionedLatents
+from ..training.files.style_file import centred_at_base
 from ..training.loop.forget import forgetting, named
 from ..training.loop.trainer import Trainer
 from ..training.memory.fitting import fitted
@@ -101,6 +102,7 @@ def frozen_styles(model, clip, prompts: Sequence[str]) -> tuple[Teacher, list[Te
     unet, styles = host_model.with_blend_codes(unet_weights(model, styles=True), info)
     foundation = frozen_base(model, clip, styled_unet(unet, "the model", heads=host_model.model_heads(model)), prompts)
     foundation.sha256 = foundation.weights_sha256
+    foundation.at_base = centred_at_base(info.recipe)
     return foundation, [foundation.as_style(i, style) for i, style in enumerate(styles)]
 
 

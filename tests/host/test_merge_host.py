@@ -88,11 +88,23 @@ def test_the_model_paints_what_its_file_says(loaded):
         assert (calls[0].out - theirs[0].out).norm() < 0.1 * far, name
 
 
-def test_every_style_has_a_thumbnail(loaded):
-    """Painted by the host in each style, in the file and on the MODEL; an empty prompt paints none, and the weights are the same."""
-    from comfyui_dmm.nodes import host_model
+def test_every_style_has_a_thumbnail(loaded, monkeypatch):
+    """Painted by the host in each style, in the file and on the MODEL, which is loaded once and says and paints what one from the finished
+    file does; an empty prompt paints none, and the weights are the same."""
+    from pathlib import Path
 
-    model, *_ = merge(loaded, name="seen", thumbnail_prompt="a red star").args
+    from comfyui_dmm.nodes import host_model, paths
+
+    loads, load_once = [], host_model.load
+    with monkeypatch.context() as m:
+        m.setattr(host_model, "load", lambda path: loads.append(path) or load_once(path))
+        model, *_ = merge(loaded, name="seen", thumbnail_prompt="a red star").args
+    assert loads == [str(path) for path in files("seen")]
+    with torch.inference_mode():
+        again = host_model.load(loads[0])[0]
+    assert host_model.model_info(model) == host_model.model_info(again)
+    assert torch.equal(call_of(model, "b"), call_of(again, "b"))
+    assert not list((Path(paths.output_folder()).parent / "dmm_runs").glob("seen-*-merge"))
     merge(loaded, name="unseen", thumbnail_prompt="  ")
     (seen,), (unseen,) = files("seen"), files("unseen")
     thumbnails = [style.thumbnail for style in load_checkpoint(seen).styles]
@@ -113,16 +125,41 @@ def test_a_large_model_paints_none_without_a_gpu(loaded, monkeypatch):
 
 
 def test_the_host_can_interrupt_the_thumbnails(loaded, monkeypatch):
-    """The merged model is saved, without any."""
+    """The merged model is saved, without any; the same graph finds it and paints them, and another text encoder merges anew."""
     import comfy.model_management as mm
+    from comfyui_dmm.nodes import merge as node
     from comfyui_dmm.nodes import thumbnails
 
-    monkeypatch.setattr(thumbnails, "send_text", lambda text, _: mm.interrupt_current_processing("1 of" in text))
-    with pytest.raises(mm.InterruptProcessingException):
-        merge(loaded, name="stopped")
-    mm.interrupt_current_processing(False)
+    def interrupted(**more):
+        with monkeypatch.context() as m:
+            m.setattr(thumbnails, "send_text", lambda text, _: mm.interrupt_current_processing("1 of" in text))
+            with pytest.raises(mm.InterruptProcessingException):
+                merge(loaded, name="stopped", **more)
+        mm.interrupt_current_processing(False)
+
+    interrupted()
     (path,) = files("stopped")
-    assert not any(style.thumbnail for style in load_checkpoint(path).styles)
+    before = load_checkpoint(path)
+    assert not any(style.thumbnail for style in before.styles)
+    merges, merge_once = [], node.merge
+    monkeypatch.setattr(node, "merge", lambda *a, **k: merges.append(a) or merge_once(*a, **k))
+    interrupted()
+    again = merge(loaded, name="stopped")
+    assert not merges and files("stopped") == [path]
+    after = load_checkpoint(path)
+    assert all(style.thumbnail for style in after.styles) and after.recipe == before.recipe
+    assert all(torch.equal(weight, after.unet[key]) for key, weight in before.unet.items())
+    whole = merge(loaded, name="at once")
+    assert len(merges) == 1 and again.args[2] == whole.args[2] and torch.equal(again.args[1], whole.args[1])
+    interrupted()  # what was painted to the end is not remembered
+    assert len(merges) == 2
+    model, clip, vae, unet = loaded["base"]
+    with torch.inference_mode():
+        skipped = clip.clone()
+        skipped.clip_layer(-2)
+    monkeypatch.setitem(loaded, "base", (model, skipped, vae, unet))
+    merge(loaded, name="stopped")
+    assert len(merges) == 3 and load_checkpoint(path).clip_skip == 2
 
 
 def call_of(model, style):

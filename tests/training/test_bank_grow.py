@@ -129,6 +129,59 @@ def test_what_stays_is_moved_to_its_own_mean_before_training():
             torch.testing.assert_close(one[key], two[key], atol=1e-5, rtol=1e-5)
 
 
+@functools.cache
+def centred(context_dim=SMALL.context_dim) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A merge centred at its base, of three teachers that are alike, and the base."""
+    config = dataclasses.replace(SMALL, context_dim=context_dim)
+    base, common, *models = (small_teacher(f"t{i}", i, DATA, config).unet.state_dict() for i in range(5))
+    alike = [{key: common[key] + 0.3 * (value - base[key]) for key, value in model.items()} for model in models]
+    shapes = {key: tuple(value.shape) for key, value in base.items()}
+    fitted = fit_bank(alike, None, 4, shapes=shapes, centre=base, dtype=torch.float32)
+    weights = {key: value for one in fitted for key, value in one.weights.items()}
+    return weights | neutral_style(3, SMALL.embed_dim, "add_embedding", torch.float32), base
+
+
+def at_the_base(at_base=True, **settings) -> Trainer:
+    """A run that forgets a style of that merge."""
+    old = dataclasses.replace(small_teacher("base", 0, DATA), unet=load_unet(centred()[0]), at_base=at_base)
+    styles = [old.as_style(i, StyleInfo(name)) for i, name in enumerate(NAMES)]
+    config, attack = TrainConfig(**{**SETTINGS, **settings}), AttackConfig(2, 3, 2, check=1)
+    return forgetting_run(old, styles, ["old 1"], DATA, config=config, device=CPU, attack=attack)
+
+
+@torch.no_grad()
+def test_a_bank_centred_at_the_base_stays_there_before_training():
+    """W is the base's bit for bit and painting without a style is the base's picture bit for bit, in the student and in the file that is
+    only deleted from; the styles that stay have their old weights, and the old core is the first of the hostile ones."""
+    run, (merge, base) = at_the_base(), centred()
+    weights = run.student.unet.state_dict()
+    assert all(torch.equal(weights[key], base[key]) for key in base)
+    plain = load_unet(base)
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.randn(2, 7, 16)
+    for style in (None, torch.zeros(2, 6)):
+        assert torch.equal(run.student.unet(x, t, context, style=style), plain(x, t, context))
+    for row, style in ((0, 0), (1, 2), (2, 1)):
+        one, two = folded_bank(merge, torch.eye(3)[style]), folded_bank(weights, torch.eye(5)[row])
+        assert all(torch.equal(one[key], two[key]) for key in base)
+    said = run.kind.final_report(run)
+    assert "The cores that stay tell" in said and "the mean was moved" not in said
+    moved = at_the_base(False)  # what a merge around the mean needs
+    assert not torch.equal(moved.student.unet.out[2].weight, base["out.2.weight"])
+    assert "the mean was moved" in moved.kind.final_report(moved)
+
+
+@torch.no_grad()
+def test_with_the_bank_alone_training_leaves_the_base():
+    run, base = at_the_base(trainable="bank", steps=2), centred()[1]
+    list(run.run())
+    weights = run.student_weights()
+    assert all(torch.equal(weights[key], base[key]) for key in base)
+    before = identity(at_the_base(False, trainable="bank", steps=2))
+    assert {key for key, value in identity(run).items() if before.get(key) != value} == {"bank's centre"}, (
+        "a run that began elsewhere does not go on here"
+    )
+
+
 def test_the_attack_moves_codes_and_cores_and_training_leaves_them():
     run = forgetting(attack=AttackConfig(100, 3, 2, check=0))
     found = tables(run.student.unet, cores=True)
@@ -348,3 +401,18 @@ def test_a_bank_is_trained_on_and_forgets_from_configs(files, capsys):
     less = load_checkpoint(files / "less.safetensors")
     assert [s.name for s in less.styles] == ["ink", "oil"] and unet_config_from_state_dict(less.unet).bank.cores == 3
     assert "trained: and cores" in (files / "run2" / "report.txt").read_text(encoding="utf-8")
+
+
+def test_a_file_that_is_centred_at_its_base_forgets_there(files, capsys):
+    """From the recipe in the file: with the bank alone learning, the result holds the base's weights, bit for bit."""
+    merge, base = ({key: value.half() for key, value in one.items()} for one in centred(64))
+    styles = [StyleInfo(name) for name in ("ink", "墨", "oil")]
+    recipe = {"merge": {"centre": "base"}}
+    save_checkpoint(files / "centred.safetensors", Checkpoint(merge, init_text(64, 2), styles=styles, recipe=recipe))
+    attack = {"every": 1, "steps": 1, "codes": 2, "check": 0}
+    train = {"steps": 2, "batch_size": 4, "lr": 1e-3, "lambda_adv": 0.0, "validation": 0, "trainable": "bank"}
+    changes = {"base": "centred.safetensors", "teachers": None, "forget": ["墨"], "attack": attack, "train": train}
+    assert main(["forget", "--config", write(files, **changes)]) == 0, capsys.readouterr().err
+    less = load_checkpoint(files / "grown.safetensors")
+    assert [s.name for s in less.styles] == ["ink", "oil"]
+    assert all(torch.equal(less.unet[key], base[key]) for key in base)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from comfyui_dmm.dmm_core.unet import UNet, UNetConfig
 from comfyui_dmm.training.config import TrainConfig
+from comfyui_dmm.training.loop.new_student import student_bank
 from comfyui_dmm.training.loop.optimizers import make_optimizer
 from comfyui_dmm.training.memory import footprint, planner
 from comfyui_dmm.training.memory.footprint import Allocations, Step, optimizer_bytes, sizes, step_peak
@@ -191,6 +192,29 @@ def test_the_best_setting_that_fits_is_taken(tiny):
     assert ranks == sorted(ranks)
     assert len(set(ranks)) > 4
     assert (made.trainable, made.residency, made.slots) == ("lora", "offload", 1)
+
+
+@pytest.mark.parametrize("larger", [True, False])
+def test_adapters_come_after_a_bank_that_needs_more_than_they_do(tiny, larger):
+    """Down to the last budget that will do: low-rank adapters beside a bank that is larger than they are, and else the bank. What learns
+    is counted here from the layers' shapes."""
+    rank = 8
+    layers = [m for m in UNet(SMALL).modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    adapters = rank * sum(
+        m.weight.shape[0] + m.weight[0].numel() for m in layers
+    )  # of all layers: no less than of the blocks'
+    bank = student_bank(SMALL, 6, TrainConfig(init="bank", bank="80%" if larger else "5%"))
+    numbers = sum(p.numel() for p in UNet(dataclasses.replace(SMALL, num_styles=6, bank=bank)).bank_parameters())
+    assert numbers > 2 * adapters if larger else 2 * numbers < adapters
+    want = Want(batch_size=4, bank=bank, lora_rank=rank if larger else 8 * rank)
+    made, seen = tiny(GB, want), []
+    while True:
+        seen.append(made.trainable)
+        try:
+            made = tiny(int(made.peak / (1 - planner.MARGIN)) - 10, want)
+        except ValueError:
+            break
+    assert list(dict.fromkeys(seen)) == (["all", "bank", "lora"] if larger else ["all", "bank"])
 
 
 def test_the_error_names_a_budget_that_would_do(tiny, monkeypatch):

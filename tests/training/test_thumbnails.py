@@ -10,7 +10,10 @@ from comfyui_dmm.dmm_core.checkpoint import Checkpoint, load_checkpoint, read_in
 from comfyui_dmm.dmm_core.metadata import StyleInfo
 from comfyui_dmm.dmm_core.weights_file import read_weights
 from comfyui_dmm.training.cli import main
+from comfyui_dmm.training.commands import thumbnails as commands
 from comfyui_dmm.training.files.write_thumbnails import write_thumbnails
+from comfyui_dmm.training.merge import files as merge_files
+from comfyui_dmm.training.merge.merge import merge
 from comfyui_dmm.training.paint.thumbnails import thumbnail_uri
 from comfyui_dmm.training.run.student_file import save_student, with_pictures
 from comfyui_dmm.training.run.train import train
@@ -106,6 +109,47 @@ def test_a_merge_paints_them_if_asked(tmp_path, capsys):
     assert main([*command, "--thumbnails", "a red star"]) == 0
     assert "2 thumbnails in" in capsys.readouterr().out
     assert all(style.thumbnail for style in read_info(output).styles)
+
+
+def test_a_merge_whose_thumbnails_are_interrupted_is_found_again(tmp_path, capsys, monkeypatch):
+    """The same command merges nothing and paints; another one, or a file that was changed since, is merged."""
+    files = [PACK / "models" / "dmm" / f"demo-teacher-{name}.safetensors" for name in ("ink", "pop")]
+    teachers = [word for file in files for word in ("--teacher", f"{file.stem}={file}")]
+    parts = ["--parts-from", str(PACK / "models" / "dmm" / "demo-dmm.safetensors")]
+    output = tmp_path / "merged.safetensors"
+    command = ["merge", *teachers, *parts, "--budget", "80%", "--device", "cpu", "--output", str(output)]
+    command += ["--thumbnails", "a red star"]
+    merges = []
+    monkeypatch.setattr(merge_files, "merge", lambda *a, **k: merges.append(a) or merge(*a, **k))
+
+    def interrupted(*more):
+        class Stop:
+            def __call__(self, done, total, what):
+                if done:
+                    raise KeyboardInterrupt
+
+        with monkeypatch.context() as m:
+            m.setattr(commands, "ProgressBar", Stop)
+            assert main([*command, *more]) == 130
+        said = capsys.readouterr()
+        assert "the same command goes on" in said.err and not any(s.thumbnail for s in read_info(output).styles)
+        return said.out
+
+    said = interrupted()
+    before, folder = weights_of(output), tmp_path / ".merged-merge-parts"
+    assert len(merges) == 1 and not list(folder.glob("*.safetensors"))
+    assert interrupted() == said and len(merges) == 1
+    interrupted("--title", "other")
+    assert len(merges) == 2
+    write_thumbnails(output, {"demo-teacher-ink": thumbnail_uri(Image.new("RGB", (8, 8), "red"))})
+    assert interrupted("--title", "other") and len(merges) == 3
+    (folder / "finished.json").write_text("{}")
+    interrupted()
+    assert len(merges) == 4
+    assert main(command) == 0 and len(merges) == 4
+    assert said in capsys.readouterr().out
+    assert weights_of(output) == before and all(style.thumbnail for style in read_info(output).styles)
+    assert not folder.exists()
 
 
 def test_a_plain_checkpoint_has_none(tmp_path, capsys):

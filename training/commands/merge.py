@@ -58,12 +58,20 @@ def run(args: argparse.Namespace) -> None:
     """Merge, write model and report, print the report."""
     from ..merge.files import merge_files
     from ..merge.merge import MergeConfig
+    from ..merge.report import MergeReport
     from ..parallel.devices import pick_device
 
     if args.thumbnails and args.to == "style":
         raise ValueError("styles alone (--to style) cannot paint thumbnails: merge into a whole model (--to single)")
     config = MergeConfig(args.budget, DTYPES[args.precision], pick_device(args.device), args.centre)
-    report, files = merge_files(
+
+    def said_and_painted(report: MergeReport, files: list[Path]) -> None:
+        print(report.text())
+        print("\n" + "\n".join(f"wrote {file}" for file in files), flush=True)
+        if args.thumbnails:
+            print(paint_into(args.output, args.thumbnails, device=args.device))
+
+    merge_files(
         args.teacher,
         Path(args.output),
         config,
@@ -72,8 +80,5 @@ def run(args: argparse.Namespace) -> None:
         title=args.title,
         to=args.to,
         progress=ProgressBar(),
+        then=said_and_painted,
     )
-    print(report.text())
-    print("\n" + "\n".join(f"wrote {file}" for file in files))
-    if args.thumbnails:
-        print(paint_into(args.output, args.thumbnails, device=args.device))

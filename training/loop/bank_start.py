@@ -27,7 +27,8 @@ def bank_start(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) -> 
 
     A teacher that is a style of ``base`` (or its painting without one) has that style's code and cores. The others are taken in as without
     training (``bank_grow``), within ``config.growth``, and come last. Where the base has styles that no teacher stands for, W moves to the
-    mean of those that stay if it would tell of them (``bank_drop``). Raises ValueError for a growth that is too small.
+    mean of those that stay if it would tell of them (``bank_drop``); centred at its own base (``Teacher.at_base``), it stays there. Raises
+    ValueError for a growth that is too small.
     """
     own = [teacher for teacher in teachers if teacher.unet is base]
     new = [teacher for teacher in teachers if teacher.unet is not base]
@@ -50,8 +51,10 @@ def bank_start(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) -> 
 
 
 def base_around(base: UNet, own: Sequence[Teacher]) -> dict[str, Tensor]:
-    """The base's weights around the mean of the styles that ``own`` stand for, where that is wanted."""
+    """The base's weights around the mean of the styles that ``own`` stand for, where that is wanted: not where W is a model of its own."""
     weights = base.state_dict()
+    if any(teacher.at_base for teacher in own):
+        return weights
     stay, gone = staying(base.config.num_styles, own)
     return recentred(weights, stay) if gone and stay and moves(what_is_told(weights, gone)) else weights
 

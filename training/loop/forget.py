@@ -47,19 +47,21 @@ class Forget(RunKind):
 
     While it trains, codebook rows follow those of the styles that stay: for each forgotten style its old code and ``attack.codes``
     codes that are searched for every ``attack.every`` steps; the optimiser leaves them alone, and the finished student has none of
-    them.
+    them. at_base: the base's bank is centred at a base, where the student starts too.
     """
 
     kept: int
     forgotten: tuple[Forgotten, ...]
     attack: AttackConfig
+    at_base: bool = False
 
     def shares(self, styles: int, guard: float) -> tuple[float, ...] | None:
         return guarded_shares(range(self.kept), styles, guard)
 
     def identity(self) -> dict[str, str]:
         attack = dataclasses.replace(self.attack, check=0)  # comes after training and changes nothing of it
-        return {"forgotten styles": repr([one.teacher.name for one in self.forgotten]), "attack": repr(attack)}
+        said = {"forgotten styles": repr([one.teacher.name for one in self.forgotten]), "attack": repr(attack)}
+        return {**said, "bank's centre": "base"} if self.at_base else said
 
     def styles(self, teachers: Sequence[Teacher]) -> list[StyleInfo]:
         return super().styles(teachers[: self.kept])
@@ -163,7 +165,7 @@ class Forget(RunKind):
         """The same for a model with a bank: found by a search for codes, and for codes and cores, in the file whose cores were only deleted
         and in the trained one (in a run without steps, in the former alone)."""
         places = [one.teacher.style for one in self.forgotten if isinstance(one.teacher.style, int)]
-        dropped = drop_styles(run.base.unet.state_dict(), places)
+        dropped = drop_styles(run.base.unet.state_dict(), places, keep_centre=self.at_base)
         num_heads = run.base.unet.config.num_heads
         networks = {"deleted": load_unet(dropped.unet, heads=num_heads).to(run.device)}
         if run.step:
@@ -242,7 +244,7 @@ def forgetting(
         rows = list(range(len(places), len(places) + 1 + attack.codes))
         forgotten.append(Forgotten(old, rows))
         places += [as_without_style(old, i) for i in range(len(rows))]
-    kind = Forget(len(stay), tuple(forgotten), attack)
+    kind = Forget(len(stay), tuple(forgotten), attack, base.at_base)
     run = Trainer(base, places, data, dataclasses.replace(config, warm_start=0), device=device, kind=kind, ranks=ranks)
     sources = base_around(base.unet, stay) if base.unet.config.bank else base.unet.state_dict()
     for table in kind.tables(run.student.unet):

@@ -3,7 +3,8 @@ loaded.
 
 The order, best first. What comes first is given up last:
 
-1. all weights learn, rather than the style bank and the style side only, or without a bank, low-rank adapters and the style side;
+1. all weights learn, rather than the style bank and the style side only, rather than low-rank adapters and the style side, beside which
+   a bank stays as it is;
 2. AdamW, rather than its 8-bit form, rather than Adafactor;
 3. forwards of at least 4 samples (gradients add up to the batch that was asked for, so less costs time, not quality);
 4. two places on the device for the teachers that wait in RAM, rather than one;
@@ -298,7 +299,7 @@ def choices(want: Want) -> Iterator[Choice]:
     cuda, fixed = want.device == "cuda", dict(want.fixed)
     # On the CPU "the device" and RAM are one memory: moving things between them saves nothing.
     options: dict[str, Sequence[Any]] = {
-        "trainable": ("all", "bank" if want.bank else "lora"),
+        "trainable": ("all", "bank", "lora") if want.bank else ("all", "lora"),
         "optimizer": [
             name for name, package in OPTIMIZER_NEEDS.items() if _importable(package) and (cuda or name != "adamw8bit")
         ],

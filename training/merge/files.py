@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ...dmm_core.metadata import StyleInfo, check_new_text
+from ..files.hashing import repr_sha256
 from ..files.model_files import add_parts, change_stamp, load_any
 from ..files.model_settings import say_guesses, told
 from ..files.outputs import check_output
@@ -20,6 +21,7 @@ from ..progress import ProgressCallback
 from ..teachers.lora_files import FoldedUNet, recorded
 from ..teachers.models import as_checkpoint, split_model
 from ..text import usual_clip_skip
+from .finished import remember, remembered
 from .grow import DeletionReport, GrowthReport, add_teachers, delete_styles
 from .merge import MergeConfig, Source, forget_parts, merge, merge_folder
 from .report import MergeReport
@@ -37,12 +39,13 @@ def merge_files(
     title: str = "DMM",
     to: str = "single",
     progress: ProgressCallback | None = None,
+    then: Callable[[MergeReport, list[Path]], None] | None = None,
 ) -> tuple[MergeReport, list[Path]]:
     """Merge the files of (style name, file) into ``output``, and write the report beside it: the report and all files written.
 
     base: what is painted without a style. parts_from: where text encoder and VAE come from, else the base, else the first that has them.
     to: "single", or "style" for the styles alone, which then go onto the base. A merge that was interrupted has left its parts beside the
-    output, and goes on.
+    output, and goes on. then: what else is done with the result; where that was interrupted, the finished merge is not made again.
     Raises ValueError naming the file, before anything is written, for what does not belong together, and where another process merges into
     that output.
     """
@@ -60,6 +63,7 @@ def merge_files(
             to=to,
             folder=folder,
             progress=progress,
+            then=then,
         )
 
 
@@ -74,6 +78,7 @@ def _merge_files(
     to: str,
     folder: Path,
     progress: ProgressCallback | None,
+    then: Callable[[MergeReport, list[Path]], None] | None,
 ) -> tuple[MergeReport, list[Path]]:
     if to == "style" and config.centre != "base":
         raise ValueError(
@@ -101,12 +106,29 @@ def _merge_files(
             stamp_of(split_model(base)[0]), foundation.prediction,
             foundation.zero_snr, foundation.heads,
         )  # fmt: skip
-    checkpoint, report = merge(sources, none, parts, config, folder=folder, progress=progress)
-    checkpoint = dataclasses.replace(checkpoint, metadata={"modelspec.title": title})
-    (save_style if to == "style" else save_checkpoint)(output, checkpoint)
+    what = repr_sha256(
+        [(one.info.name, one.info.sha256, one.stamp, *said_of(read[one.name])) for one in sources],
+        (none.info.sha256, none.stamp, *said_of(foundation)) if none and foundation else (),
+        (stamp_of(split_model(parts_from)[0]), parts_from) if parts_from else (),
+        (config.budget, str(config.dtype), config.centre, title, to),
+    )
+    report = remembered(folder, what, output)
+    if report is None:
+        checkpoint, report = merge(sources, none, parts, config, folder=folder, progress=progress)
+        checkpoint = dataclasses.replace(checkpoint, metadata={"modelspec.title": title})
+        (save_style if to == "style" else save_checkpoint)(output, checkpoint)
+        remember(folder, what, output, report)
+        del checkpoint
     written = [output, *report.write(output.with_suffix(""))]
+    if then:
+        then(report, written)
     forget_parts(folder)
     return report, written
+
+
+def said_of(checkpoint: Checkpoint) -> tuple:
+    """What a user, or a yaml beside the file, may have said of a model."""
+    return checkpoint.prediction, checkpoint.zero_snr, checkpoint.clip_skip, tuple(checkpoint.heads)
 
 
 def grow_file(

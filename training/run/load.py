@@ -23,6 +23,7 @@ from ..files.hashing import weights_sha256
 from ..files.model_files import load_any, load_any_info
 from ..files.model_settings import say_guesses, told, with_settings
 from ..files.outputs import check_folder, check_output
+from ..files.style_file import centred_at_base
 from ..loop.forget import forgetting
 from ..loop.trainer import Trainer
 from ..memory.fitting import fitted
@@ -116,6 +117,7 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
     foundation = frozen.pop("")
     foundation.name = "base"
     foundation.file, foundation.sha256 = recorded(config.base, [])
+    foundation.at_base = centred_at_base(base.recipe)
     begun = begun_with(Path(config.run_dir))
     check_text((foundation, *frozen.values()))
     train, plan = fitted(

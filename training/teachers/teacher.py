@@ -51,7 +51,7 @@ class Teacher:
     style: of a UNet that is itself a DMM model, which of its styles this teacher is, or which mix of them (index:
     share); None for no style. The remaining fields are recorded in the style's metadata; ``known`` is what an older DMM
     file says of the style, and is recorded as it is. told: prediction and noise schedule where a config or a yaml says another than the
-    file alone, "" otherwise.
+    file alone, "" otherwise. at_base: of a DMM model with a style bank, its own weights are its base's (``style_file.centred_at_base``).
     """
 
     name: str
@@ -67,6 +67,7 @@ class Teacher:
     style: int | Mapping[int, float] | None = None
     known: StyleInfo | None = None
     told: str = ""
+    at_base: bool = False
 
     def __post_init__(self) -> None:
         self.unet.requires_grad_(False).eval()
