@@ -10,7 +10,8 @@ requirements.txt, where pydantic is not, and ``dataclasses.asdict(config)`` goes
 stay bitwise what it was or runs written before would not go on.
 
 Kinds of values that are known, by the field's annotation as text (the modules have ``from __future__ import annotations``): int, float,
-str, bool, tuple[float, float], list[...]; ``| None`` allows null, ``int | str`` and ``float | str`` allow the words in ``choices`` beside a number.
+str, bool, tuple[float, float], list[...]; ``| None`` allows null, ``int | str`` and ``float | str`` allow the words in ``choices`` beside
+a number.
 """
 
 from __future__ import annotations

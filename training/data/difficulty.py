@@ -73,9 +73,7 @@ class Chances:
         of_teacher = torch.cat([self.cells / sums, self.given[-1:]])  # (N+1, K); NaN where a teacher is never drawn
         place = inverse(u, of_teacher[teacher])
         p_to_q = torch.cat([self.shares[:, None] / bins / self.cells, 1 / bins / self.given[-1:]])
-        return Drawn(
-            teacher, place, p_to_q[teacher, place].float(), (1 / bins / of_teacher[teacher, place]).float()
-        )
+        return Drawn(teacher, place, p_to_q[teacher, place].float(), (1 / bins / of_teacher[teacher, place]).float())
 
     def timesteps(self, bins: Tensor, generator: torch.Generator) -> Tensor:
         """Bins (B,) -> timesteps (B,), uniformly from each bin."""

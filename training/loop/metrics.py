@@ -31,7 +31,8 @@ class Metrics:
     loss is the weighted sum that the student follows; feature, adversarial and discriminator are unweighted means, the last two
     None where no row was judged by a discriminator. Where rows were not drawn evenly, these and ``score`` estimate
     what the means over evenly drawn
-    teachers and timesteps are. seconds: of the step.
+    teachers and timesteps are. seconds: of the step; moved_bytes: of weights that this process sent to the device in it,
+    for teachers that wait in RAM.
     """
 
     step: int
@@ -45,12 +46,13 @@ class Metrics:
     seconds: float = 0.0
     adversarial: float | None = None
     discriminator: float | None = None
+    moved_bytes: int = 0
 
 
 def measured(
     micro_batches: Sequence[MicroBatch], names: Sequence[str], *, step: int, steps: int, lr: float, grad_norm: float
 ) -> Metrics:
-    """names: of the teachers; the rest as in Metrics, whose seconds are left to the caller."""
+    """names: of the teachers; the rest as in Metrics, whose seconds and moved_bytes are left to the caller."""
     score, count = by_teacher(micro_batches, names)
     return Metrics(
         step=step,

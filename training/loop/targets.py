@@ -37,7 +37,7 @@ class Targets:
         late: bool = False,
     ):
         self.models, self.base, self.device, self.autocast = [*teachers, base], base, device, autocast
-        self.schedule = NoiseSchedule(base.zero_snr)
+        self.schedule, self.slots = NoiseSchedule(base.zero_snr), config.teacher_slots
         for teacher in self.models:
             teacher.weights_sha256  # noqa: B018  (remembered: the pool converts weights in place)
         self.pool = TeacherPool(
@@ -79,8 +79,10 @@ class Targets:
         return Prediction(out[back], [block[back] for block in blocks])
 
     def prefetch(self, batch: Batch) -> None:
-        """Send for the first teacher of a batch that is to come."""
-        self.pool.prefetch(int(batch.teacher[0]))
+        """Send for the first teachers of a batch that is to come, as many as there are places."""
+        needed = self._by_unet(batch.teacher.unique().tolist())
+        for i in [i for i in needed if i not in self.pool.resident][: self.slots]:
+            self.pool.prefetch(i)
 
     def as_student(self, out: Tensor, x_t: Tensor, t: Tensor, teacher: Teacher) -> Tensor:
         """A teacher's output in the student's parameterisation, so that eps and v teachers can be mixed."""

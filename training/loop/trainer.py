@@ -98,7 +98,7 @@ class Trainer:
 
     def train_step(self) -> Metrics:
         """batch -> teachers, student -> losses -> backward -> rows of other processes -> finite? -> update -> running average."""
-        started, c = time.perf_counter(), self.config
+        started, moved, c = time.perf_counter(), self.targets.pool.moved_bytes, self.config
         self.kind.before_step(self)
         self._zero_grad()
         micro_batches: list[MicroBatch] = []
@@ -129,6 +129,7 @@ class Trainer:
             self._look_ahead(self.step * c.accumulate)
         metrics = measured(micro_batches, self.names, step=self.step, steps=c.all_steps, lr=lr, grad_norm=norm)
         metrics.seconds = time.perf_counter() - started
+        metrics.moved_bytes = self.targets.pool.moved_bytes - moved
         return metrics
 
     def losses(self, batch: Batch, number: int = 0) -> Losses:
