@@ -11,6 +11,7 @@ from torch import Tensor
 from ...dmm_core.schedule import NoiseSchedule
 from ..config import TrainConfig
 from ..data.batches import Batch
+from ..parallel.devices import sent
 from ..teachers.pool import TeacherPool
 from ..teachers.teacher import Prediction, Teacher
 
@@ -57,15 +58,15 @@ class Targets:
         """Every row's own teacher, in the student's parameterisation (the base's). x_t (B, C, h, w) and t (B,) are the batch's, on the
         device; what the data have stored is taken from there."""
         if batch.target is not None and not features:
-            return Prediction(self._stored(batch.target.to(self.device), batch.teacher, x_t, t), [])
+            return Prediction(self._stored(sent(batch.target, self.device), batch.teacher, x_t, t), [])
         places: list[Tensor] = []
         targets: list[Tensor] = []
         features_of: list[Sequence[Tensor]] = []
         groups = self._by_unet(batch.teacher.unique().tolist())
         for i, unet in self.pool.loaded(list(groups)):
             rows = torch.isin(batch.teacher, torch.tensor(groups[i])).nonzero()[:, 0]
-            there, teacher = rows.to(self.device), self.models[i]
-            style = self._style_rows[batch.teacher[rows].to(self.device)] if unet.config.num_styles else None
+            there, teacher = sent(rows, self.device), self.models[i]
+            style = self._style_rows[sent(batch.teacher[rows], self.device)] if unet.config.num_styles else None
             with self.autocast():
                 said = teacher.predict(x_t[there], t[there], batch.caption[rows], style, features=features, unet=unet)
             targets.append(self.as_student(said.out, x_t[there], t[there], teacher))
@@ -75,7 +76,7 @@ class Targets:
         order = torch.cat(places)
         if torch.equal(order, torch.arange(len(order))):
             return Prediction(out, blocks)
-        back = order.argsort().to(self.device)  # the rows of a UNet with several styles were not neighbours
+        back = sent(order.argsort(), self.device)  # the rows of a UNet with several styles were not neighbours
         return Prediction(out[back], [block[back] for block in blocks])
 
     def prefetch(self, batch: Batch) -> None:
@@ -96,7 +97,7 @@ class Targets:
         """The data's predictions (B, C, h, w), each in its own teacher's parameterisation, in the student's."""
         out = []
         for i in teacher.unique().tolist():  # sorted, as the rows are
-            rows = (teacher == i).to(self.device)
+            rows = sent((teacher == i).nonzero()[:, 0], self.device)
             out.append(self.as_student(target[rows], x_t[rows], t[rows], self.models[i]))
         return torch.cat(out)
 
