@@ -1,7 +1,7 @@
 """A step waits for its device once, and computes on it what it computes on the CPU.
 
-Not seen here: teachers that wait in RAM (test_residency.py), whose copies have a stream of their own on CUDA alone; fp16's GradScaler with an
-optimiser that is not fused, which asks for one number more; an average in RAM, which is a copy of the student every eighth step.
+Not seen here: teachers that wait in RAM (test_residency.py), whose copies have a stream of their own on CUDA alone; fp16's GradScaler with
+an optimiser that is not fused, which asks for one number more; an average in RAM, a copy of the student every eighth step.
 """
 
 import pytest
