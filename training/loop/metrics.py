@@ -64,7 +64,8 @@ def on_cpu(micro_batches: Sequence[MicroBatch], norm: Tensor) -> tuple[list[Micr
     first, *rest = torch.cat(parts).cpu().split([len(part) for part in parts])
     here = []
     for one, loss, table in zip(micro_batches, rest, rest[len(micro_batches) :]):
-        losses = Losses(*table.view(4, -1), one.losses.judged)
+        score, feature, adversarial, discriminator = table.view(4, -1).unbind()
+        losses = Losses(score, feature, adversarial, discriminator, one.losses.judged)
         here.append(MicroBatch(one.batch, losses, loss[0]))
     return here, first.item()
 
