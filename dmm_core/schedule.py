@@ -16,7 +16,7 @@ PREDICTIONS = ("eps", "v", "x0")
 
 
 class NoiseSchedule:
-    """Float32 tables over the timesteps, kept on the CPU and moved to where ``t`` is when they are read.
+    """Float32 tables over the timesteps, on the CPU; those of ``coefficients`` are kept where they were read before, too.
 
     ``zero_snr``: the last step is pure noise (Lin et al., arXiv:2305.08891), as some v-prediction models are trained.
     ``betas``, ``alphas_cumprod`` (abar) and ``sigmas`` have shape (1000,); sigmas rise.
@@ -35,6 +35,7 @@ class NoiseSchedule:
         self.sigmas = sigmas.float()
         self._log_sigmas = sigmas.log().float()
         self._signal, self._noise = abar.sqrt().float(), (1 - abar).sqrt().float()
+        self._there = {self._signal.device: (self._signal, self._noise)}
 
     def __len__(self) -> int:
         return len(self.sigmas)
@@ -64,7 +65,9 @@ class NoiseSchedule:
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Integer timesteps (B,) -> sqrt(abar_t), sqrt(1 - abar_t), float32, shaped to multiply ``like`` (B, ...)."""
         shape = (-1, *(1,) * (like.ndim - 1))
-        signal, noise = (table.to(t.device)[t].view(shape) for table in (self._signal, self._noise))
+        if t.device not in self._there:
+            self._there[t.device] = self._signal.to(t.device), self._noise.to(t.device)
+        signal, noise = (table[t].view(shape) for table in self._there[t.device])
         return signal.to(like.device), noise.to(like.device)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:

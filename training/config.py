@@ -304,6 +304,24 @@ class TrainConfig:
     teacher_slots: int = setting(
         2, "Teachers on the GPU at a time with residency offload.", low=1, high=2, unit="teachers", expected="1 or 2"
     )
+    teachers_per_step: int | str = setting(
+        "all",
+        "Teachers that a step asks, drawn so that each keeps its share of all rows; the base counts as one. Fewer move less to the GPU "
+        "where they wait in RAM; auto: as many as bus_speed and step_seconds leave time for.",
+        unit="teachers",
+        low=1,
+        choices=("all", "auto"),
+        expected="a whole number from 1, all or auto",
+    )
+    bus_speed: float = setting(
+        20.0, "For teachers_per_step auto: what a second moves from RAM to the GPU.", unit="GB", above=0
+    )
+    step_seconds: float | None = setting(
+        None,
+        "For teachers_per_step auto: seconds that a step computes, without waiting for teachers.",
+        unit="seconds",
+        above=0,
+    )
     memory: float | str = setting(
         "auto",
         "Memory of the GPU that the run may use; auto: all of it, and no plan without a GPU. The run is fitted into it where settings are "

@@ -10,7 +10,8 @@ requirements.txt, where pydantic is not, and ``dataclasses.asdict(config)`` goes
 stay bitwise what it was or runs written before would not go on.
 
 Kinds of values that are known, by the field's annotation as text (the modules have ``from __future__ import annotations``): int, float,
-str, bool, tuple[float, float], list[...]; ``| None`` allows null, ``float | str`` allows the words in ``choices`` beside a number.
+str, bool, tuple[float, float], list[...]; ``| None`` allows null, ``int | str`` and ``float | str`` allow the words in ``choices`` beside
+a number.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def accepts(f: dataclasses.Field, value: Any) -> bool:
         return optional
     if isinstance(value, str) and known.choices:
         return value in known.choices
-    if kind == "int":
+    if kind in ("int", "int | str"):
         return is_int(value) and known.holds(value)
     if kind in ("float", "float | str"):
         return is_number(value) and known.holds(value)

@@ -71,11 +71,14 @@ ARMS: dict[str, dict] = {
     "standard zero cores": {**STANDARD, "cores": "zero"},
     "standard bank only": {**STANDARD, "trainable": "bank"},
     "standard bank 60%": {**STANDARD, "bank": "60%"},
+    "standard 4 a step": {**STANDARD, "teachers_per_step": 4},
+    "standard 2 a step": {**STANDARD, "teachers_per_step": 2},
+    "standard 1 a step": {**STANDARD, "teachers_per_step": 1},
 }  # fmt: skip
 """What is changed of ``PLAIN``. release: the authors' trainer, without a discriminator, with its own feature loss (``ReleasedObjective``),
 and with empty captions drawn separately for student and teacher. data "rollouts": a cache of 160 paintings by each teacher, five states of
 each, whose making counts as time. cores "zero": a bank of the same size that starts with nothing in it, the teachers' mean alone: what
-more numbers do without the start. "soup Muon" was called standard until 2026-11-28."""
+more numbers do without the start. "4 a step": of the seven teachers and the base. "soup Muon" was called standard until 2026-11-28."""
 OWN_SETTINGS = ("data", "cores")
 """Of an arm, and not of the trainer."""
 RATES = {"plain": 2e-3, "Muon": 4e-3, "soup Muon": 4e-3, "standard Muon": 4e-3}

@@ -171,7 +171,8 @@ TRAIN_JSON = (
     '"final_steps": 0, "final_images": 1500, "final_lr": null, "final_cfg": 7.0, "final_sampling_steps": 25, "init": "base", '
     '"bank": "10%", '
     '"trainable": "all", "lora_rank": 32, "ema_gamma": null, "ema_device": "auto", "precision": "fp32", "teacher_dtype": "auto", '
-    '"residency": "auto", "teacher_slots": 2, "memory": "auto", "gradient_checkpointing": false, "compile": false, "parallel": "ddp", '
+    '"residency": "auto", "teacher_slots": 2, "teachers_per_step": "all", "bus_speed": 20.0, "step_seconds": null, "memory": "auto", '
+    '"gradient_checkpointing": false, "compile": false, "parallel": "ddp", '
     '"tf32": true, "seed": 0, "device": "auto", "save_every": 500, "keep": 2, "validation": 64}'
 )
 """What the defaults were in runs that were written before the fields had their documentation."""

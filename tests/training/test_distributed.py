@@ -122,12 +122,14 @@ CASES = {
         "lora_rank": 4,
         **SLOW,
     },
+    "few teachers": {**FULL, "teachers_per_step": 2},
     "mostly base": {"teachers": 5, "lambda_adv": 0.1, "adv_lr": 1e-4, "base_share": 0.8, **SLOW},
 }
 QUICK = [
     ("everything", 3, "ddp"),
     ("everything", 3, "fsdp"),
     ("2 teachers", 3, "ddp"),
+    ("few teachers", 3, "ddp"),
     ("bf16", 3, "ddp"),
     ("bank", 3, "ddp"),
     ("bank", 3, "fsdp"),

@@ -19,6 +19,7 @@ from ...dmm_core.schedule import NoiseSchedule
 from ..files.checksums import read_checked
 from ..seeds import hash_seed
 from .difficulty import Chances
+from .few_teachers import rows_of_models
 
 
 @dataclass
@@ -76,7 +77,8 @@ class Draw:
 
     teachers: their number; base_share: share of the rows that have no style; dropout: share of the captions that are
     dropped; shares: how the rows with a style are split between the teachers (they sum to 1), None for equally.
-    chances: probabilities of teachers and timesteps, None for teachers in turn and uniform timesteps.
+    chances: probabilities of teachers and timesteps, None for teachers in turn and uniform timesteps. models: drawn for
+    each step of ``forwards`` batches, of the teachers and the base (``few_teachers``), None for all in every batch.
     """
 
     seed: int
@@ -87,6 +89,25 @@ class Draw:
     schedule: NoiseSchedule
     shares: tuple[float, ...] | None = None
     chances: Chances | None = None
+    models: int | None = None
+    forwards: int = 1
+
+    def few(self, number: int) -> Tensor | None:
+        """The model (the base as the last one) of every row of batch ``number``, (B,) sorted, where a step draws some of
+        them; else None. The batches of a step share out its rows in the order of the models, so that each model has its
+        rows in one batch or in neighbouring ones."""
+        if self.models is None:
+            return None
+        step, place = divmod(number, self.forwards)
+        if self.chances:
+            styled = self.chances.cells.sum(1)
+        else:
+            styled = torch.tensor(self.shares or [1 / self.teachers] * self.teachers, dtype=torch.float64)
+        shares = torch.cat([(1 - self.base_share) * styled, styled.new_tensor([self.base_share])])
+        rows = self.batch_size * self.forwards
+        return rows_of_models(shares, self.models, rows, seed=self.seed, step=step)[
+            place * self.batch_size : (place + 1) * self.batch_size
+        ]
 
     def turns(self, number: int) -> Tensor:
         """The teacher of every row of batch ``number``, (B,), before any of them goes to the base."""
@@ -216,18 +237,22 @@ class CaptionedLatents:
         instead.
 
         With ``draw.chances`` the timestep of every row, and the teacher of rows without an owner, are drawn from them.
+        With ``draw.models`` rows without an owner go to the models of the step.
         """
         which, index = epoch_batch(draw.seed, number, [len(b) for b in self.buckets], draw.batch_size)
         start = sum(len(b) for b in self.buckets[:which])
         g = torch.Generator().manual_seed(hash_seed(draw.seed, "batch", number))
         owner = None if self.owner is None else self.owner[start + index]
         to_base = torch.rand(draw.batch_size, generator=g) < draw.base_share
+        few = draw.few(number) if owner is None else None
         drawn = None
         if draw.chances:
             # Moved by a number of the run's own: over all seeds, every row alone has exactly these chances.
             u = (draw.uniform_points(number) + hash_seed(draw.seed, "cells") / 2**63) % 1.0
-            drawn = draw.chances.pick(u, to_base, owner)
+            drawn = draw.chances.pick(u, to_base, owner) if few is None else draw.chances.pick_bins(u, few)
             teacher = drawn.teacher
+        elif few is not None:
+            teacher = few
         else:
             teacher = torch.where(to_base, draw.teachers, draw.turns(number) if owner is None else owner)
         teacher, order = teacher.sort(stable=True)

@@ -66,6 +66,15 @@ class Chances:
             t_importance = torch.where(is_given, of_bin, t_importance)
         return Drawn(teacher, place, importance.float(), t_importance.float())
 
+    def pick_bins(self, u: Tensor, teacher: Tensor) -> Drawn:
+        """The same for rows whose teachers (B,), N for the base, were drawn by the cells' sums already: u chooses bins."""
+        bins = self.cells.shape[1]
+        sums = self.cells.sum(1, keepdim=True)
+        of_teacher = torch.cat([self.cells / sums, self.given[-1:]])  # (N+1, K); NaN where a teacher is never drawn
+        place = inverse(u, of_teacher[teacher])
+        p_to_q = torch.cat([self.shares[:, None] / bins / self.cells, 1 / bins / self.given[-1:]])
+        return Drawn(teacher, place, p_to_q[teacher, place].float(), (1 / bins / of_teacher[teacher, place]).float())
+
     def timesteps(self, bins: Tensor, generator: torch.Generator) -> Tensor:
         """Bins (B,) -> timesteps (B,), uniformly from each bin."""
         width = self.steps // self.cells.shape[1]

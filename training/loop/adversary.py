@@ -21,6 +21,7 @@ from torch.func import functional_call
 from ...dmm_core.schedule import NoiseSchedule
 from ...dmm_core.unet import UNet
 from ..data.batches import Batch
+from ..parallel.devices import sent
 from ..seeds import hash_seed
 from ..teachers.teacher import Teacher
 
@@ -53,7 +54,7 @@ class Renoise:
         return Renoise(self.t[rows], self.eps[rows])
 
     def to(self, device: torch.device) -> Renoise:
-        return Renoise(self.t.to(device), self.eps.to(device))
+        return Renoise(sent(self.t, device), sent(self.eps, device))
 
 
 def draw_renoise(seed: int, number: int, shape: tuple[int, ...], schedule: NoiseSchedule) -> Renoise:
@@ -124,7 +125,8 @@ class Discriminator:
         noise = noise.rows(slice(batch.start, batch.start + len(batch))).rows(judged).to(self.device)
         context, y = self.base.conditioning(batch.caption[judged], x_t.shape[2:], self.device)
         backbone.gradient_checkpointing = self.gradient_checkpointing
-        return View(self.head, backbone, self.schedule, x_t[judged], t[judged], noise, context, y, self.autocast)
+        there = sent(judged.nonzero()[:, 0], self.device)
+        return View(self.head, backbone, self.schedule, x_t[there], t[there], noise, context, y, self.autocast)
 
 
 def generator_loss(head: nn.Module, features: Tensor, style: Tensor) -> Tensor:

@@ -18,6 +18,10 @@ def check_run(
     """Raises ValueError for teachers of another architecture, noise schedule or text width than the base, for bad names, a bad config,
     latents with another number of channels, and for what ``world`` processes cannot do."""
     config.check()
+    if config.teachers_per_step == "auto":
+        raise ValueError(
+            "teachers_per_step is 'auto', and this run was not planned (memory.fitting): give a number, or all"
+        )
     check_parallel(config, world)
     check_names([teacher.name for teacher in teachers])
     check_architectures(base.unet.config, [(t.name, t.unet.config) for t in teachers])

@@ -48,9 +48,11 @@ class Draws:
                 )
             data, seed, first = self.final_data, hash_seed(c.seed, "final stage"), c.steps * c.accumulate
         chances = self.difficulty.chances(self.shares) if self.difficulty else None
+        models = c.teachers_per_step if isinstance(c.teachers_per_step, int) else None
         draw = Draw(
-            seed, c.batch_size, self.num_styles, c.base_share, c.caption_dropout, self.schedule, self.shares, chances
-        )
+            seed, c.batch_size, self.num_styles, c.base_share, c.caption_dropout, self.schedule, self.shares, chances,
+            models, c.accumulate,
+        )  # fmt: skip
         return self.local(data.batch(number - first, draw))
 
     def local(self, batch: Batch) -> Batch:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ...dmm_core.schedule import NoiseSchedule
 from ..config import TrainConfig
 from ..data.batches import Batch
+from ..parallel.devices import sent
 from ..teachers.teacher import Prediction
 from .adversary import View, discriminator_loss, generator_loss
 from .losses import feature_loss, score_loss, timestep_weights
@@ -84,13 +85,12 @@ class Objective:
     def _judged(self, losses: Losses, batch: Batch, *, student: Tensor, teacher: Tensor, view: View) -> Losses:
         """eq. 11 and 12: ``losses`` with what the discriminator says of the clean latents that student and teacher predict."""
         judged = batch.teacher < self.num_styles  # (B,)
-        style = batch.teacher[judged].to(student.device)
-        fake = view(view.x0(student[judged], self.prediction))  # eq. 12
+        style, rows = (sent(x, student.device) for x in (batch.teacher[judged], judged.nonzero()[:, 0]))
+        fake = view(view.x0(student[rows], self.prediction))  # eq. 12
         with torch.no_grad():
-            real = view(view.x0(teacher[judged], self.prediction))
+            real = view(view.x0(teacher[rows], self.prediction))
         generator = generator_loss(view.head, fake, style)  # CE(D(x0_stu), i)
         discriminator = discriminator_loss(view.head, fake, real, style)  # CE(D(x0_tea), i) + CE(D(x0_stu), N + i)
-        rows = judged.nonzero()[:, 0].to(student.device)
         return dataclasses.replace(
             losses,
             adversarial=losses.adversarial.index_copy(0, rows, generator),
@@ -106,22 +106,23 @@ class Objective:
         loss = mean(self.weighted_score(losses, batch), importance)
         loss = loss + self.lambda_feat * mean(losses.feature, importance)
         if losses.any_judged and step >= self.adv_start:
-            adversarial = losses.adversarial[losses.judged]
+            adversarial = of_rows(losses.adversarial, losses.judged)
             if importance is not None:
-                adversarial = adversarial * importance[losses.judged].to(adversarial)
+                adversarial = adversarial * sent(importance[losses.judged], adversarial.device)
             loss = loss + self.lambda_adv * adversarial.sum() / len(losses.score)
         return loss
 
     def discriminator_total(self, losses: Losses, batch: Batch) -> Tensor:
         """What the discriminator follows: a mean over the rows that it judged."""
         importance = self.loss_importance(batch)
-        return mean(losses.discriminator[losses.judged], None if importance is None else importance[losses.judged])
+        judged = of_rows(losses.discriminator, losses.judged)
+        return mean(judged, None if importance is None else importance[losses.judged])
 
     def weighted_score(self, losses: Losses, batch: Batch) -> Tensor:
         """eq. 9 (B,), as much as it counts at each row's timestep."""
         if self.timestep_weights is None:
             return losses.score
-        return losses.score * self.timestep_weights[batch.t].to(losses.score.device)
+        return losses.score * sent(self.timestep_weights[batch.t], losses.score.device)
 
     def loss_importance(self, batch: Batch) -> Tensor | None:
         """What each row counts in the objective (B,); None for all the same."""
@@ -130,4 +131,9 @@ class Objective:
 
 def mean(values: Tensor, weight: Tensor | None) -> Tensor:
     """Of values (B,), each times its weight (B,); the weights' own mean is 1 on average."""
-    return values.mean() if weight is None else (values * weight.to(values)).mean()
+    return values.mean() if weight is None else (values * sent(weight.to(values.dtype), values.device)).mean()
+
+
+def of_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """The values (B,) of the rows that are marked in ``rows`` (B,), bool on the CPU, so that no device has to say how many these are."""
+    return values[sent(rows.nonzero()[:, 0], values.device)]

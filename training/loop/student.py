@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...dmm_core.unet import UNet
 from ..config import TrainConfig
+from ..parallel.devices import sent
 from ..parallel.ranks import Ranks
 from ..parallel.sharding import distribute_like, gather_to_main, local_tensor, replicate, shard
 from ..teachers.teacher import Prediction, Teacher
@@ -64,7 +65,7 @@ class Student:
         """As ``Teacher.predict``, with the base's text states and parameterisation, and with gradients."""
         with self.autocast():
             context, y = self.base.conditioning(rows, x_t.shape[2:], x_t.device)
-            out = self.forward(x_t, t, context, y=y, style=style.to(x_t.device), features=features)
+            out = self.forward(x_t, t, context, y=y, style=sent(style, x_t.device), features=features)
         out, blocks = out if features else (out, [])
         return Prediction(out.float(), blocks)
 

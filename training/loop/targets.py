@@ -11,6 +11,7 @@ from torch import Tensor
 from ...dmm_core.schedule import NoiseSchedule
 from ..config import TrainConfig
 from ..data.batches import Batch
+from ..parallel.devices import sent
 from ..teachers.pool import TeacherPool
 from ..teachers.teacher import Prediction, Teacher
 
@@ -37,7 +38,7 @@ class Targets:
         late: bool = False,
     ):
         self.models, self.base, self.device, self.autocast = [*teachers, base], base, device, autocast
-        self.schedule = NoiseSchedule(base.zero_snr)
+        self.schedule, self.slots = NoiseSchedule(base.zero_snr), config.teacher_slots
         for teacher in self.models:
             teacher.weights_sha256  # noqa: B018  (remembered: the pool converts weights in place)
         self.pool = TeacherPool(
@@ -57,15 +58,15 @@ class Targets:
         """Every row's own teacher, in the student's parameterisation (the base's). x_t (B, C, h, w) and t (B,) are the batch's, on the
         device; what the data have stored is taken from there."""
         if batch.target is not None and not features:
-            return Prediction(self._stored(batch.target.to(self.device), batch.teacher, x_t, t), [])
+            return Prediction(self._stored(sent(batch.target, self.device), batch.teacher, x_t, t), [])
         places: list[Tensor] = []
         targets: list[Tensor] = []
         features_of: list[Sequence[Tensor]] = []
         groups = self._by_unet(batch.teacher.unique().tolist())
         for i, unet in self.pool.loaded(list(groups)):
             rows = torch.isin(batch.teacher, torch.tensor(groups[i])).nonzero()[:, 0]
-            there, teacher = rows.to(self.device), self.models[i]
-            style = self._style_rows[batch.teacher[rows].to(self.device)] if unet.config.num_styles else None
+            there, teacher = sent(rows, self.device), self.models[i]
+            style = self._style_rows[sent(batch.teacher[rows], self.device)] if unet.config.num_styles else None
             with self.autocast():
                 said = teacher.predict(x_t[there], t[there], batch.caption[rows], style, features=features, unet=unet)
             targets.append(self.as_student(said.out, x_t[there], t[there], teacher))
@@ -75,12 +76,14 @@ class Targets:
         order = torch.cat(places)
         if torch.equal(order, torch.arange(len(order))):
             return Prediction(out, blocks)
-        back = order.argsort().to(self.device)  # the rows of a UNet with several styles were not neighbours
+        back = sent(order.argsort(), self.device)  # the rows of a UNet with several styles were not neighbours
         return Prediction(out[back], [block[back] for block in blocks])
 
     def prefetch(self, batch: Batch) -> None:
-        """Send for the first teacher of a batch that is to come."""
-        self.pool.prefetch(int(batch.teacher[0]))
+        """Send for the first teachers of a batch that is to come, as many as there are places."""
+        needed = self._by_unet(batch.teacher.unique().tolist())
+        for i in [i for i in needed if i not in self.pool.resident][: self.slots]:
+            self.pool.prefetch(i)
 
     def as_student(self, out: Tensor, x_t: Tensor, t: Tensor, teacher: Teacher) -> Tensor:
         """A teacher's output in the student's parameterisation, so that eps and v teachers can be mixed."""
@@ -94,7 +97,7 @@ class Targets:
         """The data's predictions (B, C, h, w), each in its own teacher's parameterisation, in the student's."""
         out = []
         for i in teacher.unique().tolist():  # sorted, as the rows are
-            rows = (teacher == i).to(self.device)
+            rows = sent((teacher == i).nonzero()[:, 0], self.device)
             out.append(self.as_student(target[rows], x_t[rows], t[rows], self.models[i]))
         return torch.cat(out)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...dmm_core.schedule import NoiseSchedule
 from ..config import TrainConfig
 from ..data.batches import Batch, TrainingData, bad_rows
+from ..parallel.devices import sent
 from ..parallel.ranks import AgreedError, Ranks
 from ..parallel.sharding import average_gradients, full_tensor, without_sync
 from ..teachers.teacher import Teacher
@@ -27,7 +28,7 @@ from .checks import check_run
 from .draws import Draws, difficulty_of
 from .gathered import gathered
 from .kinds import RunKind, kind_of
-from .metrics import Metrics, MicroBatch, by_teacher, measured
+from .metrics import Metrics, MicroBatch, by_teacher, measured, on_cpu
 from .objective import Losses, Objective
 from .optimizers import learning_rate, make_optimizer, parameter_groups
 from .precision import autocast
@@ -97,8 +98,9 @@ class Trainer:
             yield self.train_step()
 
     def train_step(self) -> Metrics:
-        """batch -> teachers, student -> losses -> backward -> rows of other processes -> finite? -> update -> running average."""
-        started, c = time.perf_counter(), self.config
+        """batch -> teachers, student -> losses -> backward -> clip -> numbers to the CPU -> rows of other processes -> finite? -> update ->
+        running average."""
+        started, moved, c = time.perf_counter(), self.targets.pool.moved_bytes, self.config
         self.kind.before_step(self)
         self._zero_grad()
         micro_batches: list[MicroBatch] = []
@@ -119,22 +121,25 @@ class Trainer:
                     not self.difficulty or k + 1 < c.accumulate
                 ):  # adaptive sampling draws the next step's batches after the update
                     self._look_ahead(number + 1)  # the device is still busy
+        micro_batches, norm = on_cpu(micro_batches, self._clip())  # the one moment at which the device is waited for
         micro_batches = gathered(micro_batches, self.objective, self.step, self.ranks)
         for one in micro_batches:
             self._check_finite(one)
+        self._check_norm(norm)
         lr = learning_rate(c, self.step)
         with self.kind.around_update(self):
-            norm = self._update(micro_batches, lr)
+            self._update(micro_batches, lr)
         if self.difficulty:  # only now it is known how the next rows are drawn
             self._look_ahead(self.step * c.accumulate)
         metrics = measured(micro_batches, self.names, step=self.step, steps=c.all_steps, lr=lr, grad_norm=norm)
         metrics.seconds = time.perf_counter() - started
+        metrics.moved_bytes = self.targets.pool.moved_bytes - moved
         return metrics
 
     def losses(self, batch: Batch, number: int = 0) -> Losses:
         """eq. 9 to 11 of every row of a batch; ``number`` chooses the noise that the discriminator sees."""
         features = self.config.lambda_feat > 0
-        x_t, t = batch.x_t.to(self.device), batch.t.to(self.device)
+        x_t, t = sent(batch.x_t, self.device), sent(batch.t, self.device)
         teacher = self.targets(batch, x_t, t, features)
         style = style_rows(batch.teacher, self.num_styles)
         student = self.student.predict(x_t, t, batch.caption, style, features=features)
@@ -183,24 +188,24 @@ class Trainer:
             return f"the teacher itself predicts NaN or infinite numbers in {where}: set teacher_dtype to fp32, or get its file again"
         return ""
 
-    def _update(self, micro_batches: Sequence[MicroBatch], lr: float) -> float:
-        """Clip, step, average, note what was hard; returns the gradients' norm.
-
-        Raises ValueError for one that is not finite, before anything changes.
-        """
-        c = self.config
-        if self.discriminator and self.ranks.world > 1 and any(one.losses.any_judged for one in micro_batches):
-            average_gradients(self.discriminator.head.parameters(), self.ranks)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+    def _clip(self) -> Tensor:
+        """Limit the gradients (in place); returns their norm before that, a number on the device."""
         self.scaler.unscale_(self.optimizer)
-        norm = float(
-            full_tensor(torch.nn.utils.clip_grad_norm_(self.student.trained.values(), c.grad_clip or math.inf))
-        )
+        longest = self.config.grad_clip or math.inf
+        return full_tensor(torch.nn.utils.clip_grad_norm_(self.student.trained.values(), longest))
+
+    def _check_norm(self, norm: float) -> None:
         if not math.isfinite(norm) and not self.scaler.is_enabled():  # fp16's scaler skips such a step by itself
             raise AgreedError(
                 f"the gradients are not finite at step {self.step + 1}: lower the learning rate or use precision fp32"
             )
+
+    def _update(self, micro_batches: Sequence[MicroBatch], lr: float) -> None:
+        """Step, average, note what was hard. micro_batches: of all processes, on the CPU."""
+        if self.discriminator and self.ranks.world > 1 and any(one.losses.any_judged for one in micro_batches):
+            average_gradients(self.discriminator.head.parameters(), self.ranks)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
         self.updating = True
         self.scaler.step(self.optimizer)
         if self.discriminator_optimizer and any(one.losses.any_judged for one in micro_batches):
@@ -210,9 +215,8 @@ class Trainer:
         self.student.update_average()
         if self.difficulty:
             for batch, losses in ((one.batch, one.losses) for one in micro_batches):
-                self.difficulty.see(batch.teacher, batch.t, self.objective.weighted_score(losses, batch).detach().cpu())
+                self.difficulty.see(batch.teacher, batch.t, self.objective.weighted_score(losses, batch))
         self.updating = False
-        return norm
 
     # --- what the loop needs ------------------------------------------------------------------------------------------
 

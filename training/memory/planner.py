@@ -93,7 +93,7 @@ class Choice:
 class Plan(Choice):
     """Settings and what they need. breakdown: bytes on the device at the worst moment, by what they hold; ram: bytes of
     teachers and average in RAM beside it; budget: the bytes that were allowed, usable: what is left of them after the
-    margin.
+    margin. models: teachers_per_step; moved: the most bytes of them that a step copies to the device (``bus``).
     """
 
     precision: str
@@ -102,6 +102,8 @@ class Plan(Choice):
     budget: int
     usable: int
     processes: int = 1
+    models: int | str = "all"
+    moved: int = 0
 
     @property
     def peak(self) -> int:
@@ -134,11 +136,17 @@ class Plan(Choice):
         where = "all on the device" if self.residency == "device" else f"in RAM, {places} on the device"
         blocks = "blocks recomputed" if self.gradient_checkpointing else "activations kept"
         shared = f", shared by {self.processes} processes with this much memory each" if self.processes > 1 else ""
+        asked = "all teachers" if self.models == "all" else f"{self.models} of the teachers and the base"
         width = max(len("together"), *map(len, self.breakdown))
         lines = [
             f"learning: {learns[self.trainable]}, {self.optimizer}, {self.precision}",
             f"batch:    {self.micro_batch} samples x {self.accumulate} forwards, {blocks}{shared}",
             f"teachers: {where} ({self.ram / GB:.1f} GB of RAM)",
+            *(
+                [f"moved:    {asked} in a step, {self.moved / 1e9:.1f} GB over the bus at the most"]
+                if self.moved
+                else []
+            ),
             *(f"  {name:<{width}} {size / GB:6.2f} GB" for name, size in self.breakdown.items() if size),
             f"  {'together':<{width}} {self.peak / GB:6.2f} GB of {self.usable / GB:.1f} GB usable of {self.budget / GB:.1f} GB",
         ]

@@ -43,6 +43,7 @@ DAMAGED = ".damaged"
 """Behind the name of a state that could not be gone on from: it is no state any more, and nobody but its owner removes it."""
 MAY_CHANGE = (
     "device", "save_every", "keep", "residency", "teacher_slots", "memory", "validation", "parallel", "gradient_checkpointing",
+    "bus_speed", "step_seconds",
 )  # fmt: skip
 """Settings that do not change what a step does; every other one is part of a run's identity."""
 
@@ -51,6 +52,7 @@ LEFT_OUT: tuple[tuple[Callable[[TrainConfig], bool], tuple[str, ...]], ...] = (
     (lambda c: c.sampling == "uniform", ("sampling", "adaptive_power", "adaptive_floor", "adaptive_correct")),
     (lambda c: c.loss_weight == "plain", ("loss_weight", "loss_clamp")),
     (lambda c: c.init != "bank", ("bank",)),
+    (lambda c: c.teachers_per_step == "all", ("teachers_per_step",)),
     (lambda c: c.growth == default_of(TrainConfig, "growth"), ("growth",)),
     (lambda c: c.lr_schedule == "constant" and not c.final_steps, ("steps",)),
 )

@@ -96,7 +96,7 @@ class TeacherPool:
         late: bool = False,
     ):
         self.unets, self.device = list(unets), torch.device(device)
-        self.copies = 0  # to the device so far
+        self.copies = self.moved_bytes = 0  # to the device so far
         self._check(policy, resident, slots)
         self.policy = self._choose(dtype) if policy == "auto" else policy
         self.resident = frozenset(range(len(unets)) if self.policy == "device" else resident)
@@ -280,6 +280,7 @@ class TeacherPool:
                 slot.ready.record(self._stream)
         slot.holds = index
         self.copies += 1
+        self.moved_bytes += slot.flat.nbytes
 
     def _give_back(self) -> None:
         """The caller has queued all its work on the UNet it was given."""

@@ -17,6 +17,7 @@ from ...dmm_core.sdxl import SIZE_CHANNELS, sdxl_vector
 from ...dmm_core.style import MLP_NAMES, no_style_row, style_row
 from ...dmm_core.unet import UNet, UNetConfig, load_unet
 from ..files.hashing import weights_sha256
+from ..parallel.devices import sent
 
 
 class StoredRows(Protocol):
@@ -142,7 +143,7 @@ class Teacher:
             t,
             context.to(dtype),
             y=None if y is None else y.to(dtype),
-            style=None if style is None else style.expand(len(t), -1).to(device),
+            style=None if style is None else sent(style.expand(len(t), -1), device),
             features=features,
         )
         out, blocks = out if features else (out, [])
@@ -152,11 +153,11 @@ class Teacher:
         """context (B, L, d) and, for SDXL, y (B, adm) of captions (B,) for latents of the size (h, w), on the
         device."""
         rows = rows.cpu()
-        context = self.contexts[rows].to(device)
+        context = sent(self.contexts[rows], device)
         if self.pooled is None:
             return context, None
         height, width = size
-        return context, sdxl_vector(self.pooled[rows].to(device), 8 * height, 8 * width)
+        return context, sent(sdxl_vector(self.pooled[rows], 8 * height, 8 * width), device)
 
 
 class HasName(Protocol):
