@@ -19,7 +19,7 @@ from ..data.cache import ImageCache
 from ..data.open_cache import open_cache
 from ..data.rollout_data import Rollouts
 from ..data.text_states import TextStates
-from ..files.hashing import weights_sha256
+from ..files.hashing import Float32, weights_sha256
 from ..files.model_files import load_any, load_any_info
 from ..files.model_settings import say_guesses, told, with_settings
 from ..files.outputs import check_folder, check_output
@@ -132,12 +132,13 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
 
 
 def teacher_unets(config: DistillConfig, files: Named, ranks: Ranks) -> dict[str, UNet]:
-    """Checked, by name. Of several processes each reads a share of the teachers to check them; their weights stay in the files, and
-    the pool reads those that a process meets. (LoRAs have been folded in already: such weights are in no file.)"""
+    """Checked, by name. Their weights stay in the files, mapped into memory in the dtype that they have there, until the pool takes them.
+    (LoRAs have been folded in already: such weights are in no file.) Of several processes each reads a share of the teachers to check
+    them."""
     unets = {}
     for i, spec in enumerate(config.teachers):
-        copy = ranks.world == 1 or bool(spec.loras)
-        look, file = copy or i % ranks.world == ranks.rank, files[spec.name][0]
+        copy, file = bool(spec.loras), files[spec.name][0]
+        look = copy or i % ranks.world == ranks.rank
         unets[spec.name] = plain_unet(file.unet, f"teacher '{spec.name}'", copy, look, heads=file.heads)
     return unets
 
@@ -153,22 +154,6 @@ def share_hashes(teachers: Sequence[Teacher], ranks: Ranks) -> None:
     hashes = {id(unets[i]): sha for part in parts for i, sha in part.items()}
     for teacher in teachers:
         teacher.weights_sha256 = hashes[id(teacher.unet)]
-
-
-class Float32(Mapping):
-    """A state dict in float32, converted tensor by tensor."""
-
-    def __init__(self, weights: Mapping[str, Tensor]):
-        self.weights = weights
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.weights[key].float()
-
-    def __iter__(self):
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
 
 
 def load_teacher(spec: TeacherSpec, base: Checkpoint, config: DistillConfig) -> tuple[Checkpoint, str]:

@@ -16,7 +16,8 @@ from ...dmm_core.metadata import StyleInfo
 from ...dmm_core.sdxl import SIZE_CHANNELS, sdxl_vector
 from ...dmm_core.style import MLP_NAMES, no_style_row, style_row
 from ...dmm_core.unet import UNet, UNetConfig, load_unet
-from ..files.hashing import weights_sha256
+from ...dmm_core.weights_file import is_finite
+from ..files.hashing import Float32, weights_sha256
 
 
 class StoredRows(Protocol):
@@ -105,9 +106,9 @@ class Teacher:
 
     @cached_property
     def weights_sha256(self) -> str:
-        """``hashing.weights_sha256`` of the UNet at the time of the first call; a run calls it before it converts the
-        weights."""
-        return weights_sha256(self.unet.state_dict())
+        """``hashing.weights_sha256`` of the UNet's values in float32, whatever it has them in, at the time of the first call; a run
+        calls it before it converts the weights."""
+        return weights_sha256(Float32(self.unet.state_dict()))
 
     # The one place where a teacher is called. What goes in and what comes out:
     #
@@ -223,7 +224,7 @@ def sound_unet(
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     for key, tensor in unet.state_dict().items() if look else ():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise ValueError(f"{name} has NaN or infinite weights in '{key}': the file is damaged, get it again")
     return unet
 
