@@ -56,7 +56,11 @@ def make_files(folder: Path, teachers: int, side: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "latents.safetensors").exists():
         captions = [f"caption {i}" for i in range(8)]
-        save_file({"latents": torch.randn(8, 4, side, side)}, folder / "latents.safetensors", {"captions": json.dumps(captions)})
+        save_file(
+            {"latents": torch.randn(8, 4, side, side)},
+            folder / "latents.safetensors",
+            {"captions": json.dumps(captions)},
+        )
     missing = [i for i in range(teachers + 1) if not (folder / f"{i}.safetensors").exists()]
     if not missing:
         return

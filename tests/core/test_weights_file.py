@@ -251,7 +251,9 @@ def test_finite_is_what_isfinite_says(dtype, shape):
     assert weights_file.is_finite(numbers.to(dtype))
     most = torch.finfo(dtype).max
     assert weights_file.is_finite(torch.full(shape, most, dtype=torch.float64).to(dtype))
-    values = [float("nan")] if dtype == torch.float8_e4m3fn else [float("nan"), float("inf"), -float("inf")]  # it has no infinity
+    values = (
+        [float("nan")] if dtype == torch.float8_e4m3fn else [float("nan"), float("inf"), -float("inf")]
+    )  # it has no infinity
     for value in values:
         for place in {0, numbers.numel() // 2, numbers.numel() - 1}:
             for other in (None, *values):

@@ -4,6 +4,7 @@ together."""
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from ...dmm_core.style import MLP_NAMES, no_style_row, style_row
 from ...dmm_core.unet import UNet, UNetConfig, load_unet
 from ...dmm_core.weights_file import is_finite
 from ..files.hashing import Float32, weights_sha256
+from ..files.remembered import remembered
 
 
 class StoredRows(Protocol):
@@ -52,7 +54,7 @@ class Teacher:
     style: of a UNet that is itself a DMM model, which of its styles this teacher is, or which mix of them (index:
     share); None for no style. The remaining fields are recorded in the style's metadata; ``known`` is what an older DMM
     file says of the style, and is recorded as it is. told: prediction and noise schedule where a config or a yaml says another than the
-    file alone, "" otherwise.
+    file alone, "" otherwise. weight_files: those that its weights were read from, where they are nothing else.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Teacher:
     style: int | Mapping[int, float] | None = None
     known: StyleInfo | None = None
     told: str = ""
+    weight_files: Sequence[str | os.PathLike] = ()
 
     def __post_init__(self) -> None:
         self.unet.requires_grad_(False).eval()
@@ -108,7 +111,15 @@ class Teacher:
     def weights_sha256(self) -> str:
         """``hashing.weights_sha256`` of the UNet's values in float32, whatever it has them in, at the time of the first call; a run
         calls it before it converts the weights."""
-        return weights_sha256(Float32(self.unet.state_dict()))
+        return self.hashed()
+
+    def hashed(self) -> str:
+        """``weights_sha256``, computed, or remembered of its files."""
+        return remembered(
+            "UNet's values in float32, as read by version 1",
+            self.weight_files,
+            lambda: weights_sha256(Float32(self.unet.state_dict())),
+        )
 
     # The one place where a teacher is called. What goes in and what comes out:
     #
