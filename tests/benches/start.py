@@ -6,7 +6,7 @@
 The files are made once (1.9 GB for the base and 1.7 GB a teacher). Seconds are of one process on whatever the machine does besides.
 Memory is what the process alone has (RssAnon, Linux), sampled; pages of the mapped files come on top as long as nobody else wants the
 memory. Counted: the student in float32, what is trained of it three times more (gradients and AdamW's two moments) once a step was made,
-and the average.
+the average, and the models that stay on the device (with a discriminator, the base) or have a slot there.
 """
 
 from __future__ import annotations
@@ -116,7 +116,10 @@ def main() -> None:
     whole = sum(p.numel() * p.element_size() for p in parameters)
     learnt = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
     average = learnt if trainer.student.ema is not None else 0
-    counted = whole + average + (3 * learnt if args.steps else 0)
+    pool = trainer.targets.pool
+    kept = sum(p.numel() * 4 for i in pool.resident for p in pool.unets[i].parameters())  # in float32
+    slots = sum(slot.flat.nbytes for slot in pool.slots)
+    counted = whole + average + kept + slots + (3 * learnt if args.steps else 0)
     print(f"counted: {counted / GB:.2f} GB, measured {memory.peak / GB:.2f} GB, {memory.peak / counted:.2f} of it")
     trainer.targets.pool.close()
 

@@ -42,7 +42,7 @@ def test_computed_once(store, tmp_path):
 
 
 def test_every_change_is_seen(store, tmp_path):
-    """Written in place with the same size and the old time set back, replaced by a file with the same size and time, grown: computed anew."""
+    """Written in place with its old size and time, replaced by a file of the same size and time, grown: computed anew."""
     file = tmp_path / "a.bin"
     file.write_bytes(b"12345")
     compute = Counted(file)

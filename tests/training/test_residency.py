@@ -158,7 +158,7 @@ def test_weights_are_converted_once_and_in_place(policy):
 
 
 def test_half_precision_in_a_file_waits_there_and_answers_in_float32(tmp_path, monkeypatch):
-    """auto: on the device what fits; what does not waits as it is, mapped, with one slot, and the answers are those of a copy in float32."""
+    """auto: on the device what fits; what does not waits as it is, mapped, with one slot, and answers as a copy in float32."""
     from comfyui_dmm.training.teachers import pool as pools
     from comfyui_dmm.training.teachers.teacher import plain_unet
     from safetensors.torch import load_file, save_file

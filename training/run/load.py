@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ...dmm_core.bank import has_bank
 from ...dmm_core.checkpoint import Checkpoint
