@@ -40,8 +40,8 @@ def remembered(kind: str, files: Iterable[str | os.PathLike], compute: Callable[
 
     Raises what ``compute`` raises.
     """
-    files = [os.path.realpath(file) for file in files]
-    store, before = _store(), _stamps(files)
+    paths = [os.path.realpath(file) for file in files]
+    store, before = _store(), _stamps(paths)
     if store is None or before is None:
         return compute()
     key = repr_sha256(kind, before)
@@ -50,7 +50,7 @@ def remembered(kind: str, files: Iterable[str | os.PathLike], compute: Callable[
         return known
     result = compute()
     newest = max(max(mtime, ctime) for *_, mtime, ctime in before)
-    if _stamps(files) == before and time.time_ns() - newest > FRESH and _HASH.fullmatch(result):
+    if _stamps(paths) == before and time.time_ns() - newest > FRESH and _HASH.fullmatch(result):
         _write(store, key, result)
     return result
 
