@@ -1,9 +1,12 @@
 """Options of the whole test suite. tests/host also needs a real ComfyUI, see its own conftest."""
 
+import os
 from zlib import crc32
 
 import pytest
 import torch
+
+os.environ["DMM_HASHES"] = ""  # nothing in the user's own folders
 
 
 def pytest_addoption(parser):

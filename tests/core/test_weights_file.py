@@ -238,3 +238,33 @@ def test_a_checkpoint_of_most_styles_is_read(tmp_path):
     unet = {**unet_weights(), "model_embedding.weight": torch.zeros(MAX_STYLES, 128).half()}
     save_checkpoint(tmp_path / "a.safetensors", Checkpoint(unet=unet))
     assert read_info(tmp_path / "a.safetensors").styles == default_styles(MAX_STYLES)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 33), (64, 65)])
+def test_finite_is_what_isfinite_says(dtype, shape):
+    """At every kind of place and for every value that is not finite, also several at once; the largest finite ones are finite."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(shape, generator=generator)
+    assert weights_file.is_finite(numbers.to(dtype))
+    most = torch.finfo(dtype).max
+    assert weights_file.is_finite(torch.full(shape, most, dtype=torch.float64).to(dtype))
+    values = (
+        [float("nan")] if dtype == torch.float8_e4m3fn else [float("nan"), float("inf"), -float("inf")]
+    )  # it has no infinity
+    for value in values:
+        for place in {0, numbers.numel() // 2, numbers.numel() - 1}:
+            for other in (None, *values):
+                damaged = numbers.flatten().clone()
+                damaged[place] = value
+                if other is not None:
+                    damaged[0] = other
+                damaged = damaged.view(shape).to(dtype)
+                assert not damaged.float().isfinite().all()
+                assert not weights_file.is_finite(damaged), (value, place, other)
+
+
+def test_integers_and_nothing_are_finite():
+    assert weights_file.is_finite(torch.tensor([1, 2])) and weights_file.is_finite(torch.empty(0, 3))

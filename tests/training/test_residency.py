@@ -150,10 +150,34 @@ def test_weights_are_converted_once_and_in_place(policy):
     expected = answers(unets(), torch.bfloat16)
     models = unets()
     pool = TeacherPool(models, "cpu", policy, torch.bfloat16)
-    assert {p.dtype for unet in models for p in unet.parameters()} == {torch.bfloat16}
+    waits = policy == "offload"  # without CUDA as it is, perhaps in its file; converted on the way into a slot
+    assert {p.dtype for unet in models for p in unet.parameters()} == {torch.float32 if waits else torch.bfloat16}
     for index, got in visited(pool, range(N), torch.bfloat16).items():
         assert got.dtype == torch.bfloat16
         assert torch.equal(got, expected[index])
+
+
+def test_half_precision_in_a_file_waits_there_and_answers_in_float32(tmp_path, monkeypatch):
+    """auto: on the device what fits; what does not waits as it is, mapped, with one slot, and answers as a copy in float32."""
+    from comfyui_dmm.training.teachers import pool as pools
+    from comfyui_dmm.training.teachers.teacher import plain_unet
+    from safetensors.torch import load_file, save_file
+
+    for i, unet in enumerate(unets()):
+        save_file({key: weight.half() for key, weight in unet.state_dict().items()}, tmp_path / f"{i}.safetensors")
+    files = [load_file(tmp_path / f"{i}.safetensors") for i in range(N)]
+    expected = answers([plain_unet(file, "a") for file in files])
+    for free, policy in ((2**40, "device"), (1000, "offload")):
+        monkeypatch.setattr(pools, "available_bytes", lambda device, free=free: free)
+        models = [plain_unet(file, "a", copy=False) for file in files]
+        pool = TeacherPool(models, "cpu", "auto", torch.float32)
+        assert pool.policy == policy
+        for index, got in visited(pool, [2, 0, 3, 1]).items():
+            assert torch.equal(got, expected[index])
+        if policy == "offload":
+            assert len(pool.slots) == 1
+            mapped = {w.data_ptr() for file in files for w in file.values()}
+            assert {w.data_ptr() for unet in models for w in unet.state_dict().values()} <= mapped
 
 
 @pytest.mark.parametrize("policy", ["device", "offload"])

@@ -43,6 +43,22 @@ def repr_sha256(*values: object) -> str:
     return hashlib.sha256(repr(values).encode("utf-8", "backslashreplace")).hexdigest()
 
 
+class Float32(Mapping):
+    """A state dict in float32, converted tensor by tensor."""
+
+    def __init__(self, weights: Mapping[str, Tensor]):
+        self.weights = weights
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.weights[key].float()
+
+    def __iter__(self):
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
     """sha256 (hexadecimal) over names and exact values, in the dtypes they have."""
     digest = hashlib.sha256()

@@ -45,6 +45,7 @@ from ...dmm_core.unet import unet_config_from_state_dict, with_heads
 from ...dmm_core.weights_file import read_keys, read_weights
 from .clip_layout import to_single_file
 from .model_settings import with_yaml
+from .remembered import remembered
 
 logger = logging.getLogger(__name__)
 
@@ -121,10 +122,14 @@ def model_sha256(path: str | os.PathLike) -> str:
     path = Path(path)
     files = weight_files(path)
     if files == [path]:
-        return file_sha256(path)
+        return _sha256(path)
     folder = path if path.is_dir() else path.parent
-    lines = sorted(f"{file_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files)
+    lines = sorted(f"{_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    return remembered("sha256 of a file", [path], lambda: file_sha256(path))
 
 
 def add_parts(checkpoint: Checkpoint, companion: Checkpoint) -> Checkpoint:

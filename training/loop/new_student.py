@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from ...dmm_core.bank import BankConfig
 from ...dmm_core.bank_fit import fit_bank
 from ...dmm_core.bank_size import bank_of, layout_of
-from ...dmm_core.style import CODEBOOK, mlp_name
+from ...dmm_core.style import CODEBOOK, MLP_NAMES, mlp_name
 from ...dmm_core.unet import UNet, UNetConfig, init_style, load_unet
 from ..config import TrainConfig
 from ..seeds import hash_seed
 from ..teachers.teacher import Teacher, soup, without_styles
 from .adapters import add_lora
 from .bank_start import FILE_ITEMSIZE, bank_start
+
+STYLE_SIDE = tuple(f"{name}." for name in (CODEBOOK, *MLP_NAMES))
 
 
 def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) -> UNet:
@@ -43,20 +45,39 @@ def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) ->
         sizes["style_mlp"] = mlp_name(bool(sizes["adm_channels"]))
     if banks:
         sizes["bank"] = student_bank(base.config, len(teachers), config)
-    student = UNet(UNetConfig(**sizes))
-    init_style(student, torch.Generator().manual_seed(hash_seed(config.seed, "style")))
     if banks:
         source = banked(base, teachers, config)
-        nn.init.zeros_(student.style_mlp.linear_2.weight)  # at first the bank alone makes the styles
-        nn.init.zeros_(student.style_mlp.linear_2.bias)
     else:
         source = soup([t.unet.state_dict() for t in teachers]) if config.init == "soup" else base.state_dict()
     codes = None if again else source.pop(f"{CODEBOOK}.weight", None)
-    student.load_state_dict(source, strict=False)  # all but what has no source
+    student = filled(UNetConfig(**sizes), source, torch.Generator().manual_seed(hash_seed(config.seed, "style")))
+    if banks:
+        nn.init.zeros_(student.style_mlp.linear_2.weight)  # at first the bank alone makes the styles
+        nn.init.zeros_(student.style_mlp.linear_2.bias)
     for row, teacher in enumerate(teachers):
         if codes is not None and teacher.unet is base and isinstance(teacher.style, int):
             student.model_embedding.weight.data[row] = codes[teacher.style]
     return ready(student, config)
+
+
+def filled(config: UNetConfig, source: dict[str, Tensor], generator: torch.Generator) -> UNet:
+    """A UNet with copies of ``source`` in float32, on the CPU; a style side that has no source is new, by ``generator``.
+
+    No memory is filled with random numbers that are overwritten. Takes the tensors out of ``source``, one after the other (in place).
+    """
+    with torch.device("meta"):
+        student = UNet(config)
+    shapes = {key: tensor.shape for key, tensor in student.state_dict().items()}
+    style = {key for key, _ in student.named_parameters() if key.startswith(STYLE_SIDE)}
+    if lost := sorted(shapes.keys() - source.keys() - style):
+        raise AssertionError(f"nothing says what {lost[:4]} begin as")
+    student.load_state_dict({key: torch.empty(shapes[key]) for key in style}, strict=False, assign=True)
+    if style:
+        init_style(student, generator)
+    student.load_state_dict({key: source.pop(key) for key in style & source.keys()}, strict=False)
+    weights = {key: source.pop(key).detach().to(torch.float32, copy=True) for key in shapes.keys() & source.keys()}
+    student.load_state_dict(weights, strict=False, assign=True)
+    return student
 
 
 def ready(student: UNet, config: TrainConfig) -> UNet:

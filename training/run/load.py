@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ...dmm_core.bank import has_bank
 from ...dmm_core.checkpoint import Checkpoint
@@ -19,10 +18,10 @@ from ..data.cache import ImageCache
 from ..data.open_cache import open_cache
 from ..data.rollout_data import Rollouts
 from ..data.text_states import TextStates
-from ..files.hashing import weights_sha256
-from ..files.model_files import load_any, load_any_info
+from ..files.model_files import load_any, load_any_info, model_sha256, weight_files
 from ..files.model_settings import say_guesses, told, with_settings
 from ..files.outputs import check_folder, check_output
+from ..files.remembered import side_by_side
 from ..files.style_file import centred_at_base
 from ..loop.forget import forgetting
 from ..loop.trainer import Trainer
@@ -55,7 +54,7 @@ class Run:
     ranks: Ranks = field(default_factory=Ranks)
 
     def start(self) -> Trainer:
-        share_hashes(self.teachers, self.ranks)
+        share_hashes([*self.teachers, self.base], self.ranks)
         if self.forget:
             return forgetting(
                 self.base,
@@ -84,7 +83,10 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
     if again:
         config = dataclasses.replace(config, teachers=in_style_order(base.styles, config.teachers))
     files: Named = {spec.name: load_teacher(spec, base, config) for spec in config.teachers}
-    base_unet = (styled_unet if grown or again else plain_unet)(base.unet, "the base model", heads=base.heads)
+    if grown or again:
+        base_unet = styled_unet(base.unet, "the base model", heads=base.heads)
+    else:
+        base_unet = plain_unet(base.unet, "the base model", copy=False, heads=base.heads)
     ranks = ranks or Ranks()
     unets = teacher_unets(config, files, ranks)
     check_architectures(base_unet.config, [(name, unet.config) for name, unet in unets.items()])
@@ -109,14 +111,18 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
         )
         for name, (checkpoint, file) in {**files, "": (base, config.base)}.items()
     }
+    sources = [config.base, *(spec.file or config.base for spec in config.teachers if not spec.loras)]
+    sums = dict(zip(sources, side_by_side(model_sha256, sources)))
+    frozen[""].weight_files = weight_files(config.base)
     for spec in config.teachers:
         teacher = frozen[spec.name]
         teacher.description, teacher.licence = spec.description, spec.licence
-        teacher.file, teacher.sha256 = recorded(spec.file or config.base, spec.loras)
+        teacher.file, teacher.sha256 = recorded(spec.file or config.base, spec.loras, sums)
+        teacher.weight_files = () if spec.loras else weight_files(spec.file or config.base)
         teacher.sha256 = teacher.sha256 or teacher.weights_sha256  # with LoRAs there is no file of its weights
     foundation = frozen.pop("")
     foundation.name = "base"
-    foundation.file, foundation.sha256 = recorded(config.base, [])
+    foundation.file, foundation.sha256 = recorded(config.base, [], sums)
     foundation.at_base = centred_at_base(base.recipe)
     begun = begun_with(Path(config.run_dir))
     check_text((foundation, *frozen.values()))
@@ -134,43 +140,26 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
 
 
 def teacher_unets(config: DistillConfig, files: Named, ranks: Ranks) -> dict[str, UNet]:
-    """Checked, by name. Of several processes each reads a share of the teachers to check them; their weights stay in the files, and
-    the pool reads those that a process meets. (LoRAs have been folded in already: such weights are in no file.)"""
+    """Checked, by name. Their weights stay in the files, mapped into memory in the dtype that they have there, until the pool takes them.
+    (LoRAs have been folded in already: such weights are in no file.) Of several processes each reads a share of the teachers to check
+    them."""
     unets = {}
     for i, spec in enumerate(config.teachers):
-        copy = ranks.world == 1 or bool(spec.loras)
-        look, file = copy or i % ranks.world == ranks.rank, files[spec.name][0]
+        copy, file = bool(spec.loras), files[spec.name][0]
+        look = copy or i % ranks.world == ranks.rank
         unets[spec.name] = plain_unet(file.unet, f"teacher '{spec.name}'", copy, look, heads=file.heads)
     return unets
 
 
 def share_hashes(teachers: Sequence[Teacher], ranks: Ranks) -> None:
-    """Give each teacher its ``weights_sha256``: several processes share out the work. It is of the values in float32, as one process
-    has them."""
-    if ranks.world == 1:
-        return
-    unets = list({id(teacher.unet): teacher.unet for teacher in teachers}.values())
+    """Give each teacher its ``weights_sha256``: threads, and several processes, share out the work."""
+    unets = list({id(teacher.unet): teacher for teacher in teachers}.items())
     mine = range(ranks.rank, len(unets), ranks.world)
-    parts = ranks.gather({i: weights_sha256(Float32(unets[i].state_dict())) for i in mine})
-    hashes = {id(unets[i]): sha for part in parts for i, sha in part.items()}
+    computed = dict(zip(mine, side_by_side(lambda i: unets[i][1].hashed(), mine)))
+    parts = ranks.gather(computed) if ranks.world > 1 else [computed]
+    hashes = {unets[i][0]: sha for part in parts for i, sha in part.items()}
     for teacher in teachers:
         teacher.weights_sha256 = hashes[id(teacher.unet)]
-
-
-class Float32(Mapping):
-    """A state dict in float32, converted tensor by tensor."""
-
-    def __init__(self, weights: Mapping[str, Tensor]):
-        self.weights = weights
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.weights[key].float()
-
-    def __iter__(self):
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
 
 
 def load_teacher(spec: TeacherSpec, base: Checkpoint, config: DistillConfig) -> tuple[Checkpoint, str]:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -254,12 +255,14 @@ def patched(checkpoint: Checkpoint, loras: Sequence[LoraSpec], base: Checkpoint 
     return apply_loras(replace(checkpoint, text=text), loras, torch.float32)
 
 
-def recorded(file: str | os.PathLike, loras: Sequence[LoraSpec]) -> tuple[str, str]:
+def recorded(
+    file: str | os.PathLike, loras: Sequence[LoraSpec], sums: Mapping[str, str] = MappingProxyType({})
+) -> tuple[str, str]:
     """(names, sha256) that a style's metadata record of a teacher: file names without folders; "" for the sha256 of one
-    with LoRAs."""
+    with LoRAs. sums: ``model_sha256`` by file, of those that are known already."""
     name = Path(file).name
     if not loras:
-        return name, model_sha256(file)
+        return name, sums.get(os.fspath(file)) or model_sha256(file)
     names = " + ".join([name, *(Path(lora.file).name + _strengths(lora) for lora in loras)])
     longest = LONGEST["teacher"]
     return (names if len(names) <= longest else f"{name} + {len(loras)} LoRAs"[-longest:]), ""

@@ -3,7 +3,8 @@
 Distilling N teachers on one GPU needs one of them at a time. With "offload" a teacher's weights are ONE flat tensor in
 RAM (pinned when the device is CUDA, so that the copy runs beside the arithmetic) and a place on the device, a ``Slot``,
 is one flat tensor of the same layout: fetching a teacher is a single copy. The next one is copied while this one
-computes, or while the student trains.
+computes, or while the student trains. Without CUDA they wait as they are, which may be mapped from their files in half
+precision, and are converted on the way into a slot.
 
 Two rules keep that right, and on CUDA each is an event between the streams:
 - a slot is overwritten only after the work that was queued on its last owner (``Slot.done``);
@@ -69,13 +70,14 @@ class TeacherPool:
 
     policy: where they live. "device": all of them on the device. "offload": in RAM, at most ``slots`` (2, or 1: no
     copying ahead while a teacher computes) on the device at a time. "auto": "device" if all of them fit into half of
-    the memory that is free now, so make the pool after the student has moved in. resident: indices that stay on the
+    the memory that is free now, so make the pool after the student has moved in; else "offload", without CUDA with one slot,
+    as nothing is copied beside the arithmetic there. resident: indices that stay on the
     device whatever the policy is. dtype: of the weights, None for what each UNet has (those that wait: what the first
     of them has).
 
-    The pool owns the UNets from now on: they are converted to ``dtype`` IN PLACE, because a second copy of N teachers
-    does not fit into many machines' RAM. So read whatever needs their original values (hashes, the student's start)
-    before. At the most one UNet exists twice, while it is packed. After ``close`` they are on the CPU, in ``dtype``.
+    The pool owns the UNets from now on: they are converted to ``dtype`` IN PLACE (all but those that wait without CUDA), because
+    a second copy of N teachers does not fit into many machines' RAM. So read whatever needs their original values (hashes, the
+    student's start) before. At the most one UNet exists twice, while it is packed. After ``close`` they are on the CPU.
     late: a UNet is converted and packed when it is first asked for, for a process that asks for few of them.
 
     A UNet that ``get`` or ``loaded`` gave out holds until the next one is asked for. Gradients may not flow through the
@@ -99,6 +101,7 @@ class TeacherPool:
         self.copies = self.moved_bytes = 0  # to the device so far
         self._check(policy, resident, slots)
         self.policy = self._choose(dtype) if policy == "auto" else policy
+        slots = 1 if policy == "auto" and self.device.type != "cuda" else slots
         self.resident = frozenset(range(len(unets)) if self.policy == "device" else resident)
         self._check_waiting()
         self.slots: list[Slot] = []
@@ -207,10 +210,12 @@ class TeacherPool:
 
     def _choose(self, dtype: torch.dtype | None) -> str:
         """The policy that "auto" stands for."""
-        if self.device.type == "cpu":
-            return "device"  # they are in RAM either way
         weights = [p for unet in {id(unet): unet for unet in self.unets}.values() for p in unet.parameters()]
+        if self.device.type == "cpu":  # those of the right dtype are there already
+            weights = [p for p in weights if dtype and p.dtype != dtype]
         need = sum(p.numel() * (dtype or p.dtype).itemsize for p in weights)
+        if not need:
+            return "device"
         return "device" if need <= available_bytes(self.device) // 2 else "offload"
 
     def _place(self, dtype: torch.dtype | None, late: bool) -> None:
@@ -221,6 +226,8 @@ class TeacherPool:
         # One for all, since they take turns in a slot.
         waiting = self.unets[self._waiting[0]].dtype if self._waiting else torch.get_default_dtype()
         self._dtype, self._waiting_dtype = dtype, dtype or waiting
+        if self._waiting:
+            self._layout = Layout(self.unets[self._waiting[0]], self._waiting_dtype.itemsize)
         for index in range(0 if late else len(self.unets)):
             self._settle(index)
 
@@ -231,6 +238,8 @@ class TeacherPool:
         unet = self.unets[index]
         if index in self.resident:
             unet.to(self.device, self._dtype)
+        elif self._stream is None:
+            pass  # it waits as it is
         elif all(unet is not self.unets[i] for i in self._flat):
             self._flat[index] = self._pack(unet, self._waiting_dtype)
         else:  # one UNet under two indices
@@ -239,14 +248,12 @@ class TeacherPool:
 
     def _pack(self, unet: UNet, dtype: torch.dtype) -> Tensor:
         """Move a UNet's weights into one flat tensor, of which they become views."""
-        self._layout = Layout(unet, dtype.itemsize)
         flat = torch.empty(self._layout.size, dtype=dtype)
         views = self._layout.views(flat)
         for key, weight in unet.state_dict().items():
             views[key].copy_(weight)
         unet.load_state_dict(views, assign=True)
-        if self._stream is not None:
-            _pin(flat)
+        _pin(flat)
         return flat
 
     def _slot_of(self, index: int) -> Slot | None:
@@ -260,8 +267,8 @@ class TeacherPool:
         if used:
             return used[0]
         if len(self.slots) < self._max_slots:
-            dtype = next(iter(self._flat.values())).dtype
-            self.slots.append(Slot(self._layout, self.unets[self._waiting[0]].config, self.device, dtype))
+            config = self.unets[self._waiting[0]].config
+            self.slots.append(Slot(self._layout, config, self.device, self._waiting_dtype))
             self._mark(self.slots[-1])  # its memory may have been another tensor's a moment ago
             return self.slots[-1]
         return free[0] if free and not keep_unused else None
@@ -270,17 +277,25 @@ class TeacherPool:
         """Copy a UNet's weights into a slot; on CUDA beside the arithmetic, and ``slot.ready`` says when it is done."""
         slot.holds, slot.used = None, False  # should the copy fail, the slot is empty
         if self._stream is None:
-            slot.flat.copy_(self._flat[index])
+            self._fill(slot, index)
         else:
             assert slot.done is not None, "a slot is marked when it is made"
             self._stream.wait_event(slot.done)
             with torch.cuda.stream(self._stream):
-                slot.flat.copy_(self._flat[index], non_blocking=True)
+                self._fill(slot, index)
                 slot.ready = torch.cuda.Event()
                 slot.ready.record(self._stream)
         slot.holds = index
         self.copies += 1
         self.moved_bytes += slot.flat.nbytes
+
+    def _fill(self, slot: Slot, index: int) -> None:
+        if index in self._flat:
+            slot.flat.copy_(self._flat[index], non_blocking=True)
+            return
+        views = self._layout.views(slot.flat)
+        for key, weight in self.unets[index].state_dict().items():
+            views[key].copy_(weight)
 
     def _give_back(self) -> None:
         """The caller has queued all its work on the UNet it was given."""

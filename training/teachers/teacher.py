@@ -4,6 +4,7 @@ together."""
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,9 @@ from ...dmm_core.metadata import StyleInfo
 from ...dmm_core.sdxl import SIZE_CHANNELS, sdxl_vector
 from ...dmm_core.style import MLP_NAMES, no_style_row, style_row
 from ...dmm_core.unet import UNet, UNetConfig, load_unet
-from ..files.hashing import weights_sha256
+from ...dmm_core.weights_file import is_finite
+from ..files.hashing import Float32, weights_sha256
+from ..files.remembered import remembered
 from ..parallel.devices import sent
 
 
@@ -53,6 +56,7 @@ class Teacher:
     share); None for no style. The remaining fields are recorded in the style's metadata; ``known`` is what an older DMM
     file says of the style, and is recorded as it is. told: prediction and noise schedule where a config or a yaml says another than the
     file alone, "" otherwise. at_base: of a DMM model with a style bank, its own weights are its base's (``style_file.centred_at_base``).
+    weight_files: those that its weights were read from, where they are nothing else.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Teacher:
     known: StyleInfo | None = None
     told: str = ""
     at_base: bool = False
+    weight_files: Sequence[str | os.PathLike] = ()
 
     def __post_init__(self) -> None:
         self.unet.requires_grad_(False).eval()
@@ -107,9 +112,17 @@ class Teacher:
 
     @cached_property
     def weights_sha256(self) -> str:
-        """``hashing.weights_sha256`` of the UNet at the time of the first call; a run calls it before it converts the
-        weights."""
-        return weights_sha256(self.unet.state_dict())
+        """``hashing.weights_sha256`` of the UNet's values in float32, whatever it has them in, at the time of the first call; a run
+        calls it before it converts the weights."""
+        return self.hashed()
+
+    def hashed(self) -> str:
+        """``weights_sha256``, computed, or remembered of its files."""
+        return remembered(
+            "UNet's values in float32, as read by version 1",
+            self.weight_files,
+            lambda: weights_sha256(Float32(self.unet.state_dict())),
+        )
 
     # The one place where a teacher is called. What goes in and what comes out:
     #
@@ -225,7 +238,7 @@ def sound_unet(
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     for key, tensor in unet.state_dict().items() if look else ():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise ValueError(f"{name} has NaN or infinite weights in '{key}': the file is damaged, get it again")
     return unet
 
