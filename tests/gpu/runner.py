@@ -66,7 +66,9 @@ def chosen(all_stages: Iterable[Stage], only: Sequence[str]) -> list[Stage]:
     all_stages = list(all_stages)
     for start in only:
         if not any(stage.name.startswith(start) for stage in all_stages):
-            raise ValueError(f"no stage is called {start}...: there are {', '.join(stage.name for stage in all_stages)}")
+            raise ValueError(
+                f"no stage is called {start}...: there are {', '.join(stage.name for stage in all_stages)}"
+            )
     return [stage for stage in all_stages if not only or stage.name.startswith(tuple(only))]
 
 
@@ -146,7 +148,9 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--size", choices=SIZES, default="sd15", help="tiny: random or demo models; sd15: the real sizes")
+    parser.add_argument(
+        "--size", choices=SIZES, default="sd15", help="tiny: random or demo models; sd15: the real sizes"
+    )
     parser.add_argument("--folder", type=Path, default=FOLDER, help="for rows.json, rows.md and the stages' logs")
     parser.add_argument("--copy-to", type=Path, action="append", default=[], help="a folder that gets the rows too")
     parser.add_argument("--only", nargs="+", default=[], help="stages whose names begin so")

@@ -62,7 +62,9 @@ def stages(size: str) -> list[Stage]:
         for name, flags in HOST_FLAGS.items()
     ]
     memory = [
-        Stage(f"memory-{name}", "d", "a planner preset under its cap: predicted, measured", "memory", 150, {"name": name})
+        Stage(
+            f"memory-{name}", "d", "a planner preset under its cap: predicted, measured", "memory", 150, {"name": name}
+        )
         for name in MEMORY[size]
     ]
     last = [
