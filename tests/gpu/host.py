@@ -65,7 +65,7 @@ def measure(setup: Setup, flags: Sequence[str]) -> None:
         with Server(host, Path(folder, "base"), tuple(arguments), cpu=cpu) as server:
             setup.note(**{"start s": time.monotonic() - started})
             told = server.get("system_stats").json()
-            setup.note(**{"host": told["system"]["comfyui_version"], "on": told["devices"][0]["name"][:40]})
+            setup.note(host=told["system"]["comfyui_version"], on=told["devices"][0]["name"][:40])
             for name in GRAPHS[setup.size]:
                 for turn in ("first", "second"):
                     wanted = graph(name, STEPS[setup.size])

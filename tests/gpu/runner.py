@@ -13,6 +13,7 @@ those that have not been tried.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -114,10 +115,8 @@ def run_stage(stage: Stage, size: str, device: str, *, folder: Path, place: dict
 
 def end(process: subprocess.Popen) -> None:
     """End a stage's process group; it may be over already."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
