@@ -47,7 +47,7 @@ DEVICE ?= cuda
 SIZE ?= sd15
 GPU_BIN := $(if $(wildcard $(BIN)/dmm),$(BIN)/python,$(PYTHON))
 GPU_HOST := $(or $(COMFYUI),$(if $(wildcard .gpu-pack/host.tar.xz),$(abspath .gpu/host)))
-GPU_RUN = PYTHONPATH=$(abspath .gpu/name):$(abspath .gpu/packages):$$PYTHONPATH $(if $(GPU_HOST),COMFYUI_PATH='$(GPU_HOST)') $(GPU_BIN) -m
+GPU_RUN = PYTHONPATH=$(abspath .gpu/name):$(abspath .gpu/packages)$${PYTHONPATH:+:$$PYTHONPATH} $(if $(GPU_HOST),COMFYUI_PATH='$(GPU_HOST)') $(GPU_BIN) -m
 
 gpu: .gpu/.ready
 	$(GPU_RUN) comfyui_dmm.tests.gpu.runner --device $(DEVICE) --size $(SIZE) $(GPU)

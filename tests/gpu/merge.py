@@ -15,9 +15,9 @@ SHOWN = ("eps error", "worst", "at equal seconds", "samples to plain's end", "PA
 
 def measure(setup: Setup) -> None:
     """The demo family at both sizes. What is finished lies in the folder: a later call goes on from there."""
-    folder, longest = setup.folder / f"merge-{setup.size}-{setup.device.type}", 0.0
-    for count, arm in enumerate(ARMS[setup.size]):
-        if count and setup.left < 1.2 * longest:
+    folder, longest, done = setup.folder / f"merge-{setup.size}-{setup.device.type}", 0.0, 0
+    for arm in ARMS[setup.size]:
+        if done and setup.left < 1.2 * longest:
             break
         started = time.monotonic()
         rows = merge.main(
@@ -28,6 +28,7 @@ def measure(setup: Setup) -> None:
             ]
         )
         longest = max(longest, time.monotonic() - started)
+        done += 1
         for seed, figures in enumerate(rows[arm]):
             setup.line("arms", {"arm": arm, "seed": seed, **{k: figures[k] for k in SHOWN if k in figures}})
-    setup.note(steps=STEPS[setup.size], arms=count + (longest > 0), **{"of arms": len(ARMS[setup.size])})
+    setup.note(steps=STEPS[setup.size], arms=done, **{"of arms": len(ARMS[setup.size])})
