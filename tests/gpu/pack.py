@@ -152,7 +152,7 @@ def main() -> None:
     mine, checkout = sum(path.stat().st_size for path in files), checkout_bytes()
     print(f"pack {mine / MIB:.1f} MiB + checkout {checkout / MIB:.1f} MiB = {(mine + checkout) / MIB:.1f} of 64 MiB")
     if mine + checkout > MAY_TRAVEL:
-        raise SystemExit("that is too much: lower --largest, or take lines out of wheels.txt")
+        raise SystemExit("that is too much: lower --largest, or take lines out of tests/gpu/wheels.txt")
 
 
 if __name__ == "__main__":
