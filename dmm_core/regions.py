@@ -218,12 +218,27 @@ class Region:
 
 @dataclass(frozen=True, eq=False)
 class Rest:
-    """The background: the canvas without the regions."""
+    """The background: the canvas without the regions.
+
+    share: what it keeps of every pixel of the canvas, also under the regions, in 0..1 without 1: the prediction is
+    ``share * background + (1 - share) * mixture``. Raises ValueError for another.
+    """
 
     regions: tuple[Region, ...]
+    share: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.share < 1:
+            raise ValueError(
+                f"the share of the background under the regions is {self.share}: it must be 0 or more and less than 1"
+            )
 
     def placed(self, height: int, width: int) -> list[Placement]:
-        weights = background([region.coverage(height, width) for region in self.regions])
+        coverages = [region.coverage(height, width) for region in self.regions]
+        weights = background(coverages)
+        if self.share:  # in weights that are averaged: share = extra / (extra + mixture)
+            mixture = weights + sum(region.weight * c for region, c in zip(self.regions, coverages))
+            weights = weights + self.share / (1 - self.share) * mixture
         return [(None, weights)] if weights.any() else []
 
 
@@ -251,10 +266,16 @@ class TileShare:
         return [(area, gaussian(area, height, width, MOD_VARIANCE)[None].float()) for area in areas]
 
 
-def style_map(regions: Sequence[Region], height: int, width: int) -> Tensor:
-    """Shares of the background and of each region per latent (B or 1, 1 + R, height, width); they sum to 1."""
+def style_map(regions: Sequence[Region], height: int, width: int, share: float = 0.0) -> Tensor:
+    """Shares of the background and of each region per latent (B or 1, 1 + R, height, width); they sum to 1.
+
+    share: what the background keeps under the regions, as ``Rest.share``.
+    """
     coverages = [region.coverage(height, width) for region in regions]
     batch = max(len(c) for c in coverages)
     weights = [background(coverages), *(r.weight * c for r, c in zip(regions, coverages))]
     stack = torch.stack([w.expand(batch, -1, -1) if len(w) == 1 else w for w in weights], dim=1)  # (B, 1 + R, h, w)
-    return stack / stack.sum(1, keepdim=True)
+    stack = stack / stack.sum(1, keepdim=True)
+    if share:
+        stack = torch.cat([share + (1 - share) * stack[:, :1], (1 - share) * stack[:, 1:]], dim=1)
+    return stack

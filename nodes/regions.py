@@ -196,20 +196,22 @@ def placed(parts: Sequence[StyledRegion], positive: list, negative: list) -> tup
     return sides[0], sides[1]
 
 
-def mixed(background: Style, regions: Sequence[StyledRegion], positive: list, negative: list) -> tuple[list, list]:
-    """Every region with its own prompt, over a background."""
-    rest = Rest(tuple(region.place for region in regions))
+def mixed(background: Style, rest: Rest, regions: Sequence[StyledRegion], positive: list, negative: list):
+    """(positive, negative): every region with its own prompt, over a background."""
     return placed([StyledRegion(rest, background), *regions], positive, negative)
 
 
-def one_pass(background: Style, regions: Sequence[StyledRegion], positive: list, negative: list) -> tuple[list, list]:
-    """One prompt, and a map of styles inside a single forward. Raises ValueError for regions with prompts of their own."""
+def one_pass(background: Style, rest: Rest, regions: Sequence[StyledRegion], positive: list, negative: list):
+    """(positive, negative): one prompt, and a map of styles inside a single forward.
+
+    Raises ValueError for regions with prompts of their own.
+    """
     if any(region.positive is not None or region.negative is not None for region in regions):
         raise ValueError(
             f"mode '{ONE_PASS}' paints one prompt for all: disconnect the prompts of the regions, clear those in region_list, or "
             f"choose '{OWN_PROMPTS}'"
         )
-    styles = StyleMap(tuple(r.place for r in regions), (background, *(r.style for r in regions)))
+    styles = StyleMap(rest.regions, (background, *(r.style for r in regions)), rest.share)
     return with_map(positive, styles), with_map(negative, styles)
 
 
@@ -258,6 +260,30 @@ class StyleMix(io.ComfyNode):
                     "Boxes in pixels for region_list, in its order, instead of its own; need the picture that they were drawn on."
                 ),
                 picture_input(),
+                io.Float.Input(
+                    "background_share",
+                    default=0.0,
+                    min=0.0,
+                    max=0.95,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "What the background keeps of every pixel under the regions, with its prompt and style: 0 nothing, 0.3 ties the "
+                        "picture together, above 0.5 the regions only tint it."
+                    ),
+                ),
+                io.String.Input(
+                    "common_prompt",
+                    default="",
+                    multiline=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Put before every prompt of region_list, such as 'a street at night, rain'. Prompts of connected Style Regions "
+                        "stay as they are."
+                    ),
+                ),
             ],
             outputs=both_prompts(),
             has_intermediate_output=True,
@@ -276,16 +302,19 @@ class StyleMix(io.ComfyNode):
         clip=None,
         bboxes=None,
         picture=None,
+        background_share=0.0,
+        common_prompt="",
     ) -> io.NodeOutput:
         size = picture_size(picture)
         background, regions = as_style(background), connected(regions)
-        drawn = listed(region_list, clip, bboxes, size)
+        drawn = listed(region_list, clip, bboxes, size, common_prompt)
         if not (regions or drawn):
             raise ValueError(
                 "there is no region: draw one on the canvas, write one into region_list or connect a Style Region"
             )
         everyone = [*regions, *drawn]
         check(model, [background, *(region.style for region in everyone)])
+        rest = Rest(tuple(region.place for region in everyone), background_share)
         function = one_pass if mode == ONE_PASS else mixed
         warnings = [
             line
@@ -293,7 +322,7 @@ class StyleMix(io.ComfyNode):
             for line in box_warnings(f"region {i} of the list", region.place.box, size)
         ]
         return io.NodeOutput(
-            *function(background, everyone, positive, negative), ui=canvas_report(cls, warnings, picture)
+            *function(background, rest, everyone, positive, negative), ui=canvas_report(cls, warnings, picture)
         )
 
 
@@ -302,11 +331,11 @@ def connected(regions: dict | None) -> list[StyledRegion]:
     return [region for region in (regions or {}).values() if region is not None]
 
 
-def listed(text: str, clip, bboxes, size: tuple[int, int] | None) -> list[StyledRegion]:
+def listed(text: str, clip, bboxes, size: tuple[int, int] | None, common: str = "") -> list[StyledRegion]:
     """The regions of a list, with their prompts encoded by ``clip``, in the places of ``bboxes`` if there are any.
 
-    size: (height, width) of the picture of the boxes. Raises ValueError for a prompt without a text encoder, and for another number of
-    boxes than of regions.
+    size: (height, width) of the picture of the boxes. common: put before every prompt that a region has of its own. Raises ValueError for
+    a prompt without a text encoder, and for another number of boxes than of regions.
     """
     entries = parse_regions(text)
     places = [entry.place for entry in entries]
@@ -321,7 +350,8 @@ def listed(text: str, clip, bboxes, size: tuple[int, int] | None) -> list[Styled
     regions = []
     for number, (entry, place) in enumerate(zip(entries, places), 1):
         name = f"region {number} of the list"
-        positive, negative = (encoded(name, text, clip) for text in (entry.prompt, entry.negative))
+        prompt = ", ".join(part for part in (common.strip().rstrip(","), entry.prompt) if part) if entry.prompt else ""
+        positive, negative = (encoded(name, text, clip) for text in (prompt, entry.negative))
         regions.append(StyledRegion(place, entry.style, positive, negative))
     return regions
 

@@ -27,10 +27,11 @@ MAP_ROWS = "dmm_map_rows"
 
 @dataclass(frozen=True, eq=False)
 class StyleMap:
-    """Where each style is: ``styles`` for the background and then for each region."""
+    """Where each style is: ``styles`` for the background and then for each region; ``share`` as ``Rest.share``."""
 
     regions: Sequence[Region]
     styles: tuple[Style, ...]
+    share: float = 0.0
 
     @property
     def changes(self) -> bool:
@@ -39,7 +40,7 @@ class StyleMap:
 
     def shares(self, height: int, width: int) -> Tensor:
         """(B or 1, K, height, width), K = 1 + regions."""
-        return style_map(self.regions, height, width)
+        return style_map(self.regions, height, width, self.share)
 
     def rows(self, known: Vocabulary, progress: float, batch: int) -> Tensor:
         """Style rows (batch or 1, K, N+1)."""

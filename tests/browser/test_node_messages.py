@@ -17,7 +17,7 @@ def queue_and_wait(page, event: str) -> None:
 
 
 def test_a_report_is_not_cut_off(page):
-    """Sentences wrap and tables scroll sideways; both are as high as they need."""
+    """Sentences wrap and tables scroll sideways; both are as high as they need, up to 16 lines."""
     open_graph(page, graph_of("quickstart"))
     for text in (
         "one line",
@@ -30,6 +30,23 @@ def test_a_report_is_not_cut_off(page):
         page.wait_for_timeout(500)
         inner, needed = report.evaluate("(e) => [e.clientHeight, e.scrollHeight]")
         assert inner >= needed > 0, text
+
+
+def test_a_long_report_scrolls_and_leaves_the_nodes_below_alone(page):
+    """Once it has the focus, the wheel is the report's and not the graph's."""
+    open_graph(page, graph_of("quickstart"))
+    text = "\n".join(f"line {i}" for i in range(80))
+    page.evaluate("(text) => app.graph.findNodesByType('DMMStyleSelector')[0].onExecuted({ text: [text] })", text)
+    report = page.locator("pre").filter(has_text="line 79")
+    report.wait_for(state="visible")
+    page.wait_for_timeout(500)
+    assert report.evaluate("(e) => e.clientHeight") < 20 * 15 < report.evaluate("(e) => e.scrollHeight")
+    assert page.evaluate("app.graph.findNodesByType('DMMStyleSelector')[0].size[1]") < 600
+    zoom = page.evaluate("app.canvas.ds.scale")
+    report.click()
+    page.mouse.wheel(0, 200)
+    page.wait_for_function("(e) => e.scrollTop > 100", arg=report.element_handle())
+    assert page.evaluate("app.canvas.ds.scale") == zoom
 
 
 def test_a_loader_says_on_its_outputs_what_the_file_lacks(page):

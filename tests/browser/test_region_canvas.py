@@ -186,6 +186,24 @@ def test_boxes_by_keys(square, page):
     assert page.errors == []
 
 
+def test_split_in_columns_and_rows(square, page, tmp_path_factory):
+    """The whole canvas while it is empty, then the chosen region; by button and by key; styles and prompts go to both halves."""
+    square.button("columns").click()
+    assert square.boxes == [(0, 0, 0.5, 1), (0.5, 0, 0.5, 1)]
+    square.press("Tab", "-")  # the right half in rows
+    assert square.boxes == [(0, 0, 0.5, 1), (0.5, 0, 0.5, 0.5), (0.5, 0.5, 0.5, 0.5)]
+    square.press("|")
+    assert square.boxes[1:3] == [(0.5, 0, 0.25, 0.5), (0.75, 0, 0.25, 0.5)]
+    square.button("rows").click()
+    assert len(square.boxes) == 5 and sum(w * h for _, _, w, h in square.boxes) == 1
+    page.screenshot(path=tmp_path_factory.getbasetemp() / f"canvas-split-{page.renderer}.png")
+    square.press("Control+z", "Control+z", "Control+z")
+    assert square.boxes == [(0, 0, 0.5, 1), (0.5, 0, 0.5, 1)]
+    square.press("Control+z")
+    assert square.boxes == []
+    assert page.errors == []
+
+
 def test_what_a_screen_reader_hears(square):
     square.press("Tab")
     square.drag((0.1, 0.1), (0.3, 0.5))

@@ -27,7 +27,7 @@ def open_graph(page, graph: dict) -> None:
     page.wait_for_function("count => app.graph.nodes.length === count", arg=len(graph["nodes"]))
 
 
-def run(page) -> None:
+def run(page, minutes: float = 1.5) -> None:
     """What the Run button does; returns when it has succeeded."""
     page.evaluate("""() => {
         window.ended = null;
@@ -35,7 +35,7 @@ def run(page) -> None:
             app.api.addEventListener(kind, (event) => { window.ended ??= [kind, event.detail.exception_message]; });
         return app.queuePrompt(0);
     }""")
-    page.wait_for_function("() => window.ended")
+    page.wait_for_function("() => window.ended", timeout=minutes * 60_000)
     assert page.evaluate("window.ended")[0] == "execution_success", page.evaluate("window.ended")
 
 
@@ -100,6 +100,19 @@ def test_the_graph_opens_whole(page, name, tmp_path_factory):
     }
     assert page.get_by_text(re.compile("missing (nodes?|models?)", re.IGNORECASE)).count() == 0
     page.screenshot(path=tmp_path_factory.getbasetemp() / f"{name}-{page.renderer}.png")
+    assert page.errors == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TITLES)
+def test_the_graph_runs_to_its_end(page, name, tmp_path_factory):
+    """Opened, queued, finished, with a picture of the page after it; nothing red and no message of an error. One trains for minutes."""
+    open_graph(page, graph_of(name))
+    run(page, minutes=60)
+    page.wait_for_timeout(3000)  # the pictures that the last node's message names are fetched after it
+    page.screenshot(path=tmp_path_factory.getbasetemp() / f"{name}-{page.renderer}-ran.png")
+    assert page.evaluate("app.graph.nodes.filter(n => n.has_errors).map(n => n.type)") == []
+    assert page.locator(".p-toast-message-error").count() == 0
     assert page.errors == []
 
 

@@ -120,6 +120,36 @@ def test_what_is_left_is_background_and_every_pixel_is_somebodys():
         torch.testing.assert_close(shares.sum(1), torch.ones(2, *size))
 
 
+def test_a_share_of_the_background_stays_under_the_regions():
+    """``share * background + (1 - share) * mixture`` at every pixel, both as averaged weights and as shares of one pass."""
+    generator = torch.Generator().manual_seed(1)
+    for trial in range(20):
+        x, w, weight, share = torch.rand(4, generator=generator).tolist()
+        regions = (
+            Region(Box(x - 0.3, 0, 0.4 + w, 0.7), feather=2, weight=0.1 + weight, crop=False),
+            Region(mask=torch.rand(2, 20, 30, generator=generator), weight=2),
+        )
+        size = (6 + trial % 3, 8)
+        weights = {}
+        for kept in (0.0, share):
+            stack = torch.zeros(2, 3, *size)
+            for i, where in enumerate((Rest(regions, kept), *regions)):
+                for _, one in where.placed(*size):
+                    stack[:, i] += one
+            weights[kept] = stack / stack.sum(1, keepdim=True)
+        expected = (1 - share) * weights[0.0]
+        expected[:, 0] += share
+        torch.testing.assert_close(weights[share], expected)
+        torch.testing.assert_close(style_map(regions, *size, share), expected)
+    full = Region(Box(0, 0, 1, 1), feather=0)
+    ((area, weights),) = Rest((full,), 0.25).placed(4, 4)  # hidden without a share
+    assert area is None
+    torch.testing.assert_close(weights, torch.full((1, 4, 4), 1 / 3))  # against the region's 1: a quarter
+    for wrong in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="share of the background"):
+            Rest((full,), wrong)
+
+
 def test_a_region_over_everything_leaves_no_background():
     full = Region(Box(0, 0, 1, 1), feather=4)
     assert Rest((full,)).placed(6, 6) == []

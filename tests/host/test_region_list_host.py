@@ -85,6 +85,41 @@ def test_connected_regions_come_first(model):
         same(model, ours, mix(model, first, second, mode=mode))
 
 
+def test_the_background_keeps_its_share(model):
+    """A quarter under a region of weight 1 is a region of weight 1/3 over the same place: 1/3 / (1 + 1/3)."""
+    whole = (0.0, 0.0, 1.0, 1.0)
+    ours = listed(
+        model,
+        [entry(NAMES[0], whole, feather=0, prompt="left", paint_on="whole canvas")],
+        background=NAMES[1],
+        clip=Encoder(),
+        background_share=0.25,
+    ).args
+    region_of = {"feather": 0, "paint_on": "whole canvas"}
+    hand = mix(
+        model, region(NAMES[1], whole, weight=1 / 3, **region_of), region(NAMES[0], whole, positive=LEFT, **region_of)
+    )
+    one, other = (paint_latents(model, prompts) for prompts in (ours, hand))
+    assert (one - other).abs().max() < 1e-4 * other.std()
+    none = listed(model, [entry(NAMES[0], whole, feather=0)], background=NAMES[1], mode="one pass").args
+    kept = listed(
+        model, [entry(NAMES[0], whole, feather=0)], background=NAMES[1], mode="one pass", background_share=0.5
+    ).args
+    assert (paint_latents(model, none) - paint_latents(model, kept)).std() > 0.01  # another blend of styles
+    shares = kept[0][0][1]["dmm_map"].shares(4, 4)
+    torch.testing.assert_close(shares, torch.full_like(shares, 0.5))
+
+
+def test_the_common_prompt_comes_before_those_of_the_list(model):
+    class Both(Encoder):
+        texts = {"right, left": RIGHT}
+
+    entries = [entry(NAMES[0], BOXES[0], prompt="left"), entry(NAMES[2], BOXES[1])]
+    ours = listed(model, entries, clip=Both(), common_prompt=" right, ").args
+    alone = [{**entries[0], "prompt": "right"}, entries[1]]
+    same(model, ours, listed(model, alone, clip=Encoder()).args)
+
+
 def test_strength_is_that_of_the_style(model):
     from comfyui_dmm.nodes.style_values import DMMStyle
 

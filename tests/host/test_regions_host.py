@@ -326,3 +326,43 @@ def test_cached_conditionings_stay_as_they_are(model):
         assert [[(id(c), entries) for c, entries in side] for side in prompts] == before
         assert torch.equal(first, paint(model, prompts))
     assert "forward_timestep_embed_patch" not in model.model_options["transformer_options"]["patches"]
+
+
+def test_a_lora_for_one_region(model):
+    """The host's own Create Hook LoRA on the prompts of one region. Boxes that share no pixel do not see each other, so the one half is
+    painted as without the LoRA, and the other as with the LoRA on the whole MODEL."""
+    import comfy.hooks
+    import comfy.sd
+
+    weights, generator = model.model.diffusion_model.state_dict(), torch.Generator().manual_seed(3)
+    key = "middle_block.1.transformer_blocks.0.attn2.to_k"
+    out, inner = weights[f"{key}.weight"].shape
+    lora = {
+        f"diffusion_model.{key}.lora_up.weight": 0.2 * torch.randn(out, 2, generator=generator),
+        f"diffusion_model.{key}.lora_down.weight": 0.2 * torch.randn(2, inner, generator=generator),
+    }
+    halves = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 0.5, 1.0)
+
+    def painted(model, hooks=None):
+        right = (RIGHT, NEGATIVE)
+        if hooks is not None:
+            right = comfy.hooks.set_conds_props(right, 1.0, "default", hooks=hooks)
+        return paint(
+            model,
+            mix(
+                model,
+                region(NAMES[0], halves[0], feather=0, positive=LEFT, negative=NEGATIVE),
+                region(NAMES[1], halves[1], feather=0, positive=right[0], negative=right[1]),
+            ),
+            height=8,
+            width=16,
+        )
+
+    plain = painted(model)
+    everywhere = painted(comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0])
+    one = painted(model, comfy.hooks.create_hook_lora(lora, 1.0, 1.0))
+    assert (plain - everywhere).abs().max() > 0.05  # the LoRA is seen
+    tolerance = 1e-4 * plain.std()
+    assert (one[..., :8] - plain[..., :8]).abs().max() < tolerance
+    assert (one[..., 8:] - everywhere[..., 8:]).abs().max() < tolerance
+    assert (painted(model) - plain).abs().max() < tolerance  # nothing of it stays on the shared model

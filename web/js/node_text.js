@@ -13,6 +13,7 @@ const LINE = 15; // pixels, of a 10 pixel font
 const LETTER = 6.1;
 const PADDING = 8; // of the text, above and below together
 const SCROLL_BAR = 14;
+const MOST = 16; // lines; a longer report scrolls, so that the node does not cover those below it
 
 function show(node, text, isError = false) {
   removeProgress(node);
@@ -54,12 +55,17 @@ function addReport(node) {
     margin: "0",
     padding: "4px 8px",
     overflow: "auto",
+    boxSizing: "border-box",
+    maxHeight: `${LINE * MOST + PADDING + SCROLL_BAR}px`,
     font: `10px/${LINE}px monospace`,
     color: "var(--input-text)",
     background: "var(--comfy-input-bg)",
     borderRadius: "4px",
     userSelect: "text",
   });
+  // The host's sign that the wheel is the element's while it has the focus; else it zooms the graph. The keyboard scrolls it, too.
+  element.dataset.captureWheel = "true";
+  element.tabIndex = 0;
 
   function setValue(text) {
     element.textContent = text;
@@ -72,7 +78,7 @@ function addReport(node) {
     const room = isTable() ? Infinity : Math.max(1, (node.size[0] - 60) / LETTER);
     const lines = element.textContent.split("\n").map((line) => Math.max(1, Math.ceil(line.length / room)));
     const margins = 2 * (widget?.margin ?? 10); // the host's, around the element
-    return LINE * lines.reduce((a, b) => a + b) + PADDING + margins + (isTable() ? SCROLL_BAR : 0);
+    return LINE * Math.min(lines.reduce((a, b) => a + b), MOST) + PADDING + margins + (isTable() ? SCROLL_BAR : 0);
   }
   const widget = addUnsaved(node, REPORT, "dmm_report", element, { height, getValue: () => element.textContent, setValue });
   return widget;

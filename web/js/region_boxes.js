@@ -140,6 +140,18 @@ export function duplicated(boxes, index) {
   return [...boxes, kept({ ...box, x: box.x + aside(box.x, box.w), y: box.y + aside(box.y, box.h) })];
 }
 
+// With the two halves of a box in its place, side by side (way "x") or one above the other ("y"); the first keeps its place in the order.
+export function halved(boxes, index, way) {
+  const box = boxes[index];
+  const side = way === "x" ? "w" : "h";
+  const half = box[side] / 2;
+  const halves = [
+    { ...box, [side]: half },
+    { ...box, [way]: box[way] + half, [side]: half },
+  ];
+  return [...boxes.slice(0, index), ...halves.map((one) => kept(one)), ...boxes.slice(index + 1)];
+}
+
 // --- what to look at --------------------------------------------------------------------------------------------------
 
 // The share of a box that lies on the canvas.

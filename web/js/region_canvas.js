@@ -83,6 +83,8 @@ class RegionCanvas {
       : [
           button("add", "+", "Add a region", () => this.add()),
           button("duplicate", "copy", "Duplicate (Ctrl+D)", () => this.duplicate()),
+          button("columns", "\u25eb", "Split into two columns (|)", () => this.split("x")),
+          button("rows", "\u229f", "Split into two rows (-)", () => this.split("y")),
           button("delete", "\u2715", "Delete (Delete)", () => this.delete()),
           button("back", "\u2193", "One down in the order (Page Down)", () => this.reorder(-1)),
           button("front", "\u2191", "One up in the order (Page Up)", () => this.reorder(1)),
@@ -249,6 +251,15 @@ class RegionCanvas {
     const copies = boxes.duplicated(this.regions, this.selected);
     this.selected = copies.length - 1;
     this.commit(copies);
+    this.focus();
+  }
+
+  // The chosen region, or the whole canvas while there is none, in two halves.
+  split(way) {
+    if (this.single || !this.editable() || (this.selected < 0 && this.regions.length)) return;
+    const whole = this.regions.length ? this.regions : [this.newRegion({ x: 0, y: 0, w: 1, h: 1 })];
+    this.selected = Math.max(this.selected, 0);
+    this.commit(boxes.halved(whole, this.selected, way));
     this.focus();
   }
 
@@ -455,6 +466,7 @@ class RegionCanvas {
       const changes = shift ? { w: box.w + dx, h: box.h + dy } : { x: box.x + dx, y: box.y + dy };
       this.change(this.selected, changes, `${shift ? "size" : "place"} ${this.selected}`);
     } else if (key === "Delete" || key === "Backspace") this.delete();
+    else if (key === "|" || key === "-") this.split(key === "|" ? "x" : "y");
     else if (key === "PageUp") this.reorder(1);
     else if (key === "PageDown") this.reorder(-1);
     else if (key === "Enter" && !this.single) this.inputs.style.focus();
@@ -566,7 +578,7 @@ class RegionCanvas {
       make("span", { className: "dmm-mark", textContent: "\u26a0", attributes: { "aria-hidden": "true" } }),
     );
     if (!ghost) {
-      const keys = this.single ? "ArrowLeft Shift+ArrowLeft" : "ArrowLeft Shift+ArrowLeft Delete Control+D PageUp PageDown";
+      const keys = this.single ? "ArrowLeft Shift+ArrowLeft" : "ArrowLeft Shift+ArrowLeft Delete Control+D PageUp PageDown | -";
       const input = make("input", { type: "button", value: "", attributes: { "aria-keyshortcuts": keys } });
       input.addEventListener("focus", () => {
         if (this.selected === index) return;
