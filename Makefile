@@ -16,7 +16,7 @@ JOBS ?= 2
 # Once torch is chosen, nothing that is installed after it may change it: .torch lists the set with its versions.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint $(VENV)/.torch
 
-.PHONY: check test test-slow demo bench-merge clean always
+.PHONY: check test test-slow demo bench-merge gpu gpu-pack gpu-report clean always
 .DELETE_ON_ERROR:
 
 # Style, types and the tests that need nothing but torch: minutes before a commit instead of a run of everything.
@@ -39,6 +39,41 @@ demo: $(VENV)/.demo
 # Plain DMM against the options on the demo family; more arms, steps and devices: BENCH="--arms all --steps 3000 --device cuda"
 bench-merge: $(VENV)/.demo
 	$(BIN)/python -m comfyui_dmm.tests.benches.merge $(BENCH)
+
+# All that a GPU can tell, stage by stage; call it again until nothing is left (tests/gpu/runner.py). GPU="--list" or "--only step --again".
+# With a .venv it runs in that; without one in $(PYTHON)'s own packages and, where `make gpu-pack` was carried along, its wheels and host.
+# It never asks a network for anything.
+DEVICE ?= cuda
+SIZE ?= sd15
+GPU_BIN := $(if $(wildcard $(BIN)/dmm),$(BIN)/python,$(PYTHON))
+GPU_HOST := $(or $(COMFYUI),$(if $(wildcard .gpu-pack/host.tar.xz),$(abspath .gpu/host)))
+GPU_RUN = PYTHONPATH=$(abspath .gpu/name):$(abspath .gpu/packages)$${PYTHONPATH:+:$$PYTHONPATH} $(if $(GPU_HOST),COMFYUI_PATH='$(GPU_HOST)') $(GPU_BIN) -m
+
+gpu: .gpu/.ready
+	$(GPU_RUN) comfyui_dmm.tests.gpu.runner --device $(DEVICE) --size $(SIZE) $(GPU)
+
+gpu-pack: .gpu/.name
+	$(GPU_RUN) comfyui_dmm.tests.gpu.pack $(PACK)
+
+gpu-report: .gpu/.name
+	$(GPU_RUN) comfyui_dmm.tests.gpu.report
+
+# The pack's import name, whatever the checkout's folder is called.
+.gpu/.name:
+	mkdir -p .gpu/name
+	ln -sfn ../.. .gpu/name/comfyui_dmm
+	touch $@
+
+.gpu/.ready: .gpu/.name $(wildcard .gpu-pack/wheels .gpu-pack/host.tar.xz)
+ifeq ($(GPU_BIN),$(PYTHON))
+ifneq ($(wildcard .gpu-pack/wheels/*.whl),)
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target .gpu/packages .gpu-pack/wheels/*.whl
+endif
+ifneq ($(wildcard .gpu-pack/host.tar.xz),)
+	tar -xJf .gpu-pack/host.tar.xz -C .gpu && mkdir -p .gpu/host/custom_nodes
+endif
+endif
+	touch $@
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -76,4 +111,4 @@ $(VENV)/.check: $(VENV)/.test pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) .gpu out build *.egg-info

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -65,9 +66,9 @@ def make_plan(preset: Preset) -> Plan:
     return plan(preset.config, (preset.side, preset.side), preset.teachers, preset.gb * GB, want=want)
 
 
-def random_run(preset: Preset, made: Plan) -> Trainer:
-    """The trainer with models of the real sizes that never learnt anything."""
-    config, dtype = preset.config, DTYPES[made.precision]
+def random_run(preset: Preset, device: torch.device, **settings: Any) -> Trainer:
+    """The trainer with models of the preset's sizes that never learnt anything. settings: of ``TrainConfig``."""
+    config, dtype = preset.config, DTYPES[settings["precision"]]
     data = CaptionedLatents(torch.randn(16, 4, preset.side, preset.side), [f"caption {i}" for i in range(16)])
     prompts = len(data.prompts)
 
@@ -75,49 +76,42 @@ def random_run(preset: Preset, made: Plan) -> Trainer:
         pooled = (
             torch.randn(prompts, config.adm_channels - 6 * 256) if config.adm_channels else None
         )  # y is this and six sizes
-        with torch.device("cuda"):  # random numbers come faster there
+        with device:  # random numbers come faster on a GPU
             unet = UNet(config).to(dtype)
         return Teacher(name, unet.cpu(), torch.randn(prompts, CAPTION_TOKENS, config.context_dim), pooled)
 
-    adversarial = 0.01 if preset.adversarial else 0.0
-    settings = TrainConfig(
-        **made.settings(),
-        teacher_slots=made.slots,
-        steps=STEPS,
-        ema_gamma=6.94,
-        lambda_feat=0.001,
-        lambda_adv=adversarial,
-    )
+    usual = {"ema_gamma": 6.94, "lambda_feat": 0.001, "lambda_adv": 0.01 if preset.adversarial else 0.0}
     teachers = [model(f"teacher {i}") for i in range(preset.teachers)]
-    return Trainer(model("base"), teachers, data, settings, device=torch.device("cuda"))
+    return Trainer(model("base"), teachers, data, TrainConfig(**{**usual, **settings}), device=device)
 
 
-def measure(preset: Preset, made: Plan) -> tuple[int, float]:
-    """(bytes at the worst moment, samples per second) of a few steps, on a device that gives no more than the plan may use.
+def measure(preset: Preset, made: Plan, device: torch.device) -> tuple[int | None, float]:
+    """(bytes at the worst moment, samples per second) of a few steps; on CUDA on a device that gives no more than the plan may use,
+    elsewhere nothing limits or counts the bytes, which are None.
 
     Everything that the run held is given back. The first step, which warms up, is not timed.
     """
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, preset.gb * GB / total))
-    run = random_run(preset, made)
+    cuda = device.type == "cuda"
+    if cuda:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, preset.gb * GB / total))
+    run = random_run(preset, device, **made.settings(), teacher_slots=made.slots, steps=STEPS)
     try:
-        torch.cuda.reset_peak_memory_stats()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         seconds = [metrics.seconds for metrics in run.run()]  # of whole steps: their figures are read from the device
         samples = made.micro_batch * made.accumulate
-        return torch.cuda.max_memory_allocated(), samples * (STEPS - 1) / sum(seconds[1:])
+        return torch.cuda.max_memory_allocated() if cuda else None, samples * (STEPS - 1) / sum(seconds[1:])
     finally:
         run.targets.pool.close()
         del run
         gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def line(preset: Preset) -> str:
-    try:
-        made = make_plan(preset)
-    except ValueError as error:
-        return f"| {preset.name} | {error} | | | | | | |"
+def described(made: Plan) -> str:
     how = [
         made.trainable,
         made.optimizer,
@@ -126,25 +120,45 @@ def line(preset: Preset) -> str:
         "teachers on the device" if made.residency == "device" else f"teachers in RAM, {made.slots} placed",
         f"average: {made.ema_device}",
     ]
-    measured = ratio = rate = "–"
-    if torch.cuda.is_available():
-        peak, samples = measure(preset, made)
-        rate = f"{samples:.2f}"
-        activations = made.breakdown["activations"]
-        measured = f"{peak / GB:.2f}"
-        ratio = f"{(peak - made.peak + activations) / activations:.2f}"
-    kept = made.peak - made.breakdown["activations"]
-    cells = [
-        preset.name,
-        "; ".join(how),
-        f"{made.ram / GB:.1f}",
-        f"{kept / GB:.2f}",
-        f"{made.peak / GB:.2f}",
-        measured,
-        ratio,
-        rate,
-    ]
-    return "| " + " | ".join(cells) + " |"
+    return "; ".join(how)
+
+
+def carried_out(preset: Preset, device: torch.device | None) -> dict[str, Any]:
+    """Figures of a preset's plan, carried out on the device, or with None only planned. Sizes in GB of 2^30 bytes.
+
+    Raises ValueError where the planner finds no plan.
+    """
+    made = make_plan(preset)
+    activations = made.breakdown["activations"]
+    figures: dict[str, Any] = {
+        "plan": described(made),
+        "RAM": made.ram / GB,
+        "kept": (made.peak - activations) / GB,
+        "estimated peak": made.peak / GB,
+    }
+    if device is not None:
+        peak, figures["samples/s"] = measure(preset, made, device)
+        if peak is not None:
+            figures["measured peak"] = peak / GB
+            figures["activations, measured / estimated"] = (peak - made.peak + activations) / activations
+    return figures
+
+
+def line(preset: Preset) -> str:
+    try:
+        found = carried_out(preset, torch.device("cuda") if torch.cuda.is_available() else None)
+    except ValueError as error:
+        return f"| {preset.name} | {error} | | | | | | |"
+    digits = {
+        "RAM": 1,
+        "kept": 2,
+        "estimated peak": 2,
+        "measured peak": 2,
+        "activations, measured / estimated": 2,
+        "samples/s": 2,
+    }
+    numbers = [f"{found[name]:.{many}f}" if name in found else "–" for name, many in digits.items()]
+    return "| " + " | ".join([preset.name, found["plan"], *numbers]) + " |"
 
 
 def run(args: argparse.Namespace) -> None:

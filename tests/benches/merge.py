@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -172,7 +173,8 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> dict[str, list[dict[str, float]]]:
+    """Prints the table; -> {row of the table: figures of each seed}, empty for a job or where rates are tuned."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", default=",".join(SHORT), help=f"all, or of: {', '.join(ARMS)}")
     parser.add_argument("--seeds", default="0,1,2")
@@ -192,7 +194,7 @@ def main() -> None:
     parser.add_argument("--early", default="standard", help=f"arms that have rows of their own for {', '.join(SHARES)}")
     parser.add_argument("--train", help=argparse.SUPPRESS)  # the jobs: arm:seed[:rate], and what to judge
     parser.add_argument("--judge", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     folder, device = Path(args.folder), torch.device(args.device)
     try:
         files = family_files(args.family, args.family_folder)
@@ -208,14 +210,14 @@ def main() -> None:
         else:
             arm, seed, rate = (*args.train.split(":"), None)[:3]
             train_and_keep(folder, arm, args.steps, int(seed), rate and float(rate), device=device, files=files)
-        return
+        return {}
     arms = list(ARMS) if args.arms == "all" else args.arms.split(",")
     if unknown := [arm for arm in arms + args.tune.split(",") if arm and arm not in ARMS]:
         raise SystemExit(f"unknown arms {', '.join(unknown)}: choose from {', '.join(ARMS)}")
     if args.tune:
         tune(args, folder)
-    else:
-        compare(args, folder, arms, files)
+        return {}
+    return compare(args, folder, arms, files)
 
 
 def results(folder: Path, arm: str, steps: int, seed: int, rate: float | None = None) -> dict | None:
@@ -238,7 +240,7 @@ def tune(args, folder: Path) -> None:
         print(f"| {arm} | " + " | ".join(f"{error:.4f}" for error in errors) + " |")
 
 
-def compare(args, folder: Path, arms: list[str], files: FamilyFiles) -> None:
+def compare(args, folder: Path, arms: list[str], files: FamilyFiles) -> dict[str, list[dict[str, float]]]:
     family, device = files.family, torch.device(args.device)
     seeds = [int(seed) for seed in args.seeds.split(",")]
     arms = ["plain", *(arm for arm in arms if arm != "plain")]
@@ -277,6 +279,7 @@ def compare(args, folder: Path, arms: list[str], files: FamilyFiles) -> None:
     told = f"{family.name} family, twins: {' and '.join(family.twins)}, outlier: {family.outlier}"
     print(f"\n{args.steps} steps of 32 samples, seeds {args.seeds}, {told}\n")
     print(table(rows))
+    return rows
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -93,7 +94,8 @@ def with_idle_lora(plain, folded):
 
 
 class Bench:
-    def __init__(self, config: UNetConfig, side: int, args):
+    def __init__(self, config: UNetConfig, side: int, args, keep: Callable[[dict], None]):
+        self.keep = keep
         self.side, self.steps, self.rounds, self.only = side, args.steps, args.rounds, args.only
         generator = torch.Generator().manual_seed(1)
         self.prompts = [[[torch.randn(1, 77, config.context_dim, generator=generator), {}]] for _ in range(10)]
@@ -118,7 +120,7 @@ class Bench:
         return clock() - started
 
     def line(self, name: str, one, other, goal: str = "") -> None:
-        """Print other's seconds over one's, if this line is wanted."""
+        """Print and keep other's seconds over one's, if this line is wanted."""
         if not any(part in name for part in self.only):
             return
         one(), other()  # warm
@@ -131,10 +133,13 @@ class Bench:
             base.append(a)
         low, middle, high = statistics.quantiles(ratios, n=4)
         milliseconds = 1000 * statistics.median(base) / self.steps
+        line = {"other / one": name, "median ratio": middle, "quartiles": f"{low:.3f} to {high:.3f}"}
+        self.keep(line | {"one, ms a step": milliseconds, "aim": goal})
         print(f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} | {milliseconds:.1f} | {goal} |", flush=True)
 
 
-def run(args) -> None:
+def run(args, keep: Callable[[dict], None] = lambda line: None) -> None:
+    """Measure and print. keep: gets each line as it is printed, {column: value}."""
     config, side = sizes(args.family, args.bank)
     side = args.pixels // 8 or side
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
@@ -145,7 +150,7 @@ def run(args) -> None:
 
         dtype = torch.float32 if args.cpu or not torch.cuda.is_available() else torch.float16
         model = load(config, Path(folder), dtype)
-        bench = Bench(config, side, args)
+        bench = Bench(config, side, args, keep)
         plain, names = without_pack(model), [f"style {i}" for i in range(STYLES)]
         pair = bench.prompts[:2]
         device = torch.cuda.get_device_name() if dtype == torch.float16 else "CPU"
@@ -219,7 +224,7 @@ def run(args) -> None:
             )
 
 
-if __name__ == "__main__":
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=["demo", "sd15"], default="demo")
     parser.add_argument("--bank", default="", help="size of a style bank, such as 10%%")
@@ -228,4 +233,8 @@ if __name__ == "__main__":
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--pixels", type=int, default=0, help="side of the canvas; 0 is the model's own")
     parser.add_argument("--only", nargs="+", default=[""], help="lines with one of these texts in their names")
-    run(parser.parse_args())
+    return parser
+
+
+if __name__ == "__main__":
+    run(parser().parse_args())

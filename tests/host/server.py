@@ -26,10 +26,10 @@ class NodeError(Exception):
 
 
 class Server:
-    """``main.py --cpu`` on a free port with ``base`` as its folder and this pack linked into it; a context manager."""
+    """``main.py`` on a free port with ``base`` as its folder and this pack linked into it; a context manager. cpu: with ``--cpu``."""
 
-    def __init__(self, host: Path, base: Path, arguments: tuple[str, ...] = ()):
-        self.host, self.base, self.arguments = host, base, arguments
+    def __init__(self, host: Path, base: Path, arguments: tuple[str, ...] = (), cpu: bool = True):
+        self.host, self.base, self.arguments = host, base, (*(("--cpu",) if cpu else ()), *arguments)
         (base / "custom_nodes").mkdir(parents=True)
         (base / "custom_nodes" / NAME).symlink_to(PACK, target_is_directory=True)
         for name in ("dmm", "checkpoints", "loras"):
@@ -42,7 +42,7 @@ class Server:
             port = probe.getsockname()[1]
         self.address = f"127.0.0.1:{port}"
         command = [
-            *(sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)),
+            *(sys.executable, "main.py", "--listen", "127.0.0.1", "--port", str(port)),
             *("--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"),
             *("--disable-api-nodes", "--disable-all-custom-nodes", "--whitelist-custom-nodes", NAME),
             *self.arguments,
