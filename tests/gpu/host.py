@@ -47,6 +47,8 @@ def measure(setup: Setup, flags: Sequence[str]) -> None:
     host = find_host()
     if host is None:
         raise NotPossible("no ComfyUI here: set COMFYUI_PATH, or carry the folder that make gpu-pack prepares")
+    if not setup.cuda and (excluded := [flag for flag in flags if flag in ("--lowvram", "--novram")]):
+        raise NotPossible(f"the host takes --cpu or {excluded[0]}, not both")
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise NotPossible(f"the host needs {', '.join(missing)}: carry the folder that make gpu-pack prepares")
     from ..host.server import Server

@@ -6,7 +6,7 @@ from ...training.host_path import find_host
 from ..benches import styles
 from .setup import NotPossible, Setup
 
-FEW = ("host's UNet / itself", "one style", "2 styles", "2 regions")
+FEW = ("host's UNet / itself", "one style / host", "2 styles", "2 regions", "one pass")
 
 
 def measure(setup: Setup, bank: str = "") -> None:
@@ -17,6 +17,6 @@ def measure(setup: Setup, bank: str = "") -> None:
     arguments += ["--steps", "2", "--rounds", "2"] if setup.tiny else ["--rounds", "5"]
     arguments += ["--cpu"] if not setup.cuda else []
     if bank or setup.tiny:
-        arguments += ["--only", *(("one style",) if bank else FEW)]
+        arguments += ["--only", *(("one style / host", "one style, folded") if bank else FEW)]
     styles.run(styles.parser().parse_args(arguments), lambda line: setup.line("ratios", line))
     setup.note(lines=len(setup.tables["ratios"]))
