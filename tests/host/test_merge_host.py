@@ -119,7 +119,7 @@ def test_a_large_model_paints_none_without_a_gpu(loaded, monkeypatch):
     from comfyui_dmm.nodes import thumbnails
 
     monkeypatch.setattr(thumbnails, "LARGEST_ON_CPU", 1000)
-    said = merge(loaded, name="large").ui.as_dict()["text"][0]
+    said = merge(loaded, name="large").ui["text"][0]
     (path,) = files("large")
     assert "no thumbnails" in said and not any(style.thumbnail for style in load_checkpoint(path).styles)
 

@@ -296,4 +296,4 @@ def test_a_failed_comparison_costs_the_table_only(node, monkeypatch):
 
     monkeypatch.setattr(training_run, "eps_errors", lambda *arguments, **named: fail())
     output, error, _ = node("no-table")
-    assert error is None and "not compared with its teachers: out of luck" in str(output.ui.as_dict())
+    assert error is None and "not compared with its teachers: out of luck" in str(output.ui)

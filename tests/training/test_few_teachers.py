@@ -154,7 +154,7 @@ def test_only_the_drawn_ones_are_moved(models, copies, slots):
         assert (ours.loss, ours.score, ours.grad_norm) == (theirs.loss, theirs.score, theirs.grad_norm)
         assert theirs.moved_bytes == 0
         assert copies is None or len(ours.count) == copies
-    of_one = run.targets.pool._flat[0].nbytes
+    of_one = run.targets.pool.slots[0].flat.nbytes
     moved = run.targets.pool.copies
     assert run.targets.pool.moved_bytes == moved * of_one
     # The next step's first one has been sent for already.

@@ -61,7 +61,7 @@ def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) ->
 
 
 def filled(config: UNetConfig, source: dict[str, Tensor], generator: torch.Generator) -> UNet:
-    """A UNet with copies of ``source`` in float32, on the CPU; a style side that has no source is new, by ``generator``.
+    """A UNet with contiguous copies of ``source`` in float32, on the CPU; a style side that has no source is new, by ``generator``.
 
     No memory is filled with random numbers that are overwritten. Takes the tensors out of ``source``, one after the other (in place).
     """
@@ -75,7 +75,7 @@ def filled(config: UNetConfig, source: dict[str, Tensor], generator: torch.Gener
     if style:
         init_style(student, generator)
     student.load_state_dict({key: source.pop(key) for key in style & source.keys()}, strict=False)
-    weights = {key: source.pop(key).detach().to(torch.float32, copy=True) for key in shapes.keys() & source.keys()}
+    weights = {key: torch.empty(shapes[key]).copy_(source.pop(key)) for key in shapes.keys() & source.keys()}
     student.load_state_dict(weights, strict=False, assign=True)
     return student
 
