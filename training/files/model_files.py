@@ -45,7 +45,7 @@ from ...dmm_core.unet import unet_config_from_state_dict, with_heads
 from ...dmm_core.weights_file import read_keys, read_weights
 from .clip_layout import to_single_file
 from .model_settings import with_yaml
-from .remembered import remembered
+from .remembered import Stamps, remembered, stamps
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,14 @@ def weight_files(path: str | os.PathLike) -> list[Path]:
     return [file for name in _MODULES if (path / name).is_dir() for file in _module_files(path / name)]
 
 
+def weight_stamps(path: str | os.PathLike) -> Stamps | None:
+    """``remembered.stamps`` of the files that ``load_any`` reads weights from; None where it could not read them."""
+    try:
+        return stamps(weight_files(path))
+    except (ValueError, OSError):
+        return None
+
+
 def change_stamp(path: str | os.PathLike) -> tuple[tuple[str, int, int], ...]:
     """Names, times and sizes of the files that ``load_any`` reads, which differ once one has changed. Raises OSError
     when one is gone."""
@@ -129,7 +137,7 @@ def model_sha256(path: str | os.PathLike) -> str:
 
 
 def _sha256(path: Path) -> str:
-    return remembered("sha256 of a file", [path], lambda: file_sha256(path))
+    return remembered("sha256 of a file", stamps([path]), lambda: file_sha256(path))
 
 
 def add_parts(checkpoint: Checkpoint, companion: Checkpoint) -> Checkpoint:

@@ -1,10 +1,11 @@
 """Hashes of large files, remembered between runs: eight SD1.5 teachers are 14 GB, half a minute of a core for each kind of hash.
 
 A file is known again by its real path, size, inode and the times of its last change of content (mtime) and of its entry (ctime, which
-copying tools cannot set back). A wrong answer therefore takes a file that changed under the same inode with its clocks turned back, or
-damage on the disk itself below the file system; digests in caches and run states do not use this. The hashes stand in
-``comfyui-dmm/hashes.json`` in the user's cache folder; the environment variable DMM_HASHES names another file, or turns it off when
-empty. Without a file that can be read or written all is computed, as before.
+copying tools cannot set back), as these were before it was opened: what is mapped stays what it was when another file takes its name. So
+a wrong answer takes a file that changed under the same inode with its clocks turned back, or damage on the disk itself below the file
+system. A run's state names its teachers by such hashes; digests of what states and caches hold are always computed. The hashes stand
+in ``comfyui-dmm/hashes.json`` in the user's cache folder; the environment variable DMM_HASHES names another file, or turns it off
+when empty. Without a file that can be read or written all is computed, as before.
 """
 
 from __future__ import annotations
@@ -34,15 +35,29 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
-def remembered(kind: str, files: Iterable[str | os.PathLike], compute: Callable[[], str]) -> str:
-    """What ``compute`` gave for these files before, or gives now: 64 hexadecimal digits. kind: of the hash, in words that change with
-    its meaning.
+Stamps = tuple[tuple[str, int, int, int, int], ...]
+"""(real path, size, inode, mtime, ctime) of files."""
 
-    Raises what ``compute`` raises.
+
+def stamps(files: Iterable[str | os.PathLike]) -> Stamps | None:
+    """How files are known again; None where they are small together, or gone. To be taken before they are opened."""
+    try:
+        stats = [(path, os.stat(path)) for path in map(os.path.realpath, files)]
+    except OSError:
+        return None
+    if not stats or sum(stat.st_size for _, stat in stats) < LARGE:
+        return None
+    return tuple((path, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats)
+
+
+def remembered(kind: str, before: Stamps | None, compute: Callable[[], str]) -> str:
+    """What ``compute`` gave for these files before, or gives now: 64 hexadecimal digits.
+
+    kind: of the hash, in words that change with its meaning; before: ``stamps`` from before that was read which ``compute`` hashes. Where
+    the files are others by now, nothing is looked up or kept. Raises what ``compute`` raises.
     """
-    paths = [os.path.realpath(file) for file in files]
-    store, before = _store(), _stamps(paths)
-    if store is None or before is None:
+    store = _store()
+    if store is None or before is None or _changed(before):
         return compute()
     key = repr_sha256(kind, before)
     known = _read(store).get(key)
@@ -50,7 +65,7 @@ def remembered(kind: str, files: Iterable[str | os.PathLike], compute: Callable[
         return known
     result = compute()
     newest = max(max(mtime, ctime) for *_, mtime, ctime in before)
-    if _stamps(paths) == before and time.time_ns() - newest > FRESH and _HASH.fullmatch(result):
+    if not _changed(before) and time.time_ns() - newest > FRESH and _HASH.fullmatch(result):
         _write(store, key, result)
     return result
 
@@ -73,15 +88,8 @@ def _store() -> Path | None:
         return None
 
 
-def _stamps(files: list[str]) -> list[tuple[str, int, int, int, int]] | None:
-    """(path, size, inode, mtime, ctime) of each; None where they are small together, or gone."""
-    try:
-        stats = [(file, os.stat(file)) for file in files]
-    except OSError:
-        return None
-    if not stats or sum(stat.st_size for _, stat in stats) < LARGE:
-        return None
-    return [(file, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) for file, stat in stats]
+def _changed(before: Stamps) -> bool:
+    return stamps(path for path, *_ in before) != before
 
 
 def _read(store: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from ..data.cache import ImageCache
 from ..data.open_cache import open_cache
 from ..data.rollout_data import Rollouts
 from ..data.text_states import TextStates
-from ..files.model_files import load_any, load_any_info, model_sha256, weight_files
+from ..files.model_files import load_any, load_any_info, model_sha256, weight_stamps
 from ..files.model_settings import say_guesses, told, with_settings
 from ..files.outputs import check_folder, check_output
 from ..files.remembered import side_by_side
@@ -78,6 +78,9 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
     check_output(config.output, config.inputs())
     check_output(raw_file(Path(config.output)), config.inputs())
     check_folder(Path(config.run_dir), f"the run folder '{config.run_dir}'")
+    stamped = {
+        file: weight_stamps(file) for file in {config.base, *(spec.file or config.base for spec in config.teachers)}
+    }
     base = told(base_with_parts(config.base, config.parts_from or None), config.settings)
     again = not grown and has_bank(base.unet)
     if again:
@@ -113,12 +116,12 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
     }
     sources = [config.base, *(spec.file or config.base for spec in config.teachers if not spec.loras)]
     sums = dict(zip(sources, side_by_side(model_sha256, sources)))
-    frozen[""].weight_files = weight_files(config.base)
+    frozen[""].stamps = stamped[config.base]
     for spec in config.teachers:
         teacher = frozen[spec.name]
         teacher.description, teacher.licence = spec.description, spec.licence
         teacher.file, teacher.sha256 = recorded(spec.file or config.base, spec.loras, sums)
-        teacher.weight_files = () if spec.loras else weight_files(spec.file or config.base)
+        teacher.stamps = None if spec.loras else stamped[spec.file or config.base]
         teacher.sha256 = teacher.sha256 or teacher.weights_sha256  # with LoRAs there is no file of its weights
     foundation = frozen.pop("")
     foundation.name = "base"

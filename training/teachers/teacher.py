@@ -4,7 +4,6 @@ together."""
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from ...dmm_core.style import MLP_NAMES, no_style_row, style_row
 from ...dmm_core.unet import UNet, UNetConfig, load_unet
 from ...dmm_core.weights_file import is_finite
 from ..files.hashing import Float32, weights_sha256
-from ..files.remembered import remembered
+from ..files.remembered import Stamps, remembered
 from ..parallel.devices import sent
 
 
@@ -56,7 +55,7 @@ class Teacher:
     share); None for no style. The remaining fields are recorded in the style's metadata; ``known`` is what an older DMM
     file says of the style, and is recorded as it is. told: prediction and noise schedule where a config or a yaml says another than the
     file alone, "" otherwise. at_base: of a DMM model with a style bank, its own weights are its base's (``style_file.centred_at_base``).
-    weight_files: those that its weights were read from, where they are nothing else.
+    stamps: of the files that its weights were read from, taken before that, where they are nothing else.
     """
 
     name: str
@@ -73,7 +72,7 @@ class Teacher:
     known: StyleInfo | None = None
     told: str = ""
     at_base: bool = False
-    weight_files: Sequence[str | os.PathLike] = ()
+    stamps: Stamps | None = None
 
     def __post_init__(self) -> None:
         self.unet.requires_grad_(False).eval()
@@ -120,7 +119,7 @@ class Teacher:
         """``weights_sha256``, computed, or remembered of its files."""
         return remembered(
             "UNet's values in float32, as read by version 1",
-            self.weight_files,
+            self.stamps,
             lambda: weights_sha256(Float32(self.unet.state_dict())),
         )
 
