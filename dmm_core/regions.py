@@ -234,11 +234,7 @@ class Rest:
             )
 
     def placed(self, height: int, width: int) -> list[Placement]:
-        coverages = [region.coverage(height, width) for region in self.regions]
-        weights = background(coverages)
-        if self.share:  # in weights that are averaged: share = extra / (extra + mixture)
-            mixture = weights + sum(region.weight * c for region, c in zip(self.regions, coverages))
-            weights = weights + self.share / (1 - self.share) * mixture
+        weights, *_ = averaged(self.regions, height, width, self.share)
         return [(None, weights)] if weights.any() else []
 
 
@@ -271,11 +267,16 @@ def style_map(regions: Sequence[Region], height: int, width: int, share: float =
 
     share: what the background keeps under the regions, as ``Rest.share``.
     """
-    coverages = [region.coverage(height, width) for region in regions]
-    batch = max(len(c) for c in coverages)
-    weights = [background(coverages), *(r.weight * c for r, c in zip(regions, coverages))]
+    weights = averaged(regions, height, width, share)
+    batch = max(len(w) for w in weights)
     stack = torch.stack([w.expand(batch, -1, -1) if len(w) == 1 else w for w in weights], dim=1)  # (B, 1 + R, h, w)
-    stack = stack / stack.sum(1, keepdim=True)
-    if share:
-        stack = torch.cat([share + (1 - share) * stack[:, :1], (1 - share) * stack[:, 1:]], dim=1)
-    return stack
+    return stack / stack.sum(1, keepdim=True)
+
+
+def averaged(regions: Sequence[Region], height: int, width: int, share: float) -> list[Tensor]:
+    """Weights (B or 1, height, width) with which background and regions are averaged, the background's first. share: as ``Rest.share``."""
+    coverages = [region.coverage(height, width) for region in regions]
+    rest, parts = background(coverages), [region.weight * c for region, c in zip(regions, coverages)]
+    if share:  # share = extra / (extra + mixture)
+        rest = rest + share / (1 - share) * (rest + sum(parts))
+    return [rest, *parts]

@@ -45,7 +45,6 @@ def new_student(base: UNet, teachers: Sequence[Teacher], config: TrainConfig) ->
         sizes["style_mlp"] = mlp_name(bool(sizes["adm_channels"]))
     if banks:
         sizes["bank"] = student_bank(base.config, len(teachers), config)
-    if banks:
         source = banked(base, teachers, config)
     else:
         source = soup([t.unet.state_dict() for t in teachers]) if config.init == "soup" else base.state_dict()

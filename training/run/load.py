@@ -78,9 +78,8 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
     check_output(config.output, config.inputs())
     check_output(raw_file(Path(config.output)), config.inputs())
     check_folder(Path(config.run_dir), f"the run folder '{config.run_dir}'")
-    stamped = {
-        file: weight_stamps(file) for file in {config.base, *(spec.file or config.base for spec in config.teachers)}
-    }
+    sources = {config.base, *(spec.file or config.base for spec in config.teachers)}
+    stamped = {file: weight_stamps(file) for file in sources}
     base = told(base_with_parts(config.base, config.parts_from or None), config.settings)
     again = not grown and has_bank(base.unet)
     if again:
@@ -114,8 +113,8 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
         )
         for name, (checkpoint, file) in {**files, "": (base, config.base)}.items()
     }
-    sources = [config.base, *(spec.file or config.base for spec in config.teachers if not spec.loras)]
-    sums = dict(zip(sources, side_by_side(model_sha256, sources)))
+    whole = list({config.base, *(spec.file or config.base for spec in config.teachers if not spec.loras)})
+    sums = dict(zip(whole, side_by_side(model_sha256, whole)))
     frozen[""].stamps = stamped[config.base]
     for spec in config.teachers:
         teacher = frozen[spec.name]
@@ -155,10 +154,15 @@ def teacher_unets(config: DistillConfig, files: Named, ranks: Ranks) -> dict[str
 
 
 def share_hashes(teachers: Sequence[Teacher], ranks: Ranks) -> None:
-    """Give each teacher its ``weights_sha256``: threads, and several processes, share out the work."""
+    """Give each teacher its ``weights_sha256``, where it has none yet: threads, and several processes, share out the work."""
     unets = list({id(teacher.unet): teacher for teacher in teachers}.items())
     mine = range(ranks.rank, len(unets), ranks.world)
-    computed = dict(zip(mine, side_by_side(lambda i: unets[i][1].hashed(), mine)))
+
+    def hashed(i: int) -> str:
+        teacher = unets[i][1]
+        return vars(teacher).get("weights_sha256") or teacher.hashed()
+
+    computed = dict(zip(mine, side_by_side(hashed, mine)))
     parts = ranks.gather(computed) if ranks.world > 1 else [computed]
     hashes = {unets[i][0]: sha for part in parts for i, sha in part.items()}
     for teacher in teachers:

@@ -2,7 +2,7 @@
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { addUnsaved, makeRoom } from "./node_widgets.js";
+import { addUnsaved, makeRoom, smallButton } from "./node_widgets.js";
 import { changed, trainers, training, whenTrainingChanges } from "./training_state.js";
 import { say } from "./words.js";
 
@@ -47,23 +47,9 @@ function addButtons(node) {
   const row = document.createElement("div");
   Object.assign(row.style, { display: "flex", gap: "4px", width: "100%" });
   for (const [action, [label, explanation]] of Object.entries(buttons())) {
-    const button = document.createElement("button");
-    button.type = "button";
+    const button = smallButton(label, { flex: "1 1 auto", height: `${HEIGHT - 2}px`, padding: "0 4px", whiteSpace: "nowrap" });
     button.dataset.action = action;
-    button.textContent = label;
     button.title = explanation;
-    Object.assign(button.style, {
-      flex: "1 1 auto",
-      height: `${HEIGHT - 2}px`,
-      padding: "0 4px",
-      font: "11px sans-serif",
-      whiteSpace: "nowrap",
-      color: "var(--input-text)",
-      background: "var(--comfy-input-bg)",
-      border: "1px solid var(--border-color)",
-      borderRadius: "4px",
-      cursor: "pointer",
-    });
     row.append(button);
   }
   const widget = addUnsaved(node, CONTROLS, "dmm_controls", row, { height: () => HEIGHT });

@@ -3,7 +3,7 @@
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { addUnsaved, makeRoom } from "./node_widgets.js";
+import { addUnsaved, makeRoom, smallButton } from "./node_widgets.js";
 import { say } from "./words.js";
 
 const TEMPLATE = "DMM 01 - Quickstart, one model many styles";
@@ -49,19 +49,7 @@ async function open(saved) {
 function show(node, saved) {
   let widget = node.widgets.find((other) => other.name === BUTTON);
   if (!widget) {
-    const button = document.createElement("button");
-    button.type = "button";
-    Object.assign(button.style, {
-      width: "100%",
-      height: `${HEIGHT - 2}px`,
-      font: "11px sans-serif",
-      color: "var(--input-text)",
-      background: "var(--comfy-input-bg)",
-      border: "1px solid var(--border-color)",
-      borderRadius: "4px",
-      cursor: "pointer",
-    });
-    button.textContent = say("Open in a new quickstart");
+    const button = smallButton(say("Open in a new quickstart"), { width: "100%", height: `${HEIGHT - 2}px` });
     widget = addUnsaved(node, BUTTON, "dmm_quickstart", button, { height: () => HEIGHT + 8, margin: 4, hideOnZoom: false });
     makeRoom(node);
   }

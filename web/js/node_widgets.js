@@ -12,6 +12,23 @@ export function addUnsaved(node, name, kind, element, { height, ...options }) {
   return widget;
 }
 
+// A small button in the host's colours; what else there is to its style goes into `style`.
+export function smallButton(label, style = {}) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = label;
+  Object.assign(button.style, {
+    font: "11px sans-serif",
+    color: "var(--input-text)",
+    background: "var(--comfy-input-bg)",
+    border: "1px solid var(--border-color)",
+    borderRadius: "4px",
+    cursor: "pointer",
+    ...style,
+  });
+  return button;
+}
+
 // Make a node as large as what is on it needs, if it is smaller.
 export function makeRoom(node) {
   const [width, height] = node.computeSize();
