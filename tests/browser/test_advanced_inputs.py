@@ -8,7 +8,8 @@ from .test_workflows import open_graph, queued
 TRAINER = "app.graph.findNodesByType('DMMDistillTeachers')[0]"
 VISIBLE = f"""() => {{
     const node = {TRAINER};
-    return node.getLayoutWidgets().filter((w) => node.isWidgetVisible(w) && w.name !== 'dmm_advanced').map((w) => w.name);
+    const seen = (w) => node.isWidgetRowVisible?.(w) ?? node.isWidgetVisible(w); // newer pages: its row is, while a link decides it
+    return node.getLayoutWidgets().filter((w) => seen(w) && w.name !== 'dmm_advanced').map((w) => w.name);
 }}"""
 ESSENTIAL = ["preset", "name", "steps", "batch_size", "learning_rate", "seed", "memory"]
 

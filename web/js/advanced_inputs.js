@@ -15,6 +15,16 @@ const advanced = (node) => node.widgets.filter((widget) => widget.options?.advan
 const linked = (node, widget) => node.inputs?.some((input) => input.widget?.name === widget.name && input.link != null);
 
 function foldable(node, widget) {
+  if (widget.visibility?.surfaces) {
+    // Newer pages fold on the canvas too what is said to be advanced there.
+    Object.defineProperty(widget.visibility.surfaces, "canvas", {
+      configurable: true,
+      enumerable: true,
+      get: () => (linked(node, widget) ? "shown" : "advanced"),
+      set: () => {},
+    });
+    return;
+  }
   let hidden = widget.hidden ?? false;
   Object.defineProperty(widget, "hidden", {
     configurable: true,
