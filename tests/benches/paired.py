@@ -4,6 +4,7 @@ and no ratio of sides that do not agree in what they compute."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import statistics
 import threading
 import time
@@ -97,15 +98,16 @@ def apart(one: Any, other: Any) -> float:
 
 @dataclass(frozen=True)
 class Line:
-    """Two sides measured. ratio: quartiles of other's seconds over one's, turn by turn; None where they disagree, ``apart`` by more than
-    ``tolerance``. seconds: median of ``one``."""
+    """Two sides measured. ratio: quartiles of other's amount over one's, turn by turn; None where they disagree, ``apart`` by more than
+    ``tolerance``. amount: median of ``one``, in seconds, or in bytes of what ``PeakMemory`` or a count gives."""
 
     name: str
     ratio: list[float] | None
-    seconds: float
+    amount: float
     apart: float
     tolerance: float
     aim: str = ""
+    unit: str = "s"
 
     @property
     def cells(self) -> dict[str, str]:
@@ -115,13 +117,20 @@ class Line:
             "other / one": self.name,
             "median ratio": ratio,
             "quartiles": between,
-            "one, ms": "" if self.ratio is None else f"{1000 * self.seconds:.4g}",
+            "one": "" if self.ratio is None else shown(self.amount, self.unit),
             "apart (at most)": f"{self.apart:.1e} ({self.tolerance:.0e})",
             "aim": self.aim,
         }
 
 
-HEADER = ["other / one", "median ratio", "quartiles", "one, ms", "apart (at most)", "aim"]
+HEADER = ["other / one", "median ratio", "quartiles", "one", "apart (at most)", "aim"]
+
+
+def shown(amount: float, unit: str) -> str:
+    """Seconds or bytes for people."""
+    if unit == "B":
+        return f"{amount / 2**30:.3g} GB" if amount >= 2**30 else f"{amount / 2**20:.3g} MB"
+    return f"{amount:.3g} s" if amount >= 1 else f"{1000 * amount:.3g} ms"
 
 
 def paired(
@@ -134,20 +143,21 @@ def paired(
     same: Callable[[], tuple[Any, Any]] | None = None,
     clock: Callable[[], float] = process_seconds,
     aim: str = "",
+    unit: str = "s",
 ) -> Line:
     """Compare the results of both sides, and where they agree measure them, after one turn each to warm up.
 
-    tolerance: at most so far ``apart``; same: computes what is compared instead, where the sides that are timed compute two things by their
+    tolerance: at most so far ``apart``; clock, unit: what is measured, else seconds of this process; same: computes what is compared instead, where the sides that are timed compute two things by their
     nature (a batch of styles, and a batch without): the same code at work on what must come out equal.
     """
     first, second = one.turn(clock)[1], other.turn(clock)[1]
     wanted, found = (first, second) if same is None else same()
     distance = apart(wanted, found)
     if distance > tolerance:
-        return Line(name, None, float("nan"), distance, tolerance, aim)
+        return Line(name, None, float("nan"), distance, tolerance, aim, unit)
     took = in_turns({"one": one, "other": other}, rounds, clock=clock)
     ratio = quartiles([b / a for a, b in zip(took["one"], took["other"])])
-    return Line(name, ratio, statistics.median(took["one"]), distance, tolerance, aim)
+    return Line(name, ratio, statistics.median(took["one"]), distance, tolerance, aim, unit)
 
 
 def printed(lines: Sequence[Line]) -> str:
@@ -185,6 +195,25 @@ class Memory:
     def _look(self) -> None:
         while not self._ended.wait(0.02):
             self.peak = max(self.peak, self.now())
+
+
+class PeakMemory:
+    """As a clock of ``paired``, asked before and after a turn: the most anonymous memory in between, in bytes above what was there (what
+    was freed and is kept by the C library, glibc's, is given back first)."""
+
+    def __init__(self) -> None:
+        self._memory: Memory | None = None
+
+    def __call__(self) -> float:
+        if self._memory is None:
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
+            self._memory = Memory()
+            self._memory.__enter__()
+            return 0.0
+        memory, self._memory = self._memory, None
+        memory.__exit__()
+        return memory.peak - memory.before
 
 
 @contextlib.contextmanager

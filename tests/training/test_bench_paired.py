@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui_dmm.tests.benches.paired import Memory, Side, apart, in_turns, paired, printed, quartiles
+from comfyui_dmm.tests.benches.paired import Memory, PeakMemory, Side, apart, in_turns, paired, printed, quartiles
 
 
 class Clock:
@@ -38,8 +38,8 @@ def test_ratios_are_of_turns_and_the_first_turn_only_warms_up():
     other = clock.side([7, 2, 6, 4, 20, 10])
     line = paired("b / a", one, other, tolerance=0, rounds=5, clock=clock)
     assert line.ratio == quartiles([2, 3, 1, 4, 1]) == [1, 2, 3]
-    assert line.seconds == 4
-    assert "| 2.000 | 1.000 to 3.000 | 4000 |" in printed([line])
+    assert line.amount == 4
+    assert "| 2.000 | 1.000 to 3.000 | 4 s |" in printed([line])
 
 
 def test_the_sides_alternate_and_preparation_is_not_timed():
@@ -96,3 +96,17 @@ def test_memory_sees_what_is_kept():
     with Memory() as memory:
         kept = torch.ones(25_000_000)
     assert memory.peak - memory.before > 0.9 * kept.nbytes
+
+
+def test_memory_of_turns():
+    kept = []
+
+    def side(count):
+        return Side(lambda: kept.append(torch.ones(count)), prepare=kept.clear)
+
+    clock = PeakMemory()
+    line = paired(
+        "b / a", side(10_000_000), side(20_000_000), tolerance=0, rounds=3, same=lambda: (1, 1), clock=clock, unit="B"
+    )
+    assert line.ratio[1] == pytest.approx(2, rel=0.2)
+    assert line.cells["one"] == "38.1 MB"
