@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,9 @@ class Line:
     tolerance: float
     aim: str = ""
     unit: str = "s"
+
+    def named(self, name: str) -> Line:
+        return replace(self, name=name)
 
     @property
     def cells(self) -> dict[str, str]:

@@ -185,12 +185,10 @@ def run(args, keep: Callable[[Line], None] = lambda line: None) -> None:
         )
 
         def shown(line: Line) -> None:
-            # The head above the first line only: lines appear as they are measured.
-            print(printed([line]) if not found else printed([line]).splitlines()[-1], flush=True)
-            found.append(line)
+            print(printed([line]).splitlines()[-1], flush=True)
             keep(line)
 
-        found: list[Line] = []
+        print(printed([]))
         bench = Bench(config, side, args.steps, args.rounds, args.only, shown)
         measure(bench, load(config, Path(folder), dtype), 1e-4 if dtype == torch.float32 else 5e-2)
 
