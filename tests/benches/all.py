@@ -59,9 +59,7 @@ def against_ours(found: dict, side: str, name: str, aim: str = "") -> Line:
     """A side of ``training_step.measure`` as a line. apart: of the gradients."""
     one, ours = found["sides"][side], found["sides"]["ours"]
     most = training_step.TOLERANCE["fp32" if found["precision"] == "fp32" else "half"]["gradient"]
-    return Line(
-        name, one["ours over it"], found["batch"] / ours["samples/s"][1], one["apart"]["gradient"], most, aim
-    )
+    return Line(name, one["ours over it"], found["batch"] / ours["samples/s"][1], one["apart"]["gradient"], most, aim)
 
 
 PARTS = {"training": (training, False), "sampling": (sampling, True), "loading": (load, True)}

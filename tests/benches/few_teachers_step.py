@@ -26,9 +26,7 @@ def trainer_of(per_step: int) -> Trainer:
     torch.manual_seed(0)
     preset = Preset("small", SMALL, 16, TEACHERS, 8)
     settings = {"residency": "offload", "precision": "fp32", "memory": "off", "base_share": 0.0, "validation": 0}
-    return random_run(
-        preset, torch.device("cpu"), steps=10**6, batch_size=ROWS, teachers_per_step=per_step, **settings
-    )
+    return random_run(preset, torch.device("cpu"), steps=10**6, batch_size=ROWS, teachers_per_step=per_step, **settings)
 
 
 def losses(run: Trainer) -> Tensor:

@@ -118,7 +118,11 @@ def sums(parts: tuple) -> dict[str, Tensor]:
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         model, clip, vae = parts
-        for name, module in (("unet", model.model.diffusion_model), ("clip", clip.cond_stage_model), ("vae", vae.first_stage_model)):
+        for name, module in (
+            ("unet", model.model.diffusion_model),
+            ("clip", clip.cond_stage_model),
+            ("vae", vae.first_stage_model),
+        ):
             for key, weight in module.state_dict().items():
                 if not key.endswith("text_projection.weight") and not (name == "unet" and key.startswith(STYLE_KEYS)):
                     yield f"{name}.{key}", weight

@@ -206,7 +206,10 @@ def measure(bench: Bench, model, tolerance: float) -> None:
 
     def is_the_style(other=one, batch: int = 1):
         """In the weights of the host's own UNet; a folded style is painted last, as what is in the weights changes for each side."""
-        return lambda: (bench.painting(alone, pair, batch).turn(bench.clock)[1], bench.painting(other, pair, batch).turn(bench.clock)[1])
+        return lambda: (
+            bench.painting(alone, pair, batch).turn(bench.clock)[1],
+            bench.painting(other, pair, batch).turn(bench.clock)[1],
+        )
 
     bench.line("host's UNet / itself (noise of the measurement)", host, host, 0.0)
     bench.line("one style / host's UNet", host, ours, tolerance, same=is_the_style(), aim="< 1.01")
@@ -228,7 +231,9 @@ def measure(bench: Bench, model, tolerance: float) -> None:
         sheet = styled(model, PerItem(tuple(map(parse_style, names[:count]))))
 
         def rows_are_styles(count=count, sheet=sheet):
-            alone = [bench.painting(in_weights(model, names[i]), pair, count).turn(bench.clock)[1][i] for i in (0, count - 1)]
+            alone = [
+                bench.painting(in_weights(model, names[i]), pair, count).turn(bench.clock)[1][i] for i in (0, count - 1)
+            ]
             painted = bench.painting(sheet, pair, count).turn(bench.clock)[1]
             return alone, [painted[0], painted[count - 1]]
 

@@ -28,7 +28,9 @@ class Clock:
 
 @pytest.mark.parametrize("values", [[3.0], [1.0, 2.0], [5.0, 1.0, 4.0, 2.0, 3.0], [0.1 * i * i for i in range(12)]])
 def test_quartiles_are_those_of_torch(values):
-    wanted = torch.quantile(torch.tensor(values, dtype=torch.float64), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    wanted = torch.quantile(
+        torch.tensor(values, dtype=torch.float64), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    )
     torch.testing.assert_close(torch.tensor(quartiles(values), dtype=torch.float64), wanted)
 
 
