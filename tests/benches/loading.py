@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...dmm_core.bank import BANK, bank_masses, folded_bank
+from ...dmm_core.bank import bank_masses, folded_bank
 from ...dmm_core.checkpoint import STYLE_KEYS, Checkpoint, load_checkpoint, save_checkpoint
 from ...dmm_core.metadata import default_styles
 from ...dmm_core.style import CODEBOOK, MLP_NAMES, style_delta, style_row
@@ -113,8 +113,8 @@ def loaded(load: Callable[[Path], tuple], path: Path) -> Side:
 
 
 def sums(parts: tuple) -> dict[str, Tensor]:
-    """Sum and sum of squares of every weight that is not of the styles, in MODEL, CLIP and VAE. Without the text encoder's projection, which
-    SD1.x does not use: the files have none, and the host leaves there what lay in memory."""
+    """Sum and sum of squares of every weight that is not of the styles, in MODEL, CLIP and VAE. Without the text encoder's projection,
+    which SD1.x does not use: the files have none, and the host leaves there what lay in memory."""
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         model, clip, vae = parts

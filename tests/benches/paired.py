@@ -150,8 +150,9 @@ def paired(
 ) -> Line:
     """Compare the results of both sides, and where they agree measure them, after one turn each to warm up.
 
-    tolerance: at most so far ``apart``; clock, unit: what is measured, else seconds of this process; same: computes what is compared instead, where the sides that are timed compute two things by their
-    nature (a batch of styles, and a batch without): the same code at work on what must come out equal.
+    tolerance: at most so far ``apart``; clock, unit: what is measured, else seconds of this process; same: computes what is compared
+    instead, where the sides that are timed compute two things by their nature (a batch of styles, and a batch without): the same code at
+    work on what must come out equal.
     """
     first, second = one.turn(clock)[1], other.turn(clock)[1]
     wanted, found = (first, second) if same is None else same()

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ...dmm_core.files import atomic_write
@@ -81,7 +82,8 @@ def transformer(channels: int, depth: int, context: int, side: int) -> int:
 
 
 def forward_flop(unet: UNetConfig, side: int) -> int:
-    """Of one row of latents (in_channels, side, side): matrix products, convolutions and attention, a multiplication and an addition as two."""
+    """Of one row of latents (in_channels, side, side): matrix products, convolutions and attention, a multiplication and an
+    addition as two."""
     embed, context, base = unet.embed_dim, unet.context_dim, unet.model_channels
     total = linear(base, embed) + linear(embed, embed)
     if unet.adm_channels:
@@ -124,7 +126,7 @@ class Family:
     side: int
     stage: str
 
-    @property
+    @cached_property
     def numbers(self) -> int:
         """Weights of the UNet."""
         total = 0
@@ -135,7 +137,7 @@ class Family:
             total += count
         return total
 
-    @property
+    @cached_property
     def sample_flop(self) -> int:
         return 4 * forward_flop(self.unet, self.side)
 
@@ -145,8 +147,8 @@ FAMILIES = (Family("SD1.5", SD15, 64, "step"), Family("SDXL", SDXL, 128, "step-s
 
 @dataclass(frozen=True)
 class Recipe:
-    """trained: share of the UNet's numbers whose gradients are summed, in float32. backward: the student's, in forwards; student: its passes
-    with a bank, over those without."""
+    """trained: share of the UNet's numbers whose gradients are summed, in float32. backward: the student's, in forwards; student: its
+    passes with a bank, over those without."""
 
     name: str
     samples: int
@@ -203,7 +205,8 @@ def sum_seconds(recipe: Recipe, family: Family, gpus: int) -> float:
 
 
 def cost(recipe: Recipe, family: Family, gpus: int, rate: Rate) -> tuple[float, float]:
-    """(days on the wall, share of them that computes). A batch smaller than the GPUs grows to one row each: fewer steps of as many samples."""
+    """(days on the wall, share of them that computes). A batch smaller than the GPUs grows to one row each: fewer steps of as many
+    samples."""
     rows = max(1.0, recipe.batch / gpus)
     steps = recipe.samples / (rows * gpus)
     computes, sums = recipe.work * rows / rate.samples, sum_seconds(recipe, family, gpus)
@@ -246,8 +249,8 @@ def written(rows: Sequence[Row]) -> str:
             table(about, facts),
             table(head, lines),
             f"In brackets: the share of that time that computes; the rest sums gradients. Against it, {PUBLISHED}: the paper's run took "
-            f"{paper:.0f} days of one A100 ({PAPER_RATE} samples/s with its discriminator, VAE and text encoders; {share:.0%} of the peak by "
-            "the FLOP counted here, which leave those out).",
+            f"{paper:.0f} days of one A100 ({PAPER_RATE} samples/s with its discriminator, VAE and text encoders; {share:.0%} of the "
+            "peak by the FLOP counted here, which leave those out).",
         ]
     )
 

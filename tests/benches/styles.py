@@ -115,7 +115,8 @@ def with_idle_lora(plain, folded):
 
 @dataclasses.dataclass
 class Bench:
-    """Paintings as sides of a measurement. keep: gets each line as it is measured; only: parts of the names of the lines that are wanted."""
+    """Paintings as sides of a measurement. keep: gets each line as it is measured; only: parts of the names of the lines that are
+    wanted."""
 
     config: UNetConfig
     side: int
@@ -180,8 +181,8 @@ def run(args, keep: Callable[[Line], None] = lambda line: None) -> None:
         dtype = torch.float32 if args.cpu or not torch.cuda.is_available() else torch.float16
         device = torch.cuda.get_device_name() if dtype == torch.float16 else "CPU"
         print(
-            f"{args.family}, bank {args.bank or 'none'}, {8 * side} x {8 * side} pixels, {dtype}, {device}, paintings of {args.steps} steps, "
-            f"{args.rounds} rounds\n"
+            f"{args.family}, bank {args.bank or 'none'}, {8 * side} x {8 * side} pixels, {dtype}, {device}, paintings of "
+            f"{args.steps} steps, {args.rounds} rounds\n"
         )
 
         def shown(line: Line) -> None:

@@ -33,7 +33,8 @@ def test_flop_are_those_that_torch_counts(config, side):
 
 
 def test_a_sample_is_four_forwards():
-    """Teacher, student, and a backward of twice the student's forward: counted on a small UNet, but for the gradients that no input needs."""
+    """Teacher, student, and a backward of twice the student's forward: counted on a small UNet, but for the gradients that no
+    input needs."""
     with torch.device("meta"):
         teacher, student = UNet(SMALL).requires_grad_(False), UNet(SMALL)
         x, t, context = torch.empty(1, 4, 8, 8), torch.empty(1, dtype=torch.long), torch.empty(1, 77, SMALL.context_dim)
