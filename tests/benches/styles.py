@@ -213,7 +213,8 @@ def measure(bench: Bench, model, tolerance: float) -> None:
         )
 
     bench.line("host's UNet / itself (noise of the measurement)", host, host, 0.0)
-    bench.line("one style / host's UNet", host, ours, tolerance, same=is_the_style(), aim="< 1.01")
+    # A bank is for folding; unfolded it costs what it computes.
+    bench.line("one style / host's UNet", host, ours, tolerance, same=is_the_style(), aim="" if banked else "< 1.01")
     if banked:
         folded = FoldStyle.execute(one).args[0]
         idle = with_idle_lora(plain, folded)
@@ -244,7 +245,7 @@ def measure(bench: Bench, model, tolerance: float) -> None:
             bench.painting(sheet, pair, count),
             tolerance,
             same=rows_are_styles,
-            aim="< 1.02",
+            aim="" if banked else "< 1.02",
         )
 
     def mixed(count: int, mode: str, paint_on: str = "own crop", styles: Sequence[str] = names):
@@ -261,7 +262,7 @@ def measure(bench: Bench, model, tolerance: float) -> None:
         bench.painting(model, mixed(4, "one pass")),
         2 * tolerance,  # the normalisation is computed by two points
         same=same_everywhere,
-        aim="< 1.10",
+        aim="" if banked else "< 1.10",
     )
 
     def as_areas(count: int, paint_on: str):
