@@ -131,8 +131,8 @@ class Painter:
         return rows
 
     def in_weights(self, row: Tensor) -> Painter:
-        """This painter for one style row (1, N+1) and no other: what the bank adds is in the weights, but for rounding, and no step computes
-        it. Half the time at the demo family's size. Itself without a bank."""
+        """This painter for one style row (1, N+1) and no other: what the bank adds is in the weights, but for rounding, and no step
+        computes it. Half the time at the demo family's size. Itself without a bank."""
         bank = self.unet.config.bank
         if bank is None:
             return self
