@@ -16,7 +16,7 @@ JOBS ?= 2
 # Once torch is chosen, nothing that is installed after it may change it: .torch lists the set with its versions.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint $(VENV)/.torch
 
-.PHONY: check test test-slow demo bench-merge gpu gpu-pack gpu-report clean always
+.PHONY: check test test-slow demo bench bench-merge gpu gpu-pack gpu-report clean always
 .DELETE_ON_ERROR:
 
 # Style, types and the tests that need nothing but torch: minutes before a commit instead of a run of everything.
@@ -39,6 +39,10 @@ demo: $(VENV)/.demo
 # Plain DMM against the options on the demo family; more arms, steps and devices: BENCH="--arms all --steps 3000 --device cuda"
 bench-merge: $(VENV)/.demo
 	$(BIN)/python -m comfyui_dmm.tests.benches.merge $(BENCH)
+
+# Every ratio of speed in one table: minutes; lines of sampling and loading need a ComfyUI. BENCH="--only training --rounds 25"
+bench: $(if $(COMFYUI),$(VENV)/.test,$(VENV)/.demo)
+	OMP_NUM_THREADS=1 $(BIN)/python -m comfyui_dmm.tests.benches.all $(BENCH)
 
 # All that a GPU can tell, stage by stage; call it again until nothing is left (tests/gpu/runner.py). GPU="--list" or "--only step --again".
 # With a .venv it runs in that; without one in $(PYTHON)'s own packages and, where `make gpu-pack` was carried along, its wheels and host.

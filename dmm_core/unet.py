@@ -560,7 +560,8 @@ def missing_weights(sd: Mapping[str, Tensor], heads: Sequence[int] = ()) -> list
 
     Raises ValueError where it describes none.
     """
-    config = unet_config_from_state_dict(sd, heads)
+    # A bank that is not complete is no description, and was refused.
+    config = replace(unet_config_from_state_dict(sd, heads), bank=None)
     with torch.device("meta"):
         return sorted(UNet(config).state_dict().keys() - sd.keys())
 

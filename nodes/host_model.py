@@ -180,7 +180,8 @@ def load(path: str, settings: ModelSettings | None = None) -> tuple:
         raise ValueError(
             f"{path}: {len(missing)} of its UNet's weights missing ({', '.join(missing[:3])}): download or save it again"
         )
-    model, clip, vae = build_model(checkpoint), build_clip(checkpoint), build_vae(checkpoint)
+    model = build_model(checkpoint)
+    clip, vae = build_clip(checkpoint, model.model.model_config), build_vae(checkpoint)
     # The host reloads from these when it needs a second copy (torch.compile and hooks under DynamicVRAM, several GPUs).
     model.cached_patcher_init = (reload_model, (path, settings))
     if clip is not None:
@@ -199,7 +200,7 @@ def reload_model(path: str, settings: ModelSettings, disable_dynamic: bool = Fal
 
 
 def reload_clip(path: str, disable_dynamic: bool = False):
-    return build_clip(load_any(path), disable_dynamic).patcher
+    return build_clip(load_any(path), disable_dynamic=disable_dynamic).patcher
 
 
 def reload_vae(path: str, disable_dynamic: bool = False):
@@ -245,14 +246,14 @@ def model_config(sd: dict[str, Tensor], unet: UNetConfig) -> tuple:
 
     The host tells models apart by their exact widths; the small ones of the demo family are described by hand.
     """
-    sizes = comfy.model_detection.detect_unet_config(sd, UNET_PREFIX)
-    if sizes["model_channels"] >= SD_WIDTH:
+    if len(sd[UNET_PREFIX + "input_blocks.0.0.weight"]) >= SD_WIDTH:
         config = comfy.model_detection.model_config_from_unet(sd, UNET_PREFIX)
         if config is not None:
             known = with_heads(unet, heads_by_level(unet, config.unet_config)) == unet
             config.unet_config |= {} if known else host_heads(unet)
             return config, known
-    elif kind := small_kind(sizes):
+    sizes = comfy.model_detection.detect_unet_config(sd, UNET_PREFIX)
+    if sizes["model_channels"] < SD_WIDTH and (kind := small_kind(sizes)):
         config = kind(sizes)
         config.unet_config |= host_heads(unet)
         return config, False
@@ -346,15 +347,17 @@ def build_style_modules(
     ops = style_ops
     num_styles, dim = weights[f"{CODEBOOK}.weight"].shape
     mlp = next(name for name in MLP_NAMES if f"{name}.linear_1.weight" in weights)
+    meta = torch.device("meta")
     modules = {
-        CODEBOOK: ops.Embedding(num_styles, dim, dtype=dtype, device=device),
-        mlp: StyleMLP(dim, operations=ops, dtype=dtype, device=device),
+        CODEBOOK: ops.Embedding(num_styles, dim, dtype=dtype, device=meta),
+        mlp: StyleMLP(dim, operations=ops, dtype=dtype, device=meta),
     }
     if bank := bank_config(weights, num_styles):  # the host names its layers as the file does
-        modules[BANK] = StyleBank(model.diffusion_model, bank, ops, dtype=dtype, device=device)
+        modules[BANK] = StyleBank(model.diffusion_model, bank, ops, dtype=dtype, device=meta)
     for name, module in modules.items():
-        own = {k.removeprefix(f"{name}."): v.to(dtype) for k, v in weights.items() if k.startswith(f"{name}.")}
-        module.load_state_dict(own, assign=assign)
+        own = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
+        # Each weight is made once, in its dtype and place, and is the module's own unless it may be the file's.
+        module.load_state_dict({k: v.to(device, dtype, copy=not assign) for k, v in own.items()}, assign=True)
         mm.archive_model_dtypes(module.requires_grad_(False).eval())
     return modules
 
@@ -473,9 +476,10 @@ def which_base(file: StyleFile, fingerprint: str, patched: bool) -> str:
     return f"on the base they were made for{name}"
 
 
-def build_clip(checkpoint: Checkpoint, disable_dynamic: bool = False):
-    """The CLIP of a checkpoint, or None when it holds no text encoder."""
-    config, _ = model_config(plain_unet(checkpoint), checkpoint.config)
+def build_clip(checkpoint: Checkpoint, config=None, disable_dynamic: bool = False):
+    """The CLIP of a checkpoint, or None when it holds no text encoder. config: the host's description of the model, if it is known."""
+    if config is None:
+        config, _ = model_config(plain_unet(checkpoint), checkpoint.config)
     target = config.clip_target(state_dict=checkpoint.text)
     weights = config.process_clip_state_dict(dict(checkpoint.text))
     if target is None or not weights:

@@ -55,15 +55,16 @@ def with_map(conditioning: list, styles: StyleMap) -> list:
 
 
 class Blender:
-    """The styles of one forward: offsets (rows, K, D) of the time embedding and their shares (rows, K, h, w)."""
+    """The styles of one forward: offsets (rows, K, D) of the time embedding and their shares (rows, K, h, w) by size, the largest first;
+    smaller ones are added to it, for the next forward too."""
 
-    def __init__(self, deltas: Tensor, shares: Tensor):
+    def __init__(self, deltas: Tensor, shares: dict[tuple[int, int], Tensor]):
         self.deltas = deltas
-        self.shares = {tuple(shares.shape[-2:]): shares}
+        self.shares = shares
         self.active: Tensor | None = None
 
     def shares_at(self, size: tuple[int, int]) -> Tensor:
-        """Shares at the size of a level of the UNet, computed once a forward."""
+        """Shares at the size of a level of the UNet, computed once."""
         if size not in self.shares:
             largest = max(self.shares, key=lambda s: s[0] * s[1])
             self.shares[size] = F.interpolate(self.shares[largest], size=size, mode="area")

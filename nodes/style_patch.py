@@ -14,7 +14,7 @@ host's injections would stay there while the model is loaded, between the calls.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -29,12 +29,13 @@ from ..dmm_core.bank import BANK, PixelMasses, StyleBank, bank_masses
 from ..dmm_core.style import CODEBOOK, MLP_NAMES, style_delta
 from ..dmm_core.style_value import NONE, Style, Vocabulary, progress_at, style_rows
 from . import style_map
+from .once import LastingShares, Made, OfSampling
 from .style_map import MAP, MAP_ROWS, Blender, StyleMap
 
 STYLE = "dmm_style"
 """Where a Style is: in a CONDITIONING's entries, later in ``model_conds``, and rows there; in a MODEL's options a ModelStyle."""
-FIXED = "dmm_fixed"
-"""In the options of one sampling: rows of styles that do not change over it, {(Style or StyleMap, batch): CONDRegular}."""
+ONCE = "dmm_once"
+"""In the options of one sampling: its ``OfSampling``."""
 IDLE = "dmm_idle"
 """In the options of one sampling: whether the bank has nothing to add in this step, as all styles are the one in the weights."""
 DELTA = "dmm_delta"
@@ -144,7 +145,7 @@ def check_styles(executor, noise, *args, **kwargs):
     """
     guider = executor.class_obj
     options = guider.model_options["transformer_options"]  # a copy for this sampling
-    options[FIXED] = {}
+    options[ONCE] = OfSampling()
     known = options[STYLE].known
     height, width = noise.shape[-2:]
     for conds in guider.conds.values():
@@ -156,7 +157,7 @@ def check_styles(executor, noise, *args, **kwargs):
                 one.check(known)
             own = {STYLE: comfy.conds.CONDConstant(style)}
             if isinstance(style, StyleMap):
-                own[MAP] = comfy.conds.CONDNoiseShape(style.shares(height, width))
+                own[MAP] = LastingShares(style.shares(height, width))
             # A new dict: the guider's shares its values with the CONDITIONING that the host has cached.
             conds[i] = {**c, "model_conds": {**c["model_conds"], **own}}
     if any(MAP in c for conds in guider.conds.values() for c in conds):
@@ -171,16 +172,21 @@ def fill_conditionings(executor, x, timestep, model_options={}, seed=None):  # n
     """
     guider = executor.class_obj
     options = guider.model_options["transformer_options"]
-    default, fixed = options[STYLE], options[FIXED]
-    changing = {}
+    default, once = options[STYLE], options[ONCE]
+    in_step = {}
 
     def rows(style: Style | StyleMap) -> comfy.conds.CONDRegular:
-        made, key = changing if style.changes else fixed, (style, len(x))
-        if key not in made:
-            # On a GPU to ask for the noise level is to wait for the step before.
-            now = progress(guider.inner_model, timestep) if style.changes else 0.0
-            made[key] = comfy.conds.CONDRegular(rows_of(style, default.known, now, len(x)).to(x.device))
-        return made[key]
+        key = (style, len(x))
+        if key not in in_step:
+            in_step[key] = rows_now(style, key)
+        return in_step[key]
+
+    def rows_now(style: Style | StyleMap, key) -> comfy.conds.CONDRegular:
+        if not style.changes and key in once.rows:
+            return once.rows[key][1]
+        # On a GPU to ask for the noise level is to wait for the step before.
+        now = progress(guider.inner_model, timestep) if style.changes else 0.0
+        return once.entry(key, rows_of(style, default.known, now, len(x)), x.device)
 
     def style_of(c: dict) -> Style | StyleMap:
         held = c["model_conds"]
@@ -234,14 +240,20 @@ def compute_delta(executor, x, t, c_concat=None, c_crossattn=None, control=None,
             rows, map_rows = torch.zeros_like(rows[:, 0]), rows
     mlp = next(getattr(modules, name) for name in MLP_NAMES if hasattr(modules, name))
 
-    def delta(rows: Tensor) -> Tensor:  # (rows, N+1) -> (rows, D)
-        return style_delta(getattr(modules, CODEBOOK), mlp, rows.to(x.device))
+    once = what_lasts(executor.class_obj, transformer_options)
+
+    def delta(rows: Tensor) -> Tensor:  # (..., N+1) -> (..., D)
+        def make() -> Tensor:
+            flat = rows.to(x.device).flatten(0, -2)
+            return style_delta(getattr(modules, CODEBOOK), mlp, flat).unflatten(0, rows.shape[:-1])
+
+        return once(rows, (DELTA, modules, x.device), make)
 
     options = {**transformer_options, DELTA: delta(rows)}
     bank: StyleBank | None = getattr(modules, BANK, None)
     if shares is not None:
-        deltas = delta(map_rows.flatten(0, 1)).unflatten(0, map_rows.shape[:2])  # (rows, K, N+1) -> (rows, K, D)
-        options[MAP] = Blender(deltas, shares.to(x.device))
+        by_size = once(shares, (MAP, x.device), lambda: {tuple(shares.shape[-2:]): shares.to(x.device)})
+        options[MAP] = Blender(delta(map_rows), by_size)
         # The UNet ignores it, and a compiled one sees by it that another graph is due: the host drops guards on the options.
         kwargs[MAP] = shares
     unet = executor.class_obj.diffusion_model
@@ -250,12 +262,28 @@ def compute_delta(executor, x, t, c_concat=None, c_crossattn=None, control=None,
     if bank is None or idle:
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     folded = transformer_options[STYLE].folded
-    masses = masses_of(bank, rows.to(x.device), map_rows, options.get(MAP), folded)
+    blender = options.get(MAP)
+    if blender is None:
+        masses = once(
+            rows, (BANK, bank, folded, x.device), lambda: masses_of(bank, rows.to(x.device), None, None, folded)
+        )
+    else:
+        masses = masses_of(bank, rows.to(x.device), map_rows, blender, folded)
     with bank_in_force(modules, unet, masses):
         out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     if out.requires_grad:  # a LoRA is being trained
         out.register_hook(lambda _: bank_in_backward(modules, unet, masses))
     return out
+
+
+def what_lasts(model, transformer_options: dict) -> Callable[[Tensor, Hashable, Callable[[], Made]], Made]:
+    """``OfSampling.once`` of the sampling in which a BaseModel is called; without a sampling, and where the weights of the styles may be
+    others in the next step, what computes anew each time: under the host's hooks, and while a LoRA is trained."""
+    once: OfSampling | None = transformer_options.get(ONCE)
+    hooks = None if model.current_patcher is None else model.current_patcher.current_hooks
+    if once is None or hooks is not None or torch.is_grad_enabled():
+        return lambda source, what, make: make()
+    return once.once
 
 
 @contextmanager

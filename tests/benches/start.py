@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import threading
 import time
 from pathlib import Path
 
@@ -25,30 +24,9 @@ from ...dmm_core.unet import UNet, UNetConfig
 from ...training.config_file import load_config
 from ...training.run.load import load_run
 from ...training.text import init_text
+from .paired import Memory
 
 GB = 2**30
-
-
-class Memory:
-    """The most anonymous memory of this process, in bytes, while it is open."""
-
-    def __init__(self) -> None:
-        self.peak, self._ended = 0, threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-
-    def __enter__(self) -> Memory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        while not self._ended.wait(0.05):
-            lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-            (anonymous,) = (int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-            self.peak = max(self.peak, 1024 * anonymous)
 
 
 def make_files(folder: Path, teachers: int, side: int) -> None:

@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import copy
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -42,6 +41,7 @@ from ...training.loop.student import style_rows
 from ...training.loop.trainer import Trainer
 from ...training.teachers.teacher import Teacher
 from ...training.text import ClipText, init_text
+from .paired import Side, clock_of, in_turns, quartiles
 
 SIDES = ("ours", "theirs", "channels last", "checkpointing", "fused AdamW")
 TOLERANCE = {"fp32": {"loss": 1e-4, "gradient": 1e-3}, "half": {"loss": 2e-2, "gradient": 1e-1}}
@@ -133,14 +133,14 @@ def few_weights(made: Rig) -> None:
 
 
 def timed_adamw(made: Rig, optimizer: torch.optim.Optimizer) -> None:
-    started = 0.0
+    started, clock = 0.0, clock_of(made.device)
 
     def begin(*_: object) -> None:
         nonlocal started
-        started = now(made.device)
+        started = clock()
 
     def end(*_: object) -> None:
-        made.seconds_of_adamw += now(made.device) - started
+        made.seconds_of_adamw += clock() - started
 
     optimizer.register_step_pre_hook(begin)
     optimizer.register_step_post_hook(end)
@@ -150,7 +150,7 @@ def timed_adamw(made: Rig, optimizer: torch.optim.Optimizer) -> None:
 
 
 @dataclass
-class Side:
+class Loop:
     """``step`` trains on a batch of the side's own; ``loss`` is that of given rows, with gradients to the student. around: what is changed
     while the side is at work."""
 
@@ -159,7 +159,7 @@ class Side:
     around: Callable[[], AbstractContextManager] = contextlib.nullcontext
 
 
-def ours(made: Rig) -> Side:
+def ours(made: Rig) -> Loop:
     run = made.run
 
     def loss(places: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -168,10 +168,10 @@ def ours(made: Rig) -> Side:
         batch = Batch(x_t, t, torch.zeros_like(t), rows)
         return run.objective.total(run.losses(batch), batch, 0)
 
-    return Side(run.train_step, loss)
+    return Loop(run.train_step, loss)
 
 
-def theirs(made: Rig) -> Side:
+def theirs(made: Rig) -> Loop:
     run, device, cuda = made.run, made.device, made.device.type == "cuda"
     base_text, own_text = made.texts
     scaler = torch.amp.GradScaler(device.type, enabled=cuda)
@@ -212,10 +212,10 @@ def theirs(made: Rig) -> Side:
         scaler.update()
         lost.item()
 
-    return Side(step, loss)
+    return Loop(step, loss)
 
 
-def changed(made: Rig, name: str) -> Side:
+def changed(made: Rig, name: str) -> Loop:
     side, unet = ours(made), made.run.student.unet
 
     @contextlib.contextmanager
@@ -237,17 +237,17 @@ def changed(made: Rig, name: str) -> Side:
             for group, fused in zip(groups, before):
                 group["fused"] = fused
 
-    return Side(side.step, side.loss, around)
+    return Loop(side.step, side.loss, around)
 
 
-def side_named(made: Rig, name: str) -> Side:
+def side_named(made: Rig, name: str) -> Loop:
     return {"ours": ours, "theirs": theirs}[name](made) if name in ("ours", "theirs") else changed(made, name)
 
 
 # --- equal first, then timed ------------------------------------------------------------------------------------------
 
 
-def difference(made: Rig, one: Side, other: Side) -> dict[str, float]:
+def difference(made: Rig, one: Loop, other: Loop) -> dict[str, float]:
     """How far two sides are apart on the same two rows: their losses, relatively, and the gradients of every fourth weight (the length of
     the difference over the length)."""
     g = torch.Generator().manual_seed(1)
@@ -273,11 +273,6 @@ def difference(made: Rig, one: Side, other: Side) -> dict[str, float]:
     return {"loss": abs(lost[1] / lost[0] - 1), "gradient": (apart / length) ** 0.5}
 
 
-def quartiles(values: Sequence[float]) -> list[float]:
-    """[first quartile, median, third]; of a single value itself."""
-    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-
-
 def measure(
     device: torch.device | str,
     size: str = "tiny",
@@ -298,27 +293,26 @@ def measure(
     tolerance = TOLERANCE["fp32" if precision == "fp32" else "half"]
     apart = {name: difference(made, named["ours"], side) for name, side in named.items()}
     equal = {name: all(one[what] <= most for what, most in tolerance.items()) for name, one in apart.items()}
+    clock = clock_of(device)
     if made.part < 1:
         timed_adamw(made, made.run.optimizer)
 
-    def turn(side: Side, steps: int) -> float:
-        """Seconds of a step."""
-        with side.around():
-            made.seconds_of_adamw = 0.0
-            started = now(device)
-            for _ in range(steps):
-                side.step()
-            seconds = now(device) - started
-            rest = made.seconds_of_adamw * (1 / made.part - 1)
-            return (seconds + rest) / steps
+    def counted() -> float:
+        """Seconds, as if AdamW stepped on all of the weights."""
+        return clock() + made.seconds_of_adamw * (1 / made.part - 1)
 
-    first = max(turn(side, 1) for side in named.values())  # to warm up
+    def steps_of(loop: Loop, steps: int) -> Side:
+        def work() -> None:
+            for _ in range(steps):
+                loop.step()
+
+        return Side(work, around=loop.around)
+
+    first = max(steps_of(loop, 1).turn(counted)[0] for loop in named.values())  # to warm up
     steps = max(1, round(min(2.0, seconds / 10) / first))
-    took: dict[str, list[float]] = {name: [] for name in named}
-    end = time.monotonic() + seconds
-    while len(took["ours"]) < 3 or time.monotonic() < end:
-        for name in list(named) if len(took["ours"]) % 2 else reversed(list(named)):
-            took[name].append(turn(named[name], steps))
+    sides = {name: steps_of(loop, steps) for name, loop in named.items()}
+    found = in_turns(sides, 3, clock=counted, until=time.monotonic() + seconds)
+    took = {name: [one / steps for one in times] for name, times in found.items()}
     out = {}
     for name, times in took.items():
         ratios = [theirs / ours for theirs, ours in zip(times, took["ours"])]
@@ -331,14 +325,6 @@ def measure(
     made.run.targets.pool.close()
     about = {"device": str(device), "size": size, "precision": precision, "batch": made.batch_size}
     return {**about, "pixels": made.size.pixels, "turns": len(took["ours"]), "adamw on": made.part, "sides": out}
-
-
-def now(device: torch.device) -> float:
-    """Seconds: of this process on a CPU, where others share the machine (so of one thread); of the clock on a GPU, once it is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return time.process_time()
 
 
 def table(result: dict) -> str:

@@ -18,5 +18,5 @@ def measure(setup: Setup, bank: str = "") -> None:
     arguments += ["--cpu"] if not setup.cuda else []
     if bank or setup.tiny:
         arguments += ["--only", *(("one style / host", "one style, folded") if bank else FEW)]
-    styles.run(styles.parser().parse_args(arguments), lambda line: setup.line("ratios", line))
+    styles.run(styles.parser().parse_args(arguments), lambda line: setup.line("ratios", line.cells))
     setup.note(lines=len(setup.tables["ratios"]))

@@ -84,6 +84,7 @@ def tour(config_path: str, watched: Callable[[], AbstractContextManager[Watch]])
             (f"{spec.name}: distilled", brush, brush.style_row(spec.name)),
         ):
             labels.append(name)
+            who = who if row is None else who.in_weights(row)
             rows.append(who.pictures(who.latents(CAPTIONS, row, seed=1, settings=SETTINGS)))
     sheet = output.with_name(output.stem + "-grid.png")
     title = "Each teacher, and one model in its style: merged without training, and distilled from there"
