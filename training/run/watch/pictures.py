@@ -29,7 +29,7 @@ Decoder = Callable[[Tensor], Sequence[Image.Image]]
 
 STYLES = 16
 """A run with more teachers shows the first of them."""
-STEPS, CFG, SEED = 8, 4.0, 0
+SEED = 0
 LARGEST_CELL = 512
 """Pixels of the longer side of one picture on the sheet."""
 
@@ -107,7 +107,8 @@ class Pictures:
             with run.student.averaged():  # first, as of several processes some do only this
                 for i in styles:
                     self._agree()
-                    latents.append(self._latents(run.student.unet, run.base, style_row(run.num_styles, i)))
+                    style = style_row(run.num_styles, i)
+                    latents.append(self._latents(run.student.unet, run.base, style, student=True))
             if not run.ranks.is_main:
                 return None
             for i in styles:
@@ -140,15 +141,17 @@ class Pictures:
         self._check(alone=True)
         return list(self.decode(latents))
 
-    def _latents(self, unet: UNet, text: Teacher, style: Tensor | None = None, alone: bool = False) -> Tensor:
+    def _latents(
+        self, unet: UNet, text: Teacher, style: Tensor | None = None, *, alone: bool = False, student: bool = False
+    ) -> Tensor:
         """(P, C, h, w) for P captions, by a UNet whose text states and parameterisation are those of ``text``. alone: by the first process
-        even where the student is shared out."""
+        even where the student is shared out; student: with the student's settings."""
         alone = alone or not self.run.student.sharded
         noise = noise_for(self.run, len(self.rows), SEED)
         with self.run.autocast():
             return paint_rows(
                 unet, text, self.rows, noise,
-                steps=STEPS, cfg=CFG, style=style, callback=lambda *_: self._check(alone),
+                **self.run.kind.paints(student), style=style, callback=lambda *_: self._check(alone),
             )  # fmt: skip
 
     def _write(self, image: Image.Image, folder: Path) -> None:
