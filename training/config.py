@@ -389,14 +389,35 @@ class AttackConfig:
 class FewStepConfig:
     """How a DMM model learns to paint in a few steps, from itself (``dmm fewstep``; ``loop.phased``)."""
 
-    steps: int = setting(4, "Sampling steps to learn, each of them a phase; with the sampler euler, sgm_uniform and cfg 1.", unit="steps", low=1, high=16)
-    cfg: float = setting(4.0, "Guidance that is learnt: the few-step model paints at cfg 1 what the model painted at this cfg.", low=1)
+    steps: int = setting(
+        4,
+        "Sampling steps to learn, each of them a phase; with the sampler euler, sgm_uniform and cfg 1.",
+        unit="steps",
+        low=1,
+        high=16,
+    )
+    cfg: float = setting(
+        4.0, "Guidance that is learnt: the few-step model paints at cfg 1 what the model painted at this cfg.", low=1
+    )
     cfg_spread: float = setting(0.0, "The guidance is drawn evenly from so much below cfg to so much above it.", low=0)
-    skip: int = setting(20, "Length of the frozen model's own step, between the two states that are compared.", unit="timesteps", low=1, high=500)
+    skip: int = setting(
+        20,
+        "Length of the frozen model's own step, between the two states that are compared.",
+        unit="timesteps",
+        low=1,
+        high=500,
+    )
     huber: float = setting(0.01, "Error of a prediction above which the loss grows evenly, not as a square.", low=0)
     blends: float = setting(0.2, "Share of the pictures in a random blend of two styles.", unit="share", low=0, below=1)
-    paths: int = setting(32, "Paintings by the model itself in each style, whose states it learns from too; 0: noised pictures alone.", unit="paintings", low=0)
-    path_share: float = setting(0.5, "Share of what it learns from that are states of these paintings.", unit="share", low=0, high=1)
+    paths: int = setting(
+        32,
+        "Paintings by the model itself in each style, whose states it learns from too; 0: noised pictures alone.",
+        unit="paintings",
+        low=0,
+    )
+    path_share: float = setting(
+        0.5, "Share of what it learns from that are states of these paintings.", unit="share", low=0, high=1
+    )
     path_steps: int = setting(6, "Sampling steps of these paintings in each phase.", unit="steps", low=1, high=50)
     objective: str = setting(
         "consistency",
@@ -405,16 +426,22 @@ class FewStepConfig:
         choices=("consistency", "regression", "both"),
     )
     follows: str = setting(
-        "average", "Whose word counts for the later state: average, the running average of the weights; student, the weights as they are.", choices=("average", "student")
+        "average",
+        "Whose word counts for the later state: average, the running average of the weights; student, the weights as they are.",
+        choices=("average", "student"),
     )
 
     def validate(self) -> None:
         """Raises ValueError naming the setting that makes no sense."""
         check_fields(self, "few_steps.")
         if self.cfg - self.cfg_spread < 1:
-            raise ValueError(f"few_steps.cfg_spread is {self.cfg_spread}: cfg {self.cfg} less that is below 1, lower it")
+            raise ValueError(
+                f"few_steps.cfg_spread is {self.cfg_spread}: cfg {self.cfg} less that is below 1, lower it"
+            )
         if self.objective != "consistency" and not self.paths:
-            raise ValueError(f"few_steps.objective is '{self.objective}' and few_steps.paths is 0: it needs paintings, set paths")
+            raise ValueError(
+                f"few_steps.objective is '{self.objective}' and few_steps.paths is 0: it needs paintings, set paths"
+            )
 
 
 @dataclass

@@ -40,7 +40,9 @@ def test_the_edges_of_four_phases_and_the_edge_below_each_timestep():
     t = torch.tensor([999, 750, 749, phases.edges[2] + 1, phases.edges[2], 250, 249, 0])
     middle = phases.edges[2]
     assert phases.below(t).tolist() == [749, 749, middle, middle, 250, CLEAN, CLEAN, CLEAN]
-    assert phases.next(t, 20).tolist() == [979, 749, 729, middle, middle - 20, 230, 229, CLEAN], "t' never leaves its phase"
+    assert phases.next(t, 20).tolist() == [979, 749, 729, middle, middle - 20, 230, 229, CLEAN], (
+        "t' never leaves its phase"
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 8, 16])
@@ -62,7 +64,9 @@ def test_a_step_is_one_step_of_the_samplers_euler(prediction, zero_snr):
         sigmas = [schedule.sigmas[high].item(), 0.0 if low == CLEAN else schedule.sigmas[low].item()]
         x = x_t * (1 + sigmas[0] ** 2) ** 0.5
         stepped = euler_step(x, schedule.to_x0(out, x_t, t, prediction), sigmas, 0, last=None)
-        torch.testing.assert_close(phases.step(x_t, out, t, s), stepped / (1 + sigmas[1] ** 2) ** 0.5, atol=2e-5, rtol=2e-4)
+        torch.testing.assert_close(
+            phases.step(x_t, out, t, s), stepped / (1 + sigmas[1] ** 2) ** 0.5, atol=2e-5, rtol=2e-4
+        )
 
 
 @PREDICTIONS
@@ -117,7 +121,9 @@ def test_a_network_that_jumps_along_the_exact_path_loses_nothing(prediction, zer
     loss = huber_loss(mine, target, phases.slope(t, s, x_t), 0.0)
     assert loss.max().item() < 3e-3
     wrong = phases.step(x_t, exact(phases, x_t, t), t, s)
-    assert huber_loss(wrong, target, phases.slope(t, s, x_t), 0.0)[[3, 4]].min().item() > 0.01, "one euler step is not it"
+    assert huber_loss(wrong, target, phases.slope(t, s, x_t), 0.0)[[3, 4]].min().item() > 0.01, (
+        "one euler step is not it"
+    )
 
 
 @PREDICTIONS

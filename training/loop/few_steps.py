@@ -90,8 +90,8 @@ class FewSteps(RunKind):
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def losses(self, run: Trainer, batch: Batch, number: int) -> Losses:
-        """Of each row: Huber((f_th(x_t) - target) / |df/dout|), the target f_th-(x') of phi's own guided step to x', x' itself where that is
-        the edge, or the edge of the path that is known."""
+        """Of each row: Huber((f_th(x_t) - target) / |df/dout|), the target f_th-(x') of phi's own guided step to x', x' itself where
+        that is the edge, or the edge of the path that is known."""
         rows = self.rows(run, batch, number)
         phases, objective = self.phases, self.settings.objective
         s = phases.below(rows.t)
@@ -221,9 +221,13 @@ def few_stepping(
     if config.trainable == "style":
         raise ValueError("trainable is 'style', and styles stay as they are in a few-step run: use lora, or all")
     if config.parallel == "fsdp" and ranks.world > 1:
-        raise ValueError("parallel is 'fsdp', which cannot learn few steps: the averaged weights are asked too; use ddp")
+        raise ValueError(
+            "parallel is 'fsdp', which cannot learn few steps: the averaged weights are asked too; use ddp"
+        )
     if data.has_targets:
-        raise ValueError("the data are rollouts: few steps are learnt from pictures (demo_scenes, latents or an image cache)")
+        raise ValueError(
+            "the data are rollouts: few steps are learnt from pictures (demo_scenes, latents or an image cache)"
+        )
     config = without_the_rest(config)
     kind = FewSteps(settings, Phases(NoiseSchedule(base.zero_snr), settings.steps, base.prediction))
     return Trainer(base, styles, data, config, device=device, kind=kind, ranks=ranks)

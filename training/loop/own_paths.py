@@ -5,6 +5,7 @@ Noised pictures alone will not do: at timestep 999 the schedule leaves 7% of the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,7 @@ class OwnPaths:
                 path = folder / f"{part.start:06d}.safetensors" if folder else None
                 found = read_piece(path, len(part)) if path else None
                 if found is None or found.keys() != {"states", "style", "caption"}:
-                    found = paint_part(run, phases, settings, part, self.t)
+                    found = paint_part(run, phases, settings, part)
                     if path:
                         write_piece(path, found)
                 yield found
@@ -92,14 +93,12 @@ class OwnPaths:
 def path_timesteps(phases: Phases, steps: int) -> list[int]:
     """``steps`` evenly spread timesteps of each phase from its upper edge on, and CLEAN. Raises ValueError for more than a phase has."""
     edges = phases.edges
-    shortest = min(high - low for high, low in zip(edges, edges[1:]))
+    shortest = min(high - low for high, low in itertools.pairwise(edges))
     if steps > shortest:
         raise ValueError(
             f"few_steps.path_steps is {steps}, and the shortest phase has {shortest} timesteps: choose at most that"
         )
-    inside = [
-        high - round(j * (high - low) / steps) for high, low in zip(edges, edges[1:]) for j in range(steps)
-    ]
+    inside = [high - round(j * (high - low) / steps) for high, low in itertools.pairwise(edges) for j in range(steps)]
     return [*inside, CLEAN]
 
 
@@ -129,11 +128,10 @@ def draw_cfg(count: int, settings: FewStepConfig, g: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def paint_part(
-    run: Trainer, phases: Phases, settings: FewStepConfig, paths: range, timesteps: list[int]
-) -> dict[str, Tensor]:
+def paint_part(run: Trainer, phases: Phases, settings: FewStepConfig, paths: range) -> dict[str, Tensor]:
     """Some of the paths, by number: ``states``, ``style`` and ``caption`` as in ``OwnPaths``."""
     shape, known = tuple(run.data.shape), len(run.data.prompts) - 1
+    timesteps = path_timesteps(phases, settings.path_steps)
     noise, style, caption, cfg = [], [], [], []
     for path in paths:
         g = torch.Generator().manual_seed(hash_seed(run.config.seed, "own path", path))
@@ -144,7 +142,7 @@ def paint_part(
     rows, captions, strength = torch.cat(style), torch.tensor(caption), torch.cat(cfg)
     x = torch.stack(noise).to(run.device)
     states = [x.half().cpu()]
-    for now, after in zip(timesteps, timesteps[1:]):
+    for now, after in itertools.pairwise(timesteps):
         t, s = torch.full((len(x),), now), torch.full((len(x),), after)
         x = phases.step(x, ask_guided(run, x, t, captions, rows, strength), t, s)
         states.append(x.half().cpu())

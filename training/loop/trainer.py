@@ -137,7 +137,8 @@ class Trainer:
         return metrics
 
     def losses(self, batch: Batch, number: int = 0) -> Losses:
-        """eq. 9 to 11 of every row of a batch, or what the run's kind has instead; ``number`` chooses the noise that the discriminator sees."""
+        """eq. 9 to 11 of every row of a batch, or what the run's kind has instead; ``number`` chooses the noise that the discriminator
+        sees."""
         if (own := self.kind.losses(self, batch, number)) is not None:
             return own
         features = self.config.lambda_feat > 0

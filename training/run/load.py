@@ -83,7 +83,8 @@ class Run:
 
 
 def load_run(config: DistillConfig, device: torch.device, grown: bool = False, ranks: Ranks | None = None) -> Run:
-    """grown: the base is a DMM model, whose styles stay (are forgotten, or learn few steps) and come first. ranks: the processes of the run.
+    """grown: the base is a DMM model, whose styles stay (are forgotten, or learn few steps) and come first. ranks: the
+    processes of the run.
 
     Where it is not grown, a base with a style bank goes on with the styles that it has: the teachers are put in their order, by name.
     Raises ValueError for files that are not what the config says or do not belong together, and where the result could not be stored.

@@ -98,9 +98,9 @@ def lora_file(path: Path) -> Path:
 
 
 def save_lora(run: Trainer, path: Path, title: str) -> bool:
-    """What adapters have learnt, their average where there is one, as a LoRA for the run's base, in half precision and kohya's keys, which
-    ComfyUI's Load LoRA takes; False where nothing was learnt in adapters. The file says which model it is for, and with which sampler, steps
-    and cfg it paints."""
+    """What adapters have learnt, averaged where there is an average, as a LoRA for the run's base, which ComfyUI's Load LoRA takes; False
+    where nothing was learnt in adapters. In half precision and kohya's keys; the file says which model it is for, and with which sampler,
+    steps and cfg it paints."""
     with run.student.averaged() as unet:
         weights = lora_state_dict(unet, attached(unet), run.config.lora_rank, run.config.lora_rank)
     if not weights or not run.ranks.is_main:
