@@ -1,7 +1,8 @@
-"""Few steps in a real ComfyUI: the edges are the sampler's, the LoRA fits the host's loader, the node, and the words about other settings."""
+"""Few steps in a real ComfyUI: the edges are its sampler's, the LoRA fits its loader, the node, and words about other settings."""
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +18,12 @@ from comfyui_dmm.training.loop.phased import Phases
 from comfyui_dmm.training.run.student_file import save_lora
 from comfyui_dmm.training.teachers.teacher import Teacher
 
-from .families import DEMO, checkpoint_of
+from .families import NAMES
 from .sampling import conditioning
 from .test_distill_host import queue, saved
 from .test_grow_host import files, grown, text_of  # noqa: F401  (a fixture)
 
-MODEL = "demo-dmm.safetensors"
+MODEL = Path(__file__).parents[2] / "models" / "dmm" / "demo-dmm.safetensors"
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
@@ -41,13 +42,13 @@ def test_the_edges_are_what_the_hosts_sampler_visits(host, count, zero_snr):
     assert Phases(NoiseSchedule(zero_snr), count).edges == [*told, -1]
 
 
-def test_the_hosts_lora_loader_makes_the_student_of_the_demo_model(host, models, tmp_path):
+def test_the_hosts_lora_loader_makes_the_student_of_the_demo_model(host, tmp_path):
     """A model with a style bank: every module of the LoRA finds its weight, and the patched MODEL has the student's weights."""
     import comfy.lora
     import comfy.sd
     from comfyui_dmm.nodes import host_model
 
-    file = load_checkpoint(models / MODEL)
+    file = load_checkpoint(MODEL)
     g = torch.Generator().manual_seed(0)
     data = CaptionedLatents(torch.randn(4, 4, 8, 8, generator=g), [f"caption {i}" for i in range(4)])
     base = Teacher("base", load_unet(file.unet), torch.randn(5, 77, file.config.context_dim, generator=g))
@@ -57,7 +58,7 @@ def test_the_hosts_lora_loader_makes_the_student_of_the_demo_model(host, models,
     list(run.run())
     assert save_lora(run, tmp_path / "turbo.safetensors", "turbo")
     with torch.inference_mode():
-        model, clip, *_ = host_model.load(str(models / MODEL))
+        model, clip, *_ = host_model.load(str(MODEL))
         weights, _ = read_checked(tmp_path / "turbo.safetensors")
         known = comfy.lora.model_lora_keys_unet(model.model, {})
         found = comfy.lora.load_lora(weights, known, log_missing=True)
@@ -72,7 +73,7 @@ def test_the_hosts_lora_loader_makes_the_student_of_the_demo_model(host, models,
     assert set(found) <= {f"diffusion_model.{key}" for key in student}
 
 
-def test_a_few_step_file_warns_of_other_settings_and_paints(host, models, caplog):
+def test_a_few_step_file_warns_of_other_settings_and_paints(host, caplog):
     from comfyui_dmm.nodes import host_model
     from comfyui_dmm.nodes.few_step_check import what_is_wrong
 
@@ -81,7 +82,7 @@ def test_a_few_step_file_warns_of_other_settings_and_paints(host, models, caplog
     assert what_is_wrong(told, "dpmpp_2m", 25, 7.0) == (
         "this few-step model paints best with sampler euler (not dpmpp_2m), 4 steps (not 25), cfg 1 (not 7)"
     )
-    file = load_checkpoint(models / MODEL)
+    file = load_checkpoint(MODEL)
     file.recipe = {**file.recipe, "few_steps": told}
     import comfy.sample
 
@@ -107,6 +108,7 @@ def few(name: str, **settings) -> dict:
         inputs.pop(key, None)
     inputs |= {"sampling_steps": 4, "cfg_to_learn": 2.0, "own_paintings": 1, "lora_rank": 2, **settings}
     g["distil"]["class_type"] = "DMMFewStep"
+    g["style"]["inputs"]["style"] = NAMES[0]
     return g
 
 
