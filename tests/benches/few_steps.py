@@ -30,7 +30,8 @@ from ...dmm_core.sampling import host_noise
 from ...dmm_core.style import no_style_row, style_row
 from ...dmm_core.unet import UNet, load_unet
 from ...dmm_core.vae import SCALE_SD, load_vae
-from ...training.config import DataSpec, DistillConfig, FewStepConfig, TrainConfig, load_config
+from ...training.config import DataSpec, DistillConfig, FewStepConfig, TrainConfig
+from ...training.config_file import load_config
 from ...training.data.demo.family import FIRST
 from ...training.demo.classifier import classify, load_classifier
 from ...training.evaluation.agreement import pair
