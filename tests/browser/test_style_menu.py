@@ -94,8 +94,12 @@ def open_menu(page, node: int, entry: str):
     page.wait_for_timeout(500)  # drawn where it is now
     if page.renderer == "nodes2":
         page.locator(f"[data-node-id='{node}']").get_by_text("Style", exact=False).first.click(button="right")
-        page.get_by_role("menuitem", name=entry, exact=True).hover()
-        return page.get_by_role("menuitem", name=entry, exact=True).locator("ul").get_by_role("menuitem")
+        trigger = page.get_by_role("menuitem", name=entry, exact=True)
+        trigger.hover()
+        page.wait_for_timeout(500)
+        # Newer pages draw it beside the menu and not inside of its entry.
+        inside = trigger.get_attribute("aria-controls")
+        return (page.locator(f"[id='{inside}']") if inside else trigger.locator("ul")).get_by_role("menuitem")
     place = page.evaluate(
         """(id) => {
         const node = app.graph.getNodeById(id);
@@ -113,7 +117,7 @@ def open_menu(page, node: int, entry: str):
 
 def pick(page, node: int, entry: str, style: str) -> None:
     open_menu(page, node, entry).get_by_text(style, exact=True).click()
-    page.wait_for_function("() => !document.querySelector('.litecontextmenu, .p-contextmenu')")
+    page.wait_for_function("() => !document.querySelector('.litecontextmenu, .p-contextmenu, [role=menu][data-state=open]')")
 
 
 def test_styles_go_from_the_menu_into_the_field(page, tmp_path_factory):
@@ -203,7 +207,7 @@ def test_the_menu_follows_the_connections(page, server):
     until_names(page, style, [*others, "none"])
     inner = """(type) => [...app.rootGraph.subgraphs.values()].flatMap((g) => g.nodes).find((n) => n.type === type)"""
     for node_type in ("DMMStyle", "DMMRegion"):  # the style alone, then what it leads to
-        page.evaluate("type => app.graph.convertToSubgraph(new Set(app.graph.findNodesByType(type)))", node_type)
+        page.evaluate("type => { app.graph.convertToSubgraph(new Set(app.graph.findNodesByType(type))); }", node_type)
         names = page.evaluate(
             f"""async () => {{
                 const {{ stylesFor }} = await import('/extensions/comfyui-dmm/js/model_styles.js');
