@@ -117,9 +117,7 @@ def open_menu(page, node: int, entry: str):
 
 def pick(page, node: int, entry: str, style: str) -> None:
     open_menu(page, node, entry).get_by_text(style, exact=True).click()
-    page.wait_for_function(
-        "() => !document.querySelector('.litecontextmenu, .p-contextmenu, [role=menu][data-state=open]')"
-    )
+    page.wait_for_function("() => !document.querySelector('.litecontextmenu, .p-contextmenu, [role=menu][data-state=open]')")
 
 
 def test_styles_go_from_the_menu_into_the_field(page, tmp_path_factory):
