@@ -10,6 +10,7 @@ from . import (
     distill,
     edit_style,
     evaluate,
+    few_steps,
     fold_style,
     grow,
     identify,
@@ -43,7 +44,7 @@ MODULES = (
         regions,
         save,
     ),
-    *(teacher, merge, distill, grow, demo_scenes, evaluate, identify),
+    *(teacher, merge, distill, grow, few_steps, demo_scenes, evaluate, identify),
 )
 
 

@@ -43,7 +43,7 @@ from ..training.files.style_file import (
     read_style_file,
     unet_fingerprint,
 )
-from . import region_patch, style_ops, style_patch
+from . import few_step_check, region_patch, style_ops, style_patch
 from .folded import unfolded
 from .lost_names import with_names
 from .weights import HostWeights, numbers
@@ -223,6 +223,7 @@ def build_model(checkpoint: Checkpoint, disable_dynamic: bool = False):
     if checkpoint.num_styles:
         attach_styles(patcher, checkpoint.unet, dtype)
         style_patch.install(patcher, vocabulary([style.name for style in checkpoint.styles]))
+    few_step_check.install(patcher, checkpoint.recipe)
     info = ModelInfo(
         styles=tuple(checkpoint.styles),
         recipe=checkpoint.recipe,

@@ -14,9 +14,10 @@ from ..dmm_core.bank import has_bank
 from ..dmm_core.checkpoint import Checkpoint
 from ..dmm_core.scaled_fp8 import dequantised
 from ..dmm_core.unet import UNet, load_unet
-from ..training.config import AttackConfig, TrainConfig, check_names
+from ..training.config import AttackConfig, FewStepConfig, TrainConfig, check_names
 from ..training.data.batches import CaptionedLatents
 from ..training.files.style_file import centred_at_base
+from ..training.loop.few_steps import few_stepping, without_the_rest
 from ..training.loop.forget import forgetting, named
 from ..training.loop.trainer import Trainer
 from ..training.memory.fitting import fitted
@@ -85,6 +86,18 @@ def gather_forgetting(
         named(old, name)
     config, device = ready(config, foundation, 1, data=data, say=say)
     return forgetting(foundation, old, forget, data, config=config, device=device, attack=attack)
+
+
+@torch.no_grad()
+def gather_few_steps(
+    model, clip, *, latents, captions, config: TrainConfig, settings: FewStepConfig, say: Say
+) -> Trainer:
+    """As ``gather``, for a DMM model that learns from itself to paint in a few steps. Raises ValueError for one that does so already."""
+    data = captioned_latents(model, latents, captions)
+    foundation, styles = frozen_styles(model, clip, data.prompts)
+    recipe = host_model.model_info(model).recipe
+    config, device = ready(without_the_rest(config), foundation, 1, data=data, say=say)
+    return few_stepping(foundation, styles, data, config=config, device=device, settings=settings, recipe=recipe)
 
 
 def goes_on(base) -> bool:

@@ -170,6 +170,11 @@ def comparison(run: Trainer, say: Say | None = None) -> str:
     return f"eps error against {against}\n{format_table(errors)}"
 
 
+def run_hash(parts: Mapping[str, str]) -> str:
+    """8 hexadecimal digits of a run's identity, in the names of its files."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def distil(run: Trainer, base, *, name: str, vae, preview_every: int, node_id) -> tuple[Path, list[float]]:
     """Train and save; returns the checkpoint's path and the losses of this call's steps.
 
@@ -177,7 +182,7 @@ def distil(run: Trainer, base, *, name: str, vae, preview_every: int, node_id) -
     starts a run of its own and overwrites nothing.
     """
     parts = identity(run)
-    short = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+    short = run_hash(parts)
     folder = Path(paths.output_folder())
     path = folder / f"{name}-{short}.safetensors"
     check_output(path)

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import torch
 
-from .commands import cache, convert, demo, distill, evaluate, info, merge, mixing, sample, thumbnails
+from .commands import cache, convert, demo, distill, evaluate, fewstep, info, merge, mixing, sample, thumbnails
 from .parallel.ranks import AgreedError, LostProcess, Ranks, in_words, launched
 
 
@@ -105,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
     commands = top.add_subparsers(required=True, metavar="command")
     distill.add_parsers(commands)
+    fewstep.add_parser(commands)
     cache.add_parsers(commands)
     merge.add_parser(commands)
     sample.add_parser(commands)

@@ -381,11 +381,70 @@ class AttackConfig:
 
 
 @dataclass
+class FewStepConfig:
+    """How a DMM model learns to paint in a few steps, from itself (``dmm fewstep``; ``loop.phased``)."""
+
+    steps: int = setting(
+        4,
+        "Sampling steps to learn, each of them a phase; with the sampler euler, sgm_uniform and cfg 1.",
+        unit="steps",
+        low=1,
+        high=16,
+    )
+    cfg: float = setting(
+        4.0, "Guidance that is learnt: the few-step model paints at cfg 1 what the model painted at this cfg.", low=1
+    )
+    cfg_spread: float = setting(0.0, "The guidance is drawn evenly from so much below cfg to so much above it.", low=0)
+    skip: int = setting(
+        20,
+        "Length of the frozen model's own step, between the two states that are compared.",
+        unit="timesteps",
+        low=1,
+        high=500,
+    )
+    huber: float = setting(0.01, "Error of a prediction above which the loss grows evenly, not as a square.", low=0)
+    blends: float = setting(0.2, "Share of the pictures in a random blend of two styles.", unit="share", low=0, below=1)
+    paths: int = setting(
+        32,
+        "Paintings by the model itself in each style, whose states it learns from too; 0: noised pictures alone.",
+        unit="paintings",
+        low=0,
+    )
+    path_share: float = setting(
+        0.5, "Share of what it learns from that are states of these paintings.", unit="share", low=0, high=1
+    )
+    path_steps: int = setting(6, "Sampling steps of these paintings in each phase.", unit="steps", low=1, high=50)
+    objective: str = setting(
+        "consistency",
+        "consistency: states on one path must lead to one place; regression: from edge to edge of the model's own paintings, the simpler "
+        "baseline; both: regression where there is a painting.",
+        choices=("consistency", "regression", "both"),
+    )
+    follows: str = setting(
+        "average",
+        "Whose word counts for the later state: average, the running average of the weights; student, the weights as they are.",
+        choices=("average", "student"),
+    )
+
+    def validate(self) -> None:
+        """Raises ValueError naming the setting that makes no sense."""
+        check_fields(self, "few_steps.")
+        if self.cfg - self.cfg_spread < 1:
+            raise ValueError(
+                f"few_steps.cfg_spread is {self.cfg_spread}: cfg {self.cfg} less that is below 1, lower it"
+            )
+        if self.objective != "consistency" and not self.paths:
+            raise ValueError(
+                f"few_steps.objective is '{self.objective}' and few_steps.paths is 0: it needs paintings, set paths"
+            )
+
+
+@dataclass
 class DistillConfig:
     """A headless run: ``dmm distill --config FILE``. Paths in the file are relative to the file.
 
-    For ``dmm add-teacher`` the base is a DMM model and the teachers are the new ones; for ``dmm forget`` it is one too, and there are
-    no teachers.
+    For ``dmm add-teacher`` the base is a DMM model and the teachers are the new ones; for ``dmm forget`` and ``dmm fewstep`` it is one
+    too, and there are no teachers.
     """
 
     base: str = field(
@@ -429,6 +488,10 @@ class DistillConfig:
         default_factory=AttackConfig,
         metadata=about("dmm forget: the search for codes that bring a style back.", expected="settings, see attack"),
     )
+    few_steps: FewStepConfig | None = field(
+        default=None,
+        metadata=about("dmm fewstep: the model learns to paint in a few steps.", expected="settings, see few_steps"),
+    )
 
     @property
     def settings(self) -> ModelSettings:
@@ -442,7 +505,11 @@ class DistillConfig:
             raise ValueError("forget and teachers are both given: a run either learns or forgets")
         if not isinstance(self.forget, list) or not all(isinstance(name, str) for name in self.forget):
             raise ValueError(f"forget is {self.forget!r}: expected a list of style names")
-        if not self.forget:
+        if self.few_steps:
+            if self.forget or self.teachers:
+                raise ValueError("few_steps is given with teachers or forget: a model learns few steps from itself")
+            self.few_steps.validate()
+        elif not self.forget:
             check_names([teacher.name for teacher in self.teachers])
         self.attack.validate()
         check_fields(self.data, "data.")
@@ -511,6 +578,7 @@ SECTIONS = {
     "`data`": DataSpec,
     "`train`": TrainConfig,
     "`attack`": AttackConfig,
+    "`few_steps`": FewStepConfig,
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .config import AttackConfig, DataSpec, DistillConfig, LoraSpec, TeacherSpec, TrainConfig
+from .config import AttackConfig, DataSpec, DistillConfig, FewStepConfig, LoraSpec, TeacherSpec, TrainConfig
 from .fields import check_fields
 from .presets import preset
 from .yaml_file import Place, read_document, shortened, shown
@@ -81,7 +81,7 @@ def _build(cls: Any, raw: Any, where: str, place: Place, *, written: Mapping[Pla
             raise ValueError(f"{where} has an unknown setting '{key[:60]}'{hint}")
     _check_texts(fields, raw, "" if where == "config" else f"{where}.", place, written=written)
     values = dict(raw)
-    nested = {"data": DataSpec, "train": TrainConfig, "attack": AttackConfig}
+    nested = {"data": DataSpec, "train": TrainConfig, "attack": AttackConfig, "few_steps": FewStepConfig}
     for key, kind in nested.items():
         if cls is DistillConfig and key in values:
             values[key] = _build(kind, values[key], key, (*place, key), written=written)

@@ -19,6 +19,7 @@ TITLES = {
     "add_teacher": "DMM 11 - Add a style to a model",
     "forget_style": "DMM 12 - Forget a style",
     "evaluate": "DMM 13 - Evaluate a model",
+    "four_steps": "DMM 14 - Four steps, every style",
 }
 """Name of the twin in the API's form -> title, in the order in which one learns."""
 

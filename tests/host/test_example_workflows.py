@@ -445,6 +445,19 @@ def test_a_style_is_forgotten(server):
     assert student.text and student.vae and student.recipe["forgotten"] == ["echo"]
 
 
+def test_four_steps_are_learnt(server):
+    """3 steps at a low rate: nothing much is learnt, everything is used, and both sheets show all styles."""
+    graph = shortened(
+        "four_steps", "DMMFewStep", own_paintings=1, learning_rate=1e-5, lora_rank=2, validation=8, name="short-four"
+    )
+    shown = paint_all(server, graph)
+    assert shown["dmm-four-before"].shape == shown["dmm-four-after"].shape == (7, 128, 128, 3)
+    student = written(server, "short-four-*.safetensors")
+    assert [style.name for style in student.styles] == STYLES
+    assert student.recipe["few_steps"] == {"steps": 4, "sampler": "euler", "scheduler": "sgm_uniform", "cfg": 1.0}
+    assert list((server.base / "output" / "loras").glob("short-four-*.safetensors"))
+
+
 @pytest.mark.slow
 def test_adding_in_full(server):
     """As shipped: the new style paints its frame and nobody else does, and the old looks are what they were."""

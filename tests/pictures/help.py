@@ -45,6 +45,7 @@ NODES = {
     "DMMDistillTeachers": "distill_quickstart",
     "DMMAddTeacher": "add_teacher",
     "DMMForgetStyle": "forget_style",
+    "DMMFewStep": "four_steps",
     "DMMEvaluate": "evaluate",
     "DMMIdentifyStyle": "evaluate",
 }

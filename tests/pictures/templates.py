@@ -47,12 +47,14 @@ THUMBNAILS: dict[str, Callable[[Painted], Image.Image]] = {
     "merge_loras": sheet_of("20"),
     "add_teacher": lambda painted: rows([painted["16"], painted["21"]]),
     "forget_style": lambda painted: rows([painted["13"], painted["18"]]),
+    "four_steps": lambda painted: rows([painted["13"], painted["18"]]),
     "evaluate": lambda painted: rows([[first_tables(painted["11"][0]), scaled(painted["18"][0], ZOOM)]]),
 }
 """Template -> its thumbnail from what it paints. ``quickstart`` and ``distill_quickstart`` show more than one run."""
 SHOWN = {
     "add_teacher": {"n12": {"styles": "candy\nsticker\necho"}, "n17": {"styles": "candy\nsticker\necho\nframe"}},
     "forget_style": {"n9": {"styles": "candy\npixel\nsticker\necho"}, "n14": {"styles": "candy\npixel\nsticker"}},
+    "four_steps": {"n9": {"styles": "candy\npixel\nsticker\necho"}, "n14": {"styles": "candy\npixel\nsticker\necho"}},
 }
 """Inputs that differ on the thumbnail, as not all styles find room there."""
 

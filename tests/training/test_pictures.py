@@ -9,11 +9,12 @@ from comfyui_dmm.dmm_core.sampling import cfg_denoiser, host_noise, sample, sigm
 from comfyui_dmm.dmm_core.sdxl import sdxl_vector
 from comfyui_dmm.dmm_core.style import style_row
 from comfyui_dmm.training.data.batches import CaptionedLatents
+from comfyui_dmm.training.loop.kinds import PICTURES
 from comfyui_dmm.training.paint.images import GAP, PAPER
 from comfyui_dmm.training.run.train import train
 from comfyui_dmm.training.run.watch import pictures as module
 from comfyui_dmm.training.run.watch.journal import Journal, read_log
-from comfyui_dmm.training.run.watch.pictures import CFG, SEED, Pictures, spread
+from comfyui_dmm.training.run.watch.pictures import SEED, Pictures, spread
 from comfyui_dmm.training.run.watch.watch import Watch
 from PIL import Image
 
@@ -28,7 +29,7 @@ STEPS = 3
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    monkeypatch.setattr(module, "STEPS", STEPS)
+    monkeypatch.setitem(PICTURES, "steps", STEPS)
 
 
 class Eye:
@@ -81,7 +82,7 @@ def test_both_paint_the_same_captions_from_the_same_noise(family, prediction):
             run.schedule,
             text.contexts[rows],
             text.contexts[:1],
-            cfg=CFG,
+            cfg=PICTURES["cfg"],
             style=style,
             y=y[0],
             uncond_y=y[1],
@@ -167,7 +168,7 @@ def test_many_styles_show_the_first(monkeypatch):
 )
 def test_the_sheet_before_the_first_step_takes_a_minute(monkeypatch, tmp_path, seconds, styles, steps):
     """Seconds are counted passes of the UNets here. Only the first sheet is cut down, and the journal says by how much."""
-    monkeypatch.setattr(module, "STEPS", 6)
+    monkeypatch.setitem(PICTURES, "steps", 6)
     run, eye, journal, passed, passes = small_run(teachers=3, batch_size=2), Eye(), Journal(tmp_path), [0.0], []
     for unet in (run.student.unet, *(teacher.unet for teacher in run.teachers)):
 

@@ -141,6 +141,12 @@ def run_distill(args: argparse.Namespace) -> None:
             if config.forget
             else "name the styles to forget in the config, as forget: [name, ...]"
         )
+    if bool(config.few_steps) != (args.grown == "fewstep"):
+        raise ValueError(
+            "few_steps: in the config means that a model learns to paint in a few steps: run it with dmm fewstep"
+            if config.few_steps
+            else "say in how many steps the model is to paint, as few_steps: {steps: 4} in the config"
+        )
     if args.memory is not None:
         config.train.memory = args.memory
         config.train.check()

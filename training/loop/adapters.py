@@ -44,6 +44,15 @@ def add_lora(unet: nn.Module, rank: int, alpha: float, generator: torch.Generato
     return adapters
 
 
+def attached(unet: nn.Module) -> dict[str, LowRank]:
+    """The adapters of a UNet: module name -> adapter; none where it has none."""
+    return {
+        name.removesuffix(".parametrizations.weight.0"): module
+        for name, module in unet.named_modules()
+        if isinstance(module, LowRank)
+    }
+
+
 def folded_state_dict(unet: nn.Module) -> dict[str, Tensor]:
     """The state dict that the module would have without adapters: they are added to the weights."""
     return folded(unet, unet.state_dict())

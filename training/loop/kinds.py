@@ -1,4 +1,5 @@
-"""What kind of run it is: plain distillation, a DMM model that grows, or one that forgets (``forget``).
+"""What kind of run it is: plain distillation, a DMM model that grows, one that forgets (``forget``), or one that learns to paint in a few
+steps (``few_steps``).
 
 A kind is a value that the trainer asks at fixed moments of a run. It has no loop of its own.
 """
@@ -6,19 +7,25 @@ A kind is a value that the trainer asks at fixed moments of a run. It has no loo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ...dmm_core.metadata import StyleInfo
+from ..data.batches import Batch
 from ..progress import ProgressCallback
 from ..teachers.teacher import Teacher
 from .codes import warm_start
 
 if TYPE_CHECKING:
+    from .objective import Losses
     from .trainer import Trainer
+
+PICTURES = {"steps": 8, "cfg": 4.0}
+"""With which teachers and student paint during a run: arguments of ``paint.paint_rows``."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +50,36 @@ class RunKind:
         """The finished student's weights from the trained ones."""
         return weights
 
-    def recipe_changes(self, teachers: Sequence[Teacher]) -> dict[str, list[str]] | None:
+    def recipe_changes(self, teachers: Sequence[Teacher]) -> dict[str, Any] | None:
         """For the recipe of a model that had styles before; None where it had none."""
+        return None
+
+    def stays(self, name: str) -> bool:
+        """Whether a parameter of the student, by name, does not learn, whatever ``TrainConfig.trainable`` says."""
+        return False
+
+    def paints(self, student: bool) -> dict[str, Any]:
+        """With which settings the student, or a teacher, paints during the run: arguments of ``paint.paint_rows``."""
+        return PICTURES
+
+    def losses(self, run: Trainer, batch: Batch, number: int) -> Losses | None:
+        """What the rows of batch ``number`` lose, where that is not eq. 9 to 11; None where it is."""
+        return None
+
+    def check_error(self, run: Trainer) -> float | None:
+        """Of the fixed check, where that is not eq. 9; None where it is. For all processes together."""
         return None
 
     # --- moments of a run ---------------------------------------------------------------------------------------------
 
     def begin(self, run: Trainer, tick: ProgressCallback | None = None) -> None:
         """Before the first step of a run that begins anew."""
+
+    def prepare(
+        self, run: Trainer, folder: Path | None, tick: ProgressCallback | None, stopping: Callable[[], bool]
+    ) -> None:
+        """Before the first step of every start: what training needs that follows from the run's seed. folder: of the run; stopping: whether
+        a stop was asked for."""
 
     def before_step(self, run: Trainer) -> None: ...
 
@@ -78,7 +107,7 @@ class Grow(RunKind):
     def shares(self, styles: int, guard: float) -> tuple[float, ...] | None:
         return guarded_shares(self.guarded, styles, guard)
 
-    def recipe_changes(self, teachers: Sequence[Teacher]) -> dict[str, list[str]]:
+    def recipe_changes(self, teachers: Sequence[Teacher]) -> dict[str, Any]:
         return {"added": [teacher.name for i, teacher in enumerate(teachers) if i not in self.guarded]}
 
     def begin(self, run: Trainer, tick: ProgressCallback | None = None) -> None:

@@ -27,7 +27,8 @@ class Student:
     """A UNet with a style for each of ``teachers``, on the device, of one process or of one among several (``ranks``).
 
     ``unet``: the network. ``trained``: the parameters that learn, by name. ``ema``: their average, None without one. ``sharded``: each
-    process holds a share of every parameter. autocast: makes the context in which it computes.
+    process holds a share of every parameter. autocast: makes the context in which it computes. stays: which parameters, by name, do not
+    learn whatever the config says.
     """
 
     def __init__(
@@ -39,11 +40,14 @@ class Student:
         *,
         ranks: Ranks,
         autocast: Callable[[], AbstractContextManager],
+        stays: Callable[[str], bool] = lambda name: False,
     ):
         c = config
         self.base, self.ranks, self.autocast = base, ranks, autocast
         self.sharded = c.parallel == "fsdp" and ranks.world > 1
         self.unet = new_student(base.unet, teachers, c)
+        for name, p in self.unet.named_parameters():
+            p.requires_grad_(p.requires_grad and not stays(name))
         if self.sharded:
             # Each process cuts its share out of a student of its own: where the signs of singular vectors are other machines' (init: bank),
             # the shares would not belong together. (DDP begins with the first process's student by itself.)
@@ -68,6 +72,18 @@ class Student:
             out = self.forward(x_t, t, context, y=y, style=sent(style, x_t.device), features=features)
         out, blocks = out if features else (out, [])
         return Prediction(out.float(), blocks)
+
+    @torch.no_grad()
+    def predict_averaged(self, x_t: Tensor, t: Tensor, rows: Tensor, style: Tensor) -> Tensor:
+        """What the averaged weights predict (B, C, h, w), the weights as they are where there is no average yet; beside the student, whose
+        own weights stay where they are. Not for one that is shared out."""
+        if not (self.ema and self.ema.ready):
+            return self.predict(x_t, t, rows, style).out
+        weights = {name: value.to(x_t.device) for name, value in self.ema.average.items()}
+        with self.autocast():
+            context, y = self.base.conditioning(rows, x_t.shape[2:], x_t.device)
+            given = {"y": y, "style": sent(style, x_t.device)}
+            return torch.func.functional_call(self.unet, weights, (x_t, t, context), given).float()
 
     def update_average(self) -> None:
         """After each step."""

@@ -71,7 +71,7 @@ class Trainer:
         self.difficulty = difficulty_of(data, c, self.num_styles, self.schedule)
         shares = self.kind.shares(self.num_styles, c.guard)
         self.draws = Draws(data, c, self.num_styles, self.schedule, shares, self.difficulty, ranks)
-        self.student = Student(base, teachers, c, device, ranks=ranks, autocast=self.autocast)
+        self.student = Student(base, teachers, c, device, ranks=ranks, autocast=self.autocast, stays=self.kind.stays)
         self.optimizer = make_optimizer(parameter_groups(self.student.unet, c), c, device)
         self.discriminator: Discriminator | None = None
         self.discriminator_optimizer: torch.optim.Optimizer | None = None
@@ -137,7 +137,10 @@ class Trainer:
         return metrics
 
     def losses(self, batch: Batch, number: int = 0) -> Losses:
-        """eq. 9 to 11 of every row of a batch; ``number`` chooses the noise that the discriminator sees."""
+        """eq. 9 to 11 of every row of a batch, or what the run's kind has instead; ``number`` chooses the noise that the discriminator
+        sees."""
+        if (own := self.kind.losses(self, batch, number)) is not None:
+            return own
         features = self.config.lambda_feat > 0
         x_t, t = sent(batch.x_t, self.device), sent(batch.t, self.device)
         teacher = self.targets(batch, x_t, t, features)

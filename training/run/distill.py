@@ -22,7 +22,7 @@ from ..parallel.devices import local_device, pick_device
 from ..parallel.ranks import LostProcess, Ranks
 from .load import load_run
 from .state import states
-from .student_file import check_storable, save_student
+from .student_file import check_storable, lora_file, save_lora, save_student
 from .train import readable, run_folder, train
 from .watch.pictures import Decoder
 from .watch.watch import Watch
@@ -39,7 +39,8 @@ def distill(
     ranks: Ranks | None = None,
 ) -> Trainer:
     """``dmm distill``: load, save the resolved config, train (or go on), write the checkpoint. Returns the finished run. With ``grown``
-    (``dmm add-teacher``, ``dmm forget``) the base is a DMM model whose styles stay, or are forgotten.
+    (``dmm add-teacher``, ``dmm forget``, ``dmm fewstep``) the base is a DMM model whose styles stay, are forgotten, or learn few steps; the
+    last writes a LoRA beside the checkpoint too (``lora_file``).
 
     The checkpoint holds the averaged weights; where there is an average, the raw ones are beside it as ``<output>-raw.safetensors``.
     However training ends, the checkpoints of what was learnt so far are written, before an interrupt goes on.
@@ -83,6 +84,8 @@ def _distill(
         try:
             if run.step and readable(run, ended_by):
                 save_student(run, base, output, config.title, pictures=watch.student_pictures if watch else ())
+                if config.few_steps:
+                    save_lora(run, lora_file(output), f"{config.title}, {config.few_steps.steps} steps")
         finally:
             run.targets.pool.close()
             if isinstance(ended_by, LostProcess):

@@ -12,7 +12,7 @@ import torch
 from ...dmm_core.bank import has_bank
 from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.unet import UNet
-from ..config import AttackConfig, DistillConfig, ModelSettings, TeacherSpec, TrainConfig
+from ..config import AttackConfig, DistillConfig, FewStepConfig, ModelSettings, TeacherSpec, TrainConfig
 from ..data.batches import TrainingData, load_latents
 from ..data.cache import ImageCache
 from ..data.open_cache import open_cache
@@ -23,6 +23,7 @@ from ..files.model_settings import say_guesses, told, with_settings
 from ..files.outputs import check_folder, check_output
 from ..files.remembered import side_by_side
 from ..files.style_file import centred_at_base
+from ..loop.few_steps import few_stepping, without_the_rest
 from ..loop.forget import forgetting
 from ..loop.trainer import Trainer
 from ..memory.fitting import fitted
@@ -32,7 +33,7 @@ from ..teachers.lora_files import recorded, with_loras
 from ..teachers.models import base_with_parts, with_loras_and_settings
 from ..teachers.teacher import Rows, Teacher, check_architectures, check_text, in_style_order, plain_unet, styled_unet
 from .state import begun_with
-from .student_file import raw_file
+from .student_file import lora_file, raw_file
 
 Named = Mapping[str, tuple[Checkpoint, str]]
 """(checkpoint, file) by teacher name."""
@@ -51,6 +52,7 @@ class Run:
     plan: Plan | None
     forget: Sequence[str] = ()
     attack: AttackConfig = field(default_factory=AttackConfig)
+    few_steps: FewStepConfig | None = None
     ranks: Ranks = field(default_factory=Ranks)
 
     def start(self) -> Trainer:
@@ -66,17 +68,32 @@ class Run:
                 attack=self.attack,
                 ranks=self.ranks,
             )
+        if self.few_steps:
+            return few_stepping(
+                self.base,
+                self.teachers,
+                self.data,
+                config=self.config,
+                device=self.device,
+                settings=self.few_steps,
+                recipe=self.parts.recipe,
+                ranks=self.ranks,
+            )
         return Trainer(self.base, self.teachers, self.data, self.config, device=self.device, ranks=self.ranks)
 
 
 def load_run(config: DistillConfig, device: torch.device, grown: bool = False, ranks: Ranks | None = None) -> Run:
-    """grown: the base is a DMM model, whose styles stay (or are forgotten) and come first. ranks: the processes of the run.
+    """grown: the base is a DMM model, whose styles stay (are forgotten, or learn few steps) and come first. ranks: the
+    processes of the run.
 
     Where it is not grown, a base with a style bank goes on with the styles that it has: the teachers are put in their order, by name.
     Raises ValueError for files that are not what the config says or do not belong together, and where the result could not be stored.
     """
     check_output(config.output, config.inputs())
     check_output(raw_file(Path(config.output)), config.inputs())
+    if config.few_steps:
+        check_output(lora_file(Path(config.output)), config.inputs())
+        config = dataclasses.replace(config, train=without_the_rest(config.train))
     check_folder(Path(config.run_dir), f"the run folder '{config.run_dir}'")
     sources = {config.base, *(spec.file or config.base for spec in config.teachers)}
     stamped = {file: weight_stamps(file) for file in sources}
@@ -137,7 +154,7 @@ def load_run(config: DistillConfig, device: torch.device, grown: bool = False, r
     old = [foundation.as_style(i, style) for i, style in enumerate(base.styles)] if grown else []
     return Run(
         foundation, [*old, *frozen.values()], data, train, device, base, plan, config.forget, config.attack,
-        ranks,
+        config.few_steps, ranks,
     )  # fmt: skip
 
 

@@ -14,6 +14,9 @@ from PIL import Image
 
 from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ...dmm_core.metadata import StyleInfo, check_new_text, check_styles, write_metadata
+from ..files.checksums import write_checked
+from ..loop.adapters import attached, lora_state_dict
+from ..loop.few_steps import FEW_STEPS
 from ..loop.trainer import Trainer
 from ..paint.thumbnails import thumbnail_uri
 
@@ -87,6 +90,36 @@ def check_storable(run: Trainer, base: Checkpoint, title: str) -> None:
 def raw_file(path: Path) -> Path:
     """Where a run whose weights are averaged puts the raw ones."""
     return path.with_name(f"{path.stem}-raw.safetensors")
+
+
+def lora_file(path: Path) -> Path:
+    """Where a few-step run puts the LoRA that does the same to the model it was made from."""
+    return path.with_name(f"{path.stem}-lora.safetensors")
+
+
+def save_lora(run: Trainer, path: Path, title: str) -> bool:
+    """What adapters have learnt, averaged where there is an average, as a LoRA for the run's base, which ComfyUI's Load LoRA takes; False
+    where nothing was learnt in adapters. In half precision and kohya's keys; the file says which model it is for, and with which sampler,
+    steps and cfg it paints."""
+    with run.student.averaged() as unet:
+        weights = lora_state_dict(unet, attached(unet), run.config.lora_rank, run.config.lora_rank)
+    if not weights or not run.ranks.is_main:
+        return bool(weights)
+    said = {
+        "modelspec.title": title,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(run.config.lora_rank),
+        "dmm.few_steps": json.dumps(
+            {
+                "base": run.base.file,
+                "base_sha256": run.base.sha256,
+                "steps_done": run.step,
+                **(run.kind.recipe_changes(run.teachers) or {}).get(FEW_STEPS, {}),
+            }
+        ),
+    }
+    write_checked(path, {key: value.half() for key, value in weights.items()}, said)
+    return True
 
 
 def save_student(

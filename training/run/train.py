@@ -68,6 +68,7 @@ def train(
         with tf32(c.tf32), run.ranks.watching():
             if not run.step and not fork_from:
                 run.kind.begin(run, tick)
+            run.kind.prepare(run, run_dir, tick, lambda: watch.controls.stopping)
             watching.begin()
             prepare_final_stage()
             for metrics in run.run():

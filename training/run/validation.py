@@ -18,8 +18,10 @@ def validation_error(run: Trainer) -> float:
     """Mean eq. 9 loss of the averaged student on ``config.validation`` samples, the same every time, equal shares per teacher.
 
     The samples are of the run's data with noise of their own; no captions are dropped and none is style-less. Several processes
-    share them out, so it is for all of them together.
+    share them out, so it is for all of them together. A run's kind may have a check of its own.
     """
+    if (own := run.kind.check_error(run)) is not None:
+        return own
     c = run.config
     draw = Draw(hash_seed(c.seed, "validation"), c.batch_size, run.num_styles, 0.0, 0.0, run.schedule)
     total, count = 0.0, 0

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -30,7 +31,7 @@ Decoder = Callable[[Tensor], Sequence[Image.Image]]
 
 STYLES = 16
 """A run with more teachers shows the first of them."""
-STEPS, CFG, SEED = 8, 4.0, 0
+SEED = 0
 FIRST_SECONDS, FEWEST_STEPS = 60.0, 4
 """The sheet before the first step may take so long. Where it would take longer it has fewer styles, then fewer steps; then there is none.
 """
@@ -123,11 +124,16 @@ class Pictures:
                 latents, steps = self._of_student(everyone, began)
             if not run.ranks.is_main:
                 return None
-            kept = self._of_teachers if steps == STEPS else {}
+            full = self._full
+            kept = self._of_teachers if steps == full else {}
             for i in range(len(latents)):
                 if i not in kept:
                     teacher = run.teachers[i]
-                    of_teacher = self._latents(run.targets.pool.get(i), teacher, teacher.style_row, steps, alone=True)
+                    settings = run.kind.paints(student=False)
+                    settings = settings if steps == full else {**settings, "steps": steps}
+                    of_teacher = self._latents(
+                        run.targets.pool.get(i), teacher, teacher.style_row, settings, alone=True
+                    )
                     kept[i] = self._decoded(of_teacher)
                 if self._first and self.clock() - began > FIRST_SECONDS:
                     del latents[i + 1 :]
@@ -136,14 +142,19 @@ class Pictures:
         styles = range(len(of_student))
         sheet = [[small(picture) for pair in zip(kept[i], of_student[i]) for picture in pair] for i in styles]
         self.of_student = [pictures[0] for pictures in of_student]
-        if len(styles) < everyone or steps < STEPS:
+        if len(styles) < everyone or steps < full:
             self._say(
-                f"the first pictures show {len(styles)} of {everyone} styles after {steps} of {STEPS} steps, so that training begins soon; "
+                f"the first pictures show {len(styles)} of {everyone} styles after {steps} of {full} steps, so that training begins soon; "
                 "the next ones show all"
             )
         captions = [run.data.prompts[row] for row in self.rows.tolist()]
         columns = [f"{who}: {caption}" for caption in captions for who in ("teacher", "student")]
         return grid(sheet, [run.teachers[i].name for i in styles], columns, title=f"step {run.step}")
+
+    @property
+    def _full(self) -> int:
+        """The student's sampling steps where nothing is cut down."""
+        return self.run.kind.paints(student=True)["steps"]
 
     @property
     def _first(self) -> bool:
@@ -156,19 +167,22 @@ class Pictures:
 
         Raises GivenUp, having said so, where not even ``FEWEST_STEPS`` for one style fit.
         """
-        run, steps, latents = self.run, STEPS, []
+        run, steps, latents = self.run, self._full, []
+        settings = run.kind.paints(student=True)
         first = self._first and not run.student.sharded  # several processes would have to agree
         for i in range(everyone):
             self._agree()
             style = style_row(run.num_styles, i)
             try:
-                latents.append(self._latents(run.student.unet, run.base, style, steps, limited=first and i == 0))
+                limited = first and i == 0
+                latents.append(self._latents(run.student.unet, run.base, style, settings, limited=limited))
             except TooSlow as slow:
                 steps = slow.steps
+                settings = {**settings, "steps": steps}
                 if steps < FEWEST_STEPS:
                     self._say("no pictures before the first step: they would take more than a minute on this device")
                     raise GivenUp from None
-                latents.append(self._latents(run.student.unet, run.base, style, steps))
+                latents.append(self._latents(run.student.unet, run.base, style, settings))
             if first and 2 * (self.clock() - began) / (i + 1) * (i + 2) > FIRST_SECONDS:
                 break
         return latents, steps
@@ -199,25 +213,26 @@ class Pictures:
         unet: UNet,
         text: Teacher,
         style: Tensor | None,
-        steps: int,
+        settings: dict[str, Any],
         *,
         alone: bool = False,
         limited: bool = False,
     ) -> Tensor:
-        """(P, C, h, w) for P captions, by a UNet whose text states and parameterisation are those of ``text``. alone: by the first process
-        even where the student is shared out. limited: raise TooSlow after a step that tells that two such paintings take too long."""
+        """(P, C, h, w) for P captions, by a UNet whose text states and parameterisation are those of ``text``. settings: of ``paint_rows``.
+        alone: by the first process even where the student is shared out. limited: raise TooSlow after a step that tells that two such
+        paintings take too long."""
         alone = alone or not self.run.student.sharded
         began = self.clock()
 
         def after_step(step: int, *_: object) -> None:
             self._check(alone)
             fit = int(FIRST_SECONDS / 2 * (step + 1) / max(self.clock() - began, 1e-9))
-            if limited and step == 0 and fit < steps:
+            if limited and step == 0 and fit < settings["steps"]:
                 raise TooSlow(fit)
 
         noise = noise_for(self.run, len(self.rows), SEED)
         with self.run.autocast():
-            return paint_rows(unet, text, self.rows, noise, steps=steps, cfg=CFG, style=style, callback=after_step)
+            return paint_rows(unet, text, self.rows, noise, **settings, style=style, callback=after_step)
 
     def _write(self, image: Image.Image, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

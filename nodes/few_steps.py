@@ -1,0 +1,92 @@
+"""Distill to Four Steps: a DMM model learns from itself to paint in a few steps, in every style."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..training.config import FewStepConfig
+from ..training.fields import about_field
+from ..training.loop.trainer import Trainer
+from ..training.run.state import identity
+from ..training.run.student_file import save_lora
+from . import training_inputs
+from .distill_settings import choice, growing_inputs, int_input
+from .grow import model_inputs
+from .training_run import data_inputs, file_stem, given, learn, outputs, run_hash
+
+STEPS = {"sampling_steps": "steps", "cfg_to_learn": "cfg", "own_paintings": "paths"}
+"""Input -> field of FewStepConfig."""
+LEFT_OUT = {
+    "feature_weight", "adversarial_weight", "adversarial_rate", "final_steps", "final_images", "style_rate", "sampling",
+}  # fmt: skip
+"""Settings of Distill Teachers that mean nothing here."""
+BEGINS_WITH = {"learning_rate": 1e-4, "no_style_share": 0.1, "lora_rank": 64, "trainable": "lora"}
+
+
+def setting_inputs() -> list:
+    """Those of Distill Teachers that matter here, with defaults of their own."""
+    kept = [one for one in growing_inputs() if one.id not in LEFT_OUT]
+    trainable = choice("trainable", ("lora", "all"), advanced=True, optional=True)
+    kept = [trainable if one.id == "trainable" else one for one in kept]
+    for one in kept:
+        one.default = BEGINS_WITH.get(one.id, one.default)
+    return kept
+
+
+class FewStep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        cfg = about_field(FewStepConfig, "cfg").doc
+        return io.Schema(
+            node_id="DMMFewStep",
+            display_name="Distill to Four Steps",
+            category="DMM/training",
+            description=(
+                "Teaches a DMM model to paint in a few steps at cfg 1, in every style, from itself: no teachers are needed. Saves the new "
+                "model to output/dmm, and to output/loras a LoRA that does the same to the model you gave. Paint with euler, sgm_uniform "
+                "and cfg 1."
+            ),
+            search_aliases=["turbo", "lcm", "lightning", "few steps", "4 steps", "加速", "高速化", "가속"],
+            is_input_list=True,
+            inputs=[
+                *model_inputs("its styles stay what they are."),
+                *data_inputs("my-dmm-four"),
+                int_input("sampling_steps", 16, config=FewStepConfig(), field="steps"),
+                io.Float.Input("cfg_to_learn", default=FewStepConfig.cfg, min=1, max=30, step=0.1, tooltip=cfg),
+                int_input("own_paintings", 10_000, config=FewStepConfig(), field="paths", advanced=True),
+                *setting_inputs(),
+            ],
+            outputs=outputs(),
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, latents, captions, **lists) -> io.NodeOutput:
+        one, config = given({"trainable": ["lora"], **lists})
+        settings = FewStepConfig(**{field: one[name] for name, field in STEPS.items()})
+        settings.validate()
+        parts = training_inputs.dmm_parts(one["model"], one["clip"], one["vae"])
+
+        def gather(say) -> Trainer:
+            return training_inputs.gather_few_steps(
+                one["model"], one["clip"], latents=latents, captions=captions, config=config, settings=settings, say=say
+            )
+
+        def report(run: Trainer, say) -> str:
+            paint = f"Paint with euler, sgm_uniform, {settings.steps} steps, cfg 1."
+            folder = Path(folder_paths.get_output_directory()) / "loras"
+            path = folder / f"{file_stem(one['name'])}-{run_hash(identity(run))}.safetensors"
+            folder.mkdir(parents=True, exist_ok=True)
+            if not save_lora(run, path, path.stem):
+                return paint
+            return f"The LoRA is loras/{os.path.basename(path)}, for Load LoRA on the model you gave.\n{paint}"
+
+        return learn(gather, parts, one=one, node_id=cls.hidden.unique_id, report=report)
+
+
+NODES = [FewStep]

@@ -1,0 +1,169 @@
+"""A DMM model's own guided paths from noise to picture, in all of its styles: what a few-step student learns from beside noised pictures.
+
+Noised pictures alone will not do: at timestep 999 the schedule leaves 7% of the picture in x_999, which no sampler's noise has.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..config import FewStepConfig
+from ..files.pieces import read_piece, write_piece
+from ..parallel.devices import sent
+from ..parallel.ranks import AgreedError
+from ..progress import ProgressCallback
+from ..seeds import hash_seed
+from .phased import CLEAN, Phases, guided
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+@dataclass
+class OwnPaths:
+    """P paths of S steps, the same number for each of N styles and for none; empty until ``paint``.
+
+    states (P, S+1, C, h, w) float16, from noise to the picture; t (S+1,) their timesteps, the last CLEAN; style (P, N+1) rows; caption (P,)
+    rows of the run's prompts. Path i is of style i // each, N for none.
+    """
+
+    each: int = 0
+    t: list[int] = field(default_factory=list)
+    states: Tensor = field(default_factory=lambda: torch.empty(0))
+    style: Tensor = field(default_factory=lambda: torch.empty(0))
+    caption: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def paint(
+        self,
+        run: Trainer,
+        phases: Phases,
+        settings: FewStepConfig,
+        *,
+        folder: Path | None,
+        tick: ProgressCallback | None,
+        stopping: Callable[[], bool],
+    ) -> bool:
+        """Fill it (in place); False where a stop came first. It follows from the run's seed, models and captions alone.
+
+        folder: where finished parts are kept, None for nowhere. Several processes with a folder share them out; so this is for all of them
+        together. Raises ValueError when the model paints NaN.
+        """
+        count, size, ranks = settings.paths * (run.num_styles + 1), run.config.batch_size, run.ranks
+        self.each, self.t = settings.paths, path_timesteps(phases, settings.path_steps)
+        parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+        def finish(mine: list[range]) -> Iterator[dict[str, Tensor]]:
+            for done, part in enumerate(mine):
+                path = folder / f"{part.start:06d}.safetensors" if folder else None
+                found = read_piece(path, len(part)) if path else None
+                if found is None or found.keys() != {"states", "style", "caption"}:
+                    found = paint_part(run, phases, settings, part)
+                    if path:
+                        write_piece(path, found)
+                yield found
+                if tick:
+                    tick(done + 1, len(mine), "the model paints in every style")
+
+        if folder and ranks.world > 1:  # each process its share, and then all of them read all files
+            with ranks.together():
+                for _ in finish(parts[ranks.share(len(parts))]):
+                    if stopping():
+                        break
+            if ranks.any([stopping()])[0]:
+                return False
+        found = list(finish(parts))
+        self.states = torch.cat([part["states"] for part in found])
+        self.style = torch.cat([part["style"] for part in found])
+        self.caption = torch.cat([part["caption"] for part in found])
+        return True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, h, w) of a state; () where there are no paths."""
+        return tuple(self.states.shape[2:])
+
+
+def path_timesteps(phases: Phases, steps: int) -> list[int]:
+    """``steps`` evenly spread timesteps of each phase from its upper edge on, and CLEAN. Raises ValueError for more than a phase has."""
+    edges = phases.edges
+    shortest = min(high - low for high, low in itertools.pairwise(edges))
+    if steps > shortest:
+        raise ValueError(
+            f"few_steps.path_steps is {steps}, and the shortest phase has {shortest} timesteps: choose at most that"
+        )
+    inside = [high - round(j * (high - low) / steps) for high, low in itertools.pairwise(edges) for j in range(steps)]
+    return [*inside, CLEAN]
+
+
+def random_rows(primary: Tensor, styles: int, blends: float, g: torch.Generator) -> Tensor:
+    """Style indices (B,), N for none -> style rows (B, N+1). A share of ``blends`` of all rows, on average, is a blend of the row's style
+    and another one, in which its own has any share evenly; those without a style stay as they are. Draws the same for any ``primary``."""
+    count = len(primary)
+    share, second, turn = (
+        torch.rand(count, generator=g),
+        torch.randint(max(styles - 1, 1), (count,), generator=g),
+        torch.rand(count, generator=g),
+    )
+    rows = torch.zeros(count, styles + 1)
+    at = torch.arange(count)
+    styled = primary < styles
+    blended = styled & (turn < blends) & (styles > 1)
+    own = primary.clamp(max=styles - 1)
+    rows[at, own] = torch.where(blended, share, 1.0) * styled
+    rows[at, (own + 1 + second) % styles] += (1 - share) * blended
+    rows[:, -1] = styled.float()
+    return rows
+
+
+def draw_cfg(count: int, settings: FewStepConfig, g: torch.Generator) -> Tensor:
+    """The guidance of each row, (B,)."""
+    return settings.cfg + settings.cfg_spread * (2 * torch.rand(count, generator=g) - 1)
+
+
+@torch.no_grad()
+def paint_part(run: Trainer, phases: Phases, settings: FewStepConfig, paths: range) -> dict[str, Tensor]:
+    """Some of the paths, by number: ``states``, ``style`` and ``caption`` as in ``OwnPaths``."""
+    shape, known = tuple(run.data.shape), len(run.data.prompts) - 1
+    timesteps = path_timesteps(phases, settings.path_steps)
+    noise, style, caption, cfg = [], [], [], []
+    for path in paths:
+        g = torch.Generator().manual_seed(hash_seed(run.config.seed, "own path", path))
+        noise.append(torch.randn(shape, generator=g))
+        style.append(random_rows(torch.tensor([path // settings.paths]), run.num_styles, settings.blends, g))
+        caption.append(1 + int(torch.randint(known, (), generator=g)) if known else 0)
+        cfg.append(draw_cfg(1, settings, g))
+    rows, captions, strength = torch.cat(style), torch.tensor(caption), torch.cat(cfg)
+    x = torch.stack(noise).to(run.device)
+    states = [x.half().cpu()]
+    for now, after in itertools.pairwise(timesteps):
+        t, s = torch.full((len(x),), now), torch.full((len(x),), after)
+        x = phases.step(x, ask_guided(run, x, t, captions, rows, strength), t, s)
+        states.append(x.half().cpu())
+    if not torch.isfinite(x).all():
+        raise AgreedError(
+            "the model paints NaN or infinite numbers: use precision fp32 or bf16, a lower few_steps.cfg, or look at what it paints in "
+            "ComfyUI"
+        )
+    return {"states": torch.stack(states, 1), "style": rows, "caption": captions}
+
+
+@torch.no_grad()
+def ask_guided(  # noqa: PLR0917, what a guided model is asked
+    run: Trainer, x_t: Tensor, t: Tensor, caption: Tensor, style: Tensor, cfg: Tensor
+) -> Tensor:
+    """What the frozen model predicts under guidance, (B, C, h, w) float32, both halves in the row's style. x_t on the device; t, caption,
+    cfg (B,) and style (B, N+1) on the CPU. One half after the other: together they would need more memory than the student's step."""
+    unet, at = run.targets.pool.get(run.num_styles), sent(t, x_t.device)
+
+    def said(rows: Tensor) -> Tensor:
+        with run.autocast():
+            return run.base.predict(x_t, at, rows, style, unet=unet).out
+
+    return guided(said(caption), said(torch.zeros_like(caption)), cfg)
