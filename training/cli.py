@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import torch
 
-from .commands import cache, convert, demo, distill, evaluate, info, merge, mixing, sample, thumbnails
+from .commands import cache, convert, demo, distill, evaluate, info, learn, merge, mixing, sample, thumbnails
 from .parallel.ranks import AgreedError, LostProcess, Ranks, in_words, launched
 
 
@@ -107,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
     distill.add_parsers(commands)
     cache.add_parsers(commands)
     merge.add_parser(commands)
+    learn.add_parsers(commands)
     sample.add_parser(commands)
     thumbnails.add_parser(commands)
     info.add_parser(commands)

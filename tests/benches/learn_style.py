@@ -41,7 +41,7 @@ from ...training.paint.painter import painter
 from ...training.teachers.teacher import Teacher, plain_unet, styled_unet
 from ...dmm_core.vae import load_vae
 
-EVALUATED, JUDGED = 96, 50
+EVALUATED, JUDGED = 96, 40
 """Unseen scenes for the eps error; pictures for the classifier."""
 LORA_LR = 3e-3
 
@@ -129,7 +129,7 @@ class Bench:
     def judged(self, look: str, unet: UNet, style=None) -> dict:
         brush = dataclasses.replace(self.brush, unet=unet, styles=["x"] if style is not None else [])
         found = judge(brush, self.classifier, look, style=style, count=JUDGED, seed=3, family=SECOND)
-        return {"caption": found.both, "look": found.look}
+        return {"caption right": found.both, "look right": found.look}
 
     def row(self, arm: str, look: str, count: int, seed: int, captions: str, of: str, settings: dict) -> dict:
         """One figure of the table. of: the look of the pictures, where it is another one."""
@@ -169,7 +169,14 @@ class Bench:
             more |= {"none": report.untouched, "start": report.start, "began": report.began}
         seconds = time.perf_counter() - began
         error = self.error(look, unet, style)
-        return {"error": error, "base": base, "way": 1 - error / base, "seconds": seconds, **more, **self.judged(look, unet, style)}
+        return {
+            "error": error,
+            "base": base,
+            "way": 1 - error / base,
+            "seconds": seconds,
+            **more,
+            **self.judged(look, unet, style),
+        }
 
 
 def main() -> None:
@@ -188,14 +195,24 @@ def main() -> None:
     args = p.parse_args()
     torch.set_num_threads(1)
     bench = Bench(args.family_folder, args.model, args.steps)
-    given = {name: json.loads(value) if value[:1] in "-.0123456789" and "%" not in value else value for name, value in (one.split("=") for one in args.set)}
+    given = {
+        name: json.loads(value) if value[:1] in "-.0123456789" and "%" not in value else value
+        for name, value in (one.split("=") for one in args.set)
+    }
     done = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
     for seed in args.seeds:
         for count in args.counts:
             for captions in args.captions:
                 for arm in args.arms:
                     for look in args.looks:
-                        key = {"arm": arm, "look": look, "count": count, "seed": seed, "captions": captions, "of": args.of}
+                        key = {
+                            "arm": arm,
+                            "look": look,
+                            "count": count,
+                            "seed": seed,
+                            "captions": captions,
+                            "of": args.of,
+                        }
                         key |= {"max steps": args.steps, "set": given}
                         if any(all(row.get(k) == v for k, v in key.items()) for row in done):
                             continue

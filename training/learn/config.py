@@ -24,18 +24,25 @@ class LearnConfig:
     growth: str = setting(
         USUAL_GROWTH, "How much the new directions may add: a share of the model such as 2%, or a size such as 10MB."
     )
-    steps: int = setting(600, "Steps at most.", unit="steps", low=1, high=1_000_000)
+    steps: int = setting(300, "Steps at most.", unit="steps", low=1, high=1_000_000)
     batch_size: int = setting(8, "Pictures of a step.", unit="pictures", low=1, high=1024)
-    lr: float = setting(0.02, "Learning rate, as a share of the size of what learns.", above=0, below=1)
+    lr: float = setting(0.05, "Learning rate, as a share of the size of what learns.", above=0, below=1)
     prior: float = setting(
         0.3, "Weight of what keeps other captions working in the new style; 0: off.", low=0, high=100
     )
     prior_pictures: int = setting(
-        16, "Pictures of other captions that the model paints for that, without a style.", unit="pictures", low=1, high=1000
+        16,
+        "Pictures of other captions that the model paints for that, without a style.",
+        unit="pictures",
+        low=1,
+        high=1000,
     )
     caption_dropout: float = setting(0.1, "Share of the captions left out.", low=0, below=1)
     held_out: float = setting(
-        0.2, "Share of the pictures that are only looked at, to see when to stop; of 3 pictures or more, at least one.", low=0, below=0.9
+        0.2,
+        "Share of the pictures that are only looked at, to see when to stop; of 3 pictures or more, at least one.",
+        low=0,
+        below=0.9,
     )
     check: int = setting(25, "Steps between two looks at the held-out pictures.", unit="steps", low=1)
     patience: int = setting(8, "Looks without a better one after which it stops.", unit="looks", low=1)

@@ -36,13 +36,15 @@ FEW = 3
 """From so many pictures on some are held out; fewer are too few to spare one."""
 JUDGED = 64
 """(t, eps) that the held-out pictures together are judged by, at least 4 each."""
+PRIOR_EVERY = 2
+"""Steps from one with the prior, which is more than a third of their work, to the next; it counts so many times there."""
 OTHER_STEPS, OTHER_CFG = 12, 4.0
 """With which the pictures of other captions are painted: they only have to show them."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one step did. error: of the pictures of this step; prior: the second term, 0 without. judged: mean error of the held-out pictures
+    """What one step did. error: of the pictures of this step; prior: the second term, 0 where it was not looked at. judged: mean error of the held-out pictures
     where they were looked at; best: whether it was the best so far."""
 
     step: int
@@ -111,7 +113,9 @@ class StyleLearner:
         own = rms(p)
         if name.startswith(BANK) and split_key(name)[1] in ("cores", "bias"):
             same = [
-                rms(q) for key, q in self.unet.named_parameters() if key.startswith(BANK) and split_key(key)[1] == split_key(name)[1]
+                rms(q)
+                for key, q in self.unet.named_parameters()
+                if key.startswith(BANK) and split_key(key)[1] == split_key(name)[1]
             ]
             typical = sorted(same)[len(same) // 2]
             return max(own, typical, 1e-3)
@@ -211,9 +215,9 @@ class StyleLearner:
             x_t, t, eps, rows = self._batch(g)
             error = self._errors(x_t, t, eps, rows, self.style).mean()
             prior = error.new_zeros(())
-            if others is not None and c.prior:
+            if others is not None and c.prior and self.step % PRIOR_EVERY == 0:
                 prior = self._prior(others, g).mean()
-            loss = error + c.prior * prior
+            loss = error + PRIOR_EVERY * c.prior * prior
             if not torch.isfinite(loss):
                 raise ValueError(f"the loss is not finite at step {self.step + 1}: lower the learning rate (lr)")
             loss.backward()
@@ -228,7 +232,11 @@ class StyleLearner:
         shape = self.examples.latents[first].shape
         alike = [i for i in self.learn if self.examples.latents[i].shape == shape]
         # Whole turns through the pictures, so that none is left out of a batch that has room for all.
-        turns = [alike[i] for _ in range(-(-c.batch_size // len(alike))) for i in torch.randperm(len(alike), generator=g).tolist()]
+        turns = [
+            alike[i]
+            for _ in range(-(-c.batch_size // len(alike)))
+            for i in torch.randperm(len(alike), generator=g).tolist()
+        ]
         index = turns[: c.batch_size]
         x0 = torch.stack([self.examples.latents[i] for i in index])
         t = (torch.arange(c.batch_size) + torch.rand(c.batch_size, generator=g)) * len(self.schedule) / c.batch_size

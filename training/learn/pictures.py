@@ -54,7 +54,9 @@ class Examples:
         if not self.latents:
             raise ValueError("no pictures: give at least one, better 5 to 20")
         if len(self.latents) > MOST:
-            raise ValueError(f"{len(self.latents)} pictures, at most {MOST} are taken here: distil from a trained model")
+            raise ValueError(
+                f"{len(self.latents)} pictures, at most {MOST} are taken here: distil from a trained model"
+            )
         if len(self.latents) != len(self.captions):
             raise ValueError(f"{len(self.captions)} captions for {len(self.latents)} pictures")
         bad = [i for i, latent in enumerate(self.latents, start=1) if not latent.isfinite().all()]
@@ -89,9 +91,7 @@ def captions_from_text(text: str, count: int) -> tuple[list[str], list[str]]:
 
 
 def without_captions(missing: int, count: int) -> str:
-    return (
-        f"{missing} of {count} pictures have no caption: what they show becomes part of the style. Say what they show, and it stays out of it"
-    )
+    return f"{missing} of {count} pictures have no caption: what they show becomes part of the style. Say what they show, and it stays out of it"
 
 
 def other_captions(config: UNetConfig, given: Sequence[str], count: int) -> list[str]:
@@ -148,9 +148,7 @@ def from_pixels(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(one.numpy()) for one in (pixels[..., :3] * 255).round().clamp(0, 255).byte().cpu()]
 
 
-def fitted(
-    pictures: Sequence[Image.Image], config: UNetConfig, prediction: str
-) -> tuple[list[Image.Image], list[str]]:
+def fitted(pictures: Sequence[Image.Image], config: UNetConfig, prediction: str) -> tuple[list[Image.Image], list[str]]:
     """The pictures in sizes that the model was trained at, the largest centred part of each, and remarks on what was done to them."""
     sizes = bucket_sizes(default_resolution(config, prediction), size_multiple(config))
     chosen = [choose_bucket(picture.size, sizes) for picture in pictures]
@@ -172,7 +170,9 @@ def fitted(
 def encoder_of(checkpoint: Checkpoint, device: torch.device) -> Callable[[Image.Image], Tensor]:
     """picture -> (C, h, w), scaled, by the checkpoint's own VAE. Raises ValueError for a checkpoint without one."""
     if not checkpoint.vae:
-        raise ValueError("the model has no VAE to read pictures with: name a full checkpoint to take it from (--parts-from)")
+        raise ValueError(
+            "the model has no VAE to read pictures with: name a full checkpoint to take it from (--parts-from)"
+        )
     vae, scale = load_vae(checkpoint.vae).to(device).eval(), latent_scale(checkpoint.config)
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from ...dmm_core.bank_grow import Growth, growth_of
 from ...dmm_core.bank_room import last_alone, put_last, with_room
 from ...dmm_core.checkpoint import STYLE_KEYS, Checkpoint
 from ...dmm_core.metadata import StyleInfo
-from ...dmm_core.style import no_style_row
+from ...dmm_core.style import MLP_NAMES, no_style_row
 from ...dmm_core.style_value import check_new_name
 from ...dmm_core.unet import load_unet
 from ..config import check_names
@@ -53,7 +53,9 @@ class LearnReport:
 
     def text(self) -> str:
         """In sentences."""
-        what = {"code": "a code", "core": "a code and a core", "directions": "a code, a core and new directions"}[self.learns]
+        what = {"code": "a code", "core": "a code and a core", "directions": "a code, a core and new directions"}[
+            self.learns
+        ]
         looked = f"{self.held} of them held out" if self.held else "none held out"
         lines = [
             f"'{self.name}' was learnt from {self.pictures} picture{'s' * (self.pictures != 1)} ({looked}): {what}, {self.numbers} numbers, "
@@ -95,7 +97,9 @@ def prompts_for(model: Checkpoint, examples: Examples, config: LearnConfig, othe
     if not config.prior:
         return ["", *given]
     own = [text for text in dict.fromkeys(others) if text and text not in given]
-    return ["", *given, *(own or other_captions(model.config, given, config.prior_pictures))][: 1 + len(given) + config.prior_pictures]
+    return ["", *given, *(own or other_captions(model.config, given, config.prior_pictures))][
+        : 1 + len(given) + config.prior_pictures
+    ]
 
 
 def rows_of(prompts: Sequence[str], examples: Examples) -> tuple[Tensor, Tensor]:
@@ -109,6 +113,11 @@ def growth_in(model: Checkpoint, config: LearnConfig) -> tuple[str, Growth | Non
     """What of the settings' ``learns`` the model can hold, and how much its bank grows. Raises ValueError for a budget that is none."""
     bank = model.config.bank
     if bank is None or config.learns == "code":
+        last = next(name for name in MLP_NAMES if f"{name}.linear_2.weight" in model.unet)
+        if not model.unet[f"{last}.linear_2.weight"].any():
+            raise ValueError(
+                "codes say nothing in this model, as in every fresh merge: its styles are in the bank. Learn a core, or directions (learns)"
+            )
         return "code", None
     shapes = {key: tuple(value.shape) for key, value in model.unet.items() if not key.startswith(STYLE_KEYS)}
     itemsize = model.unet[f"{bank.ranks[0][0]}.weight"].element_size()
@@ -153,7 +162,9 @@ def learn_style(
     untouched = learner.judge(no_style_row(1))
     painted = None
     if config.prior and len(others):
-        painted = learner.paint_others((lambda: progress(0, config.steps, "painting other captions")) if progress else None)
+        painted = learner.paint_others(
+            (lambda: progress(0, config.steps, "painting other captions")) if progress else None
+        )
     for step in learner.run(painted):
         if progress:
             progress(step.step, step.steps, f"learning '{info.name}', error {step.error:.4f}")
