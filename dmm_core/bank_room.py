@@ -72,8 +72,8 @@ def last_alone(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def put_last(model: Mapping[str, Tensor], alone: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``model`` with its last style, and the directions that ``old`` does not have, from ``alone`` (``last_alone``, trained), in the dtypes of
-    ``model``. All else keeps every bit."""
+    """``model`` with its last style, and the directions that ``old`` does not have, from ``alone`` (``last_alone``, trained), in the
+    dtypes of ``model``. All else keeps every bit."""
     styles, out = model[f"{CODEBOOK}.weight"].shape[0], dict(model)
     for key, value in model.items():
         if has_style_rows(key):

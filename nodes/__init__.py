@@ -13,6 +13,7 @@ from . import (
     fold_style,
     grow,
     identify,
+    learn,
     legacy,
     loader,
     merge,
@@ -43,7 +44,7 @@ MODULES = (
         regions,
         save,
     ),
-    *(teacher, merge, distill, grow, demo_scenes, evaluate, identify),
+    *(teacher, merge, distill, grow, learn, demo_scenes, evaluate, identify),
 )
 
 

@@ -3,8 +3,8 @@ true teachers (docs/experiments.md has the figures).
 
     python -m comfyui_dmm.tests.benches.learn_style --family-folder FOLDER --model DMM.safetensors --output rows.jsonl --arms core lora ...
 
-FOLDER: of ``dmm demo build --family second``; the model: distilled from some of its teachers. Every row is written when it is done; the same
-command goes on.
+FOLDER: of ``dmm demo build --family second``; the model: distilled from some of its teachers. Every row is written when it is done; the
+same command goes on.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ...dmm_core.metadata import StyleInfo
 from ...dmm_core.schedule import NoiseSchedule
 from ...dmm_core.style import style_row
 from ...dmm_core.unet import UNet, load_unet
+from ...dmm_core.vae import load_vae
 from ...training.data.demo.family import SECOND
 from ...training.data.demo.latents import captioned_latents, demo_images
 from ...training.data.text_states import TextStates
@@ -39,7 +40,6 @@ from ...training.loop.adapters import add_lora, folded_state_dict
 from ...training.loop.losses import score_loss
 from ...training.paint.painter import painter
 from ...training.teachers.teacher import Teacher, plain_unet, styled_unet
-from ...dmm_core.vae import load_vae
 
 EVALUATED, JUDGED = 96, 40
 """Unseen scenes for the eps error; pictures for the classifier."""
@@ -68,6 +68,7 @@ class Bench:
     folder: Path
     file: Path
     steps: int
+    asked: dict = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def model(self) -> Checkpoint:
@@ -107,9 +108,13 @@ class Bench:
         pictures = [Image.fromarray(image) for image in images[:count]]
         return make_examples(pictures, texts, [], config=self.model.config, prediction="eps", encode=encode)
 
-    @functools.lru_cache(maxsize=4)
     def questions(self, look: str):
         """x_t, t, contexts and the true teacher's answers on unseen scenes in the look."""
+        if look not in self.asked:
+            self.asked[look] = self._questions(look)
+        return self.asked[look]
+
+    def _questions(self, look: str):
         data = captioned_latents(load_vae(self.model.vae), [look], EVALUATED, 95_000_000, family=SECOND)
         contexts = self.brush.text.encode(data.prompts)
         g = torch.Generator().manual_seed(5)
@@ -153,7 +158,7 @@ class Bench:
             states = TextStates(prompts).of(self.model.text)
             text = Teacher("b", plain_unet(self.base.unet, "b"), *states)
             rows, others = rows_of(prompts, examples)
-            learner = LoraLearner(text, {}, examples, rows, others, config, rank=int(arm[4:] or 8))
+            learner = LoraLearner(text, examples, config, known={}, rows=rows, others=others, rank=int(arm[4:] or 8))
             for _ in learner.run(None):
                 pass
             unet, style = load_unet(folded_state_dict(learner.unet)), None
@@ -162,7 +167,9 @@ class Bench:
             config = dataclasses.replace(config, learns=arm)
             prompts = prompts_for(self.model, examples, config, self.others)
             text = Teacher("m", styled_unet(self.model.unet, "m"), *TextStates(prompts).of(self.model.text))
-            after, report = learn_style(self.model, text, examples, StyleInfo("new"), config, prompts=prompts)
+            after, report = learn_style(
+                self.model, text, examples, info=StyleInfo("new"), config=config, prompts=prompts
+            )
             unet = load_unet(after.unet)
             style = style_row(after.num_styles, after.num_styles - 1)
             more = {"numbers": report.numbers, "step": report.step, "steps": report.steps, "held": report.best}

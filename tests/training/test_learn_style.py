@@ -69,7 +69,9 @@ def text_for(prompts, model=MODEL) -> Teacher:
 def learnt(config=QUICK, examples=None, model=MODEL, name="new", **more):
     examples = examples or few()
     prompts = prompts_for(model, examples, config)
-    return learn_style(model, text_for(prompts, model), examples, StyleInfo(name), config, prompts=prompts, **more)
+    return learn_style(
+        model, text_for(prompts, model), examples, info=StyleInfo(name), config=config, prompts=prompts, **more
+    )
 
 
 def learner_of(config, examples=None, rank=2):
@@ -78,7 +80,8 @@ def learner_of(config, examples=None, rank=2):
     alone = last_alone(with_room(MODEL.unet, rank, [0.2, 0.3, 0.5]))
     model = dataclasses.replace(text_for(prompts), unet=load_unet(alone))
     known = {key: tuple(value.shape) for key, value in MODEL.unet.items() if key.startswith(BANK)}
-    return StyleLearner(model, known, examples, *rows_of(prompts, examples), config)
+    rows, others = rows_of(prompts, examples)
+    return StyleLearner(model, examples, config, known=known, rows=rows, others=others)
 
 
 # --- what learns ------------------------------------------------------------------------------------------------------
@@ -174,7 +177,7 @@ def test_the_picture_loss_is_the_eps_error():
     """One batch, recomputed from its ingredients."""
     learner = learner_of(dataclasses.replace(QUICK, caption_dropout=0.0))
     x_t, t, eps, rows = learner._batch(torch.Generator().manual_seed(0))
-    found = learner._errors(x_t, t, eps, rows, learner.style).detach()
+    found = learner._errors(x_t, t, eps, rows=rows, style=learner.style).detach()
     signal = NoiseSchedule().alphas_cumprod[t].view(-1, 1, 1, 1)
     x0 = (x_t - (1 - signal).sqrt() * eps) / signal.sqrt()
     nearest = [
@@ -194,7 +197,7 @@ def test_v_prediction_is_compared_in_eps():
     examples = few()
     prompts = prompts_for(model, examples, QUICK)
     text = dataclasses.replace(text_for(prompts), prediction="v")
-    after, report = learn_style(model, text, examples, StyleInfo("new"), QUICK, prompts=prompts)
+    after, report = learn_style(model, text, examples, info=StyleInfo("new"), config=QUICK, prompts=prompts)
     assert after.prediction == "v" and np.isfinite(report.best)
 
 

@@ -94,7 +94,15 @@ def run_learn(args: argparse.Namespace) -> None:
     text = text_of(with_parts, prompts)
     info = StyleInfo(info.name, info.description, thumbnail=thumbnail_uri(collage(pictures)))
     after, report = learn_style(
-        model, text, examples, info, config, prompts=prompts, base=file_info(args.model), device=device, progress=bar
+        model,
+        text,
+        examples,
+        info=info,
+        config=config,
+        prompts=prompts,
+        base=file_info(args.model),
+        device=device,
+        progress=bar,
     )
     bar.close()
     save_checkpoint(output, after)

@@ -17,8 +17,8 @@ class LearnConfig:
 
     learns: str = setting(
         LEARNS[0],
-        "What the new style gets: directions of its own in the style bank, its core in the bank as it is, or a code alone. A model without a "
-        "bank has codes only.",
+        "What the new style gets: directions of its own in the style bank, its core in the bank as it is, or a code alone. A model without "
+        "a bank has codes only.",
         choices=LEARNS,
     )
     growth: str = setting(

@@ -5,16 +5,17 @@
 over the code e, and of a model with a bank the core and biases C and a few directions. r(c) = eps(c) - eps(no caption) is how the model
 answers a caption; x' are pictures of other captions c' that it painted itself, without a style.
 
-Why not the prior of DreamBooth (arXiv:2208.12242), the plain error of other captions without a style: what learns here plays no part without
-a style (its mass is 0), so that term is constant and has no gradient. The answer to captions is what a style could spoil: a code that has
-seen red houses only may paint red houses whatever the caption says. The difference leaves the style's own part of the prediction free.
+Why not the prior of DreamBooth (arXiv:2208.12242), the plain error of other captions without a style: what learns here plays no part
+without a style (its mass is 0), so that term is constant and has no gradient. The answer to captions is what a style could spoil: a code
+that has seen red houses only may paint red houses whatever the caption says. The difference leaves the style's own part of the prediction
+free.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +45,8 @@ OTHER_STEPS, OTHER_CFG = 12, 4.0
 
 @dataclass(frozen=True)
 class Step:
-    """What one step did. error: of the pictures of this step; prior: the second term, 0 where it was not looked at. judged: mean error of the held-out pictures
-    where they were looked at; best: whether it was the best so far."""
+    """What one step did. error: of the pictures of this step; prior: the second term, 0 where it was not looked at. judged: mean error of
+    the held-out pictures where they were looked at; best: whether it was the best so far."""
 
     step: int
     steps: int
@@ -67,11 +68,12 @@ class StyleLearner:
     def __init__(
         self,
         model: Teacher,
-        known: dict[str, Sequence[int]],
         examples: Examples,
+        config: LearnConfig,
+        *,
+        known: Mapping[str, Sequence[int]],
         rows: Tensor,
         others: Tensor,
-        config: LearnConfig,
     ):
         self.model, self.examples, self.rows, self.config = model, examples, rows, config
         self.others = others[: config.prior_pictures]
@@ -141,26 +143,27 @@ class StyleLearner:
     def judge(self, style: Tensor | None = None) -> float:
         """Mean error in eps of the held-out pictures, in the new style or with another style row."""
         style = self.style if style is None else style
-        errors = [self._errors(x_t, t, eps, rows, style) for x_t, t, eps, rows in self.judges]
+        errors = [self._errors(x_t, t, eps, rows=rows, style=style) for x_t, t, eps, rows in self.judges]
         return torch.cat(errors).mean().item()
 
     def _predict(self, x_t: Tensor, t: Tensor, rows: Tensor, style: Tensor) -> Tensor:
         """What the model says is eps."""
-        with self._autocast():
+        with self.autocast():
             out = self.model.predict(x_t, t, rows, style).out.float()
         return self.schedule.to_eps(out, x_t, t, self.model.prediction)
 
-    def _autocast(self):
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """What forwards compute in: half precision on a GPU."""
         if self.device.type == "cpu":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def _errors(self, x_t: Tensor, t: Tensor, eps: Tensor, rows: Tensor, style: Tensor) -> Tensor:
+    def _errors(self, x_t: Tensor, t: Tensor, eps: Tensor, *, rows: Tensor, style: Tensor) -> Tensor:
         x_t, t, eps = (v.to(self.device) for v in (x_t, t, eps))
         return score_loss(self._predict(x_t, t, rows, style), eps)
 
     @torch.no_grad()
-    def paint_others(self, on_step=None) -> Tensor:
+    def paint_others(self, on_step: Callable[[], None] | None = None) -> Tensor:
         """Pictures (P, C, h, w) of the other captions, without a style; the size of most of the pictures. on_step: is called while it
         paints, and may raise."""
         shapes = [tuple(latent.shape) for latent in self.examples.latents]
@@ -169,7 +172,7 @@ class StyleLearner:
         noise = torch.randn(len(self.others), *shape, generator=g)
         painted = []
         for part in torch.arange(len(self.others)).split(self.config.batch_size):
-            with self._autocast():
+            with self.autocast():
                 latents = paint_rows(
                     self.unet, self.model, self.others[part], noise[part].to(self.device), steps=OTHER_STEPS, cfg=OTHER_CFG,
                     style=self.none.expand(len(part), -1), callback=(lambda *_: on_step()) if on_step else None,
@@ -213,7 +216,7 @@ class StyleLearner:
         c, g = self.config, torch.Generator().manual_seed(hash_seed(self.config.seed, "step", self.step))
         with torch.enable_grad():
             x_t, t, eps, rows = self._batch(g)
-            error = self._errors(x_t, t, eps, rows, self.style).mean()
+            error = self._errors(x_t, t, eps, rows=rows, style=self.style).mean()
             prior = error.new_zeros(())
             if others is not None and c.prior and self.step % PRIOR_EVERY == 0:
                 prior = self._prior(others, g).mean()
@@ -268,7 +271,7 @@ class StyleLearner:
             self.unet.get_parameter(name).copy_(value)
 
 
-def trained_parts(weights: dict[str, Tensor], known: dict[str, Sequence[int]], learns: str) -> dict[str, Tensor]:
+def trained_parts(weights: dict[str, Tensor], known: Mapping[str, Sequence[int]], learns: str) -> dict[str, Tensor]:
     """Which numbers of which weights are the new style's own, as masks of ones and zeros. weights: of a UNet with this style alone. Of the
     style's core, directions that are new are not counted where only the core learns."""
     masks = {}

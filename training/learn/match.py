@@ -11,7 +11,7 @@ nothing but forwards is needed. Timesteps and noise are shared by all candidates
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +36,8 @@ QUESTIONS = 192
 
 @dataclass(frozen=True)
 class Match:
-    """names: the styles, and perhaps "none". shares: of each, (K,), summing to 1. error: mean squared error in eps of the blend on draws that
-    did not choose it; errors (K,): of each candidate alone."""
+    """names: the styles, and perhaps "none". shares: of each, (K,), summing to 1. error: mean squared error in eps of the blend on draws
+    that did not choose it; errors (K,): of each candidate alone."""
 
     names: list[str]
     shares: list[float]
@@ -115,7 +115,7 @@ def match_blend(
         return groups
 
     choosing, judging = asked.split()
-    alone = {number: group for number, group in enumerate(residuals(corners, range(asked.batches)))}
+    alone = dict(enumerate(residuals(corners, range(asked.batches))))
     errors = gram_of(list(alone.values())).diagonal().tolist()
     shares = simplex_minimum(gram_of([alone[number] for number in choosing]))
     for _ in range(ROUNDS - 1):

@@ -34,9 +34,9 @@ MOST = 1000
 """Pictures: more are for a distillation from a trained teacher."""
 ENLARGED = 2.0
 OTHERS = (
-    "a photo of a dog", "a portrait of a woman", "a portrait of an old man", "a house by a lake", "a city street at night", "a bowl of fruit",
-    "a sailing boat", "a mountain landscape", "a cat on a sofa", "a red car", "a tree in a field", "a bouquet of flowers", "a horse",
-    "a castle", "a cup of coffee", "a child with an umbrella",
+    "a photo of a dog", "a portrait of a woman", "a portrait of an old man", "a house by a lake", "a city street at night",
+    "a bowl of fruit", "a sailing boat", "a mountain landscape", "a cat on a sofa", "a red car", "a tree in a field",
+    "a bouquet of flowers", "a horse", "a castle", "a cup of coffee", "a child with an umbrella",
 )  # fmt: skip
 """Captions of everyday things, for ``other_captions``."""
 
@@ -90,8 +90,24 @@ def captions_from_text(text: str, count: int) -> tuple[list[str], list[str]]:
     return lines, [without_captions(missing, count)] if missing else []
 
 
+def captions_of(given: Sequence[str], count: int) -> tuple[list[str], list[str]]:
+    """The same from a list of texts, which are one for each picture, whatever lines they have; a single one is as above."""
+    if len(given) == 1:
+        return captions_from_text(given[0] or "", count)
+    if len(given) != count:
+        raise ValueError(
+            f"{len(given)} captions for {count} pictures: connect one text for each picture, or one for all"
+        )
+    texts = [" ".join((text or "").split()) for text in given]
+    missing = sum(not text for text in texts)
+    return texts, [without_captions(missing, count)] if missing else []
+
+
 def without_captions(missing: int, count: int) -> str:
-    return f"{missing} of {count} pictures have no caption: what they show becomes part of the style. Say what they show, and it stays out of it"
+    return (
+        f"{missing} of {count} pictures have no caption: what they show becomes part of the style. Say what they show, and it stays out "
+        "of it"
+    )
 
 
 def other_captions(config: UNetConfig, given: Sequence[str], count: int) -> list[str]:

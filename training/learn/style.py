@@ -58,8 +58,8 @@ class LearnReport:
         ]
         looked = f"{self.held} of them held out" if self.held else "none held out"
         lines = [
-            f"'{self.name}' was learnt from {self.pictures} picture{'s' * (self.pictures != 1)} ({looked}): {what}, {self.numbers} numbers, "
-            f"{self.steps} steps in {self.seconds:.0f} s, the best look after step {self.step}.",
+            f"'{self.name}' was learnt from {self.pictures} picture{'s' * (self.pictures != 1)} ({looked}): {what}, {self.numbers} "
+            f"numbers, {self.steps} steps in {self.seconds:.0f} s, the best look after step {self.step}.",
             f"Error on {'the held-out' if self.held else 'the same'} pictures: {self.untouched:.4f} without a style, {self.start:.4f} as "
             f"{self.began}, where it began, {self.best:.4f} now. All other styles are unchanged.",
         ]
@@ -79,8 +79,8 @@ def refuse_few_steps(model: Checkpoint) -> None:
     """Raise ValueError for a model of few steps: it predicts where a path ends, not the noise in a picture."""
     if FEW_STEPS in model.metadata or FEW_STEPS.removeprefix("dmm.") in model.recipe:
         raise ValueError(
-            "the model paints in a few steps, and a style cannot be learnt on it: learn it on the model that it was made of, whose few-step "
-            "LoRA then paints it too"
+            "the model paints in a few steps, and a style cannot be learnt on it: learn it on the model that it was made of, whose "
+            "few-step LoRA then paints it too"
         )
 
 
@@ -130,9 +130,9 @@ def learn_style(
     model: Checkpoint,
     text: Teacher,
     examples: Examples,
+    *,
     info: StyleInfo,
     config: LearnConfig,
-    *,
     prompts: Sequence[str],
     base: StyleInfo | None = None,
     device: torch.device | None = None,
@@ -158,7 +158,9 @@ def learn_style(
     roomy = with_room(model.unet, growth.rank if growth else 0, match.weights())
     alone = dataclasses.replace(text, unet=load_unet(last_alone(roomy), heads=model.heads).to(device), style=None)
     known = {key: tuple(value.shape) for key, value in model.unet.items() if key.startswith(f"{BANK}.")}
-    learner = StyleLearner(alone, known, examples, rows, others, dataclasses.replace(config, learns=learns))
+    learner = StyleLearner(
+        alone, examples, dataclasses.replace(config, learns=learns), known=known, rows=rows, others=others
+    )
     untouched = learner.judge(no_style_row(1))
     painted = None
     if config.prior and len(others):
@@ -191,13 +193,13 @@ def remarks_of(model: Checkpoint, examples: Examples, config: LearnConfig, learn
     remarks = list(examples.remarks)
     if len(examples) < FEW:
         remarks.append(
-            f"{len(examples)} picture{'s' * (len(examples) != 1)} cannot tell a style from what it shows, and none could be held out: look at "
-            "what it paints, and give 5 to 20 if you can"
+            f"{len(examples)} picture{'s' * (len(examples) != 1)} cannot tell a style from what it shows, and none could be held out: look "
+            "at what it paints, and give 5 to 20 if you can"
         )
     if learns != config.learns and not model.config.bank:
         remarks.append(
-            "the model has no style bank, so the style is a code alone, which holds little that the model does not know: a merged model, or "
-            "one distilled with init bank, learns more"
+            "the model has no style bank, so the style is a code alone, which holds little that the model does not know: a merged model, "
+            "or one distilled with init bank, learns more"
         )
     elif learns != config.learns:
         remarks.append("no layer had room for new directions: the style has a core in the bank as it is")
