@@ -96,7 +96,7 @@ class LearnStyle(io.ComfyNode):
                 io.Combo.Input(
                     "learns", options=list(about_field(LearnConfig, "learns").choices), tooltip=setting_doc("learns")
                 ),
-                io.String.Input("growth", default=DEFAULTS.growth, tooltip=setting_doc("growth")),
+                int_input("directions", 512, config=DEFAULTS, field="directions", advanced=True),
                 int_input("steps", 100_000, config=DEFAULTS, field="steps"),
                 io.Float.Input(
                     "prior",
@@ -129,7 +129,7 @@ class LearnStyle(io.ComfyNode):
     @classmethod
     def execute(cls, images, captions, **lists) -> io.NodeOutput:
         one = {key: value[0] for key, value in lists.items()}
-        names = ("learns", "growth", "steps", "prior", "seed")
+        names = ("learns", "directions", "steps", "prior", "seed")
         config = LearnConfig(**{name: one[name] for name in names})
         config.validate()
         stem = file_stem(one["name"])

@@ -37,7 +37,7 @@ def graph(kind: str, captions: str, count=4, **settings) -> dict:
     inputs = {"model": ["dmm", 0], "clip": ["dmm", 1], "vae": ["dmm", 2], "images": last, "captions": captions}
     if kind == "DMMLearnStyle":
         inputs |= {
-            "style": "golden", "name": "golden-dmm", "learns": "core", "growth": "2%", "steps": 20, "prior": 0.3, "seed": 0,
+            "style": "golden", "name": "golden-dmm", "learns": "core", "directions": 3, "steps": 20, "prior": 0.3, "seed": 0,
             "preview_every": 10,
         }  # fmt: skip
         g["learnt"] = {"class_type": "PreviewAny", "inputs": {"source": ["learn", 2]}}
@@ -118,7 +118,6 @@ def test_a_known_blend_is_named(server):
         ("DMMLearnStyle", {"style": "ink"}, "already has a style 'ink'"),
         ("DMMLearnStyle", {"captions": "a\nb\nc"}, "3 lines of captions for 2 pictures"),
         ("DMMLearnStyle", {"name": "a/b"}, "plain file name"),
-        ("DMMLearnStyle", {"growth": "lots", "learns": "directions"}, "lots"),
         ("DMMLearnStyle", {"model": ["plain", 0]}, "has no styles"),
         ("DMMMatchStyle", {"model": ["plain", 0]}, "has no styles"),
     ],

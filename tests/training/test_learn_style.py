@@ -48,7 +48,7 @@ from .families import SMALL, small_data, small_teacher
 from .test_bank_grow import merged
 
 DATA = small_data()
-QUICK = LearnConfig(steps=4, batch_size=4, check=2, growth="20%", prior_pictures=3)
+QUICK = LearnConfig(steps=4, batch_size=4, check=2, directions=2, prior_pictures=3)
 MLP = {"add_embedding.linear_2.weight": 0.05 * torch.randn(256, 256, generator=torch.Generator().manual_seed(4))}
 """Of a model that was trained; in a fresh merge codes say nothing."""
 STYLES = [StyleInfo(f"old {i}") for i in range(3)]

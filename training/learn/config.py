@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...dmm_core.bank_grow import USUAL_GROWTH
 from ..fields import check_fields, setting
 
 LEARNS = ("directions", "core", "code")
@@ -21,8 +20,12 @@ class LearnConfig:
         "a bank has codes only.",
         choices=LEARNS,
     )
-    growth: str = setting(
-        USUAL_GROWTH, "How much the new directions may add: a share of the model such as 2%, or a size such as 10MB."
+    directions: int = setting(
+        3,
+        "New directions of every layer of the style bank, where it has as many left.",
+        unit="directions",
+        low=1,
+        high=512,
     )
     steps: int = setting(300, "Steps at most.", unit="steps", low=1, high=1_000_000)
     batch_size: int = setting(8, "Pictures of a step.", unit="pictures", low=1, high=1024)

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dmm_core.bank import BANK
-from ...dmm_core.bank_grow import Growth, growth_of
+from ...dmm_core.bank import BANK, PARTS, split_key
 from ...dmm_core.bank_room import last_alone, put_last, with_room
-from ...dmm_core.checkpoint import STYLE_KEYS, Checkpoint
+from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.metadata import StyleInfo
 from ...dmm_core.style import MLP_NAMES, no_style_row
 from ...dmm_core.style_value import check_new_name
@@ -109,21 +108,16 @@ def rows_of(prompts: Sequence[str], examples: Examples) -> tuple[Tensor, Tensor]
     return rows, torch.arange(1 + len({caption for caption in examples.captions if caption}), len(prompts))
 
 
-def growth_in(model: Checkpoint, config: LearnConfig) -> tuple[str, Growth | None]:
-    """What of the settings' ``learns`` the model can hold, and how much its bank grows. Raises ValueError for a budget that is none."""
-    bank = model.config.bank
-    if bank is None or config.learns == "code":
-        last = next(name for name in MLP_NAMES if f"{name}.linear_2.weight" in model.unet)
-        if not model.unet[f"{last}.linear_2.weight"].any():
-            raise ValueError(
-                "codes say nothing in this model, as in every fresh merge: its styles are in the bank. Learn a core, or directions (learns)"
-            )
-        return "code", None
-    shapes = {key: tuple(value.shape) for key, value in model.unet.items() if not key.startswith(STYLE_KEYS)}
-    itemsize = model.unet[f"{bank.ranks[0][0]}.weight"].element_size()
-    budget = config.growth if config.learns == "directions" else "0%"
-    growth = growth_of(budget, shapes, bank, new=1, itemsize=itemsize)
-    return config.learns if growth.rank else "core", growth
+def what_learns(model: Checkpoint, config: LearnConfig) -> str:
+    """What of the settings' ``learns`` the model can hold. Raises ValueError for a code alone where codes say nothing."""
+    if model.config.bank and config.learns != "code":
+        return config.learns
+    mlp = next(name for name in MLP_NAMES if f"{name}.linear_2.weight" in model.unet)
+    if not model.unet[f"{mlp}.linear_2.weight"].any():
+        raise ValueError(
+            "codes say nothing in this model, as in every fresh merge: its styles are in the bank. Learn a core, or directions (learns)"
+        )
+    return "code"
 
 
 def learn_style(
@@ -148,16 +142,18 @@ def learn_style(
     config.validate()
     check_model(model)
     info = new_style(model, info)
-    learns, growth = growth_in(model, config)
+    learns = what_learns(model, config)
     started, device = time.perf_counter(), device or torch.device("cpu")
     rows, others = rows_of(prompts, examples)
     names = [style.name for style in model.styles]
     before = dataclasses.replace(text, unet=load_unet(model.unet, heads=model.heads).to(device))
     match = match_blend(before, names, examples, rows, seed=config.seed, progress=progress)
     del before  # of large models only one is on the device
-    roomy = with_room(model.unet, growth.rank if growth else 0, match.weights())
+    roomy = with_room(model.unet, config.directions if learns == "directions" else 0, match.weights())
     alone = dataclasses.replace(text, unet=load_unet(last_alone(roomy), heads=model.heads).to(device), style=None)
     known = {key: tuple(value.shape) for key, value in model.unet.items() if key.startswith(f"{BANK}.")}
+    if all(roomy[key].shape == shape for key, shape in known.items() if split_key(key)[1] in PARTS[:2]):
+        learns = "core" if known and learns != "code" else learns
     learner = StyleLearner(
         alone, examples, dataclasses.replace(config, learns=learns), known=known, rows=rows, others=others
     )
@@ -179,7 +175,7 @@ def learn_style(
     )  # fmt: skip
     made = {
         "learned": recorded(report, match, config),
-        "growth": {"budget": config.growth if learns == "directions" else "0%", "rank": growth.rank if growth else 0},
+        "growth": {"directions": config.directions if learns == "directions" else 0},
     }
     return changed(model, unet, [*model.styles, info], recipe_of(model, made, base)), report
 
