@@ -107,7 +107,9 @@ class LearnStyle(io.ComfyNode):
                     tooltip=setting_doc("prior"),
                     advanced=True,
                 ),
-                int_input("seed", 2**32 - 1, config=DEFAULTS, field="seed", low=0, advanced=True),
+                int_input(
+                    "seed", 2**32 - 1, config=DEFAULTS, field="seed", low=0, advanced=True, control_after_generate=False
+                ),
                 io.Int.Input(
                     "preview_every",
                     default=50,
@@ -177,7 +179,13 @@ class MatchStyle(io.ComfyNode):
                 ),
                 io.Boolean.Input("with_none", default=True, tooltip="No style may be a part of the blend."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=2**63 - 1, advanced=True, tooltip="Of the noise that is added."
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    advanced=True,
+                    control_after_generate=False,
+                    tooltip="Of the noise that is added.",
                 ),
             ],
             outputs=[

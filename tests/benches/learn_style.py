@@ -99,13 +99,17 @@ class Bench:
 
     def pictures(self, look: str, count: int, seed: int, captions: str) -> Examples:
         images, texts = demo_images([look], 20, 91_000_000 + 1000 * seed, SECOND)
-        texts = texts[:count]
+        texts, mirrored = texts[:count], captions.endswith("+mirror")
+        captions = captions.removesuffix("+mirror")
         if captions == "shuffled":
             texts = texts[1:] + texts[:1]
         elif captions != "own":
             texts = [captions.removeprefix("text:")] * count
         encode = encoder_of(self.model, torch.device("cpu"))
         pictures = [Image.fromarray(image) for image in images[:count]]
+        if mirrored:
+            pictures += [picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in pictures]
+            texts = texts * 2
         return make_examples(pictures, texts, [], config=self.model.config, prediction="eps", encode=encode)
 
     def questions(self, look: str):
@@ -195,7 +199,12 @@ def main() -> None:
     p.add_argument("--looks", nargs="+", required=True)
     p.add_argument("--counts", nargs="+", type=int, default=[20])
     p.add_argument("--seeds", nargs="+", type=int, default=[0])
-    p.add_argument("--captions", nargs="+", default=["own"], help="own, shuffled, or text:SOMETHING for all")
+    p.add_argument(
+        "--captions",
+        nargs="+",
+        default=["own"],
+        help="own, shuffled, or text:SOMETHING for all; own+mirror: every picture mirrored too",
+    )
     p.add_argument("--of", default="", help="the look of the pictures, for the negative control")
     p.add_argument("--steps", type=int, default=300)
     p.add_argument("--set", nargs="*", default=[], help="of LearnConfig: lr=0.05")

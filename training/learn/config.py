@@ -21,7 +21,7 @@ class LearnConfig:
         choices=LEARNS,
     )
     directions: int = setting(
-        3,
+        4,
         "New directions of every layer of the style bank, where it has as many left.",
         unit="directions",
         low=1,
