@@ -27,8 +27,8 @@ from .learner import FEW, Step, StyleLearner
 from .match import Match, match_blend
 from .pictures import Examples, other_captions
 
-FEW_STEPS = "dmm.few_steps"
-"""Metadata key of a model that was made for few steps."""
+FEW_STEPS = "few_steps"
+"""Of the recipe of a model that was made for few steps."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def check_model(model: Checkpoint) -> None:
 
 def refuse_few_steps(model: Checkpoint) -> None:
     """Raise ValueError for a model of few steps: it predicts where a path ends, not the noise in a picture."""
-    if FEW_STEPS in model.metadata or FEW_STEPS.removeprefix("dmm.") in model.recipe:
+    if model.recipe.get(FEW_STEPS):
         raise ValueError(
             "the model paints in a few steps, and a style cannot be learnt on it: learn it on the model that it was made of, whose "
             "few-step LoRA then paints it too"
