@@ -135,18 +135,29 @@ class BankLayer(nn.Module):
         cores = self.cores(every)
         masses = masses.to(cores.dtype)
         core = (masses @ cores).view(-1, *self.ranks)  # (B, R, S)
-        up = self.up(core.transpose(1, 2)).to(y.dtype)  # (B, S, out), the transpose of U C
         z = self.down(x).to(y.dtype)
-        if y.ndim == 4:
-            out = torch.baddbmm(y.flatten(2), up.transpose(1, 2), z.flatten(2)).view(y.shape)
-        elif y.ndim == 3:
-            out = torch.baddbmm(y, z, up)
+        if self._core_first(y):
+            z = z.flatten(2).transpose(1, 2) if y.ndim == 4 else z if y.ndim == 3 else z[:, None]  # (B, L, S)
+            each = self.up(z @ core.transpose(1, 2).to(y.dtype)).to(y.dtype)  # (B, L, out)
+            out = y + (each.transpose(1, 2) if y.ndim == 4 else each).reshape(y.shape)
         else:
-            out = torch.baddbmm(y[:, None], z[:, None], up)[:, 0]
+            up = self.up(core.transpose(1, 2)).to(y.dtype)  # (B, S, out), the transpose of U C
+            if y.ndim == 4:
+                out = torch.baddbmm(y.flatten(2), up.transpose(1, 2), z.flatten(2)).view(y.shape)
+            else:
+                out = torch.baddbmm(y, z, up)
         if self.bias is None:
             return out
         added = (masses @ self.bias(every)).to(out.dtype)  # (B, out)
         return out + (added[:, :, None, None] if y.ndim == 4 else added[:, None] if y.ndim == 3 else added)
+
+    def _core_first(self, y: Tensor) -> bool:
+        """Whether U (C z) takes fewer products than (U C) z: with few pixels or tokens, and for the time embedding, which is one."""
+        rank_up, rank_down = self.ranks
+        tokens, out = (
+            (y.shape[2] * y.shape[3], y.shape[1]) if y.ndim == 4 else (y[0].numel() // y.shape[-1], y.shape[-1])
+        )
+        return y.ndim == 2 or tokens * rank_up * (rank_down + out) < rank_down * out * (rank_up + tokens)
 
     def _by_pixel(self, x: Tensor, y: Tensor, masses: Tensor, shares: Tensor) -> Tensor:
         """The same with masses (B, M, K) of M styles and their shares (B, M, L) of each pixel: sum_m shares_m U C_m V x."""

@@ -1,4 +1,4 @@
-"""The configuration of a distillation run, read from YAML, checked before anything is loaded or written.
+"""The configuration of a distillation run, checked before anything is loaded or written; ``config_file`` reads it from YAML.
 
 What each setting means, and which values it may have, stands beside it (``fields``); docs/training.md has the same as tables.
 """
@@ -6,9 +6,6 @@ What each setting means, and which values it may have, stands beside it (``field
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +14,7 @@ from ..dmm_core.bank_grow import USUAL_GROWTH
 from ..dmm_core.bank_size import USUAL, parse_budget
 from ..dmm_core.metadata import check_new_text
 from .fields import about, check_fields, is_number, setting, table
-from .presets import preset
-from .yaml_file import Place, read_document, shortened, shown
+from .yaml_file import shown
 
 INITS = ("base", "soup", "bank")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -32,19 +28,6 @@ EMA_DEVICES = ("auto", "cpu")
 PARALLELS = ("ddp", "fsdp")
 SAMPLINGS = ("uniform", "adaptive")
 LOSS_WEIGHTS = ("plain", "eps", "v", "x0", "min_snr")
-# What other trainers call a setting, where that is not near enough to ours for the hint in the error.
-OTHER_NAMES = {
-    "learning_rate": "lr",
-    "max_train_steps": "steps",
-    "train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "accumulate",
-    "mixed_precision": "precision",
-    "max_grad_norm": "grad_clip",
-    "lr_scheduler": "lr_schedule",
-    "lr_warmup_steps": "warmup",
-}
-
-
 MOST_SKIPPED = 24
 """Layers of the deepest text encoder but one; SDXL's second has 32."""
 
@@ -61,6 +44,36 @@ class ModelSettings:
 
     def __bool__(self) -> bool:
         return self != ModelSettings()
+
+
+_OF_MODEL: dict[str, tuple[str, dict[str, Any]]] = {
+    "prediction": ("What {it} predicts; null: what its file, or a yaml beside it, says.", {"choices": ("eps", "v")}),
+    "zero_snr": ("Whether {its} noise schedule ends in pure noise (zero terminal SNR); null: what its file says.", {}),
+    "clip_skip": (
+        "Which layer of the text encoder {it} reads its prompts from: 1 the last, 2 the one before; null: what its file says, or its "
+        "family's.",
+        {"unit": "layers", "low": 1, "high": MOST_SKIPPED},
+    ),
+    "num_heads": (
+        "Attention heads of every block of {its} UNet; null: what its file says, or its family's.",
+        {"unit": "heads", "low": 1},
+    ),
+    "num_head_channels": (
+        "The same said otherwise: channels of each attention head, instead of num_heads.",
+        {"unit": "channels", "low": 1},
+    ),
+}
+"""What stands beside each of ``ModelSettings``, wherever a config says them of a model."""
+
+
+def _of_model(name: str, model: str = "it") -> Any:
+    """The field of a setting of ``ModelSettings`` for a model that the docs call ``model``."""
+    doc, more = _OF_MODEL[name]
+    return setting(None, doc.format(it=model, its="its" if model == "it" else f"{model}'s"), **more)
+
+
+def _settings_of(spec: TeacherSpec | DistillConfig) -> ModelSettings:
+    return ModelSettings(**{f.name: getattr(spec, f.name) for f in dataclasses.fields(ModelSettings)})
 
 
 @dataclass
@@ -96,33 +109,15 @@ class TeacherSpec:
     )
     description: str = setting("", "What to tell users about the style.")
     licence: str = setting("", "The licence of the teacher, kept in the student's file.")
-    prediction: str | None = setting(
-        None, "What it predicts; null: what its file, or a yaml beside it, says.", choices=("eps", "v")
-    )
-    zero_snr: bool | None = setting(
-        None, "Whether its noise schedule ends in pure noise (zero terminal SNR); null: what its file says."
-    )
-    clip_skip: int | None = setting(
-        None,
-        "Which layer of the text encoder it reads its prompts from: 1 the last, 2 the one before; null: what its file says, or its "
-        "family's.",
-        unit="layers",
-        low=1,
-        high=MOST_SKIPPED,
-    )
-    num_heads: int | None = setting(
-        None,
-        "Attention heads of every block of its UNet; null: what its file says, or its family's.",
-        unit="heads",
-        low=1,
-    )
-    num_head_channels: int | None = setting(
-        None, "The same said otherwise: channels of each attention head, instead of num_heads.", unit="channels", low=1
-    )
+    prediction: str | None = _of_model("prediction")
+    zero_snr: bool | None = _of_model("zero_snr")
+    clip_skip: int | None = _of_model("clip_skip")
+    num_heads: int | None = _of_model("num_heads")
+    num_head_channels: int | None = _of_model("num_head_channels")
 
     @property
     def settings(self) -> ModelSettings:
-        return ModelSettings(self.prediction, self.zero_snr, self.clip_skip, self.num_heads, self.num_head_channels)
+        return _settings_of(self)
 
 
 @dataclass
@@ -412,29 +407,11 @@ class DistillConfig:
     parts_from: str = setting(
         "", "A full checkpoint of the same family, for the VAE and the text encoder where the base has none."
     )
-    prediction: str | None = setting(
-        None, "What the base predicts; null: what its file, or a yaml beside it, says.", choices=("eps", "v")
-    )
-    zero_snr: bool | None = setting(
-        None, "Whether the base's noise schedule ends in pure noise (zero terminal SNR); null: what its file says."
-    )
-    clip_skip: int | None = setting(
-        None,
-        "Which layer of the text encoder the base reads its prompts from: 1 the last, 2 the one before; null: what its file says, or its "
-        "family's.",
-        unit="layers",
-        low=1,
-        high=MOST_SKIPPED,
-    )
-    num_heads: int | None = setting(
-        None,
-        "Attention heads of every block of the base's UNet; null: what its file says, or its family's.",
-        unit="heads",
-        low=1,
-    )
-    num_head_channels: int | None = setting(
-        None, "The same said otherwise: channels of each attention head, instead of num_heads.", unit="channels", low=1
-    )
+    prediction: str | None = _of_model("prediction", "the base")
+    zero_snr: bool | None = _of_model("zero_snr", "the base")
+    clip_skip: int | None = _of_model("clip_skip", "the base")
+    num_heads: int | None = _of_model("num_heads", "the base")
+    num_head_channels: int | None = _of_model("num_head_channels", "the base")
     title: str = setting("DMM", "The model's title in its file.")
     picture_every: int = setting(
         500,
@@ -456,7 +433,7 @@ class DistillConfig:
     @property
     def settings(self) -> ModelSettings:
         """Of the base."""
-        return ModelSettings(self.prediction, self.zero_snr, self.clip_skip, self.num_heads, self.num_head_channels)
+        return _settings_of(self)
 
     def check(self) -> None:
         """Raises ValueError naming the first setting that makes no sense."""
@@ -525,143 +502,6 @@ def check_names(names: list[str]) -> None:
         if folded == "none":
             raise ValueError("a teacher cannot be called 'none': that name means painting without a style")
         seen[folded] = name
-
-
-def load_config(path: str | Path, grown: bool = False) -> DistillConfig:
-    """Read and check a YAML config. grown: of a run that goes on with a DMM model, where a preset has no say in how a student starts.
-
-    Raises ValueError naming the file and the key that is wrong.
-    """
-    path = Path(path)
-    raw, written = read_document(path)
-    try:
-        train = raw.get("train") if isinstance(raw, Mapping) else None
-        if grown and isinstance(train, Mapping) and "preset" in train:
-            raw = {**raw, "train": {"init": TrainConfig.init, "bank": TrainConfig.bank, **train}}
-        config = _build(DistillConfig, raw, "config", (), written=written)
-        check_fields(config)  # before paths are made of texts
-        check_fields(config.data, "data.")
-        check_fields(config.train, "train.")
-        for i, teacher in enumerate(config.teachers):
-            check_fields(teacher, f"teachers[{i}].")
-        for name in ("base", "output", "run_dir", "parts_from"):
-            if getattr(config, name):
-                setattr(config, name, str((path.parent / getattr(config, name)).resolve()))
-        for item in (item for teacher in config.teachers for item in (teacher, *teacher.loras)):
-            if item.file:
-                item.file = str((path.parent / item.file).resolve())
-        if config.data.file:
-            config.data.file = str((path.parent / config.data.file).resolve())
-        config.check()
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {shortened(str(error), 1000)}") from error
-    return config
-
-
-def _build(cls: Any, raw: Any, where: str, place: Place, *, written: Mapping[Place, str]) -> Any:
-    """A dataclass from a mapping; unknown and missing keys are named, with the nearest known one.
-
-    place, written: where the mapping is in the file, and how what is no text to YAML is written there.
-    """
-    if raw is None:
-        raise ValueError(f"{where} is empty: give settings under it, or leave it out")
-    if not isinstance(raw, Mapping):
-        raise ValueError(f"{where} must be a mapping of settings, got {type(raw).__name__}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in raw:
-        if not isinstance(key, str):
-            raise ValueError(f"{where} has a setting that YAML reads as {_taken_for(key)}, not as a name: {shown(key)}")
-        if key not in fields and not (cls is TrainConfig and key == "preset"):
-            near = (
-                [OTHER_NAMES[key]]
-                if OTHER_NAMES.get(key) in fields
-                else difflib.get_close_matches(str(key), fields, n=1)
-            )
-            hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(sorted(fields))}"
-            raise ValueError(f"{where} has an unknown setting '{key[:60]}'{hint}")
-    _check_texts(fields, raw, "" if where == "config" else f"{where}.", place, written=written)
-    values = dict(raw)
-    nested = {"data": DataSpec, "train": TrainConfig, "attack": AttackConfig}
-    for key, kind in nested.items():
-        if cls is DistillConfig and key in values:
-            values[key] = _build(kind, values[key], key, (*place, key), written=written)
-    if cls is DistillConfig and isinstance(values.get("teachers"), list):
-        values["teachers"] = [
-            _build(TeacherSpec, t, f"teachers[{i}]", (*place, "teachers", i), written=written)
-            for i, t in enumerate(values["teachers"])
-        ]
-    if cls is TeacherSpec and "loras" in values:
-        if not isinstance(values["loras"], list):
-            raise ValueError(f"{where}.loras must be a list, each of a file and, if you like, a strength")
-        values["loras"] = [
-            _build(LoraSpec, lora, f"{where}.loras[{i}]", (*place, "loras", i), written=written)
-            for i, lora in enumerate(values["loras"])
-        ]
-        for lora in values["loras"]:
-            lora.check()
-    if cls is TrainConfig and "preset" in values:
-        values = {**preset(values.pop("preset")), **values}
-    values = {k: _number(str(fields[k].type), v) for k, v in values.items()}
-    # "description:" with nothing behind it is null in YAML
-    values = {k: "" if v is None and fields[k].default == "" else v for k, v in values.items()}
-    required = {
-        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    if missing := sorted(required - values.keys()):
-        raise ValueError(f"{where} lacks the settings {', '.join(missing)}")
-    return cls(**values)
-
-
-def _check_texts(
-    fields: Mapping[str, dataclasses.Field],
-    raw: Mapping[str, Any],
-    prefix: str,
-    place: Place,
-    *,
-    written: Mapping[Place, str],
-) -> None:
-    """Raises ValueError for a value that is meant as text and that YAML reads as something else, saying as what."""
-    for key, value in raw.items():
-        kind = str(fields[key].type) if key in fields else ""
-        empty_is_default = value is None and (fields[key].default in ("", None) if key in fields else True)
-        if kind in ("str", "str | None") and not isinstance(value, str) and not empty_is_default:
-            raise ValueError(_no_text(f"{prefix}{key}", value, written.get((*place, key))))
-        if kind == "list[str]" and isinstance(value, list):
-            for i, one in enumerate(value):
-                if not isinstance(one, str):
-                    raise ValueError(_no_text(f"{prefix}{key}[{i}]", one, written.get((*place, key, i))))
-
-
-def _no_text(name: str, value: Any, written: str | None) -> str:
-    """The message for a value that is no text. written: as in the file, None for a list or mapping."""
-    if value is None:
-        return f"{name} is empty, which YAML reads as null: expected text"
-    if written is None:
-        return f"{name} is {shown(value)}: expected text"
-    said = written[:60]
-    return f"{name} is {said}, which YAML reads as {_taken_for(value)}: expected text, put it into quotes: '{said}'"
-
-
-def _taken_for(value: Any) -> str:
-    """What YAML made of a value, in words."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    kinds = {int: "a number", float: "a number", datetime.datetime: "a date", datetime.date: "a date", bytes: "bytes"}
-    return next((word for kind, word in kinds.items() if isinstance(value, kind)), type(value).__name__)
-
-
-def _number(kind: str, value: Any) -> Any:
-    """YAML 1.1 reads '1e-5' as text and '2' as an int: give float settings their floats."""
-    if "float" in kind and isinstance(value, (str, int)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (ValueError, OverflowError):
-            return value
-    if kind.startswith("tuple") and isinstance(value, list):
-        return tuple(_number("float", v) for v in value)
-    return value
 
 
 SECTIONS = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ...training.config import DistillConfig, load_config
+from ...training.config import DistillConfig
+from ...training.config_file import load_config
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_BANK = {"init": "soup", "sampling": "uniform", "warmup": 30}

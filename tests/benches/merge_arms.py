@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...dmm_core.unet import UNet, load_unet
 from ...dmm_core.vae import load_vae
-from ...training.config import DataSpec, DistillConfig, load_config
+from ...training.config import DataSpec, DistillConfig
+from ...training.config_file import load_config
 from ...training.data.batches import Batch, Draw
 from ...training.data.demo.family import FIRST, Family
 from ...training.data.demo.latents import captioned_latents

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...dmm_core.unet import load_unet
 from ...dmm_core.vae import latent_scale, load_vae
 from ...training.commands.evaluation_inputs import demo_prompts
-from ...training.config import load_config
+from ...training.config_file import load_config
 from ...training.evaluation.evaluate import Lineup, evaluate
 from ...training.evaluation.features import PixelDecoder, load_features
 from ...training.evaluation.model_ref import ModelRef

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ...dmm_core.unet import UNet, UNetConfig
-from ...training.config import load_config
+from ...training.config_file import load_config
 from ...training.run.load import load_run
 from ...training.text import init_text
 

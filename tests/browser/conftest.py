@@ -1,7 +1,7 @@
 """ComfyUI's own page in a real browser: playwright drives a Chromium that is installed, nothing is downloaded.
 
 Skipped, with one line, without a ComfyUI, without the playwright package, or without Chromium (``apt-get install chromium``;
-CHROMIUM names another one).
+CHROMIUM names another one). FRONTEND: the ``static`` folder of another comfyui-frontend-package than the one that the host pins.
 """
 
 import importlib.util
@@ -18,6 +18,7 @@ from ..host.server import Server
 HERE = Path(__file__).parent
 HOST = find_host()
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+FRONTEND = os.environ.get("FRONTEND")
 FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -50,7 +51,8 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A running ComfyUI with only this pack, its first-visit tour switched off."""
-    with Server(HOST, tmp_path_factory.mktemp("browser")) as running:
+    page = ("--front-end-root", FRONTEND) if FRONTEND else ()
+    with Server(HOST, tmp_path_factory.mktemp("browser"), page) as running:
         configure(running, {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.UseNewMenu": "Top"})
         yield running
 

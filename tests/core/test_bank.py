@@ -6,7 +6,16 @@ import dataclasses
 import pytest
 import torch
 from comfyui_dmm.dmm_core import bank_fit
-from comfyui_dmm.dmm_core.bank import BANK, BankConfig, bank_config, bank_key, bank_masses, folded_bank, layer_change
+from comfyui_dmm.dmm_core.bank import (
+    BANK,
+    BankConfig,
+    BankLayer,
+    bank_config,
+    bank_key,
+    bank_masses,
+    folded_bank,
+    layer_change,
+)
 from comfyui_dmm.dmm_core.bank_fit import fit_bank, fit_layer, neutral_style
 from comfyui_dmm.dmm_core.bank_size import bank_size, biases_of, is_banked, rank_within
 from comfyui_dmm.dmm_core.checkpoint import Checkpoint, load_checkpoint, read_info, save_checkpoint
@@ -87,6 +96,27 @@ def test_no_style_is_the_last_core_or_nothing():
         torch.testing.assert_close(unet(x, t, context), want, atol=1e-5, rtol=1e-4)
         alone = load_unet(folded_bank(unet.state_dict(), masses)).eval()
         torch.testing.assert_close(unet.middle(x, t, context), alone.middle(x, t, context), atol=1e-5, rtol=1e-4)
+
+
+def test_a_layer_multiplies_in_the_order_that_takes_less():
+    """U (C z) and (U C) z are the same but for rounding; which one is taken goes by counting products (here by hand)."""
+    torch.manual_seed(0)
+    masses, made = torch.rand(2, 3), {}
+    for tokens in (2, 200):  # of rank 8 and 16 outputs: 8 * (8 + 16) a token, or once 8 * 16 * 8 and 8 * 16 a token
+        for layer, shape in ((torch.nn.Linear(12, 16), (tokens, 12)), (torch.nn.Conv2d(12, 16, 1), (12, tokens, 1))):
+            part = BankLayer(layer, (8, 8), 3, bias=True).double()
+            x = torch.randn(2, *shape, dtype=torch.float64)
+            y = layer.double()(x)
+            core = torch.einsum("bk,krs->brs", masses.double(), part.cores.weight.view(3, 8, 8))
+            z = part.down(x) if y.ndim == 3 else part.down(x).flatten(2).transpose(1, 2)
+            added = (
+                torch.einsum("or,brs,bls->blo", part.up.weight, core, z) + (masses.double() @ part.bias.weight)[:, None]
+            )
+            wanted = y + (added if y.ndim == 3 else added.transpose(1, 2).view(y.shape))
+            torch.testing.assert_close(part(x, y, masses.double()), wanted, rtol=1e-12, atol=1e-12)
+            made[tokens, y.ndim] = part._core_first(y)
+    assert made == {(2, 3): True, (2, 4): True, (200, 3): False, (200, 4): False}
+    assert 2 * 8 * (8 + 16) < 8 * 16 * (8 + 2) and 200 * 8 * (8 + 16) > 8 * 16 * (8 + 200)
 
 
 def test_masses_by_hand():

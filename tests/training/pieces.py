@@ -147,7 +147,7 @@ def ask(ranks, requests: dict[int, list[str]]) -> dict:
 
 def load_and_train(ranks, config: str) -> dict:
     """A run from its files: 3 steps, which teachers were read, and the run's identity."""
-    from comfyui_dmm.training.config import load_config
+    from comfyui_dmm.training.config_file import load_config
     from comfyui_dmm.training.run.load import load_run
     from comfyui_dmm.training.run.state import identity
 

@@ -18,8 +18,8 @@ from comfyui_dmm.training.config import (
     TeacherSpec,
     TrainConfig,
     check_names,
-    load_config,
 )
+from comfyui_dmm.training.config_file import load_config
 from comfyui_dmm.training.data.rollout_paths import RolloutSettings
 from comfyui_dmm.training.fields import describe
 from comfyui_dmm.training.parallel.sharding import check_parallel

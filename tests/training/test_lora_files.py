@@ -17,7 +17,8 @@ from comfyui_dmm.dmm_core.files import file_sha256
 from comfyui_dmm.dmm_core.unet import UNet, UNetConfig
 from comfyui_dmm.training.cli import main
 from comfyui_dmm.training.commands.demo import MODELS
-from comfyui_dmm.training.config import LoraSpec, load_config
+from comfyui_dmm.training.config import LoraSpec
+from comfyui_dmm.training.config_file import load_config
 from comfyui_dmm.training.data.cache import add_text
 from comfyui_dmm.training.data.rollout_data import open_rollouts
 from comfyui_dmm.training.data.rollout_paths import RolloutSettings

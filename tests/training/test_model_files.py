@@ -11,7 +11,8 @@ from comfyui_dmm.dmm_core import weights_file
 from comfyui_dmm.dmm_core.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from comfyui_dmm.dmm_core.unet import UNet, UNetConfig
 from comfyui_dmm.training.cli import main
-from comfyui_dmm.training.config import DataSpec, DistillConfig, TeacherSpec, TrainConfig, load_config
+from comfyui_dmm.training.config import DataSpec, DistillConfig, TeacherSpec, TrainConfig
+from comfyui_dmm.training.config_file import load_config
 from comfyui_dmm.training.files.convert import convert
 from comfyui_dmm.training.files.describe import describe
 from comfyui_dmm.training.files.model_files import (

@@ -12,7 +12,8 @@ from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.dmm_core.unet import UNet
 from comfyui_dmm.dmm_core.vae import AutoencoderKL, VAEConfig
 from comfyui_dmm.training.cli import main
-from comfyui_dmm.training.config import ModelSettings, load_config
+from comfyui_dmm.training.config import ModelSettings
+from comfyui_dmm.training.config_file import load_config
 from comfyui_dmm.training.data.buckets import default_resolution
 from comfyui_dmm.training.data.open_cache import open_cache
 from comfyui_dmm.training.files.describe import describe

@@ -162,6 +162,41 @@ def test_many_styles_show_the_first(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "seconds, styles, steps",  # of a pass of a UNet; a pair of a style is 2 * 6 passes, and a sheet of three 36
+    [(1, 3, 6), (2, 2, 6), (3, 1, 6), (6, 1, 5), (7.4, 1, 4), (8, 0, 0)],
+)
+def test_the_sheet_before_the_first_step_takes_a_minute(monkeypatch, tmp_path, seconds, styles, steps):
+    """Seconds are counted passes of the UNets here. Only the first sheet is cut down, and the journal says by how much."""
+    monkeypatch.setattr(module, "STEPS", 6)
+    run, eye, journal, passed, passes = small_run(teachers=3, batch_size=2), Eye(), Journal(tmp_path), [0.0], []
+    for unet in (run.student.unet, *(teacher.unet for teacher in run.teachers)):
+
+        def count(*_):
+            passed[0] += seconds
+            passes.append(1)
+
+        unet.register_forward_pre_hook(count)
+    pictures = Pictures(run, eye, journal=journal, clock=lambda: passed[0])
+    assert (pictures.paint() is None) == (styles == 0)
+    assert len(eye.seen) == 2 * styles
+    tried = 1 if steps < 6 else 0  # the step that told
+    assert len(passes) == 2 * styles * steps + tried
+    assert passed[0] <= module.FIRST_SECONDS + seconds
+    notes = [line["note"] for line in read_log(tmp_path / "log.jsonl")] if (tmp_path / "log.jsonl").exists() else []
+    if styles == 3:
+        assert not notes
+    elif styles:
+        assert len(notes) == 1 and f"{styles} of 3 styles after {steps} of 6 steps" in notes[0]
+    else:
+        assert len(notes) == 1 and "no pictures before the first step" in notes[0]
+    run.train_step()
+    passes.clear()
+    eye.seen.clear()
+    assert pictures.paint() is not None
+    assert len(eye.seen) == 6 - (styles if steps == 6 else 0), "teachers with all steps are painted once"
+
+
+@pytest.mark.parametrize(
     "count, wanted, rows", [(1, 2, [0]), (2, 2, [1]), (3, 2, [1, 2]), (601, 2, [1, 301]), (601, 1, [1])]
 )
 def test_captions_are_spread(count, wanted, rows):

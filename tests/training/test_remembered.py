@@ -97,7 +97,7 @@ def test_what_is_mapped_is_not_taken_for_the_file_that_took_its_name(store, tmp_
 
 def test_a_run_s_hashes_are_stamped_before_its_files_are_opened(store, tmp_path, monkeypatch):
     """A teacher's file that is replaced while the run loads: its hash is that of the weights that the run has, and is kept for no file."""
-    from comfyui_dmm.training.config import load_config
+    from comfyui_dmm.training.config_file import load_config
     from comfyui_dmm.training.run import load as loading
     from comfyui_dmm.training.run.load import load_run
 

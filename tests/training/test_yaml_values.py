@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 import yaml
 from comfyui_dmm.training.cli import main
-from comfyui_dmm.training.config import load_config
+from comfyui_dmm.training.config_file import load_config
 from comfyui_dmm.training.yaml_file import LARGEST, read_yaml
 
 SECONDS, MEGABYTES = 15, 80

@@ -128,7 +128,7 @@ INSTANT = {
 
 
 def run_distill(args: argparse.Namespace) -> None:
-    from ..config import load_config
+    from ..config_file import load_config
     from ..parallel.devices import pick_device
     from ..parallel.sharding import check_parallel
     from ..run.distill import distill

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...dmm_core.checkpoint import Checkpoint, save_checkpoint
 from ...dmm_core.unet import UNet, UNetConfig, load_unet
 from ...dmm_core.vae import load_vae
-from ..config import load_config
+from ..config_file import load_config
 from ..data.batches import CaptionedLatents
 from ..data.demo.family import FAMILIES, FIRST, Family
 from ..data.demo.latents import captioned_latents

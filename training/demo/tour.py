@@ -12,7 +12,7 @@ import torch
 
 from ...dmm_core.checkpoint import load_checkpoint
 from ...dmm_core.unet import UNet, load_unet
-from ..config import load_config
+from ..config_file import load_config
 from ..data.demo.latents import demo_latents
 from ..loop.eps_table import eps_errors, format_table
 from ..merge.files import merge_files

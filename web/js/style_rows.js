@@ -100,15 +100,15 @@ function refresh(entry) {
 
 // --- on the nodes -----------------------------------------------------------------------------------------------------
 
-// The rows of a node stand between its inputs, and the host saves values by their place, with holes for what is not saved: the graphs
-// of other versions have none.
+// The rows of a node stand between its inputs, and older pages save values by their place, with holes for what is not saved: the
+// graphs of other versions have none.
 function saveWithoutHoles(node) {
-  const saved = node.onSerialize;
+  const before = node.onSerialize;
   node.onSerialize = function (data) {
-    saved?.call(this, data);
-    if (!data.widgets_values) return;
-    const kept = this.widgets.map((widget, i) => [widget, data.widgets_values[i]]).filter(([widget]) => widget.serialize !== false);
-    data.widgets_values = kept.map(([, value]) => value ?? null);
+    before?.call(this, data);
+    const saved = (widget) => widget.serialize !== false;
+    if (!data.widgets_values || data.widgets_values.length <= this.widgets.filter(saved).length) return; // no holes
+    data.widgets_values = [...data.widgets_values].filter((_, i) => saved(this.widgets[i])).map((value) => value ?? null);
   };
 }
 

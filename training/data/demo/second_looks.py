@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from .brushes import CREAM, Look, X, Y, blur, fill, mix, ramp, stripes
@@ -24,6 +26,7 @@ def _waves(phase: float) -> np.ndarray:
     ) / 4
 
 
+@functools.cache  # 50 ms, which importing this pack must not take
 def _cells(size: float, jitter: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Voronoi cells of a shaken grid: (their number (H, W, 1) int, pixels to the nearest border (H, W, 1))."""
     rng = np.random.default_rng(seed)
@@ -47,13 +50,12 @@ def _clay(scene):
     return mix(ground, body, scene.mask)
 
 
-_PANES = _cells(26, 7, 3)
 _PANE_LIGHT = np.random.default_rng(4).uniform(0.75, 1.25, 200).astype(np.float32)
 
 
 def _glass(scene):
     """Panes of uneven brightness between dark lead."""
-    pane, border = _PANES
+    pane, border = _cells(26, 7, 3)
     light = _PANE_LIGHT[pane]
     image = mix(scene.backdrop**1.6, fill(scene), scene.mask)
     image = np.clip(image * light, 0, 1)

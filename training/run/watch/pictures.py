@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,12 +31,23 @@ Decoder = Callable[[Tensor], Sequence[Image.Image]]
 STYLES = 16
 """A run with more teachers shows the first of them."""
 STEPS, CFG, SEED = 8, 4.0, 0
+FIRST_SECONDS, FEWEST_STEPS = 60.0, 4
+"""The sheet before the first step may take so long. Where it would take longer it has fewer styles, then fewer steps; then there is none.
+"""
 LARGEST_CELL = 512
 """Pixels of the longer side of one picture on the sheet."""
 
 
 class GivenUp(Exception):
     """A stop was asked for while a sheet was painted."""
+
+
+class TooSlow(Exception):
+    """A painting would take longer than it may; ``steps``: as many would fit."""
+
+    def __init__(self, steps: int):
+        super().__init__(steps)
+        self.steps = steps
 
 
 class Pictures:
@@ -48,6 +60,9 @@ class Pictures:
     stopping: whether a stop was asked for; looked at with every sampling step and before a style's pictures are decoded. The sheet is then
     given up, nothing of it is written, and the caller is the one that stops. Of several processes the first one paints alone, looks at what
     it was asked itself, and all stop together at their next look; where the student is shared out, all paint, and agree between two styles.
+
+    Before the first step, for which somebody waits, a sheet that would take more than ``FIRST_SECONDS`` is cut down, and the journal says
+    so. clock: seconds.
     """
 
     def __init__(
@@ -60,9 +75,10 @@ class Pictures:
         prompts: int = 1,
         check_interrupt: Callable[[], object] = lambda: None,
         stopping: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.run, self.decode, self.folder, self.journal = run, decode, folder, journal
-        self.check_interrupt, self.stopping = check_interrupt, stopping
+        self.check_interrupt, self.stopping, self.clock = check_interrupt, stopping, clock
         self.rows = torch.tensor(spread(len(run.data.prompts), prompts))
         self.of_student: list[Image.Image] = []
         """What the last sheet shows of the student: a picture per style, of the first caption."""
@@ -99,30 +115,68 @@ class Pictures:
 
     @torch.no_grad()
     def _sheet(self) -> Image.Image | None:
-        run = self.run
-        styles = range(min(run.num_styles, STYLES))
+        run, began = self.run, self.clock()
+        everyone = min(run.num_styles, STYLES)
         devices = [run.device] if run.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # nothing here draws from the global generators, but a decoder might
-            latents = []
             with run.student.averaged():  # first, as of several processes some do only this
-                for i in styles:
-                    self._agree()
-                    latents.append(self._latents(run.student.unet, run.base, style_row(run.num_styles, i)))
+                latents, steps = self._of_student(everyone, began)
             if not run.ranks.is_main:
                 return None
-            for i in styles:
-                if i not in self._of_teachers:
+            kept = self._of_teachers if steps == STEPS else {}
+            for i in range(len(latents)):
+                if i not in kept:
                     teacher = run.teachers[i]
-                    of_teacher = self._latents(run.targets.pool.get(i), teacher, teacher.style_row, alone=True)
-                    self._of_teachers[i] = self._decoded(of_teacher)
+                    of_teacher = self._latents(run.targets.pool.get(i), teacher, teacher.style_row, steps, alone=True)
+                    kept[i] = self._decoded(of_teacher)
+                if self._first and self.clock() - began > FIRST_SECONDS:
+                    del latents[i + 1 :]
+                    break
             of_student = [self._decoded(latent) for latent in latents]
-        sheet = [
-            [small(picture) for pair in zip(self._of_teachers[i], of_student[i]) for picture in pair] for i in styles
-        ]
+        styles = range(len(of_student))
+        sheet = [[small(picture) for pair in zip(kept[i], of_student[i]) for picture in pair] for i in styles]
         self.of_student = [pictures[0] for pictures in of_student]
+        if len(styles) < everyone or steps < STEPS:
+            self._say(
+                f"the first pictures show {len(styles)} of {everyone} styles after {steps} of {STEPS} steps, so that training begins soon; "
+                "the next ones show all"
+            )
         captions = [run.data.prompts[row] for row in self.rows.tolist()]
         columns = [f"{who}: {caption}" for caption in captions for who in ("teacher", "student")]
         return grid(sheet, [run.teachers[i].name for i in styles], columns, title=f"step {run.step}")
+
+    @property
+    def _first(self) -> bool:
+        """Whether training has not begun, and waits."""
+        return self.run.step == 0
+
+    def _of_student(self, everyone: int, began: float) -> tuple[list[Tensor], int]:
+        """The student's latents, a tensor for each style, and the sampling steps that were taken: before the first step of training as many
+        as fit, as far as the first ones tell. A teacher takes as long as the student.
+
+        Raises GivenUp, having said so, where not even ``FEWEST_STEPS`` for one style fit.
+        """
+        run, steps, latents = self.run, STEPS, []
+        first = self._first and not run.student.sharded  # several processes would have to agree
+        for i in range(everyone):
+            self._agree()
+            style = style_row(run.num_styles, i)
+            try:
+                latents.append(self._latents(run.student.unet, run.base, style, steps, limited=first and i == 0))
+            except TooSlow as slow:
+                steps = slow.steps
+                if steps < FEWEST_STEPS:
+                    self._say("no pictures before the first step: they would take more than a minute on this device")
+                    raise GivenUp from None
+                latents.append(self._latents(run.student.unet, run.base, style, steps))
+            if first and 2 * (self.clock() - began) / (i + 1) * (i + 2) > FIRST_SECONDS:
+                break
+        return latents, steps
+
+    def _say(self, text: str) -> None:
+        logger.info(text)
+        if self.journal is not None:
+            self.journal.note(self.run.step, text)
 
     def _agree(self) -> None:
         """Between two styles of a student that is shared out: all processes give up, or none does."""
@@ -140,16 +194,30 @@ class Pictures:
         self._check(alone=True)
         return list(self.decode(latents))
 
-    def _latents(self, unet: UNet, text: Teacher, style: Tensor | None = None, alone: bool = False) -> Tensor:
+    def _latents(
+        self,
+        unet: UNet,
+        text: Teacher,
+        style: Tensor | None,
+        steps: int,
+        *,
+        alone: bool = False,
+        limited: bool = False,
+    ) -> Tensor:
         """(P, C, h, w) for P captions, by a UNet whose text states and parameterisation are those of ``text``. alone: by the first process
-        even where the student is shared out."""
+        even where the student is shared out. limited: raise TooSlow after a step that tells that two such paintings take too long."""
         alone = alone or not self.run.student.sharded
+        began = self.clock()
+
+        def after_step(step: int, *_: object) -> None:
+            self._check(alone)
+            fit = int(FIRST_SECONDS / 2 * (step + 1) / max(self.clock() - began, 1e-9))
+            if limited and step == 0 and fit < steps:
+                raise TooSlow(fit)
+
         noise = noise_for(self.run, len(self.rows), SEED)
         with self.run.autocast():
-            return paint_rows(
-                unet, text, self.rows, noise,
-                steps=STEPS, cfg=CFG, style=style, callback=lambda *_: self._check(alone),
-            )  # fmt: skip
+            return paint_rows(unet, text, self.rows, noise, steps=steps, cfg=CFG, style=style, callback=after_step)
 
     def _write(self, image: Image.Image, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
