@@ -31,7 +31,7 @@ class LearnConfig:
     batch_size: int = setting(8, "Pictures of a step.", unit="pictures", low=1, high=1024)
     lr: float = setting(0.05, "Learning rate, as a share of the size of what learns.", above=0, below=1)
     prior: float = setting(
-        0.3, "Weight of what keeps other captions working in the new style; 0: off.", low=0, high=100
+        3.0, "Weight of what keeps other captions working in the new style; 0: off.", low=0, high=100
     )
     prior_pictures: int = setting(
         16,
