@@ -14,6 +14,7 @@ from . import (
     fold_style,
     grow,
     identify,
+    learn,
     legacy,
     loader,
     merge,
@@ -44,7 +45,7 @@ MODULES = (
         regions,
         save,
     ),
-    *(teacher, merge, distill, grow, few_steps, demo_scenes, evaluate, identify),
+    *(teacher, merge, distill, grow, learn, few_steps, demo_scenes, evaluate, identify),
 )
 
 

@@ -48,13 +48,14 @@ class Screen:
 def host_decoder(run: Trainer, vae) -> Decoder:
     """Decodes one picture at a time: a training leaves little room on the device."""
     scale = latent_scale(run.base.unet.config)
+    return lambda latents: decoded(vae, latents, scale)
 
-    def decode(latents: torch.Tensor) -> list[Image.Image]:
-        pixels = torch.cat([vae.decode(latent[None].float().cpu() / scale) for latent in latents])  # (B, H, W, 3), 0..1
-        pixels = (pixels.detach().float().cpu() * 255).round().clamp(0, 255).byte()
-        return [Image.fromarray(picture.numpy()) for picture in pixels]
 
-    return decode
+def decoded(vae, latents: torch.Tensor, scale: float) -> list[Image.Image]:
+    """Latents (B, C, h, w), scaled, -> B pictures by the host's VAE, one at a time."""
+    pixels = torch.cat([vae.decode(latent[None].float().cpu() / scale) for latent in latents])  # (B, H, W, 3), 0..1
+    pixels = (pixels.detach().float().cpu() * 255).round().clamp(0, 255).byte()
+    return [Image.fromarray(picture.numpy()) for picture in pixels]
 
 
 def send_text(text: str, node_id) -> None:

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import torch
 
-from .commands import cache, convert, demo, distill, evaluate, fewstep, info, merge, mixing, sample, thumbnails
+from .commands import cache, convert, demo, distill, evaluate, fewstep, info, learn, merge, mixing, sample, thumbnails
 from .parallel.ranks import AgreedError, LostProcess, Ranks, in_words, launched
 
 
@@ -108,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
     fewstep.add_parser(commands)
     cache.add_parsers(commands)
     merge.add_parser(commands)
+    learn.add_parsers(commands)
     sample.add_parser(commands)
     thumbnails.add_parser(commands)
     info.add_parser(commands)

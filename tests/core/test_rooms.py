@@ -24,7 +24,7 @@ MAY_USE = {"dmm_core": set(), "training": {"dmm_core"}, "nodes": {"dmm_core", "t
 CORE_PACKAGES = {"torch", "safetensors", "numpy", "einops"}
 TRAINING = (
     "yaml_file presets fields config config_file progress seeds markdown files parallel host_path text teachers paint data loop memory run "
-    "merge demo evaluation commands cli"
+    "merge demo evaluation learn commands cli"
 ).split()
 """The rooms of training/, files and folders, ground first: each may import those before it, and dmm_core."""
 

@@ -43,7 +43,9 @@ def assert_same(block, dtype=torch.float32):
     options = {"transformer_options": {}}
     install(options)
     for name, (deltas, shares) in maps.items():
-        blender = Blender(torch.stack(deltas, dim=1), {SIZE: torch.stack(shares, dim=1)})  # (ROWS, K, D), (ROWS, K, h, w)
+        blender = Blender(
+            torch.stack(deltas, dim=1), {SIZE: torch.stack(shares, dim=1)}
+        )  # (ROWS, K, D), (ROWS, K, h, w)
         ours = blocks(x, emb, transformer_options={**options["transformer_options"], MAP: blender})
         scale = own.abs().max().item()
         torch.testing.assert_close(ours, own, rtol=0, atol=CLOSE[dtype] * scale, msg=lambda m, n=name: f"{n}: {m}")

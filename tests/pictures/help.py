@@ -50,7 +50,10 @@ NODES = {
     "DMMIdentifyStyle": "evaluate",
 }
 """Node -> the template that it is shown in."""
-ADDED = ("DMMAddStyles", "DMMEditStyle", "DMMFoldStyle", "DMMSaveModel", "DMMStyleForPrompt")
+ADDED = (
+    *("DMMAddStyles", "DMMEditStyle", "DMMFoldStyle", "DMMSaveModel", "DMMStyleForPrompt"),
+    *("DMMLearnStyle", "DMMMatchStyle"),
+)
 """Nodes of no template: they are put into the quickstart, beside its Style Selector."""
 
 READY = "() => Boolean(window.app?.graph && app.vueAppReady && LiteGraph.registered_node_types.DMMStyleSelector)"

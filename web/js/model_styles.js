@@ -144,10 +144,10 @@ export function onlyModelStyles() {
 }
 
 // A list of styles after a node that changes it.
-function withBlend(node, styles) {
-  const name = setting(node, "name")?.trim();
+const withNamedIn = (field) => (node, styles) => {
+  const name = setting(node, field)?.trim();
   return name ? [...styles, { name }] : styles;
-}
+};
 
 // Edit Style finds the style as the server does.
 function withEdit(node, styles) {
@@ -174,10 +174,11 @@ function withoutForgotten(node, styles) {
 }
 
 const CHANGES = {
-  DMMNameBlend: withBlend,
+  DMMNameBlend: withNamedIn("name"),
   DMMEditStyle: withEdit,
   DMMAddTeacher: withTeachers,
   DMMForgetStyle: withoutForgotten,
+  DMMLearnStyle: withNamedIn("style"),
 };
 
 function stylesFrom(at) {
