@@ -15,16 +15,7 @@ const advanced = (node) => node.widgets.filter((widget) => widget.options?.advan
 const linked = (node, widget) => node.inputs?.some((input) => input.widget?.name === widget.name && input.link != null);
 
 function foldable(node, widget) {
-  if (widget.visibility?.surfaces) {
-    // Newer pages fold on the canvas too what is said to be advanced there.
-    Object.defineProperty(widget.visibility.surfaces, "canvas", {
-      configurable: true,
-      enumerable: true,
-      get: () => (linked(node, widget) ? "shown" : "advanced"),
-      set: () => {},
-    });
-    return;
-  }
+  if (widget.visibility?.surfaces) return; // a newer page: fold()
   let hidden = widget.hidden ?? false;
   Object.defineProperty(widget, "hidden", {
     configurable: true,
@@ -32,6 +23,15 @@ function foldable(node, widget) {
     get: () => hidden || ((measuring || onCanvas()) && !node.showAdvanced && !linked(node, widget)),
     set: (value) => (hidden = value),
   });
+}
+
+// Newer pages keep for each renderer what it shows; of what they fold themselves ("advanced") they keep the room on the canvas.
+function fold(node) {
+  for (const widget of advanced(node)) {
+    const surfaces = widget.visibility?.surfaces;
+    const canvas = node.showAdvanced || linked(node, widget) ? "shown" : "never";
+    if (surfaces && surfaces.canvas !== canvas) surfaces.canvas = canvas;
+  }
 }
 
 function addToggle(node) {
@@ -54,6 +54,7 @@ function measureWhatIsSeen(node) {
   const compute = node.computeSize;
   node.computeSize = function (...out) {
     measuring = true;
+    fold(node);
     try {
       return compute.apply(this, out);
     } finally {
@@ -72,16 +73,17 @@ function fit(node) {
 function shrink(node) {
   if (node.showAdvanced) return;
   const [, folded] = node.computeSize();
-  node.showAdvanced = true;
-  const [, open] = node.computeSize();
-  node.showAdvanced = false;
-  if (node.size[1] >= open) node.setSize([node.size[0], folded]);
+  const rows = advanced(node).filter((widget) => !linked(node, widget)).length;
+  // By counting: a newer page lays a node out anew as soon as it is opened.
+  if (node.size[1] >= folded + rows * LiteGraph.NODE_WIDGET_HEIGHT) node.setSize([node.size[0], folded]);
 }
 
+// Asked for whenever the node is laid out.
 function presetFirst(node) {
   const layout = node.getLayoutWidgets;
-  if (!layout || !node.widgets.some((widget) => widget.name === FIRST)) return;
+  if (!layout) return;
   node.getLayoutWidgets = function () {
+    fold(node);
     const widgets = layout.call(this);
     return [...widgets.filter((widget) => widget.name === FIRST), ...widgets.filter((widget) => widget.name !== FIRST)];
   };
