@@ -19,6 +19,7 @@ from ...dmm_core.style import MLP_NAMES, no_style_row
 from ...dmm_core.style_value import check_new_name
 from ...dmm_core.unet import load_unet
 from ..config import check_names
+from ..loop.few_steps import FEW_STEPS
 from ..merge.grow import changed, recipe_of
 from ..progress import ProgressCallback
 from ..teachers.teacher import Teacher
@@ -26,9 +27,6 @@ from .config import LearnConfig
 from .learner import FEW, Step, StyleLearner
 from .match import Match, match_blend
 from .pictures import Examples, other_captions
-
-FEW_STEPS = "few_steps"
-"""Of the recipe of a model that was made for few steps."""
 
 
 @dataclass(frozen=True)
