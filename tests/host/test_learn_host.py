@@ -81,14 +81,14 @@ def test_a_style_is_learnt_saved_and_painted_with(server, pictures):
 
 
 def test_a_cancel_saves_nothing(server, pictures):
-    g = graph("DMMLearnStyle", "\n".join(pictures), name="cancelled", steps=5000, preview_every=0)
+    g = graph("DMMLearnStyle", "\n".join(pictures), name="not-learnt", steps=5000, preview_every=0)
 
     def cancel(message):
         if message[0] == 3 and b"learning" in message[1]:
             requests.post(f"http://{server.address}/interrupt", json={}, timeout=30)
 
     end, _ = queue(server, g, cancel)
-    assert end == "execution_interrupted" and not saved(server, "cancelled")
+    assert end == "execution_interrupted" and not saved(server, "not-learnt")
 
 
 def test_a_known_blend_is_named(server):

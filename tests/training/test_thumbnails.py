@@ -12,12 +12,12 @@ from comfyui_dmm.dmm_core.weights_file import read_weights
 from comfyui_dmm.training.cli import main
 from comfyui_dmm.training.commands import thumbnails as commands
 from comfyui_dmm.training.files.write_thumbnails import write_thumbnails
+from comfyui_dmm.training.loop.kinds import PICTURES
 from comfyui_dmm.training.merge import files as merge_files
 from comfyui_dmm.training.merge.merge import merge
 from comfyui_dmm.training.paint.thumbnails import thumbnail_uri
 from comfyui_dmm.training.run.student_file import save_student, with_pictures
 from comfyui_dmm.training.run.train import train
-from comfyui_dmm.training.run.watch import pictures as module
 from comfyui_dmm.training.run.watch.watch import Watch
 from PIL import Image
 from safetensors.torch import save_file
@@ -181,7 +181,7 @@ def test_a_file_without_a_list_of_styles_gets_one(tmp_path):
 
 def test_a_watched_run_leaves_thumbnails_and_learns_the_same(tmp_path, monkeypatch):
     """The last sheet's student, one picture per style, in the file and in the raw one; without a sheet there are none."""
-    monkeypatch.setattr(module, "STEPS", 2)
+    monkeypatch.setitem(PICTURES, "steps", 2)
     files = {}
     for name, watch in (("plain", Watch()), ("watched", Watch(decode=Eye(), picture_every=2))):
         run = small_run(steps=3)
