@@ -13,9 +13,9 @@ from comfyui_dmm.dmm_core.checkpoint import Checkpoint, load_checkpoint, save_ch
 from comfyui_dmm.dmm_core.style import style_row
 from comfyui_dmm.dmm_core.unet import load_unet
 from comfyui_dmm.dmm_core.vae import AutoencoderKL, VAEConfig
+from comfyui_dmm.tests.benches.start import make_files
 from PIL import Image
 
-from ..benches.start import make_files
 from .sampling import conditioning, watch
 
 PIXELS = 256
