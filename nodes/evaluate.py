@@ -9,7 +9,6 @@ from pathlib import Path
 import comfy.model_management as mm
 import comfy.utils
 import folder_paths
-import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
@@ -24,6 +23,7 @@ from ..training.evaluation.model_ref import ModelRef
 from ..training.evaluation.report import markdown, sheet, write
 from ..training.evaluation.settings import METRICS, OF_FEATURES, EvaluationSettings
 from ..training.files.hashing import repr_sha256, weights_hash
+from ..training.paint.images import to_pixels
 from ..training.teachers.teacher import Teacher, plain_unet
 from . import host_model, paths
 from .preview import send_text
@@ -173,9 +173,9 @@ class EvaluateDMM(io.ComfyNode):
                 lineup.others, left_out = possible_baselines(lineup, rank)
             result, folder = run(lineup, settings, node_id)
             report = "\n\n".join(filter(None, (markdown(result), note, left_out)))
-            picture = np.asarray(sheet(result).convert("RGB"), np.float32) / 255
+            picture = to_pixels([sheet(result)])
         said = f"saved dmm_evaluations/{folder.name}\n\n{report}"
-        return io.NodeOutput(torch.from_numpy(picture)[None], report, ui=ui.PreviewText(said))
+        return io.NodeOutput(picture, report, ui=ui.PreviewText(said))
 
 
 def feature_files() -> list[str]:

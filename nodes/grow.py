@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import comfy.model_management as mm
-import comfy.utils
 import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
@@ -22,7 +19,7 @@ from ..training.merge.grow import add_teachers, delete_styles
 from . import host_model, paths, training_inputs
 from .distill_settings import growing_inputs, growth_input, guard_input, int_input, warm_start_input
 from .merge import source
-from .preview import send_text, told_with_file
+from .preview import progress_on, send_text, told_with_file
 from .teacher import TeacherInput
 from .training_run import (
     comparison,
@@ -216,10 +213,8 @@ def at_once(one, node_id, change: Change) -> io.NodeOutput:
         before = host_model.to_checkpoint(one["model"], one["clip"], one["vae"])
         after, what, report = change(before, say)
         parts = [weights_sha256(before.unet), what, *([repr(before.heads)] if before.heads else [])]
-        short = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
-        folder = Path(paths.output_folder())
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{stem}-{short}.safetensors"
+        path = paths.result_file(stem, parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, dataclasses.replace(after, metadata={**after.metadata, "modelspec.title": stem}))
     model, *_ = host_model.load(str(path))
     # There are no losses: a Loss Graph behind the node is left out.
@@ -229,14 +224,8 @@ def at_once(one, node_id, change: Change) -> io.NodeOutput:
 def grown(before: Checkpoint, teachers: Sequence[TeacherInput], budget: str, node_id) -> tuple[Checkpoint, str, str]:
     """The model with a style for each teacher, as ``Change`` has it."""
     sources = [source(f"teacher '{one.name}'", one.model, StyleInfo(one.name, one.description)) for one in teachers]
-    bar = comfy.utils.ProgressBar(len(before.unet), node_id=node_id)
-
-    def progress(done: int, total: int, what: str) -> None:
-        mm.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, total)
-        send_text(f"{what}: {done} of {total}", node_id)
-
-    after, report = add_teachers(before, sources, budget, device=mm.get_torch_device(), progress=progress)
+    device = mm.get_torch_device()
+    after, report = add_teachers(before, sources, budget, device=device, progress=progress_on(node_id))
     return after, repr([budget, *((one.name, one.stamp) for one in sources)]), report.text()
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import comfy.model_management as mm
 import comfy.utils
-import numpy as np
 import torch
 from comfy_api.latest import io, ui
-from PIL import Image
 
 from ..dmm_core.style_value import Mix, PerItem
 from ..training.data.buckets import fit
 from ..training.evaluation.identify import Verdict, identify, judged_size
 from ..training.evaluation.model_runner import placed
 from ..training.evaluation.settings import usual_dtype
+from ..training.paint.images import to_pictures, to_pixels
 from ..training.teachers.teacher import styled_unet
 from . import host_model
 from .style_types import StyleType
@@ -140,9 +139,7 @@ def identify_pictures(model, clip, *, caption, draws, with_none, seed, image, va
 
 def resized(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """IMAGE (B, H, W, 3) in 0..1 -> (B, h, w, 3): the largest centred part of the shape of ``size`` (w, h)."""
-    pictures = [Image.fromarray(p) for p in (image[..., :3] * 255).round().clamp(0, 255).byte().cpu().numpy()]
-    pixels = np.stack([np.asarray(fit(picture, size), np.float32) / 255 for picture in pictures])
-    return torch.from_numpy(pixels)
+    return to_pixels([fit(picture, size) for picture in to_pictures(image[..., :3])])
 
 
 NODES = [IdentifyStyle]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
 import comfy.utils
-import numpy as np
 import torch
 from comfy_api.latest import io, ui
 from PIL import Image
@@ -31,14 +28,15 @@ from ..training.learn.config import LearnConfig
 from ..training.learn.learner import OTHER_CFG, OTHER_STEPS, Step, StyleLearner
 from ..training.learn.match import Match, match_blend
 from ..training.learn.pictures import Examples, captions_of, collage, from_pixels, make_examples
-from ..training.learn.style import check_model, learn_style, new_style, prompts_for, rows_of
+from ..training.learn.style import check_model, learn_style, new_style, own_prompts, prompts_for, rows_of
+from ..training.paint.images import to_pixels
 from ..training.paint.paint_rows import paint_rows
 from ..training.paint.thumbnails import thumbnail_uri
 from ..training.teachers.teacher import Teacher, styled_unet
 from . import host_model, paths
 from .distill_settings import int_input
 from .grow import model_inputs
-from .preview import LARGEST, PAUSE_BETWEEN_TEXTS, decoded, send_text, told_with_file
+from .preview import LARGEST, decoded, progress_on, told_with_file
 from .style_types import StyleType
 from .training_inputs import frozen_base
 from .training_run import file_stem, memory_given_back
@@ -202,7 +200,7 @@ class MatchStyle(io.ComfyNode):
         one = {key: value[0] for key, value in lists.items()}
         with torch.inference_mode(False), torch.no_grad(), memory_given_back():
             match, remarks = matched(one, images, captions, node_id=cls.hidden.unique_id)
-        report = "\n".join([match.report(), *(f"- {remark}" for remark in remarks)])
+        report = match.report(remarks)
         return io.NodeOutput(match.text, parse_style(match.text), report, ui=ui.PreviewText(report))
 
 
@@ -220,11 +218,9 @@ def learnt(
     examples = host_examples(one, before, pictures, captions, node_id)
     prompts = prompts_for(before, examples, config)
     text = host_text(one, before, prompts)
-    folder = Path(paths.output_folder())
     parts = [weights_sha256(before.unet), repr(config), repr(info), repr(examples.captions), repr(prompts)]
     parts += [tensor_sha256(latent) for latent in examples.latents]
-    short = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
-    path = folder / f"{stem}-{short}.safetensors"
+    path = paths.result_file(stem, parts)
     check_output(path)
     mm.unload_all_models()  # their copies are not needed while this runs
     screen = LearnScreen(one["vae"], before, config, one["preview_every"], node_id)
@@ -232,7 +228,7 @@ def learnt(
         before, text, examples, info=info, config=config, prompts=prompts, device=mm.get_torch_device(),
         progress=screen.progress, on_step=screen.on_step,
     )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, dataclasses.replace(after, metadata={**after.metadata, "modelspec.title": stem}))
     return path, info.name, report.text()
 
@@ -244,13 +240,13 @@ def matched(
     before = host_model.to_checkpoint(one["model"])
     check_model(before)
     examples = host_examples(one, before, pictures_of(images), captions, node_id)
-    prompts = ["", *dict.fromkeys(caption for caption in examples.captions if caption)]
+    prompts = own_prompts(examples)
     text = host_text(one, before, prompts)
     mm.unload_all_models()
     device = mm.get_torch_device()
     found = match_blend(
         placed(text, device, usual_dtype(device)), [style.name for style in before.styles], examples, rows_of(prompts, examples)[0],
-        draws=one["draws"], seed=one["seed"], with_none=one["with_none"], progress=progress_of(node_id),
+        draws=one["draws"], seed=one["seed"], with_none=one["with_none"], progress=progress_on(node_id),
     )  # fmt: skip
     return found, examples.remarks
 
@@ -271,12 +267,11 @@ def host_examples(
     texts, remarks = captions_of(captions, len(pictures))
 
     def encode(picture: Image.Image) -> Tensor:
-        pixels = torch.from_numpy(np.asarray(picture, np.float32) / 255)[None]
-        return model.model.process_latent_in(vae.encode(pixels).float().cpu())[0].clone()
+        return model.model.process_latent_in(vae.encode(to_pixels([picture])).float().cpu())[0].clone()
 
     return make_examples(
         pictures, texts, remarks, config=before.config, prediction=before.prediction, encode=encode,
-        progress=progress_of(node_id),
+        progress=progress_on(node_id),
     )  # fmt: skip
 
 
@@ -295,29 +290,12 @@ def in_new_style(told: dict[str, list], name: str) -> dict[str, list]:
 # --- what is seen of it -----------------------------------------------------------------------------------------------
 
 
-def progress_of(node_id) -> Callable[[int, int, str], None]:
-    """Progress as text and bar on a node; answers the host's cancel."""
-    state: dict[str, Any] = {"bar": None, "total": 0, "spoke": 0.0}
-
-    def progress(done: int, total: int, what: str) -> None:
-        mm.throw_exception_if_processing_interrupted()
-        if state["total"] != total:
-            state["bar"], state["total"] = comfy.utils.ProgressBar(total, node_id=node_id), total
-        state["bar"].update_absolute(done, total)
-        now = time.monotonic()
-        if now - state["spoke"] > PAUSE_BETWEEN_TEXTS or done == total:
-            state["spoke"] = now
-            send_text(f"{what}: {done} of {total}", node_id)
-
-    return progress
-
-
 class LearnScreen:
     """Shows how a style is learnt: progress, and now and then a picture of the first caption in the style as it is."""
 
     def __init__(self, vae, model: Checkpoint, config: LearnConfig, every: int, node_id):
         self.vae, self.scale, self.every = vae, latent_scale(model.config), every
-        self.progress, self.config, self.node_id = progress_of(node_id), config, node_id
+        self.progress, self.config, self.node_id = progress_on(node_id), config, node_id
 
     def on_step(self, learner: StyleLearner, step: Step) -> None:
         if not self.every or step.step % self.every:

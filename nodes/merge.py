@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import comfy.model_management as mm
 import comfy.utils
-import numpy as np
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -25,6 +23,7 @@ from ..training.files.outputs import check_output
 from ..training.merge.finished import remember, remembered
 from ..training.merge.merge import CENTRES, MergeConfig, Source, forget_parts, merge, merge_folder
 from ..training.merge.report import MergeReport
+from ..training.paint.images import to_pixels
 from . import host_model, paths
 from .preview import send_text, told_with_file
 from .teacher import TeacherInput
@@ -123,7 +122,7 @@ class MergeCheckpoints(io.ComfyNode):
             path, report, folder = merged(
                 inputs, base, clip, vae, config=config, stem=stem, node_id=cls.hidden.unique_id
             )
-            picture = np.asarray(report.picture().convert("RGB"), np.float32) / 255
+            picture = to_pixels([report.picture()])
         model, text_encoder, decoder, _ = host_model.load(str(path))
         said = f"saved dmm/{path.name}"
         if thumbnail_prompt.strip():
@@ -131,7 +130,7 @@ class MergeCheckpoints(io.ComfyNode):
             said += f"\n{done}"
         forget_parts(folder)
         said += f"\n\n{report.text()}"
-        return io.NodeOutput(model, torch.from_numpy(picture)[None], report.text(), ui=told_with_file(said, path))
+        return io.NodeOutput(model, picture, report.text(), ui=told_with_file(said, path))
 
 
 def merged(
@@ -145,11 +144,9 @@ def merged(
     stamps = [one.stamp for one in (foundation, *sources)]
     settings = [config.budget, *(one.name for one in sources), *(["base"] if config.centre == "base" else [])]
     settings += [repr(foundation.heads)] if foundation.heads else []
-    short = hashlib.sha256("\n".join([*stamps, *settings]).encode()).hexdigest()[:8]
-    folder = Path(paths.output_folder())
-    path = folder / f"{stem}-{short}.safetensors"
+    path = paths.result_file(stem, [*stamps, *settings])
     check_output(path)
-    parts = folder.with_name("dmm_runs") / f"{stem}-{short}-merge"
+    parts = path.parent.with_name("dmm_runs") / f"{path.stem}-merge"
     bar = comfy.utils.ProgressBar(len(foundation.unet), node_id=node_id)
 
     def progress(done: int, total: int, what: str) -> None:
@@ -164,11 +161,11 @@ def merged(
         report = remembered(parts, what, path)
         if report is None:
             checkpoint, report = merge(sources, foundation, inherited, config, folder=parts, progress=progress)
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             unet = as_narrow(checkpoint.unet, config.dtype)
             save_checkpoint(path, dataclasses.replace(checkpoint, unet=unet, metadata={"modelspec.title": stem}))
             remember(parts, what, path, report)
-        report.write(parts.with_name(f"{stem}-{short}"))
+        report.write(parts.with_name(path.stem))
     return path, report, parts
 
 

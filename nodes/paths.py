@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path, PurePath
@@ -34,6 +35,12 @@ def register() -> None:
 def output_folder(folder: str = FOLDER) -> str:
     """Where this pack's nodes save models, or style files; the loading nodes list it."""
     return os.path.join(folder_paths.get_output_directory(), folder)
+
+
+def result_file(stem: str, parts: Iterable[str]) -> Path:
+    """Where a model goes that a node has made: its name ends in a hash of what it was made of, so that another one overwrites nothing."""
+    short = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+    return Path(output_folder(), f"{stem}-{short}.safetensors")
 
 
 def file_names(folder: str) -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import comfy.model_management as mm
 import comfy.utils
 import torch
 from PIL import Image
@@ -15,6 +17,7 @@ from ..dmm_core.vae import latent_scale
 from ..training.data.buckets import default_resolution
 from ..training.loop.metrics import Metrics
 from ..training.loop.trainer import Trainer
+from ..training.paint.images import to_pictures
 from ..training.run.watch.pictures import Decoder
 from ..training.run.watch.progress import Progress
 from . import paths
@@ -25,18 +28,43 @@ PAUSE_BETWEEN_TEXTS = 0.25
 """Seconds; small models make many steps a second."""
 
 
+class Words:
+    """Text on a node that changes often: at most every ``PAUSE_BETWEEN_TEXTS`` seconds, and the last one in any case."""
+
+    def __init__(self, node_id):
+        self.node_id, self.spoke = node_id, 0.0
+
+    def show(self, text: str, last: bool) -> None:
+        now = time.monotonic()
+        if now - self.spoke > PAUSE_BETWEEN_TEXTS or last:
+            self.spoke = now
+            send_text(text, self.node_id)
+
+
+def progress_on(node_id) -> Callable[[int, int, str], None]:
+    """Progress of long work as text and bar on a node; answers the host's cancel."""
+    words, bars = Words(node_id), {}
+
+    def progress(done: int, total: int, what: str) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        if total not in bars:
+            bars.clear()
+            bars[total] = comfy.utils.ProgressBar(total, node_id=node_id)
+        bars[total].update_absolute(done, total)
+        words.show(f"{what}: {done} of {total}", last=done == total)
+
+    return progress
+
+
 class Screen:
     def __init__(self, run: Trainer, progress: Progress, node_id):
         self.run, self.progress, self.node_id = run, progress, node_id
         self.bar = comfy.utils.ProgressBar(run.config.all_steps, node_id=node_id)
-        self.spoke = 0.0
+        self.words = Words(node_id)
 
     def show_step(self, metrics: Metrics) -> None:
         self.bar.update_absolute(metrics.step, metrics.steps)
-        now = time.monotonic()
-        if now - self.spoke > PAUSE_BETWEEN_TEXTS or metrics.step == metrics.steps:
-            self.spoke = now
-            send_text(self.progress.text(), self.node_id)
+        self.words.show(self.progress.text(), last=metrics.step == metrics.steps)
 
     def show_pause(self) -> None:
         send_text(f"paused at {self.progress.text()}", self.node_id)
@@ -53,9 +81,7 @@ def host_decoder(run: Trainer, vae) -> Decoder:
 
 def decoded(vae, latents: torch.Tensor, scale: float) -> list[Image.Image]:
     """Latents (B, C, h, w), scaled, -> B pictures by the host's VAE, one at a time."""
-    pixels = torch.cat([vae.decode(latent[None].float().cpu() / scale) for latent in latents])  # (B, H, W, 3), 0..1
-    pixels = (pixels.detach().float().cpu() * 255).round().clamp(0, 255).byte()
-    return [Image.fromarray(picture.numpy()) for picture in pixels]
+    return to_pictures(torch.cat([vae.decode(latent[None].float().cpu() / scale) for latent in latents]))
 
 
 def send_text(text: str, node_id) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-import torch
 from comfy_api.latest import io
 from PIL import Image
 
 from ..dmm_core.style_value import NO_STYLE, Blend, Mix, PerItem, Style, parse_style
-from ..training.paint.images import grid
+from ..training.paint.images import grid, to_pictures, to_pixels
 from .host_model import model_info, styled
 from .style_types import StyleType
 
@@ -136,14 +134,13 @@ class LabelStyles(io.ComfyNode):
     def execute(cls, images, style, title, columns) -> io.NodeOutput:
         names = [str(one) for one in style.styles] if isinstance(style, PerItem) else [str(style)]
         labels = [names[i % len(names)] for i in range(len(images))]
-        sheet = np.asarray(label_sheet(images, labels, title, columns), np.float32) / 255
-        return io.NodeOutput(torch.from_numpy(sheet)[None])
+        return io.NodeOutput(to_pixels([label_sheet(images, labels, title, columns)]))
 
 
 def label_sheet(images, labels: list[str], title: str, columns: int) -> Image.Image:
     """IMAGE (B, H, W, 3) in 0..1 -> one picture, every image under its label."""
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
-    pictures = [Image.fromarray(p) for p in (images * 255).round().clamp(0, 255).byte().cpu().numpy()]
+    pictures = to_pictures(images)
     size = max(15, pictures[0].width // 20)
     empty = -len(pictures) % columns
     pictures, labels = [*pictures, *[None] * empty], [*labels, *[""] * empty]

@@ -33,7 +33,8 @@ from ...dmm_core.vae import SCALE_SD, load_vae
 from ...training.config import DataSpec, DistillConfig, FewStepConfig, TrainConfig
 from ...training.config_file import load_config
 from ...training.data.demo.family import FIRST
-from ...training.demo.classifier import classify, load_classifier
+from ...training.demo.classifier import load_classifier
+from ...training.demo.judge import answered_right
 from ...training.evaluation.agreement import pair
 from ...training.evaluation.distances import principal_axes
 from ...training.evaluation.features import load_features
@@ -130,14 +131,9 @@ class Judge:
     @torch.no_grad()
     def answers(self, latents: Tensor, look: str) -> tuple[float, float]:
         """Shares of the pictures that show object and colour of the caption, and that are painted in the look."""
-        said = classify(self.classifier, self.vae.decode(latents / SCALE_SD).clamp(-1, 1))
-
-        def right(question: str, truth: list[str]) -> np.ndarray:
-            names = self.classifier.classes[question]
-            return np.array([names[i] == t for i, t in zip(said[question].argmax(1).tolist(), truth)])
-
-        shown = right("shape", [s.shape for s in self.scenes]) & right("colour", [s.colour for s in self.scenes])
-        return float(shown.mean()), float(right("look", [look] * self.count).mean())
+        right = answered_right(self.classifier, self.vae.decode(latents / SCALE_SD), self.scenes, look)
+        shown = np.logical_and(right["shape"], right["colour"])
+        return float(shown.mean()), float(np.mean(right["look"]))
 
     @torch.no_grad()
     def vectors(self, latents: Tensor) -> Tensor:

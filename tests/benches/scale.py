@@ -24,16 +24,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ...dmm_core.files import atomic_write
 from ...dmm_core.unet import UNetConfig
 from ...training.loop.new_student import plain_shapes
 from ...training.markdown import table
 from ...training.presets import PRESETS
-from ..gpu.report import DOC, KEPT
+from ..gpu.report import KEPT, write_part
 from ..gpu.rows import OK, Row, read_rows
 from .memory import SD15, SDXL
 
-BEGIN, END = "<!-- tests/benches/scale.py writes from here -->", "<!-- end of what scale.py writes -->"
+MARKS = "<!-- tests/benches/scale.py writes from here -->", "<!-- end of what scale.py writes -->"
 TOKENS = 77
 PEAK, SHARE = 312e12, 0.28
 """Published: an A100's bf16 matrix peak, and the share of it at which MosaicML trained Stable Diffusion 2."""
@@ -255,27 +254,16 @@ def written(rows: Sequence[Row]) -> str:
     )
 
 
-def with_part(text: str, part: str) -> str:
-    """Raises ValueError where the text lacks the two marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the text has no part between {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{part}\n\n{END}{after}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write docs/performance.md instead of printing")
     parser.add_argument("--rows", type=Path, default=KEPT)
     args = parser.parse_args()
     part = written(read_rows(args.rows))
-    if not args.write:
+    if args.write:
+        write_part(part, MARKS)
+    else:
         print(part)
-        return
-    text = with_part(DOC.read_text(encoding="utf-8"), part)
-    with atomic_write(DOC) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -40,13 +40,20 @@ def generated(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def with_generated(text: str, part: str) -> str:
+def with_generated(text: str, part: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """Raises ValueError where the text lacks the two marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not begin or not end:
-        raise ValueError(f"the text has no part between {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{part}\n\n{END}{after}"
+        raise ValueError(f"the text has no part between {marks[0]} and {marks[1]}")
+    return f"{before}{begin}\n\n{part}\n\n{end}{after}"
+
+
+def write_part(part: str, marks: tuple[str, str] = (BEGIN, END)) -> None:
+    """Into docs/performance.md, between the marks."""
+    text = with_generated(DOC.read_text(encoding="utf-8"), part, marks)
+    with atomic_write(DOC) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -59,9 +66,7 @@ def main() -> None:
             kept = with_row(kept, row)
     if kept:
         write_rows(KEPT, kept)
-    text = with_generated(DOC.read_text(encoding="utf-8"), generated(kept))
-    with atomic_write(DOC) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_part(generated(kept))
     print(f"{DOC.relative_to(ROOT)}: {len(kept)} rows of GPUs")
 
 

@@ -6,7 +6,7 @@ from comfyui_dmm.dmm_core.unet import UNet
 from comfyui_dmm.tests.benches import scale
 from comfyui_dmm.tests.benches.memory import SD15, SDXL
 from comfyui_dmm.tests.benches.scale import FAMILIES, Family, Rate, Recipe, cost, forward_flop, rate_of, sent_bytes
-from comfyui_dmm.tests.gpu.report import DOC, KEPT
+from comfyui_dmm.tests.gpu.report import DOC, KEPT, with_generated
 from comfyui_dmm.tests.gpu.rows import Row, read_rows
 from comfyui_dmm.training.demo.stages import DEMO_UNET
 from torch.utils.flop_counter import FlopCounterMode
@@ -86,4 +86,4 @@ def test_a_gpus_row_changes_the_table_by_itself():
 
 def test_the_document_is_what_the_script_writes():
     text = DOC.read_text(encoding="utf-8")
-    assert scale.with_part(text, scale.written(read_rows(KEPT))) == text
+    assert with_generated(text, scale.written(read_rows(KEPT)), scale.MARKS) == text

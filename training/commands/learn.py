@@ -116,7 +116,7 @@ def run_match(args: argparse.Namespace) -> None:
     from ...dmm_core.unet import load_unet
     from ..evaluation.settings import usual_dtype
     from ..learn.match import match_blend
-    from ..learn.style import check_model, rows_of
+    from ..learn.style import check_model, own_prompts, rows_of
     from ..parallel.devices import pick_device
     from ..teachers.models import as_checkpoint
 
@@ -124,7 +124,7 @@ def run_match(args: argparse.Namespace) -> None:
     model = as_checkpoint(args.model)
     check_model(model)
     with_parts, examples, _ = read_inputs(args, model, device, bar)
-    prompts = ["", *dict.fromkeys(caption for caption in examples.captions if caption)]
+    prompts = own_prompts(examples)
     text = text_of(with_parts, prompts)
     unet = load_unet(model.unet, usual_dtype(device), heads=model.heads).to(device)
     found = match_blend(
@@ -138,7 +138,7 @@ def run_match(args: argparse.Namespace) -> None:
         progress=bar,
     )
     bar.close()
-    print("\n".join([found.report(), *(f"- {remark}" for remark in examples.remarks)]))
+    print(found.report(examples.remarks))
 
 
 def read_inputs(

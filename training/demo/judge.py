@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ...dmm_core.checkpoint import load_checkpoint
 from ...dmm_core.unet import load_unet
 from ...dmm_core.vae import SCALE_SD
 from ..data.demo.family import FIRST, Family
+from ..data.demo.scenes import Scene
 from ..paint.painter import Painter, Settings, painter
 from .classifier import Classifier, classify, load_classifier
 
@@ -49,14 +51,22 @@ def judge(
     for start in range(0, count, 25):
         part = scenes[start : start + 25]
         latents = painter.latents([s.caption for s in part], style, seed + start, settings)
-        answers = classify(classifier, painter.vae.decode(latents / SCALE_SD).clamp(-1, 1))
+        found = answered_right(classifier, painter.vae.decode(latents / SCALE_SD), part, look)
         for question, hits in right.items():
-            names = classifier.classes[question]
-            said = [names[i] for i in answers[question].argmax(1).tolist()]
-            truth = [look if question == "look" else getattr(s, question) for s in part]
-            hits += [a == b for a, b in zip(said, truth)]
+            hits += found[question]
     both = [a and b for a, b in zip(right["shape"], right["colour"])]
     return Accuracy(count, *(float(np.mean(hits)) for hits in (right["shape"], right["colour"], both, right["look"])))
+
+
+def answered_right(classifier: Classifier, pixels: Tensor, scenes: Sequence[Scene], look: str) -> dict[str, list[bool]]:
+    """Whether pictures (B, 3, H, W) in about -1..1 show the "shape" and the "colour" of their scenes, and are painted in the "look"."""
+    answers, right = classify(classifier, pixels.clamp(-1, 1)), {}
+    for question in ("shape", "colour", "look"):
+        names = classifier.classes[question]
+        said = [names[i] for i in answers[question].argmax(1).tolist()]
+        truth = [look if question == "look" else getattr(scene, question) for scene in scenes]
+        right[question] = [a == b for a, b in zip(said, truth)]
+    return right
 
 
 def whole_file(models: Path, family: Family) -> Path:

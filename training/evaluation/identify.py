@@ -21,7 +21,6 @@ from ..data.buckets import bucket_sizes, choose_bucket, default_resolution, size
 from ..loop.losses import score_loss
 from ..seeds import hash_seed
 from ..teachers.teacher import Teacher
-from .settings import TIMESTEPS
 
 LOWEST, HIGHEST = 50, 950
 """Timesteps between which pictures are judged: below nothing is hidden, above nothing is left of the picture."""
@@ -110,8 +109,7 @@ def identify(
     candidates = torch.cat([style_row(count, i) for i in range(count)] + [no_style_row(count)])[: len(names)]
     schedule = NoiseSchedule(student.zero_snr)
     g = torch.Generator().manual_seed(hash_seed(seed, "identify"))
-    t = (LOWEST + (torch.arange(draws) + torch.rand(draws, generator=g)) * (HIGHEST - LOWEST) / draws).long()
-    t = t.clamp(max=TIMESTEPS - 1)
+    t = spread_timesteps(draws, g)
     eps = torch.randn(draws, *latents.shape[1:], generator=g)
     asked = [(k, i) for k in range(draws) for i in range(len(names))]  # all that one picture is asked
     errors = torch.empty(len(latents), draws, len(names))
@@ -125,6 +123,12 @@ def identify(
             if on_batch:
                 on_batch(len(k))
     return [Verdict(list(names), one) for one in errors]
+
+
+def spread_timesteps(count: int, g: torch.Generator, low: int = LOWEST, high: int = HIGHEST) -> Tensor:
+    """(count,) int64, rising: one drawn from each of so many equal parts of the timesteps from ``low`` to below ``high``."""
+    t = low + (torch.arange(count) + torch.rand(count, generator=g)) * (high - low) / count
+    return t.long().clamp(max=high - 1)
 
 
 def _errors(

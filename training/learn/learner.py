@@ -26,6 +26,7 @@ from ...dmm_core.bank_drop import has_style_rows
 from ...dmm_core.bank_room import rms
 from ...dmm_core.schedule import NoiseSchedule
 from ...dmm_core.style import CODEBOOK, no_style_row, style_row
+from ..evaluation.identify import spread_timesteps
 from ..loop.losses import score_loss
 from ..paint.paint_rows import paint_rows
 from ..seeds import hash_seed
@@ -133,8 +134,7 @@ class StyleLearner:
         questions = []
         for i in judged:
             x0 = self.examples.latents[i].expand(draws, -1, -1, -1)
-            t = ((torch.arange(draws) + torch.rand(draws, generator=g)) * len(self.schedule) / draws).long()
-            t = t.clamp(max=len(self.schedule) - 1)
+            t = spread_timesteps(draws, g, 0, len(self.schedule))
             eps = torch.randn(x0.shape, generator=g)
             questions.append((self.schedule.add_noise(x0, eps, t), t, eps, self.rows[i].expand(draws)))
         return questions
@@ -242,8 +242,7 @@ class StyleLearner:
         ]
         index = turns[: c.batch_size]
         x0 = torch.stack([self.examples.latents[i] for i in index])
-        t = (torch.arange(c.batch_size) + torch.rand(c.batch_size, generator=g)) * len(self.schedule) / c.batch_size
-        t = t.long().clamp(max=len(self.schedule) - 1)
+        t = spread_timesteps(c.batch_size, g, 0, len(self.schedule))
         eps = torch.randn(x0.shape, generator=g)
         kept = torch.rand(c.batch_size, generator=g) >= c.caption_dropout
         return self.schedule.add_noise(x0, eps, t), t, eps, self.rows[index] * kept

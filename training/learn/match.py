@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...dmm_core.schedule import NoiseSchedule
 from ...dmm_core.style_value import NO_STYLE, quote_name
-from ..evaluation.identify import HIGHEST, LOWEST
+from ..evaluation.identify import spread_timesteps
 from ..progress import ProgressCallback
 from ..seeds import hash_seed
 from ..teachers.teacher import Teacher
@@ -53,8 +53,8 @@ class Match:
         written = [f"{quote_name(name) if name != NO_STYLE else name}:{share / total:.2f}" for name, share in parts]
         return written[0].rpartition(":")[0] if len(parts) == 1 else ", ".join(written)
 
-    def report(self) -> str:
-        """The blend, and the error of each style alone, best first."""
+    def report(self, remarks: Sequence[str] = ()) -> str:
+        """The blend, and the error of each style alone, best first; then what else is to be said."""
         best = min(self.errors)
         lines = [self.text, f"error of the blend {self.error:.5f}"]
         order = sorted(range(len(self.names)), key=self.errors.__getitem__)
@@ -62,7 +62,7 @@ class Match:
         lines += [f"{self.names[i]:<{width}}  alone {self.errors[i]:.5f}" for i in order]
         if self.error > 0.98 * best and max(self.shares) < 0.9:
             lines.append(f"{self.names[order[0]]} alone explains the pictures about as well as the blend")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"- {remark}" for remark in remarks)])
 
     def weights(self) -> list[float]:
         """Shares of the styles alone, in the model's order, without "none"."""
@@ -145,9 +145,7 @@ class Questions:
         self.model, self.schedule = model, NoiseSchedule(model.zero_snr)
         self.device = next(model.unet.parameters()).device
         g = torch.Generator().manual_seed(hash_seed(seed, "match"))
-        t = torch.stack(
-            [LOWEST + (torch.arange(draws) + torch.rand(draws, generator=g)) * (HIGHEST - LOWEST) / draws for _ in rows]
-        ).long()
+        t = torch.stack([spread_timesteps(draws, g) for _ in rows])
         noise = [[torch.randn(latent.shape, generator=g) for _ in range(draws)] for latent in examples.latents]
         self.batch_list: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         # Draw by draw, so that every batch asks about many pictures.

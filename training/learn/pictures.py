@@ -27,7 +27,7 @@ from ..data.image_folder import (
     unreadable_pictures,
 )
 from ..data.shards import first_few
-from ..paint.images import to_tensor
+from ..paint.images import to_pictures, to_tensor
 from ..progress import ProgressCallback
 
 MOST = 1000
@@ -161,7 +161,7 @@ def from_pixels(pixels: Tensor) -> list[Image.Image]:
         raise ValueError(
             f"picture {bad[0] + 1} holds NaN or infinite numbers ({len(bad)} of {len(pixels)} pictures): look at the node that makes it"
         )
-    return [Image.fromarray(one.numpy()) for one in (pixels[..., :3] * 255).round().clamp(0, 255).byte().cpu()]
+    return to_pictures(pixels[..., :3])
 
 
 def fitted(pictures: Sequence[Image.Image], config: UNetConfig, prediction: str) -> tuple[list[Image.Image], list[str]]:

@@ -90,13 +90,18 @@ def new_style(model: Checkpoint, info: StyleInfo) -> StyleInfo:
 
 def prompts_for(model: Checkpoint, examples: Examples, config: LearnConfig, others: Sequence[str] = ()) -> list[str]:
     """The texts whose states learning needs: the empty one, the pictures' captions, then ``others``, or captions of our own."""
-    given = list(dict.fromkeys(caption for caption in examples.captions if caption))
+    empty, *given = own_prompts(examples)
     if not config.prior:
-        return ["", *given]
+        return [empty, *given]
     own = [text for text in dict.fromkeys(others) if text and text not in given]
-    return ["", *given, *(own or other_captions(model.config, given, config.prior_pictures))][
+    return [empty, *given, *(own or other_captions(model.config, given, config.prior_pictures))][
         : 1 + len(given) + config.prior_pictures
     ]
+
+
+def own_prompts(examples: Examples) -> list[str]:
+    """The empty text and the pictures' captions, each once."""
+    return ["", *dict.fromkeys(caption for caption in examples.captions if caption)]
 
 
 def rows_of(prompts: Sequence[str], examples: Examples) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,16 @@ def to_tensor(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
 
 
+def to_pictures(pixels: Tensor) -> list[Image.Image]:
+    """(B, H, W, 3) in 0..1, as the host's IMAGE has them -> B pictures."""
+    return [Image.fromarray(p) for p in (pixels.detach().float().cpu() * 255).round().clamp(0, 255).byte().numpy()]
+
+
+def to_pixels(pictures: Sequence[Image.Image]) -> Tensor:
+    """B pictures of one size -> (B, H, W, 3) float32 in 0..1, as the host's IMAGE has them."""
+    return torch.from_numpy(np.stack([np.asarray(picture.convert("RGB"), np.float32) for picture in pictures]) / 255)
+
+
 @torch.no_grad()
 def decode_to_pil(vae: AutoencoderKL, latents: Tensor, scale: float = SCALE_SD, batch: int = 8) -> list[Image.Image]:
     """Scaled latents (B, 4, h, w), as the UNet sees them, -> B pictures; ``scale`` is ``SCALE_SDXL`` for SDXL."""

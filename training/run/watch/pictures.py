@@ -124,7 +124,7 @@ class Pictures:
                 latents, steps = self._of_student(everyone, began)
             if not run.ranks.is_main:
                 return None
-            full = self._full
+            full = run.kind.paints(student=True)["steps"]
             kept = self._of_teachers if steps == full else {}
             for i in range(len(latents)):
                 if i not in kept:
@@ -152,11 +152,6 @@ class Pictures:
         return grid(sheet, [run.teachers[i].name for i in styles], columns, title=f"step {run.step}")
 
     @property
-    def _full(self) -> int:
-        """The student's sampling steps where nothing is cut down."""
-        return self.run.kind.paints(student=True)["steps"]
-
-    @property
     def _first(self) -> bool:
         """Whether training has not begun, and waits."""
         return self.run.step == 0
@@ -167,7 +162,7 @@ class Pictures:
 
         Raises GivenUp, having said so, where not even ``FEWEST_STEPS`` for one style fit.
         """
-        run, steps, latents = self.run, self._full, []
+        run, latents = self.run, []
         settings = run.kind.paints(student=True)
         first = self._first and not run.student.sharded  # several processes would have to agree
         for i in range(everyone):
@@ -177,15 +172,14 @@ class Pictures:
                 limited = first and i == 0
                 latents.append(self._latents(run.student.unet, run.base, style, settings, limited=limited))
             except TooSlow as slow:
-                steps = slow.steps
-                settings = {**settings, "steps": steps}
-                if steps < FEWEST_STEPS:
+                settings = {**settings, "steps": slow.steps}
+                if slow.steps < FEWEST_STEPS:
                     self._say("no pictures before the first step: they would take more than a minute on this device")
                     raise GivenUp from None
                 latents.append(self._latents(run.student.unet, run.base, style, settings))
             if first and 2 * (self.clock() - began) / (i + 1) * (i + 2) > FIRST_SECONDS:
                 break
-        return latents, steps
+        return latents, settings["steps"]
 
     def _say(self, text: str) -> None:
         logger.info(text)
@@ -226,9 +220,10 @@ class Pictures:
 
         def after_step(step: int, *_: object) -> None:
             self._check(alone)
-            fit = int(FIRST_SECONDS / 2 * (step + 1) / max(self.clock() - began, 1e-9))
-            if limited and step == 0 and fit < settings["steps"]:
-                raise TooSlow(fit)
+            if limited and step == 0:
+                fit = int(FIRST_SECONDS / 2 / max(self.clock() - began, 1e-9))
+                if fit < settings["steps"]:
+                    raise TooSlow(fit)
 
         noise = noise_for(self.run, len(self.rows), SEED)
         with self.run.autocast():
