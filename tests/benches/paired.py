@@ -174,9 +174,11 @@ def printed(lines: Sequence[Line]) -> str:
 
 class Memory:
     """The most anonymous memory of this process, in bytes, while it is open (RssAnon, Linux): what it alone has; pages of mapped files are
-    not in it. before: what it had at the start."""
+    not in it. before: what it had at the start, once the C library (glibc) has given back what was freed: it would be taken again unseen."""
 
     def __init__(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         self.before = self.peak = self.now()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
@@ -202,16 +204,13 @@ class Memory:
 
 
 class PeakMemory:
-    """As a clock of ``paired``, asked before and after a turn: the most anonymous memory in between, in bytes above what was there (what
-    was freed and is kept by the C library, glibc's, is given back first)."""
+    """As a clock of ``paired``, asked before and after a turn: the most anonymous memory in between, in bytes above what was there."""
 
     def __init__(self) -> None:
         self._memory: Memory | None = None
 
     def __call__(self) -> float:
         if self._memory is None:
-            with contextlib.suppress(OSError, AttributeError):
-                ctypes.CDLL("libc.so.6").malloc_trim(0)
             self._memory = Memory()
             self._memory.__enter__()
             return 0.0
