@@ -3,6 +3,9 @@
 from ..host.templates import graph_of
 from .test_workflows import open_graph, run, set_widget
 
+TOAST = ".p-toast-message, [data-testid=toast]"
+"""Of older pages, and from 1.58 on."""
+
 
 def queue_and_wait(page, event: str) -> None:
     page.evaluate(
@@ -65,7 +68,10 @@ def test_a_loader_says_on_its_outputs_what_the_file_lacks(page):
 
 
 def test_an_error_stands_on_its_node_until_the_next_run(page, tmp_path_factory):
+    """The next run does not execute the node, whose settings are those of the run before: the host has kept what it made."""
     open_graph(page, graph_of("quickstart"))
+    set_widget(page, "DMMStyleSelector", "style", "pen")
+    run(page)
     set_widget(page, "DMMStyleSelector", "style", "watercolour")
     queue_and_wait(page, "execution_error")
     alert = page.locator("pre[role=alert]")
@@ -74,7 +80,7 @@ def test_an_error_stands_on_its_node_until_the_next_run(page, tmp_path_factory):
     assert alert.inner_text() == said
     owner = "app.graph.nodes.filter((n) => n.widgets?.some((w) => w.name === 'dmm_report' && w.value.includes('watercolour')))"
     assert page.evaluate(f"{owner}.map((n) => n.type)") == ["DMMStyleSelector"]
-    page.locator(".p-toast-message").filter(has_text="watercolour").first.wait_for(state="visible")
+    page.locator(TOAST).filter(has_text="watercolour").first.wait_for(state="visible")
     page.screenshot(path=tmp_path_factory.getbasetemp() / f"error-{page.renderer}.png")
     set_widget(page, "DMMStyleSelector", "style", "pen")
     queue_and_wait(page, "execution_success")

@@ -14,6 +14,8 @@ from ..host.templates import TITLES, graph_of, twin_of
 
 MARKUP = '<img src=x onerror="window.hacked = true"> & <b>bold</b>'
 
+ERROR_TOAST = ".p-toast-message-error, [data-toast-kind=error]"
+"""A message of an error: of older pages, and from 1.58 on."""
 
 LIST = """(selector) => {
     const values = selector.widgets.find((w) => w.name === 'style').options.values;
@@ -118,7 +120,7 @@ def test_the_graph_runs_to_its_end(page, name, tmp_path_factory):
     page.wait_for_timeout(3000)  # the pictures that the last node's message names are fetched after it
     page.screenshot(path=tmp_path_factory.getbasetemp() / f"{name}-{page.renderer}-ran.png")
     assert page.evaluate("app.graph.nodes.filter(n => n.has_errors).map(n => n.type)") == []
-    assert page.locator(".p-toast-message-error").count() == 0
+    assert page.locator(ERROR_TOAST).count() == 0
     assert page.errors == []
 
 

@@ -44,7 +44,7 @@ function failed({ detail: { node_id: id, exception_message: message } }) {
 }
 
 // An error belongs to the run it ended.
-function started({ detail: id }) {
+function done(id) {
   const node = id && nodeOf(id);
   if (ours(node) && reportOf(node)?.element.classList.contains("dmm-error")) show(node, "");
 }
@@ -89,7 +89,8 @@ app.registerExtension({
 
   setup() {
     api.addEventListener("execution_error", failed);
-    api.addEventListener("executing", started);
+    api.addEventListener("executing", ({ detail: id }) => done(id));
+    api.addEventListener("execution_cached", ({ detail: { nodes } }) => nodes.forEach(done)); // set back to what ran before
   },
 
   beforeRegisterNodeDef(nodeType, nodeData) {
