@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import folder_paths
@@ -77,16 +76,23 @@ class FewStep(io.ComfyNode):
                 one["model"], one["clip"], latents=latents, captions=captions, config=config, settings=settings, say=say
             )
 
+        def lora_path(run: Trainer) -> Path:
+            folder = Path(folder_paths.get_output_directory()) / "loras"
+            return folder / f"{file_stem(one['name'])}-{run_hash(identity(run))}.safetensors"
+
+        def write_lora(run: Trainer) -> None:
+            path = lora_path(run)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_lora(run, path, path.stem)
+
         def report(run: Trainer, say) -> str:
             paint = f"Paint with euler, sgm_uniform, {settings.steps} steps, cfg 1."
-            folder = Path(folder_paths.get_output_directory()) / "loras"
-            path = folder / f"{file_stem(one['name'])}-{run_hash(identity(run))}.safetensors"
-            folder.mkdir(parents=True, exist_ok=True)
-            if not save_lora(run, path, path.stem):
+            path = lora_path(run)
+            if not path.exists():  # of all weights there is none
                 return paint
-            return f"The LoRA is loras/{os.path.basename(path)}, for Load LoRA on the model you gave.\n{paint}"
+            return f"The LoRA is loras/{path.name}, for Load LoRA on the model you gave.\n{paint}"
 
-        return learn(gather, parts, one=one, node_id=cls.hidden.unique_id, report=report)
+        return learn(gather, parts, one=one, node_id=cls.hidden.unique_id, report=report, beside=write_lora)
 
 
 NODES = [FewStep]

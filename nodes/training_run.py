@@ -114,29 +114,33 @@ def learn(
     one: Mapping[str, Any],
     node_id,
     report: Callable[[Trainer, Say], str],
+    beside: Callable[[Trainer], object] = lambda run: None,
 ) -> io.NodeOutput:
     """A training node's work, from its inputs to its outputs: the student as a MODEL, and the losses.
 
     gather: makes the run (it is told where to say things); parts: what the student inherits; one: the node's inputs, of which name,
-    vae and preview_every are read; report: what the node says about the finished run.
+    vae and preview_every are read; report: what the node says about the finished run; beside: writes what belongs to the model's file,
+    whenever that is written.
     """
     name = file_stem(one["name"])
     # Nodes run in inference mode, whose tensors autograd refuses.
     with torch.inference_mode(False), memory_given_back():
         path, losses, text = _learn(
-            gather, parts, name=name, vae=one["vae"], preview_every=one["preview_every"], node_id=node_id, report=report
-        )
+            gather, parts, name=name, vae=one["vae"], preview_every=one["preview_every"], node_id=node_id, report=report, beside=beside,
+        )  # fmt: skip
     model, *_ = host_model.load(str(path))
     return io.NodeOutput(model, {"loss": losses}, ui=told_with_file(text, path))
 
 
-def _learn(gather, parts, *, name, vae, preview_every, node_id, report) -> tuple[Path, list[float], str]:
+def _learn(gather, parts, *, name, vae, preview_every, node_id, report, beside) -> tuple[Path, list[float], str]:
     def say(text: str) -> None:
         send_text(text, node_id)
 
     run = gather(say)
     try:
-        path, losses = distil(run, parts, name=name, vae=vae, preview_every=preview_every, node_id=node_id)
+        path, losses = distil(
+            run, parts, name=name, vae=vae, preview_every=preview_every, node_id=node_id, beside=beside
+        )
         saved = f"saved dmm/{os.path.relpath(path, paths.output_folder())}"
         if run.step < run.config.all_steps:
             saved += f", stopped after {run.step} of {run.config.all_steps} steps"
@@ -175,7 +179,9 @@ def run_hash(parts: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def distil(run: Trainer, base, *, name: str, vae, preview_every: int, node_id) -> tuple[Path, list[float]]:
+def distil(
+    run: Trainer, base, *, name: str, vae, preview_every: int, node_id, beside: Callable[[Trainer], object]
+) -> tuple[Path, list[float]]:
     """Train and save; returns the checkpoint's path and the losses of this call's steps.
 
     The files' names contain a hash of everything that determines the run: the same graph goes on where it stopped, a changed one
@@ -196,6 +202,7 @@ def distil(run: Trainer, base, *, name: str, vae, preview_every: int, node_id) -
     def write_checkpoint() -> None:
         student = student_checkpoint(run, base, name, dtype=torch.float16, pictures=watch.student_pictures)
         save_checkpoint(path, student)
+        beside(run)
 
     controls = Controls(screen.show_pause)
 

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 from comfyui_dmm.dmm_core.checkpoint import load_checkpoint
 from comfyui_dmm.dmm_core.metadata import StyleInfo
@@ -127,3 +128,19 @@ def test_the_node_saves_a_model_and_a_lora_and_goes_on(files):  # noqa: F811
     g["old"]["inputs"]["ckpt_name"] = "four.safetensors"
     end, messages = queue(files, g)
     assert end == "execution_error" and "few-step model already" in str(messages[-1])
+
+
+def test_a_cancel_keeps_the_lora_too(files):  # noqa: F811
+    asked = []
+
+    def cancel(message):
+        kind, data = message
+        if kind == "progress" and data["node"] == "distil" and data["value"] >= 3 and not asked:
+            asked.append(requests.post(f"http://{files.address}/interrupt", json={}, timeout=30))
+
+    end, _ = queue(files, few("cancelled-few", steps=40, own_paintings=0, save_every=1000), cancel)
+    assert end == "execution_interrupted" and asked
+    (path,) = saved(files, "cancelled-few")
+    lora = files.base / "output" / "loras" / path.name
+    steps = json.loads(read_checked(lora)[1]["dmm.few_steps"])["steps_done"]
+    assert 3 <= steps == load_checkpoint(path).recipe["steps_done"] < 40
