@@ -174,7 +174,7 @@ def printed(lines: Sequence[Line]) -> str:
 
 class Memory:
     """The most anonymous memory of this process, in bytes, while it is open (RssAnon, Linux): what it alone has; pages of mapped files are
-    not in it. before: what it had at the start, once the C library (glibc) has given back what was freed: it would be taken again unseen."""
+    not in it. before: what it had at the start, once glibc has given back what was freed: it would be taken again unseen."""
 
     def __init__(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
