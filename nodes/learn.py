@@ -82,8 +82,8 @@ class LearnStyle(io.ComfyNode):
                 "train lora",
                 "学习风格",
                 "學習風格",
-                "スタイルを学習",
-                "스타일 학습",
+                "画風を学習",
+                "그림에서 스타일 학습",
             ],
             is_input_list=True,
             inputs=[
@@ -158,8 +158,8 @@ class MatchStyle(io.ComfyNode):
                 "mix from picture",
                 "匹配风格",
                 "比對風格",
-                "スタイルを照合",
-                "스타일 찾기",
+                "似たスタイル",
+                "비슷한 스타일",
             ],
             is_input_list=True,
             inputs=[

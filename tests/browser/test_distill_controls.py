@@ -140,7 +140,7 @@ def test_a_page_that_is_opened_while_its_graph_trains(trainer, server):
 def test_inside_a_subgraph(trainer, server):
     """Its id is then that of the subgraph and its own."""
     page = trainer
-    page.evaluate("app.graph.convertToSubgraph(new Set(app.graph.findNodesByType('DMMDistillTeachers')))")
+    page.evaluate("() => { app.graph.convertToSubgraph(new Set(app.graph.findNodesByType('DMMDistillTeachers'))); }")
     page.evaluate("() => { app.queuePrompt(0); }")
     inner = "[...app.rootGraph.subgraphs.values()].flatMap((g) => g.nodes).find((n) => n.type === 'DMMDistillTeachers')"
     page.wait_for_function(f"() => {inner}.widgets.some((w) => w.name === 'dmm_controls')")

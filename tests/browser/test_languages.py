@@ -10,7 +10,6 @@ from .conftest import configure
 
 ROWS = read(FOLDER / "table.yaml")
 SOCKET_TIP = "A DMM Teacher, for one style. A new socket appears when you use the last one."
-READY = "() => Boolean(window.app?.graph && app.vueAppReady && LiteGraph.registered_node_types.DMMStyleSelector)"
 MADE = """(type) => {
     app.graph.clear();
     const node = LiteGraph.createNode(type);
@@ -35,13 +34,9 @@ PLACE = """([type, input]) => {
 
 
 @pytest.fixture(params=["en", *LANGUAGES])
-def language(request, server, page):
-    """The page, loaded again in a language."""
+def language(request, server):
+    """A language, which is set before the page opens: name it before ``page``."""
     configure(server, {"Comfy.Locale": request.param})
-    if request.param != "en":
-        page.reload(wait_until="domcontentloaded")
-        page.wait_for_function(READY)
-        page.wait_for_function("() => app.graph.nodes.length > 0")
     yield request.param
     configure(server, {"Comfy.Locale": "en"})
 
@@ -50,7 +45,7 @@ def word(text: str, language: str) -> str:
     return ROWS[text].get(language, text)
 
 
-def test_a_node_speaks_the_language(page, language):
+def test_a_node_speaks_the_language(language, page):
     node = page.evaluate(MADE, "DMMMerge")
     assert node["title"] == word("Merge Checkpoints to DMM", language)
     assert node["inputs"]["base"] == word("base", language)
@@ -106,29 +101,22 @@ def found(page, words: str) -> list[str]:
     return [text.split("\n")[0] for text in rows.all_inner_texts()]
 
 
-@pytest.mark.parametrize("spoken", ["ja", "zh"])
-def test_the_pages_own_words(page, server, spoken):
+@pytest.mark.parametrize("language", ["ja", "zh"], indirect=True)
+def test_the_pages_own_words(language, page):
     """Buttons and marks of web/js, on a page in that language; names of styles stay as they are."""
-    configure(server, {"Comfy.Locale": spoken})
-    try:
-        page.reload(wait_until="domcontentloaded")
-        page.wait_for_function(READY)
-        page.wait_for_function("() => app.graph.nodes.length > 0")
-        rows = read(TABLE)
-        graph = graph_of("quickstart")
-        page.evaluate("graph => app.loadGraphData(graph)", graph)
-        button = page.get_by_role("button", name=rows["Choose a style"][spoken], exact=True)
-        button.wait_for(state="visible")
-        assert rows["Styles"][spoken] in button.inner_text()
-        button.click()
-        panel = page.get_by_role("dialog", name=rows["Choose a style"][spoken])
-        panel.get_by_role("option", name="pen").wait_for()
-        assert panel.get_by_role("option", name=rows["No style."][spoken]).count() == 1
-        page.keyboard.press("Escape")
-        page.evaluate(
-            "() => { app.graph.findNodesByType('DMMStyleSelector')[0].widgets.find((w) => w.name === 'style').value = 'inc'; }"
-        )
-        page.get_by_text(rows["not in this model: {names}"][spoken].replace("{names}", "inc")).first.wait_for()
-        assert page.errors == []
-    finally:
-        configure(server, {"Comfy.Locale": "en"})
+    rows = read(TABLE)
+    graph = graph_of("quickstart")
+    page.evaluate("graph => app.loadGraphData(graph)", graph)
+    button = page.get_by_role("button", name=rows["Choose a style"][language], exact=True)
+    button.wait_for(state="visible")
+    assert rows["Styles"][language] in button.inner_text()
+    button.click()
+    panel = page.get_by_role("dialog", name=rows["Choose a style"][language])
+    panel.get_by_role("option", name="pen").wait_for()
+    assert panel.get_by_role("option", name=rows["No style."][language]).count() == 1
+    page.keyboard.press("Escape")
+    page.evaluate(
+        "() => { app.graph.findNodesByType('DMMStyleSelector')[0].widgets.find((w) => w.name === 'style').value = 'inc'; }"
+    )
+    page.get_by_text(rows["not in this model: {names}"][language].replace("{names}", "inc")).first.wait_for()
+    assert page.errors == []

@@ -178,7 +178,7 @@ def test_the_picker_looks_into_and_out_of_subgraphs(page):
     open_graph(page, graph_of("quickstart"))
     names = choices(page, 8)
     for node_type in ("DMMStyleSelector", "DMMLoadModel"):  # the selector alone, then the loader in another one
-        page.evaluate("type => app.graph.convertToSubgraph(new Set(app.graph.findNodesByType(type)))", node_type)
+        page.evaluate("type => { app.graph.convertToSubgraph(new Set(app.graph.findNodesByType(type))); }", node_type)
         inner = (
             "[...app.rootGraph.subgraphs.values()].flatMap((g) => g.nodes).find((n) => n.type === 'DMMStyleSelector')"
         )

@@ -20,6 +20,7 @@ TITLES = {
     "forget_style": "DMM 12 - Forget a style",
     "evaluate": "DMM 13 - Evaluate a model",
     "four_steps": "DMM 14 - Four steps, every style",
+    "learn_style": "DMM 15 - Learn a style from pictures",
 }
 """Name of the twin in the API's form -> title, in the order in which one learns."""
 

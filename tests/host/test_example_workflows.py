@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_dmm.dmm_core.checkpoint import load_checkpoint
+from comfyui_dmm.training.data.demo.latents import demo_images
 from comfyui_dmm.training.demo.classifier import classify, load_classifier
 from PIL import Image
 
@@ -456,6 +457,37 @@ def test_four_steps_are_learnt(server):
     assert [style.name for style in student.styles] == STYLES
     assert student.recipe["few_steps"] == {"steps": 4, "sampler": "euler", "scheduler": "sgm_uniform", "cfg": 1.0}
     assert list((server.base / "output" / "loras").glob("short-four-*.safetensors"))
+
+
+def test_a_style_is_learnt_from_pictures(server):
+    """3 steps on 8 pictures: all is used, the nearest blend is one of the model's, and the new style is one more of the file."""
+    graph = twin_of("learn_style")
+    graph[only(graph, "DMMLearnStyle")]["inputs"] |= {"steps": 3, "name": "short-style"}
+    graph[only(graph, "DMMDemoScenes")]["inputs"]["count"] = 8
+    graph[only(graph, "DMMMatchStyle")]["inputs"]["draws"] = 2
+    shown = paint_all(server, graph)
+    assert len(shown[""]) == 8
+    assert shown["dmm-style-nearest"].shape == shown["dmm-style-learnt"].shape == (4, 128, 128, 3)
+    learnt = written(server, "short-style-*.safetensors")
+    assert [style.name for style in learnt.styles] == [*STYLES, "woodcut"]
+
+
+@pytest.mark.slow
+def test_learning_a_style_in_full(server):
+    """As shipped: its colours are nearer to those of drawn woodcuts, of other scenes, than the nearest blend's are."""
+    graph = twin_of("learn_style")
+    shown = paint_all(server, graph)
+    drawn, _ = demo_images(["woodcut"], 64, seed=7)
+
+    def histogram(pictures: np.ndarray) -> np.ndarray:
+        counts, _ = np.histogramdd(pictures.reshape(-1, 3), bins=6, range=[(0, 256)] * 3)
+        return counts / counts.sum()
+
+    def far(prefix: str) -> float:
+        return np.abs(histogram(shown[prefix]) - histogram(drawn)).sum()
+
+    assert far("dmm-style-learnt") < 0.8 * far("dmm-style-nearest")
+    assert written(server, "my-dmm-style-*.safetensors").styles[-1].name == "woodcut"
 
 
 @pytest.mark.slow

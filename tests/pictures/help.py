@@ -46,14 +46,13 @@ NODES = {
     "DMMAddTeacher": "add_teacher",
     "DMMForgetStyle": "forget_style",
     "DMMFewStep": "four_steps",
+    "DMMLearnStyle": "learn_style",
+    "DMMMatchStyle": "learn_style",
     "DMMEvaluate": "evaluate",
     "DMMIdentifyStyle": "evaluate",
 }
 """Node -> the template that it is shown in."""
-ADDED = (
-    *("DMMAddStyles", "DMMEditStyle", "DMMFoldStyle", "DMMSaveModel", "DMMStyleForPrompt"),
-    *("DMMLearnStyle", "DMMMatchStyle"),
-)
+ADDED = ("DMMAddStyles", "DMMEditStyle", "DMMFoldStyle", "DMMSaveModel", "DMMStyleForPrompt")
 """Nodes of no template: they are put into the quickstart, beside its Style Selector."""
 
 READY = "() => Boolean(window.app?.graph && app.vueAppReady && LiteGraph.registered_node_types.DMMStyleSelector)"

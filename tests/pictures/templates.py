@@ -48,6 +48,7 @@ THUMBNAILS: dict[str, Callable[[Painted], Image.Image]] = {
     "add_teacher": lambda painted: rows([painted["16"], painted["21"]]),
     "forget_style": lambda painted: rows([painted["13"], painted["18"]]),
     "four_steps": lambda painted: rows([painted["13"], painted["18"]]),
+    "learn_style": lambda painted: rows([painted["7"][i : i + 4] for i in (0, 4)] + [painted["12"]], ZOOM),
     "evaluate": lambda painted: rows([[first_tables(painted["11"][0]), scaled(painted["18"][0], ZOOM)]]),
 }
 """Template -> its thumbnail from what it paints. ``quickstart`` and ``distill_quickstart`` show more than one run."""

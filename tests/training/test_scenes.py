@@ -180,6 +180,16 @@ def test_the_first_familys_scenes_are_those_of_its_models():
     assert sha256("\n".join(captions).encode()).hexdigest().startswith("785abce7bda0")
 
 
+def test_a_familys_scenes_in_a_look_of_another():
+    """As pictures to learn a style from: what the demo models know, in a look that they do not."""
+    pictures, captions = demo_images(("woodcut",), 3, 5)
+    assert captions == demo_images(("plain",), 3, 5)[1]
+    for picture, scene in zip(pictures, some_scenes(3, seed=5)):
+        assert (picture == SECOND.render(scene, "woodcut")).all()
+    with pytest.raises(ValueError, match="unknown look 'oil'"):
+        demo_images(("oil",), 1, 0)
+
+
 def test_control_hint_traces_the_silhouette():
     for scene in some_scenes(16):
         hint, mask = control_hint(scene), layers(scene).mask[..., 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,18 +13,20 @@ from ....dmm_core.unet import unet_config_from_state_dict
 from ....dmm_core.vae import SCALE_SD, AutoencoderKL, latent_scale, load_vae
 from ...paint.images import to_tensor
 from ..batches import CaptionedLatents
-from .family import FIRST, Family
+from .family import FAMILIES, FIRST, Family
 from .scenes import layers
 
 
 def demo_images(looks: Sequence[str], count: int, seed: int, family: Family = FIRST) -> tuple[np.ndarray, list[str]]:
-    """``count`` random scenes, scene i in look i mod len(looks): (count, 128, 128, 3) uint8 and their captions.
+    """``count`` random scenes of a family, scene i in look i mod len(looks), of any family: (count, 128, 128, 3) uint8 and their captions.
 
-    Same seed, same scenes, whatever the looks.
+    Same seed, same scenes, whatever the looks. ValueError for a look that no family has.
     """
     rng = np.random.default_rng(seed)
     scenes = [family.sample_scene(rng) for _ in range(count)]
-    images = [family.render_layers(layers(scene), looks[i % len(looks)]) for i, scene in enumerate(scenes)]
+    painters = [next((one for one in (family, *FAMILIES.values()) if look in one.looks), family) for look in looks]
+    turns = itertools.cycle(zip(painters, looks))
+    images = [painter.render_layers(layers(scene), look) for scene, (painter, look) in zip(scenes, turns)]
     return np.stack(images), [scene.caption for scene in scenes]
 
 
