@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management as mm
 import comfy.utils
@@ -15,6 +16,7 @@ from PIL import Image
 from ..dmm_core.checkpoint import read_info
 from ..dmm_core.vae import latent_scale
 from ..training.data.buckets import default_resolution
+from ..training.loop.few_steps import FEW_STEPS
 from ..training.loop.metrics import Metrics
 from ..training.loop.trainer import Trainer
 from ..training.paint.images import to_pictures
@@ -94,11 +96,14 @@ def send_text(text: str, node_id) -> None:
 
 def told_with_file(text: str, path: Path) -> dict[str, list]:
     """What a node that has saved a DMM model shows (its ``ui``): the text, and what the page needs for a graph that paints with the file at
-    ``path`` (web/js/new_quickstart.js): its name for Load DMM Model, a style, and the pixels a side that such models paint well."""
+    ``path`` (web/js/new_quickstart.js): its name for Load DMM Model, a style, the pixels a side that such models paint well, and
+    of a few-step model with which sampler, steps and cfg."""
     info = read_info(path)
-    saved = {
+    saved: dict[str, Any] = {
         "file": os.path.relpath(path, paths.output_folder()),
         "style": info.styles[0].name if info.styles else "none",
         "side": default_resolution(info.config, info.prediction),
     }
+    if few := info.recipe.get(FEW_STEPS):
+        saved["few_steps"] = few
     return {"text": [text], "saved": [saved]}

@@ -123,6 +123,8 @@ def test_the_node_saves_a_model_and_a_lora_and_goes_on(files):  # noqa: F811
     assert (told["sampler"], told["scheduler"], told["cfg"]) == ("euler", "sgm_uniform", 1.0)
     assert f"loras/{lora.name}" in text_of(messages) and "cfg 1" in text_of(messages)
     assert lora.stem == path.stem, "one run, one name"
+    output = next(d["output"] for kind, d in messages if kind == "executed" and d["node"] == "distil")
+    assert output["saved"][0]["few_steps"] == load_checkpoint(path).recipe["few_steps"]
     (files.base / "models" / "dmm" / "four.safetensors").write_bytes(path.read_bytes())
     g = few("again")
     g["old"]["inputs"]["ckpt_name"] = "four.safetensors"

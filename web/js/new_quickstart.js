@@ -19,14 +19,16 @@ async function template() {
   return response.json();
 }
 
-// The template with a model's file, its style, its size, and the guidance of full-size models. saved: as nodes/preview.py says it.
-function filled(graph, { file, style, side }) {
+// The template with a model's file, its style, its size, and the guidance of full-size models, or how a few-step model paints. saved: as
+// nodes/preview.py says it.
+function filled(graph, { file, style, side, few_steps: few }) {
   const node = (type) => graph.nodes.find((other) => other.type === type).widgets_values;
   const small = node("EmptyLatentImage")[0];
   node("DMMLoadModel")[0] = file;
   node("DMMStyleSelector")[0] = style;
   node("EmptyLatentImage").splice(0, 2, side, side);
-  if (side !== small) node("KSampler")[3] = USUAL_CFG;
+  if (few) node("KSampler").splice(2, 4, few.steps, few.cfg, few.sampler, few.scheduler);
+  else if (side !== small) node("KSampler")[3] = USUAL_CFG;
   graph.nodes = graph.nodes.filter((other) => !other.type.includes("Note")); // what it says is of the demo model
   return graph;
 }
