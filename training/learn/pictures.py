@@ -104,10 +104,8 @@ def captions_of(given: Sequence[str], count: int) -> tuple[list[str], list[str]]
 
 
 def without_captions(missing: int, count: int) -> str:
-    return (
-        f"{missing} of {count} pictures have no caption: what they show becomes part of the style. Say what they show, and it stays out "
-        "of it"
-    )
+    said = f"{missing} of {count} pictures have no caption: what they show is taken for a part of their style. "
+    return said + "Say what they show, and it is not"
 
 
 def other_captions(config: UNetConfig, given: Sequence[str], count: int) -> list[str]:
