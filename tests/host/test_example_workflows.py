@@ -474,19 +474,13 @@ def test_a_style_is_learnt_from_pictures(server):
 
 @pytest.mark.slow
 def test_learning_a_style_in_full(server):
-    """As shipped: its colours are nearer to those of drawn woodcuts, of other scenes, than the nearest blend's are."""
-    graph = twin_of("learn_style")
-    shown = paint_all(server, graph)
+    """As shipped: black lines come, as in drawn woodcuts of other scenes; the nearest blend has hardly any."""
+    shown = paint_all(server, twin_of("learn_style"))
     drawn, _ = demo_images(["woodcut"], 64, seed=7)
-
-    def histogram(pictures: np.ndarray) -> np.ndarray:
-        counts, _ = np.histogramdd(pictures.reshape(-1, 3), bins=6, range=[(0, 256)] * 3)
-        return counts / counts.sum()
-
-    def far(prefix: str) -> float:
-        return np.abs(histogram(shown[prefix]) - histogram(drawn)).sum()
-
-    assert far("dmm-style-learnt") < 0.8 * far("dmm-style-nearest")
+    drawn, nearest, learnt = (
+        (pictures.mean(3) < 80).mean() for pictures in (drawn, shown["dmm-style-nearest"], shown["dmm-style-learnt"])
+    )
+    assert nearest < 0.3 * drawn and 0.5 * drawn < learnt < 1.5 * drawn, (drawn, nearest, learnt)
     assert written(server, "my-dmm-style-*.safetensors").styles[-1].name == "woodcut"
 
 
