@@ -61,6 +61,8 @@ ARMS = {
     "follows the student": {"follows": "student"},
     "own paths alone": {"path_share": 1.0},
     "all weights": {"trainable": "all", "lr": 5e-4},
+    "more paths": {"objective": "regression", "paths": 120},
+    "more paths and all weights": {"objective": "regression", "paths": 120, "trainable": "all", "lr": 5e-4},
 }
 """Changes of the settings, of few_steps or of train."""
 PLAIN = "plain"
@@ -85,7 +87,7 @@ def arm_config(arm: str, steps: int, batch: int, seed: int, data: DataSpec, fold
         return dataclasses.replace(config, teachers=recipe.teachers, train=train)
     fields = {field.name for field in dataclasses.fields(FewStepConfig)}
     changes = ARMS[arm]
-    few = FewStepConfig(paths=40, **{k: v for k, v in changes.items() if k in fields})
+    few = FewStepConfig(**{"paths": 40, **{k: v for k, v in changes.items() if k in fields}})
     train = dataclasses.replace(train, **{k: v for k, v in changes.items() if k not in fields})
     return dataclasses.replace(config, few_steps=few, train=train)
 
