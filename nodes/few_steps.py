@@ -10,12 +10,11 @@ from comfy_api.latest import io
 from ..training.config import FewStepConfig
 from ..training.fields import about_field
 from ..training.loop.trainer import Trainer
-from ..training.run.state import identity
 from ..training.run.student_file import save_lora
 from . import training_inputs
 from .distill_settings import choice, growing_inputs, int_input
 from .grow import model_inputs
-from .training_run import data_inputs, file_stem, given, learn, outputs, run_hash
+from .training_run import data_inputs, given, learn, outputs
 
 STEPS = {"sampling_steps": "steps", "cfg_to_learn": "cfg", "own_paintings": "paths"}
 """Input -> field of FewStepConfig."""
@@ -76,21 +75,18 @@ class FewStep(io.ComfyNode):
                 one["model"], one["clip"], latents=latents, captions=captions, config=config, settings=settings, say=say
             )
 
-        def lora_path(run: Trainer) -> Path:
-            folder = Path(folder_paths.get_output_directory()) / "loras"
-            return folder / f"{file_stem(one['name'])}-{run_hash(identity(run))}.safetensors"
+        loras, written = Path(folder_paths.get_output_directory()) / "loras", []
 
-        def write_lora(run: Trainer) -> None:
-            path = lora_path(run)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_lora(run, path, path.stem)
+        def write_lora(run: Trainer, model: Path) -> None:
+            loras.mkdir(parents=True, exist_ok=True)
+            if save_lora(run, loras / model.name, model.stem):  # of all weights there is none
+                written[:] = [model.name]
 
         def report(run: Trainer, say) -> str:
             paint = f"Paint with euler, sgm_uniform, {settings.steps} steps, cfg 1."
-            path = lora_path(run)
-            if not path.exists():  # of all weights there is none
+            if not written:
                 return paint
-            return f"The LoRA is loras/{path.name}, for Load LoRA on the model you gave.\n{paint}"
+            return f"The LoRA is loras/{written[0]}, for Load LoRA on the model you gave.\n{paint}"
 
         return learn(gather, parts, one=one, node_id=cls.hidden.unique_id, report=report, beside=write_lora)
 

@@ -114,7 +114,7 @@ def learn(
     one: Mapping[str, Any],
     node_id,
     report: Callable[[Trainer, Say], str],
-    beside: Callable[[Trainer], object] = lambda run: None,
+    beside: Callable[[Trainer, Path], object] = lambda run, path: None,
 ) -> io.NodeOutput:
     """A training node's work, from its inputs to its outputs: the student as a MODEL, and the losses.
 
@@ -180,7 +180,7 @@ def run_hash(parts: Mapping[str, str]) -> str:
 
 
 def distil(
-    run: Trainer, base, *, name: str, vae, preview_every: int, node_id, beside: Callable[[Trainer], object]
+    run: Trainer, base, *, name: str, vae, preview_every: int, node_id, beside: Callable[[Trainer, Path], object]
 ) -> tuple[Path, list[float]]:
     """Train and save; returns the checkpoint's path and the losses of this call's steps.
 
@@ -202,7 +202,7 @@ def distil(
     def write_checkpoint() -> None:
         student = student_checkpoint(run, base, name, dtype=torch.float16, pictures=watch.student_pictures)
         save_checkpoint(path, student)
-        beside(run)
+        beside(run, path)
 
     controls = Controls(screen.show_pause)
 
