@@ -11,6 +11,7 @@ from comfyui_dmm.dmm_core.sdxl import sdxl_vector
 from comfyui_dmm.dmm_core.unet import UNet, load_unet
 from comfyui_dmm.training.config import TrainConfig
 from comfyui_dmm.training.data.batches import CaptionedLatents, Draw, epoch_batch
+from comfyui_dmm.training.files.hashing import PART
 from comfyui_dmm.training.loop.ema import PowerEMA, power_beta
 from comfyui_dmm.training.loop.eps_table import eps_errors, format_table
 from comfyui_dmm.training.loop.losses import feature_loss, score_loss
@@ -266,6 +267,20 @@ def test_soup_is_the_mean_and_the_start():
     for key, value in mean.items():
         torch.testing.assert_close(value, (a[key] + b[key]) / 2)
         torch.testing.assert_close(run.student.unet.state_dict()[key], value)
+
+
+def test_soup_of_large_tensors_in_several_precisions():
+    """Summed part by part; against float64. The last part is shorter, and a tensor may be one that is not contiguous."""
+    g = torch.Generator().manual_seed(0)
+    whole = torch.randn(PART + 3, 2, generator=g)
+    states = [
+        {"w": (whole * k).to(dtype).T}
+        for k, dtype in ((1.0, torch.float32), (-2.0, torch.float16), (0.5, torch.bfloat16))
+    ]
+    (mean,) = soup(states).values()
+    assert mean.dtype == torch.float32 and mean.shape == (2, PART + 3)
+    torch.testing.assert_close(mean.double(), sum(s["w"].double() for s in states) / 3, rtol=1e-6, atol=1e-6)
+    assert torch.equal(states[0]["w"], whole.T), "no model is changed"
 
 
 def test_distillation_learns_each_style():

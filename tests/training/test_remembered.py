@@ -11,6 +11,7 @@ import pytest
 import torch
 from comfyui_dmm.dmm_core.files import file_sha256
 from comfyui_dmm.training.files import remembered as module
+from comfyui_dmm.training.files.hashing import PART, tensor_sha256
 from comfyui_dmm.training.files.model_files import model_sha256
 from comfyui_dmm.training.files.remembered import remembered, side_by_side, stamps
 
@@ -205,3 +206,12 @@ def test_side_by_side_keeps_the_order_and_raises():
     assert side_by_side(lambda x: x * x, range(20)) == [x * x for x in range(20)]
     with pytest.raises(ZeroDivisionError):
         side_by_side(lambda x: 1 / x, [1, 0])
+
+
+def test_a_tensor_s_hash_is_that_of_its_bytes_in_the_precision_that_is_asked_for():
+    """Converted part by part: a state's hashes from before that stay the same."""
+    tensor = torch.randn(PART // 2 + 5, 3, generator=torch.Generator().manual_seed(0)).half().T
+    plain = tensor.contiguous()
+    assert tensor_sha256(tensor) == hashlib.sha256(plain.numpy().tobytes()).hexdigest()
+    assert tensor_sha256(tensor, torch.float32) == hashlib.sha256(plain.float().numpy().tobytes()).hexdigest()
+    assert tensor_sha256(torch.empty(0)) == hashlib.sha256().hexdigest()

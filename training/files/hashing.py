@@ -11,6 +11,8 @@ from torch import Tensor
 from ...dmm_core.checkpoint import Checkpoint
 from ...dmm_core.vae import IGNORED_PREFIXES
 
+PART = 2**20
+"""Elements that are converted at a time."""
 NOT_WEIGHTS = ("position_ids",)
 """Ends of keys that some files carry and others do not: a counter."""
 
@@ -43,32 +45,19 @@ def repr_sha256(*values: object) -> str:
     return hashlib.sha256(repr(values).encode("utf-8", "backslashreplace")).hexdigest()
 
 
-class Float32(Mapping):
-    """A state dict in float32, converted tensor by tensor."""
-
-    def __init__(self, weights: Mapping[str, Tensor]):
-        self.weights = weights
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.weights[key].float()
-
-    def __iter__(self):
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-
-def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """sha256 (hexadecimal) over names and exact values, in the dtypes they have."""
+def weights_sha256(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """sha256 (hexadecimal) over names and exact values, in ``dtype``, or else in the dtypes they have."""
     digest = hashlib.sha256()
     for key in sorted(weights):
         digest.update(key.encode())
-        digest.update(tensor_sha256(weights[key]).encode())
+        digest.update(tensor_sha256(weights[key], dtype).encode())
     return digest.hexdigest()
 
 
-def tensor_sha256(tensor: Tensor) -> str:
-    """sha256 (hexadecimal) of a tensor's bytes; neither shape nor dtype count."""
-    data = tensor.detach().cpu().contiguous()
-    return hashlib.sha256(data.flatten().view(torch.uint8).numpy().data).hexdigest()
+def tensor_sha256(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
+    """sha256 (hexadecimal) of a tensor's bytes in ``dtype``, or else in its own; neither shape nor dtype count."""
+    digest = hashlib.sha256()
+    # Part by part: what is converted stays in the processor's cache.
+    for part in tensor.detach().cpu().contiguous().flatten().split(PART):
+        digest.update((part if dtype is None else part.to(dtype)).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
