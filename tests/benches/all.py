@@ -22,7 +22,7 @@ from .paired import Line, one_thread, printed
 
 CPU = torch.device("cpu")
 WITHOUT_BANK = (
-    "itself", "one style / host", "schedule / one", "8 styles in a batch", "one pass", "own 4 areas", "4 regions that fill",
+    "itself", "one style / host", "four steps", "schedule / one", "8 styles in a batch", "one pass", "own 4 areas", "4 regions that fill",
 )  # fmt: skip
 WITH_BANK = ("one style / host", "one style, folded", "2 styles in a batch", "one pass")
 

@@ -130,25 +130,35 @@ class Bench:
         self.prompts = [[[torch.randn(1, 77, self.config.context_dim, generator=generator), {}]] for _ in range(10)]
         self.clock = clock_of("cuda" if torch.cuda.is_available() else "cpu")
 
-    def paint(self, model, prompts, batch: int = 1) -> torch.Tensor:
-        """Latents (batch, 4, side, side)."""
+    def paint(self, model, prompts, batch: int = 1, *, steps: int = 0, cfg: float = 4.0) -> torch.Tensor:
+        """Latents (batch, 4, side, side). steps: 0 for those of the bench."""
         import comfy.sample
 
         latent = torch.zeros(batch, 4, self.side, self.side)
         noise = comfy.sample.prepare_noise(latent, 0)
-        euler = (model, noise, self.steps, 4.0, "euler", "normal", *prompts, latent)
+        euler = (model, noise, steps or self.steps, cfg, "euler", "normal", *prompts, latent)
         return comfy.sample.sample(*euler, disable_pbar=True, seed=0)
 
-    def painting(self, model, prompts, batch: int = 1, settled: bool = False) -> Side:
-        """settled: the second painting after the weights came is timed, not the first."""
+    def asked(self, model, prompts, **how) -> int:
+        """Rows that the UNet is asked about in a painting."""
+        rows: list[int] = []
+        hook = model.model.diffusion_model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+        try:
+            self.paint(model, prompts, **how)
+        finally:
+            hook.remove()
+        return sum(rows)
+
+    def painting(self, model, prompts, batch: int = 1, settled: bool = False, **how) -> Side:
+        """settled: the second painting after the weights came is timed, not the first; how: of ``paint``."""
         import comfy.model_management
 
         def prepare():
             comfy.model_management.load_models_gpu([model])  # not part of it: a folded style goes into the weights here
             if settled:
-                self.paint(model, prompts, batch)
+                self.paint(model, prompts, batch, **how)
 
-        return Side(lambda: self.paint(model, prompts, batch), prepare)
+        return Side(lambda: self.paint(model, prompts, batch, **how), prepare)
 
     def line(self, name: str, one: Side, other: Side, tolerance: float, **options) -> None:
         """Measure a line, if it is wanted; options: of ``paired``."""
@@ -222,6 +232,16 @@ def measure(bench: Bench, model, tolerance: float) -> None:
         for name, less in (("host's UNet", plain), ("a LoRA of the host's on the same weights", idle)):
             other = bench.painting(less, pair, settled=True)
             bench.line(f"one style, folded / {name}", other, own, tolerance, same=is_the_style(folded), aim="< 1.01")
+    few, many = {"steps": 4, "cfg": 1.0}, {"steps": 25, "cfg": 4.0}
+    bench.line(
+        "four steps at cfg 1 (a few-step model) / 25 at cfg 4",
+        bench.painting(one, pair, **many),
+        bench.painting(one, pair, **few),
+        0.0,
+        # Other pictures by their nature: what is compared is that each side asks the UNet as often as is said.
+        same=lambda: ([50, 4], [bench.asked(one, pair, **how) for how in (many, few)]),
+        aim="" if banked else "< 0.125",
+    )
     changing = styled(model, parse_style(f"{names[0]}; 20%-80%: {names[1]}"))
     unchanging = bench.painting(styled(model, parse_style(f"{names[0]}; 20%-80%: {names[0]}")), pair)
 

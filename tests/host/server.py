@@ -101,6 +101,10 @@ class Server:
             connection.close()
         return self.get(f"history/{prompt}").json()[prompt]["outputs"]
 
+    def interrupt(self) -> None:
+        """As the browser's cancel button does."""
+        requests.post(f"http://{self.address}/interrupt", json={}, timeout=30).raise_for_status()
+
     @staticmethod
     def _raise_refusal(body: dict):
         for node, report in body["node_errors"].items():

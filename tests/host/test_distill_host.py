@@ -103,7 +103,7 @@ def queue(server, graph, on_message=None) -> tuple[str, list]:
                     on_message(message)
                 except BaseException:
                     # Else an endless run would keep the server from all tests after this one.
-                    requests.post(f"http://{server.address}/interrupt", json={}, timeout=30)
+                    server.interrupt()
                     raise
             ends = ("execution_success", "execution_error", "execution_interrupted")
             if message[0] in ends and message[1].get("prompt_id") == prompt:
@@ -146,7 +146,8 @@ def test_cancel_keeps_what_was_learnt_and_the_same_graph_goes_on(files):
     def cancel(message):
         kind, data = message
         if kind == "progress" and data["node"] == "distil" and data["value"] >= 3 and not asked:
-            asked.append(requests.post(f"http://{files.address}/interrupt", json={}, timeout=30))
+            asked.append(data["value"])
+            files.interrupt()
 
     end, _ = queue(files, graph(steps=40, name="cancelled", preview_every=0, save_every=1000), cancel)
     assert end == "execution_interrupted" and asked

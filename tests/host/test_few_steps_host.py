@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 
 import pytest
-import requests
 import torch
 from comfyui_dmm.dmm_core.checkpoint import load_checkpoint
 from comfyui_dmm.dmm_core.metadata import StyleInfo
@@ -138,7 +137,8 @@ def test_a_cancel_keeps_the_lora_too(files):  # noqa: F811
     def cancel(message):
         kind, data = message
         if kind == "progress" and data["node"] == "distil" and data["value"] >= 3 and not asked:
-            asked.append(requests.post(f"http://{files.address}/interrupt", json={}, timeout=30))
+            asked.append(data["value"])
+            files.interrupt()
 
     end, _ = queue(files, few("cancelled-few", steps=40, own_paintings=0, save_every=1000), cancel)
     assert end == "execution_interrupted" and asked

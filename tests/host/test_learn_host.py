@@ -1,7 +1,6 @@
 """Learn Style from Images and Match Style in a real ComfyUI, on the demo model."""
 
 import pytest
-import requests
 import torch
 from comfyui_dmm.dmm_core.checkpoint import load_checkpoint
 from comfyui_dmm.dmm_core.style_value import parse_style
@@ -85,7 +84,7 @@ def test_a_cancel_saves_nothing(server, pictures):
 
     def cancel(message):
         if message[0] == 3 and b"learning" in message[1]:
-            requests.post(f"http://{server.address}/interrupt", json={}, timeout=30)
+            server.interrupt()
 
     end, _ = queue(server, g, cancel)
     assert end == "execution_interrupted" and not saved(server, "not-learnt")

@@ -156,7 +156,7 @@ def test_cancel_ends_a_pause_and_keeps_what_was_learnt(files):  # noqa: F811
     def act():
         ask(files, "pause")
         time.sleep(0.5)
-        requests.post(f"http://{files.address}/interrupt", json={}, timeout=SECONDS)
+        files.interrupt()
 
     settings = {"preview_every": 0, "save_every": 1_000_000}
     end, _ = queue(files, graph(steps=FOREVER, name="paused-off", **settings), AtStep(2, act))
