@@ -485,6 +485,52 @@ def test_learning_a_style_in_full(server):
 
 
 @pytest.mark.slow
+def test_four_steps_in_full(server):
+    """As shipped: the sheet of four steps shows the prompt in each style as that of 25 steps does, and nearer to it than four steps of the
+    model that it was made from; ControlNet and LoRA work in four steps, too."""
+    graph = twin_of("four_steps")
+    shown = paint_all(server, unlabelled(graph))
+    many, few = shown["dmm-four-before"], shown["dmm-four-after"]
+    looks = answers(few, "look")
+    assert sum(map(same_look, looks, STYLES)) >= 6 and answers(few, "shape").count("cat") >= 6, looks
+    (sampler,) = [n["inputs"] for n in graph.values() if n["class_type"] == "KSampler" and n["inputs"]["steps"] == 25]
+    sampler |= {"steps": 4, "cfg": 1.0}
+    unlearnt = paint_all(server, unlabelled(graph))["dmm-four-before"]
+    apart, before = (np.abs(x.astype(float) - many).mean((1, 2, 3)) for x in (few, unlearnt))
+    assert (apart < before).sum() >= 6, (apart, before)
+    in_company(server, max((server.base / "output" / "dmm").glob("my-dmm-four-*.safetensors")))
+
+
+def in_company(server, student) -> None:
+    """A few-step model with the templates' ControlNet and with their LoRA, in four steps at cfg 1."""
+
+    def with_student(name: str) -> dict:
+        folder = server.base / "models" / "checkpoints"
+        (folder / student.name).write_bytes(student.read_bytes())
+        graph = unlabelled(twin_of(name))
+        for node in graph.values():
+            if node["class_type"] == "DMMLoadModel":
+                node["inputs"]["ckpt_name"] = student.name
+            elif node["class_type"] == "KSampler":
+                node["inputs"] |= {"steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "sgm_uniform"}
+        return graph
+
+    graph = with_student("controlnet")
+    shown = paint_all(server, graph)
+    pictures = shown["dmm-controlnet"]
+    assert sum(map(same_look, answers(pictures, "look"), ["plain", *STYLES])) >= 6
+    assert answers(pictures, "shape").count("cat") >= 6
+    graph[only(graph, "ControlNetApplyAdvanced")]["inputs"]["strength"] = 0
+    held, free = (on_line(p, shown[""][0]) for p in (pictures, paint_all(server, graph)["dmm-controlnet"]))
+    assert (held > free).sum() >= 6 and held.mean() > 1.3 * free.mean(), (held, free)
+    shown = paint_all(server, with_student("lora"))
+    without, framed = shown["dmm-without-lora"], shown["dmm-with-lora"]
+    assert (frame(framed) > frame(without) + 20).sum() >= 3, (frame(without), frame(framed))
+    assert sum(same_look(look, "pen") for look in answers(without, "look")) >= 3
+    assert answers(without, "shape").count("cat") >= 3 and answers(framed, "shape").count("cat") >= 2
+
+
+@pytest.mark.slow
 def test_adding_in_full(server):
     """As shipped: the new style paints its frame and nobody else does, and the old looks are what they were."""
     graph = unlabelled(twin_of("add_teacher"))
