@@ -12,6 +12,7 @@ from comfyui_dmm.dmm_core.schedule import NoiseSchedule
 from comfyui_dmm.dmm_core.unet import load_unet
 from comfyui_dmm.training.cli import main
 from comfyui_dmm.training.config import FewStepConfig, TrainConfig
+from comfyui_dmm.training.data.batches import CaptionedLatents
 from comfyui_dmm.training.files.checksums import read_checked
 from comfyui_dmm.training.loop.few_steps import few_stepping
 from comfyui_dmm.training.loop.own_paths import path_timesteps, random_rows
@@ -138,6 +139,27 @@ def test_only_the_adapters_learn_and_the_styles_stay():
     whole = few(trainable="all")
     assert not any(name.startswith(("model_embedding", "add_embedding")) for name in whole.student.trained)
     assert len(whole.student.trained) > 50
+
+
+def test_pictures_of_another_size_than_the_paintings():
+    """Regression learns from the paintings alone, whatever size a batch has; the others learn from the batch's own pictures then."""
+    wide = torch.randn(12, 4, 8, 16, generator=torch.Generator().manual_seed(1))
+    data = CaptionedLatents([*DATA.buckets, wide[:4]], [*DATA.captions, *DATA.captions[:4]])
+    for objective in ("regression", "both", "consistency"):
+        run = few(FewStepConfig(paths=2, path_steps=2, objective=objective), data=data, steps=50)
+        sizes = set()
+        for number in range(40):
+            batch = run.draws(number)
+            rows = run.kind.rows(run, batch, number)
+            sizes.add(tuple(batch.x_t.shape[2:]))
+            other = tuple(batch.x_t.shape[2:]) != (8, 8)
+            if objective == "regression":
+                assert rows.known.all() and rows.x_t.shape[2:] == rows.edge.shape[2:] == (8, 8)
+                assert not torch.equal(rows.x_t, rows.edge)
+            elif other:
+                assert not rows.known.any() and torch.equal(rows.x_t, batch.x_t)
+        assert sizes == {(8, 8), (8, 16)}
+        run.train_step()
 
 
 @pytest.mark.parametrize("settings", [QUICK, FewStepConfig(paths=2, path_steps=2, objective="both", follows="student")])

@@ -129,11 +129,11 @@ class FewSteps(RunKind):
         g, styles, mine = generator(run, "few steps", number), run.num_styles, own(batch)
         teacher = batch.global_batch.teacher
         style = random_rows(teacher, styles, settings.blends, g)[mine]
-        share = 1.0 if settings.objective == "regression" else settings.path_share
-        known = (torch.rand(count, generator=g) < share)[mine]
+        paths_alone = settings.objective == "regression"  # also where a batch's pictures have another size
+        known = (torch.rand(count, generator=g) < (1.0 if paths_alone else settings.path_share))[mine]
         pick, place = (torch.rand(count, generator=g)[mine] for _ in range(2))
         x_t = batch.x_t.float()
-        if not paths.each or paths.shape != tuple(x_t.shape[1:]):
+        if not paths_alone and (not paths.each or paths.shape != tuple(x_t.shape[1:])):
             return Rows(
                 sent(x_t, run.device), batch.t, batch.caption, style, sent(x_t, run.device), torch.zeros_like(known)
             )
@@ -142,9 +142,9 @@ class FewSteps(RunKind):
         at = (place * steps).long()
         per_phase = steps // self.phases.count
         edge = (at // per_phase + 1) * per_phase
-        here = known.view(-1, 1, 1, 1)
+        states = paths.states[path, at].float()
         return Rows(
-            sent(torch.where(here, paths.states[path, at].float(), x_t), run.device),
+            sent(states if paths_alone else torch.where(known.view(-1, 1, 1, 1), states, x_t), run.device),
             torch.where(known, torch.tensor(paths.t)[at], batch.t),
             torch.where(known, paths.caption[path], batch.caption),
             torch.where(known[:, None], paths.style[path], style),
