@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import folder_paths
@@ -67,6 +68,8 @@ class FewStep(io.ComfyNode):
     def execute(cls, latents, captions, **lists) -> io.NodeOutput:
         one, config = given({"trainable": ["lora"], **lists})
         settings = FewStepConfig(**{field: one[name] for name, field in STEPS.items()})
+        if not settings.paths:  # noised pictures alone
+            settings = dataclasses.replace(settings, objective="consistency")
         settings.validate()
         parts = training_inputs.dmm_parts(one["model"], one["clip"], one["vae"])
 

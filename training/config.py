@@ -405,20 +405,24 @@ class FewStepConfig:
     huber: float = setting(0.01, "Error of a prediction above which the loss grows evenly, not as a square.", low=0)
     blends: float = setting(0.2, "Share of the pictures in a random blend of two styles.", unit="share", low=0, below=1)
     paths: int = setting(
-        32,
-        "Paintings by the model itself in each style, whose states it learns from too; 0: noised pictures alone.",
+        128,
+        "Paintings by the model itself in each style, whose states it learns from; 0: noised pictures alone (consistency).",
         unit="paintings",
         low=0,
     )
     path_share: float = setting(
-        0.5, "Share of what it learns from that are states of these paintings.", unit="share", low=0, high=1
+        0.5,
+        "Share of what it learns from that are states of these paintings; with regression all of it is.",
+        unit="share",
+        low=0,
+        high=1,
     )
     path_steps: int = setting(6, "Sampling steps of these paintings in each phase.", unit="steps", low=1, high=50)
     objective: str = setting(
-        "consistency",
-        "consistency: states on one path must lead to one place; regression: from edge to edge of the model's own paintings, the simpler "
-        "baseline; both: regression where there is a painting.",
-        choices=("consistency", "regression", "both"),
+        "regression",
+        "regression: from states of the model's own paintings to the edge of their phase; consistency: states on one path must lead to one "
+        "place; both: regression where there is a painting.",
+        choices=("regression", "consistency", "both"),
     )
     follows: str = setting(
         "average",
@@ -435,7 +439,7 @@ class FewStepConfig:
             )
         if self.objective != "consistency" and not self.paths:
             raise ValueError(
-                f"few_steps.objective is '{self.objective}' and few_steps.paths is 0: it needs paintings, set paths"
+                f"few_steps.objective is '{self.objective}' and few_steps.paths is 0: set paths, or objective: consistency"
             )
 
 

@@ -1,7 +1,7 @@
 """Four steps on the demo family: what a few-step model paints beside the 25 steps that it learnt from, and beside fewer steps of those.
 
     python -m comfyui_dmm.tests.benches.few_steps --out out/few-steps                               (train the arms, then judge)
-    python -m comfyui_dmm.tests.benches.few_steps --out out/few-steps --arms consistency,both --seeds 0,1,2 --steps 3000
+    python -m comfyui_dmm.tests.benches.few_steps --out out/few-steps --arms "many paths,both" --seeds 0,1,2 --steps 3000
     python -m comfyui_dmm.tests.benches.few_steps --out out/few-steps --arms "" --also mine=my.safetensors
 
 Each arm is ``dmm fewstep`` on the shipped demo model with the changes of ``ARMS``; "plain" is the negative control, ``dmm distill`` of that
@@ -54,15 +54,19 @@ SEED = 5_000_000
 PROJECT = 40
 """Directions of the features in which FID is taken, as in docs/evaluation.md."""
 REFERENCE = (25, 4.0)
+CONSISTENCY = {"objective": "consistency"}
 ARMS = {
-    "consistency": {},
-    "regression": {"objective": "regression"},
+    "regression": {},
+    "more paths": {"paths": 120},
+    "more paths and all weights": {"paths": 120, "trainable": "all", "lr": 5e-4},
+    "many paths": {"paths": 640},
+    "many paths and all weights": {"paths": 640, "trainable": "all", "lr": 5e-4},
+    "consistency": CONSISTENCY,
+    "consistency and many paths": {**CONSISTENCY, "paths": 640},
+    "follows the student": {**CONSISTENCY, "follows": "student"},
+    "own paths alone": {**CONSISTENCY, "path_share": 1.0},
+    "all weights": {**CONSISTENCY, "trainable": "all", "lr": 5e-4},
     "both": {"objective": "both", "skip": 40},
-    "follows the student": {"follows": "student"},
-    "own paths alone": {"path_share": 1.0},
-    "all weights": {"trainable": "all", "lr": 5e-4},
-    "more paths": {"objective": "regression", "paths": 120},
-    "more paths and all weights": {"objective": "regression", "paths": 120, "trainable": "all", "lr": 5e-4},
 }
 """Changes of the settings, of few_steps or of train."""
 PLAIN = "plain"
@@ -185,7 +189,7 @@ def table(rows: dict[str, dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "few-steps")
-    parser.add_argument("--arms", default="consistency,regression,both,plain")
+    parser.add_argument("--arms", default="many paths,consistency and many paths,plain")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=32)

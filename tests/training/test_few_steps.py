@@ -31,7 +31,7 @@ from .test_grow import DATA, old_model
 
 CPU = torch.device("cpu")
 OLD = {False: old_model(SMALL, seed=4), True: old_model(SMALL_XL, seed=4)}
-QUICK = FewStepConfig(paths=2, path_steps=2)
+QUICK = FewStepConfig(paths=2, path_steps=2, objective="consistency")
 
 
 def few(settings=QUICK, xl=False, prediction="eps", zero_snr=False, recipe=None, data=DATA, **train_settings):
@@ -162,7 +162,39 @@ def test_pictures_of_another_size_than_the_paintings():
         run.train_step()
 
 
-@pytest.mark.parametrize("settings", [QUICK, FewStepConfig(paths=2, path_steps=2, objective="both", follows="student")])
+BOTH = FewStepConfig(paths=2, path_steps=2, objective="both", follows="student")
+REGRESSION = FewStepConfig(paths=2, path_steps=2)
+
+
+def test_regression_is_to_where_the_painting_crosses_the_edge():
+    """By default. Each row against the formula, with the student called alone; the frozen model is not asked in a step."""
+    run = few(REGRESSION, trainable="all")
+    run.train_step()
+    batch, kind, paths = run.draws(1), run.kind, run.kind.paths
+    rows = kind.rows(run, batch, 1)
+    asked = []
+    hook = run.targets.pool.get(run.num_styles).register_forward_pre_hook(lambda *_: asked.append(1))
+    losses = kind.losses(run, batch, 1)
+    hook.remove()
+    assert not asked and rows.known.all()
+    raw, phases = load_unet(run.student_weights(averaged=False)), kind.phases
+    for i in range(len(batch)):
+        path = next(
+            p for p in range(len(paths.states)) if (paths.states[p].float() == rows.x_t[i]).all((1, 2, 3)).any()
+        )
+        at = int((paths.states[path].float() == rows.x_t[i]).all((1, 2, 3)).nonzero()[0, 0])
+        assert int(rows.t[i]) == paths.t[at] and torch.equal(rows.style[i], paths.style[path])
+        edge = next(k for k in (2, 4, 6, 8) if k > at)
+        x, t, s = rows.x_t[i : i + 1], rows.t[i : i + 1], torch.tensor([paths.t[edge]])
+        context, y = run.base.conditioning(paths.caption[path : path + 1], x.shape[2:], CPU)
+        with torch.no_grad():
+            ours = phases.step(x, raw(x, t, context, y=y, style=rows.style[i : i + 1]), t, s)
+        d = (ours - paths.states[path, edge].float()) / phases.slope(t, s, x)
+        want = ((d**2 + 1e-4).sqrt() - 0.01).mean()
+        torch.testing.assert_close(losses.score[i].detach(), want, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [QUICK, BOTH, REGRESSION])
 def test_it_goes_on_bitwise(tmp_path, settings):
     resumes_bitwise(lambda: few(settings), tmp_path)
 
@@ -188,9 +220,10 @@ def test_painted_paths_are_kept_with_the_run_and_a_stop_ends_the_painting(tmp_pa
     )
 
 
-def test_it_learns_to_jump_as_the_frozen_models_many_steps_do():
+@pytest.mark.parametrize("objective", ["consistency", "regression"])
+def test_it_learns_to_jump_as_the_frozen_models_many_steps_do(objective):
     """The fixed check, which is of jumps from edge to edge of the model's own paths, falls to a fraction."""
-    settings = FewStepConfig(paths=1, path_steps=3, path_share=0.9, skip=100)
+    settings = FewStepConfig(paths=1, path_steps=3, path_share=0.9, skip=100, objective=objective)
     run = few(settings, steps=40, lr=2e-3, lora_rank=16, ema_gamma=None)
     before = validation_error(run)
     train(run, None)
