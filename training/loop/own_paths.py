@@ -78,10 +78,12 @@ class OwnPaths:
                         break
             if ranks.any([stopping()])[0]:
                 return False
-        found = list(finish(parts))
-        self.states = torch.cat([part["states"] for part in found])
-        self.style = torch.cat([part["style"] for part in found])
-        self.caption = torch.cat([part["caption"] for part in found])
+        whole: dict[str, Tensor] = {}
+        for part, found in zip(parts, finish(parts)):  # one after the other: at SDXL's size all of it is gigabytes
+            for key, value in found.items():
+                rows = whole.setdefault(key, value.new_empty(count, *value.shape[1:]))
+                rows[part.start : part.stop] = value
+        self.states, self.style, self.caption = whole["states"], whole["style"], whole["caption"]
         return True
 
     @property
