@@ -10,6 +10,7 @@ from comfyui_dmm.training.run.watch.controls import StopAndSave
 from comfyui_dmm.training.run.watch.watch import Watch
 
 from .families import small_run
+from .test_few_steps import few
 
 
 def begun(ranks, **settings):
@@ -28,6 +29,14 @@ def train_all(ranks, **settings) -> dict:
     metrics = list(run.run())
     weights = {"raw": run.student_weights(False), "average": run.student_weights(True)}
     return {"metrics": metrics, "difficulty": run.difficulty and run.difficulty.loss, **weights}
+
+
+def learn_few_steps(ranks, folder: str, settings, **train_settings) -> dict:
+    """``train_all`` of a few-step run, and its paintings, kept in a folder."""
+    run = few(settings, ranks=ranks, folder=Path(folder), **train_settings)
+    metrics = list(run.run())
+    weights = {"raw": run.student_weights(False), "average": run.student_weights(True)}
+    return {"metrics": metrics, "paths": run.kind.paths.states, "check": validation_error(run), **weights}
 
 
 def train_with_other_signs(ranks, **settings) -> dict:

@@ -8,6 +8,7 @@ differ by a share of the learning rate: weights agree to 1e-5 at a rate of 5e-5.
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from comfyui_dmm.dmm_core.checkpoint import Checkpoint, load_checkpoint, save_ch
 from comfyui_dmm.tests.training import pieces
 from comfyui_dmm.tests.training.farm import Farm
 from comfyui_dmm.training.cli import main
-from comfyui_dmm.training.config import TrainConfig
+from comfyui_dmm.training.config import FewStepConfig, TrainConfig
 from comfyui_dmm.training.data.batches import Batch
 from comfyui_dmm.training.memory.fitting import fitted
 from comfyui_dmm.training.memory.planner import GB, Want, plan
@@ -198,6 +199,25 @@ def test_several_processes_train_as_one(farm, name, world, parallel):
 @pytest.mark.parametrize("name, world, parallel", THOROUGH)
 def test_every_kind_of_run_trains_as_one(farm, name, world, parallel):
     compare(farm, name, world, parallel)
+
+
+@pytest.mark.parametrize("objective", ["regression", pytest.param("both", marks=pytest.mark.slow)])
+def test_few_steps_are_learnt_as_one(farm, tmp_path, objective):
+    """Three processes share out the paintings and the rows. Of the paintings, in float16: the last place."""
+    given = {"settings": FewStepConfig(paths=5, path_steps=2, objective=objective), "validation": 8, **SLOW}
+    want = pieces.learn_few_steps(Ranks(), str(tmp_path / "one"), **given)
+    got = farm(3, pieces.learn_few_steps, folder=str(tmp_path / "three"), **given)
+    torch.testing.assert_close(got[0]["paths"].float(), want["paths"].float(), rtol=2e-3, atol=2e-3)
+    for other in got[1:]:
+        assert torch.equal(other["paths"], got[0]["paths"])
+        assert all(torch.equal(other["raw"][k], v) for k, v in got[0]["raw"].items())
+        assert [m.loss for m in other["metrics"]] == [m.loss for m in got[0]["metrics"]]
+    # From the paintings of the one: what follows is then to rounding.
+    shutil.rmtree(tmp_path / "three")
+    shutil.copytree(tmp_path / "one", tmp_path / "three")
+    found = differences(want, again := farm(3, pieces.learn_few_steps, folder=str(tmp_path / "three"), **given)[0])
+    assert max(found["loss"], found["teacher"], found["norm"]) < LOSS and max(found["raw"], found["average"]) < WEIGHT
+    assert math.isclose(again["check"], want["check"], rel_tol=1e-4)
 
 
 @pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])

@@ -34,14 +34,24 @@ OLD = {False: old_model(SMALL, seed=4), True: old_model(SMALL_XL, seed=4)}
 QUICK = FewStepConfig(paths=2, path_steps=2, objective="consistency")
 
 
-def few(settings=QUICK, xl=False, prediction="eps", zero_snr=False, recipe=None, data=DATA, **train_settings):
+def few(
+    settings=QUICK,
+    xl=False,
+    prediction="eps",
+    zero_snr=False,
+    recipe=None,
+    data=DATA,
+    ranks=None,
+    folder=None,
+    **train_settings,
+):
     old = dataclasses.replace(
         OLD[xl], unet=load_unet(OLD[xl].unet.state_dict()), prediction=prediction, zero_snr=zero_snr
     )
     styles = [old.as_style(i, StyleInfo(f"old {i}")) for i in range(3)]
     config = TrainConfig(**{**SMALL_RUN, "trainable": "lora", "lora_rank": 4, "base_share": 0.2, **train_settings})
-    run = few_stepping(old, styles, data, config=config, device=CPU, settings=settings, recipe=recipe)
-    run.kind.prepare(run, None, None, lambda: False)
+    run = few_stepping(old, styles, data, config=config, device=CPU, settings=settings, recipe=recipe, ranks=ranks)
+    run.kind.prepare(run, folder, None, lambda: False)
     return run
 
 
