@@ -136,7 +136,7 @@ class MergeCheckpoints(io.ComfyNode):
 def merged(
     teachers: Sequence[TeacherInput], base, clip, vae, *, config: MergeConfig, stem: str, node_id
 ) -> tuple[Path, MergeReport, Path]:
-    """The file of the merged model, named by a hash of what its weights follow from, the report on it, and the folder that remembers it
+    """The file of the merged model, named by a hash of what is in it, the report on it, and the folder that remembers it
     until ``forget_parts``: where a cancel comes first, the same merge is not made again."""
     send_text("reading the models", node_id)
     foundation = source("the base model", base, StyleInfo("the base model"))
@@ -144,7 +144,9 @@ def merged(
     stamps = [one.stamp for one in (foundation, *sources)]
     settings = [config.budget, *(one.name for one in sources), *(["base"] if config.centre == "base" else [])]
     settings += [repr(foundation.heads)] if foundation.heads else []
-    path = paths.result_file(stem, [*stamps, *settings])
+    inherited = clip_and_vae_parts(base, clip, vae)
+    rest = [weights_sha256(inherited.text), weights_sha256(inherited.vae), inherited.clip_skip]
+    path = paths.result_file(stem, [*stamps, *settings, *map(str, rest)])
     check_output(path)
     parts = path.parent.with_name("dmm_runs") / f"{path.stem}-merge"
     bar = comfy.utils.ProgressBar(len(foundation.unet), node_id=node_id)
@@ -153,9 +155,7 @@ def merged(
         bar.update_absolute(done, total)
         send_text(f"{what}: {done} of {total}", node_id)
 
-    inherited = clip_and_vae_parts(base, clip, vae)
-    rest = [weights_sha256(inherited.text), weights_sha256(inherited.vae), inherited.clip_skip, stem]
-    rest += [(one.prediction, one.zero_snr) for one in (foundation, *sources)]
+    rest += [stem, *((one.prediction, one.zero_snr) for one in (foundation, *sources))]
     what = repr_sha256(stamps, settings, [one.info.description for one in sources], rest)
     with merge_folder(parts):
         report = remembered(parts, what, path)

@@ -1,5 +1,6 @@
 """Merge Checkpoints to DMM in the real host: the file, the MODEL it gives, cancel, errors; saving and named blends of a bank."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -159,7 +160,8 @@ def test_the_host_can_interrupt_the_thumbnails(loaded, monkeypatch):
         skipped.clip_layer(-2)
     monkeypatch.setitem(loaded, "base", (model, skipped, vae, unet))
     merge(loaded, name="stopped")
-    assert len(merges) == 3 and load_checkpoint(path).clip_skip == 2
+    (new,) = set(files("stopped")) - {path}
+    assert len(merges) == 3 and load_checkpoint(new).clip_skip == 2 and load_checkpoint(path).clip_skip is None
 
 
 def call_of(model, style):
@@ -231,6 +233,24 @@ def test_cancel_keeps_what_is_computed(loaded, monkeypatch):
     one, two = (load_checkpoint(files(name)[0]).unet for name in ("whole", "cancelled"))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert again.args[2] == whole.args[2]
+
+
+def test_another_vae_is_another_file(loaded):
+    """What the model inherits is in its file's name: the merge with the first VAE stays."""
+    model, clip, vae, unet = loaded["base"]
+    first = merge(loaded, budget="80%", name="which-vae").args[2]
+    (path,) = files("which-vae")
+    before = path.read_bytes()
+    other = copy.deepcopy(vae)
+    with torch.inference_mode():
+        for p in other.first_stage_model.decoder.parameters():
+            p.mul_(1.5)
+    again = merge({**loaded, "base": (model, clip, other, unet)}, budget="80%", name="which-vae").args[2]
+    assert first == again and path.read_bytes() == before
+    (new,) = set(files("which-vae")) - {path}
+    one, two = load_checkpoint(path), load_checkpoint(new)
+    assert all(torch.equal(one.unet[key], two.unet[key]) for key in one.unet)
+    assert any(not torch.equal(one.vae[key], two.vae[key]) for key in one.vae)
 
 
 @pytest.mark.parametrize(
