@@ -10,7 +10,8 @@ Sides:
 - theirs (arXiv:2504.12364 and what its authors released; own code): in every step the VAE encodes the pictures, the base's text encoder and
   the teacher's read the captions; fp16 autocast with a GradScaler; one teacher a step; AdamW that is not fused; the loss is read after
   every step. On a CPU, which computes fp16 slowly, both sides compute in fp32;
-- channels last, checkpointing, AdamW not fused: ours, with that changed.
+- the others: ours, with that changed. compiled: the student's forward and backward, as ``train: {compile: true}`` has it; CUDA graphs are
+  torch.compile's; attention: all of student and teacher by that one of PyTorch's kernels, which a GPU may not have for every size.
 
 All sides train one student by the same losses (eq. 9 and 10). Before anything is timed, every side's loss and gradients of one and the same
 batch are compared with those of ours; sides that disagree by more than ``TOLERANCE`` have no ratio. SD 1.5 on a CPU: AdamW steps on a tenth
@@ -30,6 +31,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...dmm_core.schedule import NoiseSchedule
 from ...dmm_core.unet import UNet, UNetConfig
@@ -43,7 +45,17 @@ from ...training.teachers.teacher import Teacher
 from ...training.text import ClipText, init_text
 from .paired import Side, clock_of, in_turns, quartiles
 
-SIDES = ("ours", "theirs", "channels last", "checkpointing", "AdamW not fused")
+SIDES = (
+    "ours", "theirs", "channels last", "compiled", "channels last and compiled", "CUDA graphs", "math attention", "flash attention",
+    "efficient attention", "checkpointing", "AdamW not fused",
+)  # fmt: skip
+ATTENTION = {
+    "math attention": SDPBackend.MATH,
+    "flash attention": SDPBackend.FLASH_ATTENTION,
+    "efficient attention": SDPBackend.EFFICIENT_ATTENTION,
+}
+COMPILED = {"compiled": "default", "channels last and compiled": "default", "CUDA graphs": "reduce-overhead"}
+"""Side -> mode of torch.compile."""
 TOLERANCE = {"fp32": {"loss": 1e-4, "gradient": 1e-3}, "half": {"loss": 2e-2, "gradient": 1e-1}}
 """Of a side that agrees with ours: relative difference of the loss, and length of the gradients' difference over the gradients' length.
 Half precision has 8 (bf16, ours) and 11 bits (fp16, theirs)."""
@@ -233,16 +245,24 @@ def changed(made: Rig, name: str) -> Loop:
 
     if name == "AdamW not fused":
         return Loop(side.step, side.loss, lambda: not_fused(made.run.optimizer))
+    if name in ATTENTION:
+        return Loop(side.step, side.loss, lambda: sdpa_kernel(ATTENTION[name]))
+    student = made.run.student
+    # One compilation for each size: the rows of the comparison and those of a step.
+    compiled = torch.compile(unet, mode=COMPILED[name], dynamic=False) if name in COMPILED else None
 
     @contextlib.contextmanager
     def around() -> Iterator[None]:
+        plain = student.forward
         try:
-            if name == "channels last":
+            if "channels last" in name:
                 unet.to(memory_format=torch.channels_last)
-            else:
+            if name == "checkpointing":
                 unet.gradient_checkpointing = True
+            student.forward = plain if compiled is None else compiled
             yield
         finally:
+            student.forward = plain
             unet.to(memory_format=torch.contiguous_format)
             unet.gradient_checkpointing = made.run.config.gradient_checkpointing
 
@@ -295,15 +315,40 @@ def measure(
     {"device", "size", "precision", "batch", "pixels", "turns", "adamw on": share of the weights, "sides": {name: {"samples/s": quartiles,
     "ours over it": quartiles of the ratio turn by turn, or None where the side disagrees, "apart": see ``difference``, "equal": bool}}}.
     """
-    device = torch.device(device)
-    made = rig(device, size, batch)
+    made = rig(torch.device(device), size, batch)
+    try:
+        return compared(made, size, seconds, sides)
+    finally:
+        made.run.targets.pool.close()
+
+
+def each_beside_ours(
+    device: torch.device | str, size: str, seconds: float, sides: Sequence[str], keep: Callable[[str, dict | str], None]
+) -> None:
+    """As ``measure``, of one set of models, one side after the other, each for so many seconds. keep: gets a side's name, and its result
+    as soon as there is one, or why this machine cannot do it."""
+    made = rig(torch.device(device), size)
+    try:
+        for name in sides:
+            torch.compiler.reset()  # what was compiled for another format of memory is taken for this one's
+            try:
+                keep(name, compared(made, size, seconds, [name]))
+            except Exception as error:  # no such kernel, no compiler, and whatever compilers say
+                keep(name, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}")
+    finally:
+        made.run.targets.pool.close()
+
+
+def compared(made: Rig, size: str, seconds: float, sides: Sequence[str]) -> dict:
+    """``measure`` of a rig that is there."""
+    device = made.device
     named = {name: side_named(made, name) for name in dict.fromkeys(("ours", *sides))}
     precision = made.run.config.precision
     tolerance = TOLERANCE["fp32" if precision == "fp32" else "half"]
     apart = {name: difference(made, named["ours"], side) for name, side in named.items()}
     equal = {name: all(one[what] <= most for what, most in tolerance.items()) for name, one in apart.items()}
     clock = clock_of(device)
-    if made.part < 1:
+    if made.part < 1 and not made.seconds_of_adamw:
         timed_adamw(made, made.run.optimizer)
 
     def counted() -> float:
@@ -317,10 +362,12 @@ def measure(
 
         return Side(work, around=loop.around)
 
-    first = max(steps_of(loop, 1).turn(counted)[0] for loop in named.values())  # to warm up
+    for loop in named.values():  # what is made once: moments, compiled code
+        steps_of(loop, 1).turn(counted)
+    first = max(steps_of(loop, 1).turn(counted)[0] for loop in named.values())
     steps = max(1, round(min(2.0, seconds / 10) / first))
-    sides = {name: steps_of(loop, steps) for name, loop in named.items()}
-    found = in_turns(sides, 3, clock=counted, until=time.monotonic() + seconds)
+    turns = {name: steps_of(loop, steps) for name, loop in named.items()}
+    found = in_turns(turns, 3, clock=counted, until=time.monotonic() + seconds)
     took = {name: [one / steps for one in times] for name, times in found.items()}
     out = {}
     for name, times in took.items():
@@ -331,7 +378,6 @@ def measure(
             "apart": apart[name],
             "equal": equal[name],
         }
-    made.run.targets.pool.close()
     about = {"device": str(device), "size": size, "precision": precision, "batch": made.batch_size}
     return {**about, "pixels": made.size.pixels, "turns": len(took["ours"]), "adamw on": made.part, "sides": out}
 
@@ -357,6 +403,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON, too")
     args = parser.parse_args()
     sides = args.sides.split(",")
+    several = [side for side in sides if side in COMPILED]
+    if len(several) > 1:
+        raise SystemExit(
+            f"{' and '.join(several)}: compiled sides one at a time, as code of the one is taken for the other's"
+        )
     if unknown := [side for side in sides if side not in SIDES]:
         raise SystemExit(f"unknown sides {', '.join(unknown)}: choose from {', '.join(SIDES)}")
     if args.device == "cpu":

@@ -1,33 +1,51 @@
-"""Our training step beside the published recipe's loop, by tests/benches/training_step.py."""
+"""Our training step beside the published recipe's loop, and beside variants of itself, by tests/benches/training_step.py."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
+from types import ModuleType
 
 from .setup import NotPossible, Setup
 
 BENCH = "comfyui_dmm.tests.benches.training_step"
 
 
-def measure(setup: Setup) -> None:
+def bench_module() -> ModuleType:
     try:
-        bench = importlib.import_module(BENCH)
+        return importlib.import_module(BENCH)
     except ModuleNotFoundError as error:
         if error.name != BENCH:
             raise
         raise NotPossible("tests/benches/training_step.py is not in this tree yet") from error
-    sides = bench.SIDES if setup.cuda else ("ours", "theirs")
+
+
+def measure(setup: Setup, sides: Sequence[str] = (), one_by_one: bool = False) -> None:
+    """sides: beside ours. one_by_one: each as soon as it is measured, and what a machine cannot do is no error: compiling takes minutes."""
+    bench = bench_module()
+    if one_by_one:
+        seconds = setup.left / 6 / len(sides) if setup.cuda else 3.0  # the rest is for building and compiling
+        bench.each_beside_ours(setup.device, setup.size, seconds, sides, lambda name, found: keep(setup, name, found))
+        return
     seconds = setup.left / 3 if setup.cuda else 10.0  # the rest is for building both sides
     found = bench.measure(setup.device, setup.size, seconds, sides)
+    for name in found["sides"]:
+        keep(setup, name, found)
+
+
+def keep(setup: Setup, name: str, found: dict | str) -> None:
+    if isinstance(found, str):
+        setup.line("sides", {"side": name, "samples/s": "", "ours over it": "not possible here", "quartiles": found})
+        return
     setup.note(precision=found["precision"], batch=found["batch"], pixels=found["pixels"])
-    for name, side in found["sides"].items():
-        ratio = side["ours over it"]
-        setup.line(
-            "sides",
-            {
-                "side": name,
-                "samples/s": side["samples/s"][1],
-                "ours over it": "the two disagree" if ratio is None else ratio[1],
-                "quartiles": "" if ratio is None else f"{ratio[0]:.2f} to {ratio[2]:.2f}",
-            },
-        )
+    side = found["sides"][name]
+    ratio = side["ours over it"]
+    setup.line(
+        "sides",
+        {
+            "side": name,
+            "samples/s": side["samples/s"][1],
+            "ours over it": "the two disagree" if ratio is None else ratio[1],
+            "quartiles": "" if ratio is None else f"{ratio[0]:.2f} to {ratio[2]:.2f}",
+        },
+    )

@@ -39,6 +39,12 @@ MEMORY = {
 """Planner presets of tests/benches/memory.py: teachers x GB."""
 
 
+VARIANTS = (
+    "channels last", "compiled", "flash attention", "efficient attention", "math attention", "channels last and compiled", "CUDA graphs",
+)  # fmt: skip
+"""Sides of tests/benches/training_step.py, in order of value."""
+
+
 def check(name: str, what: str) -> Stage:
     return Stage(f"check-{name}", "a", what, "correctness", 150, {"check": name})
 
@@ -54,7 +60,14 @@ def stages(size: str) -> list[Stage]:
         check("tf32", "tf32 inside of a run only, and its error"),
         check("resume", "stopped and resumed against straight on, bitwise"),
         Stage("step", "c", "training step: samples/s, TFLOP/s, share of the peak", "step", 240),
-        Stage("step-published", "c", "training step beside the published recipe's loop", "published", 300),
+        Stage(
+            "step-published",
+            "c",
+            "training step beside the published recipe's loop",
+            "published",
+            300,
+            {"sides": ("theirs", "AdamW not fused", "checkpointing")},
+        ),
         Stage("host-cpu", "b", "the host on the CPU: pictures to compare with", "host", 240, {"flags": ["--cpu"]}),
     ]
     host = [
@@ -70,9 +83,17 @@ def stages(size: str) -> list[Stage]:
     last = [
         Stage("residency", "e", "teachers in RAM against on the device: samples/s", "residency", 300),
         Stage("profile", "i", "top kernels of the training step", "profile", 200),
+        Stage(
+            "step-variants",
+            "c",
+            "training step: memory formats, compiled, CUDA graphs, attention kernels",
+            "published",
+            580,
+            {"sides": VARIANTS, "one_by_one": True},
+        ),
         Stage("sampling", "f", "styles, regions, one pass against the host's own UNet", "sampling", 400),
         Stage("sampling-bank", "f", "the same with a style bank", "sampling", 300, {"bank": "10%"}),
         Stage("step-sdxl", "h", "training step at SDXL's size", "step", 240, {"family": "sdxl"}),
         Stage("merge", "g", "bench-merge, as many arms as time allows", "merge", 570),
     ]
-    return [*first, *host, *memory[:1], *last[:4], tests, *last[4:5], *memory[1:], *last[5:]]
+    return [*first, *host, *memory[:1], *last[:5], tests, *last[5:6], *memory[1:], *last[6:]]
