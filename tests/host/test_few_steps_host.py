@@ -54,7 +54,8 @@ def test_the_hosts_lora_loader_makes_the_student_of_the_demo_model(host, tmp_pat
     base = Teacher("base", load_unet(file.unet), torch.randn(5, 77, file.config.context_dim, generator=g))
     styles = [base.as_style(i, StyleInfo(style.name)) for i, style in enumerate(file.styles)]
     config = TrainConfig(steps=2, batch_size=2, lr=1e-2, trainable="lora", lora_rank=2, ema_gamma=None, seed=1)
-    run = few_stepping(base, styles, data, config=config, device=torch.device("cpu"), settings=FewStepConfig(paths=0))
+    settings = FewStepConfig(paths=0, objective="consistency")
+    run = few_stepping(base, styles, data, config=config, device=torch.device("cpu"), settings=settings)
     list(run.run())
     assert save_lora(run, tmp_path / "turbo.safetensors", "turbo")
     with torch.inference_mode():
