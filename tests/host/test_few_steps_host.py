@@ -141,9 +141,9 @@ def test_a_cancel_keeps_the_lora_too(files):  # noqa: F811
             asked.append(data["value"])
             files.interrupt()
 
-    end, _ = queue(files, few("cancelled-few", steps=40, own_paintings=0, save_every=1000), cancel)
+    end, _ = queue(files, few("few-cancelled", steps=40, own_paintings=0, save_every=1000), cancel)
     assert end == "execution_interrupted" and asked
-    (path,) = saved(files, "cancelled-few")
+    (path,) = saved(files, "few-cancelled")
     lora = files.base / "output" / "loras" / path.name
     steps = json.loads(read_checked(lora)[1]["dmm.few_steps"])["steps_done"]
     assert 3 <= steps == load_checkpoint(path).recipe["steps_done"] < 40
