@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import folder_paths
@@ -67,9 +66,10 @@ class FewStep(io.ComfyNode):
     @classmethod
     def execute(cls, latents, captions, **lists) -> io.NodeOutput:
         one, config = given({"trainable": ["lora"], **lists})
-        settings = FewStepConfig(**{field: one[name] for name, field in STEPS.items()})
-        if not settings.paths:  # noised pictures alone
-            settings = dataclasses.replace(settings, objective="consistency")
+        chosen = {field: one[name] for name, field in STEPS.items()}
+        if not chosen["paths"]:  # noised pictures alone
+            chosen["objective"] = "consistency"
+        settings = FewStepConfig(**chosen)
         settings.validate()
         parts = training_inputs.dmm_parts(one["model"], one["clip"], one["vae"])
 

@@ -142,6 +142,7 @@ def few_weights(made: Rig) -> None:
             some.append(p)
     made.part = sum(p.numel() for p in some) / sum(p.numel() for p in every)
     made.run.optimizer = torch.optim.AdamW([{"params": some, "scale": 1.0}], lr=1e-5, fused=True)
+    timed_adamw(made, made.run.optimizer)
 
 
 def timed_adamw(made: Rig, optimizer: torch.optim.Optimizer) -> None:
@@ -331,10 +332,12 @@ def each_beside_ours(
     try:
         for name in sides:
             torch.compiler.reset()  # what was compiled for another format of memory is taken for this one's
+            found: dict | str
             try:
-                keep(name, compared(made, size, seconds, [name]))
+                found = compared(made, size, seconds, [name])
             except Exception as error:  # no such kernel, no compiler, and whatever compilers say
-                keep(name, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}")
+                found = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+            keep(name, found)
     finally:
         made.run.targets.pool.close()
 
@@ -348,8 +351,6 @@ def compared(made: Rig, size: str, seconds: float, sides: Sequence[str]) -> dict
     apart = {name: difference(made, named["ours"], side) for name, side in named.items()}
     equal = {name: all(one[what] <= most for what, most in tolerance.items()) for name, one in apart.items()}
     clock = clock_of(device)
-    if made.part < 1 and not made.seconds_of_adamw:
-        timed_adamw(made, made.run.optimizer)
 
     def counted() -> float:
         """Seconds, as if AdamW stepped on all of the weights."""

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from types import ModuleType
 
-from .setup import NotPossible, Setup
-
-BENCH = "comfyui_dmm.tests.benches.training_step"
-
-
-def bench_module() -> ModuleType:
-    try:
-        return importlib.import_module(BENCH)
-    except ModuleNotFoundError as error:
-        if error.name != BENCH:
-            raise
-        raise NotPossible("tests/benches/training_step.py is not in this tree yet") from error
+from ..benches import training_step
+from .setup import Setup
 
 
 def measure(setup: Setup, sides: Sequence[str] = (), one_by_one: bool = False) -> None:
     """sides: beside ours. one_by_one: each as soon as it is measured, and what a machine cannot do is no error: compiling takes minutes."""
-    bench = bench_module()
     if one_by_one:
         seconds = setup.left / 6 / len(sides) if setup.cuda else 3.0  # the rest is for building and compiling
-        bench.each_beside_ours(setup.device, setup.size, seconds, sides, lambda name, found: keep(setup, name, found))
+        training_step.each_beside_ours(
+            setup.device, setup.size, seconds, sides, lambda name, found: keep(setup, name, found)
+        )
         return
     seconds = setup.left / 3 if setup.cuda else 10.0  # the rest is for building both sides
-    found = bench.measure(setup.device, setup.size, seconds, sides)
+    found = training_step.measure(setup.device, setup.size, seconds, sides)
     for name in found["sides"]:
         keep(setup, name, found)
 

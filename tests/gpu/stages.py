@@ -50,7 +50,6 @@ def check(name: str, what: str) -> Stage:
 
 
 def stages(size: str) -> list[Stage]:
-    tests = Stage("tests", "a", "tests/core, the loop, states and residency by pytest", "suite", 300)
     first = [
         Stage("ceilings", "c", "bf16 matrix product and copy on the device, in their own right", "ceilings", 90),
         check("loop", "steps of the trainer against the same steps in float64 on the CPU"),
@@ -80,7 +79,7 @@ def stages(size: str) -> list[Stage]:
         )
         for name in MEMORY[size]
     ]
-    last = [
+    middle = [
         Stage("residency", "e", "teachers in RAM against on the device: samples/s", "residency", 300),
         Stage("profile", "i", "top kernels of the training step", "profile", 200),
         Stage(
@@ -93,7 +92,8 @@ def stages(size: str) -> list[Stage]:
         ),
         Stage("sampling", "f", "styles, regions, one pass against the host's own UNet", "sampling", 400),
         Stage("sampling-bank", "f", "the same with a style bank", "sampling", 300, {"bank": "10%"}),
+        Stage("tests", "a", "tests/core, the loop, states and residency by pytest", "suite", 300),
         Stage("step-sdxl", "h", "training step at SDXL's size", "step", 240, {"family": "sdxl"}),
-        Stage("merge", "g", "bench-merge, as many arms as time allows", "merge", 570),
     ]
-    return [*first, *host, *memory[:1], *last[:5], tests, *last[5:6], *memory[1:], *last[6:]]
+    merge = Stage("merge", "g", "bench-merge, as many arms as time allows", "merge", 570)
+    return [*first, *host, *memory[:1], *middle, *memory[1:], merge]

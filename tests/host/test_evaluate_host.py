@@ -78,7 +78,6 @@ LONG = {"count": 40, "steps": 16}
 
 def test_cancel_keeps_what_is_painted_and_the_same_graph_goes_on(files):
     """Cancelled in the middle, queued again: the parts that were there are not painted again; the headless command says the same."""
-
     asked, earlier, others = [], parts(files), saved(files)  # other tests of this server evaluate, too
     work = {**LONG, "seed": 1}  # not theirs, or its parts might be there
 

@@ -10,7 +10,6 @@ from comfyui_dmm.training.run.watch.controls import StopAndSave
 from comfyui_dmm.training.run.watch.watch import Watch
 
 from .families import small_run
-from .test_few_steps import few
 
 
 def begun(ranks, **settings):
@@ -27,16 +26,21 @@ def train_all(ranks, **settings) -> dict:
     """Every step's metrics, and at the end the weights, raw and averaged, and what was hard."""
     run = begun(ranks, **settings)
     metrics = list(run.run())
-    weights = {"raw": run.student_weights(False), "average": run.student_weights(True)}
-    return {"metrics": metrics, "difficulty": run.difficulty and run.difficulty.loss, **weights}
+    return {"metrics": metrics, "difficulty": run.difficulty and run.difficulty.loss, **weights_of(run)}
+
+
+def weights_of(run) -> dict:
+    """Raw and averaged; where the student is shared out, for all processes together."""
+    return {"raw": run.student_weights(False), "average": run.student_weights(True)}
 
 
 def learn_few_steps(ranks, folder: str, settings, **train_settings) -> dict:
     """``train_all`` of a few-step run, and its paintings, kept in a folder."""
+    from .test_few_steps import few
+
     run = few(settings, ranks=ranks, folder=Path(folder), **train_settings)
     metrics = list(run.run())
-    weights = {"raw": run.student_weights(False), "average": run.student_weights(True)}
-    return {"metrics": metrics, "paths": run.kind.paths.states, "check": validation_error(run), **weights}
+    return {"metrics": metrics, "paths": run.kind.paths.states, "check": validation_error(run), **weights_of(run)}
 
 
 def train_with_other_signs(ranks, **settings) -> dict:
@@ -85,8 +89,7 @@ def train_until(ranks, folder: str, stop_at: int | None = None, asked_of: int = 
         train(run, Path(folder), watch)
     except StopAndSave:
         stopped = True
-    weights = {"raw": run.student_weights(False), "average": run.student_weights(True)}
-    return {"steps": steps, "losses": losses, "stopped": stopped, **weights}
+    return {"steps": steps, "losses": losses, "stopped": stopped, **weights_of(run)}
 
 
 def paint_all(ranks, folder: str, **settings) -> dict:

@@ -81,8 +81,9 @@ class OwnPaths:
         whole: dict[str, Tensor] = {}
         for part, found in zip(parts, finish(parts)):  # one after the other: at SDXL's size all of it is gigabytes
             for key, value in found.items():
-                rows = whole.setdefault(key, value.new_empty(count, *value.shape[1:]))
-                rows[part.start : part.stop] = value
+                if key not in whole:
+                    whole[key] = value.new_empty(count, *value.shape[1:])
+                whole[key][part.start : part.stop] = value
         self.states, self.style, self.caption = whole["states"], whole["style"], whole["caption"]
         return True
 
