@@ -213,7 +213,7 @@ def at_once(one, node_id, change: Change) -> io.NodeOutput:
         before = host_model.to_checkpoint(one["model"], one["clip"], one["vae"])
         after, what, report = change(before, say)
         parts = [weights_sha256(before.unet), what, *([repr(before.heads)] if before.heads else [])]
-        path = paths.result_file(stem, parts)
+        path = paths.result_file(stem, parts, before)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, dataclasses.replace(after, metadata={**after.metadata, "modelspec.title": stem}))
     model, *_ = host_model.load(str(path))

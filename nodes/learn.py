@@ -220,7 +220,7 @@ def learnt(
     text = host_text(one, before, prompts)
     parts = [weights_sha256(before.unet), repr(config), repr(info), repr(examples.captions), repr(prompts)]
     parts += [tensor_sha256(latent) for latent in examples.latents]
-    path = paths.result_file(stem, parts)
+    path = paths.result_file(stem, parts, before)
     check_output(path)
     mm.unload_all_models()  # their copies are not needed while this runs
     screen = LearnScreen(one["vae"], before, config, one["preview_every"], node_id)

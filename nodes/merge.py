@@ -145,8 +145,7 @@ def merged(
     settings = [config.budget, *(one.name for one in sources), *(["base"] if config.centre == "base" else [])]
     settings += [repr(foundation.heads)] if foundation.heads else []
     inherited = clip_and_vae_parts(base, clip, vae)
-    rest = [weights_sha256(inherited.text), weights_sha256(inherited.vae), inherited.clip_skip]
-    path = paths.result_file(stem, [*stamps, *settings, *map(str, rest)])
+    path = paths.result_file(stem, [*stamps, *settings], inherited)
     check_output(path)
     parts = path.parent.with_name("dmm_runs") / f"{path.stem}-merge"
     bar = comfy.utils.ProgressBar(len(foundation.unet), node_id=node_id)
@@ -155,8 +154,8 @@ def merged(
         bar.update_absolute(done, total)
         send_text(f"{what}: {done} of {total}", node_id)
 
-    rest += [stem, *((one.prediction, one.zero_snr) for one in (foundation, *sources))]
-    what = repr_sha256(stamps, settings, [one.info.description for one in sources], rest)
+    kinds = [(one.prediction, one.zero_snr) for one in (foundation, *sources)]
+    what = repr_sha256(path.name, stamps, settings, [one.info.description for one in sources], kinds)
     with merge_folder(parts):
         report = remembered(parts, what, path)
         if report is None:

@@ -9,6 +9,8 @@ from pathlib import Path, PurePath
 
 import folder_paths
 
+from ..dmm_core.checkpoint import Checkpoint
+from ..training.files.hashing import weights_sha256
 from ..training.files.model_files import UNET_FILE
 
 FOLDER = "dmm"
@@ -37,9 +39,11 @@ def output_folder(folder: str = FOLDER) -> str:
     return os.path.join(folder_paths.get_output_directory(), folder)
 
 
-def result_file(stem: str, parts: Iterable[str]) -> Path:
-    """Where a model goes that a node has made: its name ends in a hash of what it was made of, so that another one overwrites nothing."""
-    short = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+def result_file(stem: str, parts: Iterable[str], inherited: Checkpoint) -> Path:
+    """Where a model goes that a node has made: its name ends in a hash of what it was made of, and of the text encoder and VAE that it
+    inherits, so that another one overwrites nothing."""
+    rest = (weights_sha256(inherited.text), weights_sha256(inherited.vae), str(inherited.clip_skip))
+    short = hashlib.sha256("\n".join((*parts, *rest)).encode()).hexdigest()[:8]
     return Path(output_folder(), f"{stem}-{short}.safetensors")
 
 

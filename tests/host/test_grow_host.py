@@ -153,6 +153,21 @@ def test_a_bank_grows_at_once_and_forgets_at_once(files, merged):
     assert less.unet.keys() == merged.keys() and all(torch.equal(less.unet[key], merged[key]) for key in merged)
 
 
+def test_another_clip_is_another_file(files, merged):
+    """What the model inherits is in the name of its file: the one with the first CLIP stays."""
+    g = without_pictures(grown("DMMForgetStyle", "which-clip", file="merged", styles="one", only_delete=True))
+    g["style"]["inputs"]["style"] = "two"
+    assert queue(files, g)[0] == "execution_success"
+    (path,) = saved(files, "which-clip")
+    before = path.read_bytes()
+    g["skip"] = {"class_type": "CLIPSetLastLayer", "inputs": {"clip": ["old", 1], "stop_at_clip_layer": -2}}
+    g["distil"]["inputs"]["clip"] = ["skip", 0]
+    assert queue(files, g)[0] == "execution_success"
+    (new,) = set(saved(files, "which-clip")) - {path}
+    assert path.read_bytes() == before
+    assert (load_checkpoint(path).clip_skip, load_checkpoint(new).clip_skip) == (None, 2)
+
+
 def test_a_bank_learns_and_forgets_by_training(files, merged):
     end, messages = queue(files, grown("DMMAddTeacher", "trained-bank", file="merged", growth="20%"))
     assert end == "execution_success", messages[-1]
