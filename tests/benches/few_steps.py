@@ -56,6 +56,7 @@ PROJECT = 40
 REFERENCE = (25, 4.0)
 CONSISTENCY = {"objective": "consistency"}
 ARMS = {
+    "default": {"paths": FewStepConfig().paths},
     "regression": {},
     "more paths": {"paths": 120},
     "more paths and all weights": {"paths": 120, "trainable": "all", "lr": 5e-4},
@@ -189,7 +190,7 @@ def table(rows: dict[str, dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "few-steps")
-    parser.add_argument("--arms", default="many paths,consistency and many paths,plain")
+    parser.add_argument("--arms", default="default,many paths,plain")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=32)
@@ -220,8 +221,8 @@ def main() -> None:
     painted["DMM, 4 steps, cfg 1"] = judge.paint_all(judge.unet, 4, 1.0)
     for name, file in files.items():
         unet = load_unet(load_checkpoint(file).unet)
-        control = name.startswith(PLAIN)
-        painted[f"{name}, 4 steps, cfg {4 if control else 1}"] = judge.paint_all(unet, 4, 4.0 if control else 1.0)
+        for cfg in (1, 4) if name.startswith(PLAIN) else (1,):
+            painted[f"{name}, 4 steps, cfg {cfg}"] = judge.paint_all(unet, 4, float(cfg))
     rows = {name: judge.figures(z, reference) for name, z in painted.items()}
     print(table(rows), flush=True)
     if args.teachers:
