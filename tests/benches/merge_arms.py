@@ -74,6 +74,8 @@ ARMS: dict[str, dict] = {
     "standard bank 60%": {**STANDARD, "bank": "60%"},
     "standard 4 a step": {**STANDARD, "teachers_per_step": 4},
     "standard 2 a step": {**STANDARD, "teachers_per_step": 2},
+    "standard 2 a step beta .95": {**STANDARD, "teachers_per_step": 2, "betas": (0.95, 0.999)},
+    "standard 2 a step beta .98": {**STANDARD, "teachers_per_step": 2, "betas": (0.98, 0.999)},
     "standard 1 a step": {**STANDARD, "teachers_per_step": 1},
 }  # fmt: skip
 """What is changed of ``PLAIN``. release: the authors' trainer, without a discriminator, with its own feature loss (``ReleasedObjective``),
