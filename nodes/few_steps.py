@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..training.config import FewStepConfig
 from ..training.fields import about_field
+from ..training.files.outputs import check_folder
 from ..training.loop.trainer import Trainer
 from ..training.run.student_file import save_lora
 from . import training_inputs
@@ -79,6 +80,7 @@ class FewStep(io.ComfyNode):
             )
 
         loras, written = Path(folder_paths.get_output_directory()) / "loras", []
+        check_folder(loras, "the folder of the LoRA")  # now, not at the end of the training
 
         def write_lora(run: Trainer, model: Path) -> None:
             loras.mkdir(parents=True, exist_ok=True)

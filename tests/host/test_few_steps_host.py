@@ -147,3 +147,19 @@ def test_a_cancel_keeps_the_lora_too(files):  # noqa: F811
     lora = files.base / "output" / "loras" / path.name
     steps = json.loads(read_checked(lora)[1]["dmm.few_steps"])["steps_done"]
     assert 3 <= steps == load_checkpoint(path).recipe["steps_done"] < 40
+
+
+def test_a_lora_that_could_not_be_written_is_said_before_training(files):  # noqa: F811
+    loras, away = files.base / "output" / "loras", files.base / "output" / "loras-away"
+    loras.parent.mkdir(parents=True, exist_ok=True)
+    if loras.exists():
+        loras.rename(away)
+    try:
+        loras.write_text("a file where the folder would be")
+        end, messages = queue(files, few("few-unwritable"))
+        assert end == "execution_error"
+        assert "the folder of the LoRA cannot be made" in str(messages[-1]) and not saved(files, "few-unwritable")
+    finally:
+        loras.unlink()
+        if away.exists():
+            away.rename(loras)
