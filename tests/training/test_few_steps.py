@@ -43,6 +43,7 @@ def few(
     data=DATA,
     ranks=None,
     folder=None,
+    paint=True,
     **train_settings,
 ):
     old = dataclasses.replace(
@@ -51,7 +52,8 @@ def few(
     styles = [old.as_style(i, StyleInfo(f"old {i}")) for i in range(3)]
     config = TrainConfig(**{**SMALL_RUN, "trainable": "lora", "lora_rank": 4, "base_share": 0.2, **train_settings})
     run = few_stepping(old, styles, data, config=config, device=CPU, settings=settings, recipe=recipe, ranks=ranks)
-    run.kind.prepare(run, folder, None, lambda: False)
+    if paint:
+        run.kind.prepare(run, folder, None, lambda: False)
     return run
 
 
@@ -228,6 +230,52 @@ def test_painted_paths_are_kept_with_the_run_and_a_stop_ends_the_painting(tmp_pa
     assert stamps == [path.stat().st_mtime_ns for path in kept] and torch.equal(
         again.kind.paths.states, one.kind.paths.states
     )
+
+
+@pytest.mark.parametrize("changed", ["cfg", "seed", "captions", "model", "path_steps"])
+def test_paths_of_other_settings_models_or_captions_are_painted_anew(tmp_path, changed, caplog):
+    """As after a stop while the model paints: the folder has paths, and no state says what they were made from."""
+
+    def painted(folder, changed=""):
+        settings = dataclasses.replace(QUICK, cfg=7.0) if changed == "cfg" else QUICK
+        settings = dataclasses.replace(settings, path_steps=3) if changed == "path_steps" else settings
+        run = few(settings, folder=folder, paint=False, **({"seed": 8} if changed == "seed" else {}))
+        if changed == "model":
+            next(run.base.unet.parameters()).data.mul_(1.1)
+            vars(run.base).pop("weights_sha256", None)
+        if changed == "captions":
+            run.base.contexts = run.base.contexts * 1.1
+        run.kind.prepare(run, folder, None, lambda: False)
+        return run.kind.paths.states
+
+    painted(tmp_path)
+    caplog.clear()
+    assert torch.equal(painted(tmp_path, changed), painted(None, changed))
+    assert "made with other settings, models or data: made anew" in caplog.text
+
+
+def test_the_last_thing_said_of_the_painting_is_that_all_is_done(tmp_path):
+    said, run = [], few(paint=False)
+    run.kind.prepare(run, tmp_path, lambda *one: said.append(one), lambda: False)
+    parts = len(list((tmp_path / "own-paths").iterdir()))
+    steps = len(run.kind.paths.t) - 1
+    assert said[-1][:2] == (parts, parts) and len(said) == parts * (steps + 1), (
+        "and it can be stopped at every sampling step"
+    )
+
+
+def test_more_paths_than_there_is_room_for_are_refused_before_any_is_painted(tmp_path):
+    run = few(dataclasses.replace(QUICK, paths=10**9), paint=False)
+    with pytest.raises(ValueError, match=r"few_steps.paths is 1000000000: .* lower paths"):
+        run.kind.prepare(run, tmp_path, None, lambda: False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_place_of_the_painted_paths_is_said_in_words(tmp_path):
+    (tmp_path / "own-paths").write_text("")
+    run = few(paint=False)
+    with pytest.raises(ValueError, match="is a file, and parts of the work are to be kept in a folder there"):
+        run.kind.prepare(run, tmp_path, None, lambda: False)
 
 
 @pytest.mark.parametrize("objective", ["consistency", "regression"])

@@ -82,10 +82,11 @@ class FewSteps(RunKind):
 
     def prepare(
         self, run: Trainer, folder: Path | None, tick: ProgressCallback | None, stopping: Callable[[], bool]
-    ) -> None:
-        if self.settings.paths and not self.paths.each:
-            place = folder / "own-paths" if folder else None
-            self.paths.paint(run, self.phases, self.settings, folder=place, tick=tick, stopping=stopping)
+    ) -> bool:
+        if not self.settings.paths or self.paths.each:
+            return True
+        place = folder / "own-paths" if folder else None
+        return self.paths.paint(run, self.phases, self.settings, folder=place, tick=tick, stopping=stopping)
 
     # --- a step -------------------------------------------------------------------------------------------------------
 

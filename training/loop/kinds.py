@@ -77,9 +77,10 @@ class RunKind:
 
     def prepare(
         self, run: Trainer, folder: Path | None, tick: ProgressCallback | None, stopping: Callable[[], bool]
-    ) -> None:
+    ) -> bool:
         """Before the first step of every start: what training needs that follows from the run's seed. folder: of the run; stopping: whether
-        a stop was asked for."""
+        a stop was asked for. False where a stop came first."""
+        return True
 
     def before_step(self, run: Trainer) -> None: ...
 

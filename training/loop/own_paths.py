@@ -5,7 +5,10 @@ Noised pictures alone will not do: at timestep 999 the schedule leaves 7% of the
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +18,13 @@ import torch
 from torch import Tensor
 
 from ..config import FewStepConfig
+from ..files.hashing import repr_sha256
 from ..files.pieces import read_piece, write_piece
-from ..parallel.devices import sent
+from ..parallel.devices import available_bytes, sent
 from ..parallel.ranks import AgreedError
 from ..progress import ProgressCallback
 from ..seeds import hash_seed
+from ..teachers.teacher import rows_fingerprint
 from .phased import CLEAN, Phases, guided
 
 if TYPE_CHECKING:
@@ -52,24 +57,33 @@ class OwnPaths:
     ) -> bool:
         """Fill it (in place); False where a stop came first. It follows from the run's seed, models and captions alone.
 
-        folder: where finished parts are kept, None for nowhere. Several processes with a folder share them out; so this is for all of them
-        together. Raises ValueError when the model paints NaN.
+        folder: where finished parts are kept, None for nowhere; parts that were made from anything else are made anew. Several processes
+        with a folder share them out; so this is for all of them together. Raises ValueError when the model paints NaN, and where there is
+        no room for all paths.
         """
         count, size, ranks = settings.paths * (run.num_styles + 1), run.config.batch_size, run.ranks
-        self.each, self.t = settings.paths, path_timesteps(phases, settings.path_steps)
+        each, timesteps = settings.paths, path_timesteps(phases, settings.path_steps)
+        digest = made_from(run, phases, settings)
+        with ranks.together():
+            if ranks.is_main:
+                check_room(count * len(timesteps) * math.prod(run.data.shape) * 2, settings.paths, folder)
         parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
 
         def finish(mine: list[range]) -> Iterator[dict[str, Tensor]]:
             for done, part in enumerate(mine):
+
+                def say(done: int = done) -> None:
+                    if tick:
+                        tick(done, len(mine), "the model paints in every style")
+
                 path = folder / f"{part.start:06d}.safetensors" if folder else None
-                found = read_piece(path, len(part)) if path else None
+                found = read_piece(path, len(part), digest) if path else None
                 if found is None or found.keys() != {"states", "style", "caption"}:
-                    found = paint_part(run, phases, settings, part)
+                    found = paint_part(run, phases, settings, part, on_step=say)
                     if path:
-                        write_piece(path, found)
+                        write_piece(path, found, digest)
+                say(done + 1)
                 yield found
-                if tick:
-                    tick(done + 1, len(mine), "the model paints in every style")
 
         if folder and ranks.world > 1:  # each process its share, and then all of them read all files
             with ranks.together():
@@ -84,6 +98,7 @@ class OwnPaths:
                 if key not in whole:
                     whole[key] = value.new_empty(count, *value.shape[1:])
                 whole[key][part.start : part.stop] = value
+        self.each, self.t = each, timesteps
         self.states, self.style, self.caption = whole["states"], whole["style"], whole["caption"]
         return True
 
@@ -91,6 +106,33 @@ class OwnPaths:
     def shape(self) -> tuple[int, ...]:
         """(C, h, w) of a state; () where there are no paths."""
         return tuple(self.states.shape[2:])
+
+
+def made_from(run: Trainer, phases: Phases, settings: FewStepConfig) -> str:
+    """A digest of everything that the paths follow from, but their numbers."""
+    c, base, f = run.config, run.base, settings
+    return repr_sha256(
+        (c.seed, c.precision, c.teacher_dtype, run.num_styles, tuple(run.data.shape), base.unet.config.num_heads),
+        (base.weights_sha256, base.prediction, base.zero_snr, rows_fingerprint(base.contexts)),
+        (phases.edges, f.paths, f.path_steps, f.cfg, f.cfg_spread, f.blends),
+    )
+
+
+def check_room(needed: int, paths: int, folder: Path | None) -> None:
+    """Raise ValueError where so many bytes of paths fit neither into memory nor on the disk of ``folder``."""
+    rooms = {}
+    with contextlib.suppress(ValueError):  # a machine that does not say
+        rooms["of memory"] = available_bytes("cpu")
+    if folder:
+        place = next(place for place in (folder, *folder.parents) if place.exists())
+        written = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
+        rooms[f"on the disk of '{folder}'"] = shutil.disk_usage(place).free + written
+    for what, free in rooms.items():
+        if needed > free:
+            raise ValueError(
+                f"few_steps.paths is {paths}: so many paintings in every style are {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free "
+                f"{what}: lower paths or path_steps, or make room"
+            )
 
 
 def path_timesteps(phases: Phases, steps: int) -> list[int]:
@@ -131,8 +173,10 @@ def draw_cfg(count: int, settings: FewStepConfig, g: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def paint_part(run: Trainer, phases: Phases, settings: FewStepConfig, paths: range) -> dict[str, Tensor]:
-    """Some of the paths, by number: ``states``, ``style`` and ``caption`` as in ``OwnPaths``."""
+def paint_part(
+    run: Trainer, phases: Phases, settings: FewStepConfig, paths: range, *, on_step: Callable[[], object]
+) -> dict[str, Tensor]:
+    """Some of the paths, by number: ``states``, ``style`` and ``caption`` as in ``OwnPaths``. on_step: called before every step."""
     shape, known = tuple(run.data.shape), len(run.data.prompts) - 1
     timesteps = path_timesteps(phases, settings.path_steps)
     noise, style, caption, cfg = [], [], [], []
@@ -146,6 +190,7 @@ def paint_part(run: Trainer, phases: Phases, settings: FewStepConfig, paths: ran
     x = torch.stack(noise).to(run.device)
     states = [x.half().cpu()]
     for now, after in itertools.pairwise(timesteps):
+        on_step()
         t, s = torch.full((len(x),), now), torch.full((len(x),), after)
         x = phases.step(x, ask_guided(run, x, t, captions, rows, strength), t, s)
         states.append(x.half().cpu())

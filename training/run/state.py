@@ -26,13 +26,12 @@ from torch.optim import Optimizer
 from ..config import TrainConfig
 from ..fields import default_of
 from ..files.checksums import read_checked, write_checked
-from ..files.hashing import tensor_sha256
 from ..loop.optimizers import load_optimizer, optimizer_tensors
 from ..loop.trainer import Trainer
 from ..memory.footprint import optimizer_state_bytes, tensor_bytes
 from ..parallel.ranks import AgreedError
 from ..parallel.sharding import gather_to_main, sharded_from_local
-from ..teachers.teacher import Rows
+from ..teachers.teacher import rows_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +87,6 @@ def same_everywhere(run: Trainer, parts: dict[str, str]) -> None:
     for rank, theirs in enumerate(others, start=1):
         if other := sorted(k for k in first.keys() | theirs.keys() if first.get(k) != theirs.get(k)):
             raise AgreedError(f"process {rank} of this run reads other files than the first: {', '.join(other)}")
-
-
-def rows_fingerprint(rows: Rows) -> str:
-    return tensor_sha256(rows) if isinstance(rows, Tensor) else rows.fingerprint()
 
 
 def save_state(run: Trainer, folder: Path, parts: dict[str, str], error: float | None = None) -> Path:

@@ -68,7 +68,8 @@ def train(
         with tf32(c.tf32), run.ranks.watching():
             if not run.step and not fork_from:
                 run.kind.begin(run, tick)
-            run.kind.prepare(run, run_dir, tick, lambda: watch.controls.stopping)
+            if not run.kind.prepare(run, run_dir, tick, lambda: watch.controls.stopping):
+                raise StopAndSave
             watching.begin()
             prepare_final_stage()
             for metrics in run.run():

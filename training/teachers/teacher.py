@@ -17,7 +17,7 @@ from ...dmm_core.sdxl import SIZE_CHANNELS, sdxl_vector
 from ...dmm_core.style import MLP_NAMES, no_style_row, style_row
 from ...dmm_core.unet import UNet, UNetConfig, load_unet
 from ...dmm_core.weights_file import is_finite
-from ..files.hashing import PART, weights_sha256
+from ..files.hashing import PART, tensor_sha256, weights_sha256
 from ..files.remembered import Stamps, remembered
 from ..parallel.devices import sent
 
@@ -35,6 +35,10 @@ class StoredRows(Protocol):
 
 
 Rows = Tensor | StoredRows
+
+
+def rows_fingerprint(rows: Rows) -> str:
+    return tensor_sha256(rows) if isinstance(rows, Tensor) else rows.fingerprint()
 
 
 class Prediction(NamedTuple):
