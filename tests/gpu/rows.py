@@ -22,7 +22,8 @@ class Row:
 
     status: "ok", "failed", "timed out", "not possible here", or "cut off" while it runs and where the whole call was ended; words: why,
     where it is not "ok". figures: {name: number or text}; tables: {title: lines, each of them {column: value}}; versions: of the
-    driver's side of the machine. seconds: of the whole process, the imports included.
+    driver's side of the machine. seconds: of the whole process, the imports included. stale: to be measured once more; until then it
+    stands for what was found before, and where that is cut off, its figures do.
     """
 
     stage: str
@@ -34,6 +35,7 @@ class Row:
     figures: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    stale: bool = False
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -41,8 +43,18 @@ class Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Of a file that ``write_rows`` made; none where there is no file."""
-    return [Row(**one) for one in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    """Of a file that ``write_rows`` made; none where there is no file. Raises ValueError, naming the file, for one that is damaged."""
+    if not path.exists():
+        return []
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(read, list):
+            raise TypeError(f"expected a list, found {type(read).__name__}")
+        return [Row(**one) for one in read]
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"'{path}' is damaged ({error}): put back a copy of it, or move it away to begin anew"
+        ) from error
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ...dmm_core.files import atomic_write
+from ...training.files.outputs import check_folder
 from .rows import CUT_OFF, FAILED, NAME, TIMED_OUT, Row, as_markdown, read_rows, with_row, write_rows
 from .stages import SIZES, Stage, stages
 
@@ -50,6 +52,8 @@ class Results:
     def __init__(self, folder: Path, copies: Sequence[Path] = ()):
         self.folders = [folder, *copies]
         self.rows = read_rows(folder / NAME)
+        for one in self.folders:
+            check_folder(one, f"the folder '{one}'")
 
     def put(self, row: Row) -> None:
         self.rows = with_row(self.rows, row)
@@ -74,10 +78,10 @@ def chosen(all_stages: Iterable[Stage], only: Sequence[str]) -> list[Stage]:
 
 
 def waiting(all_stages: Iterable[Stage], results: Results, size: str, device: str) -> list[Stage]:
-    """Those without a row, then those that an earlier call was cut off in."""
+    """Those without a row or with a stale one, then those that an earlier call was cut off in."""
     known = [(stage, results.of(stage, size, device)) for stage in all_stages]
     cut_off = [stage for stage, row in known if row and row.status == CUT_OFF]
-    return [stage for stage, row in known if row is None] + cut_off
+    return [stage for stage, row in known if row is None or (row.stale and row.status != CUT_OFF)] + cut_off
 
 
 def run_stage(stage: Stage, size: str, device: str, *, folder: Path, place: dict) -> Row:
@@ -137,7 +141,8 @@ def run(
             print(f"{left:.0f} s are left, {stage.name} may take {stage.limit:.0f} s: call again to go on with it")
             break
         print(f"{stage.name}: {stage.what} (at most {stage.limit:.0f} s)", flush=True)
-        results.put(Row(stage.name, size, place["device"], CUT_OFF, "the call ended before the stage did"))
+        before = results.of(stage, size, place["device"]) or Row(stage.name, size, place["device"], CUT_OFF)
+        results.put(dataclasses.replace(before, status=CUT_OFF, words="the call ended before the stage did"))
         made.append(run_stage(stage, size, device, folder=results.folders[0], place=place))
         results.put(made[-1])
         print(f"  {made[-1].status}, {made[-1].seconds:.0f} s {made[-1].words[:200]}", flush=True)
@@ -162,17 +167,24 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(str(error)) from None
     begun, place = time.monotonic(), where(args.device)
-    results = Results(args.folder, args.copy_to)
+    try:
+        results = Results(args.folder, args.copy_to)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     if args.list:
         for stage in wanted:
             row = results.of(stage, args.size, place["device"])
             print(f"{stage.name:24} {stage.limit:4.0f} s  {row.status if row else 'not run':18} {stage.what}")
         return
-    if args.again:
-        keys = {(stage.name, args.size, place["device"]) for stage in wanted}
-        results.rows = [row for row in results.rows if row.key not in keys]
     seconds = 60 * args.minutes - (time.monotonic() - begun)
-    made = run(wanted, results, size=args.size, device=args.device, place=place, seconds=seconds)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the stage would go on alone
+    try:
+        if args.again:
+            for row in filter(None, [results.of(stage, args.size, place["device"]) for stage in wanted]):
+                results.put(dataclasses.replace(row, stale=True))
+        made = run(wanted, results, size=args.size, device=args.device, place=place, seconds=seconds)
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped: the rows of finished stages are kept, call again to go on") from None
     print(f"\n{as_markdown(made)}")
     left = waiting(wanted, results, args.size, place["device"])
     print(f"{len(left)} stages are left: {', '.join(stage.name for stage in left)}" if left else "nothing is left")

@@ -3,7 +3,11 @@
 import dataclasses
 import importlib
 import json
+import subprocess
+import sys
+import time
 import zipfile
+from pathlib import Path
 
 import pytest
 from comfyui_dmm.tests.gpu import pack, report, runner
@@ -70,6 +74,69 @@ def test_a_cut_off_stage_comes_after_those_that_have_no_row(tmp_path):
     results.put(Row(made[1].name, "tiny", "another card", OK))
     assert runner.waiting(made, Results(tmp_path), "tiny", "CPU") == [made[1], made[2], made[0]]
     assert read_rows(tmp_path / "copy" / NAME) == results.rows
+
+
+def test_a_row_that_is_measured_again_keeps_its_figures_until_then(tmp_path, monkeypatch):
+    """A call with --again that is cut off in its first stage, and one without that goes on."""
+    made = runner.chosen(stages("tiny"), ["ceilings", "check-fused"])
+    for stage in made:
+        Results(tmp_path).put(Row(stage.name, "tiny", "CPU", OK, figures={"old": 1}))
+    monkeypatch.setattr(runner, "where", lambda device: PLACE)
+    command = f"runner --device cpu --size tiny --folder {tmp_path} --again --only ceil check-fu"
+    monkeypatch.setattr("sys.argv", command.split())
+
+    def cut_off(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as within, pytest.raises(SystemExit, match="rows of finished stages are kept"):
+        within.setattr(runner, "run_stage", cut_off)
+        runner.main()
+    results = Results(tmp_path)
+    assert [row.status for row in results.rows] == [CUT_OFF, OK] and all(
+        row.figures == {"old": 1} for row in results.rows
+    )
+    assert runner.waiting(made, results, "tiny", "CPU") == [made[1], made[0]]
+    run(made, results)
+    assert all(row.status == OK and not row.stale and "old" not in row.figures for row in read_rows(tmp_path / NAME))
+    assert runner.waiting(made, Results(tmp_path), "tiny", "CPU") == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux for a process's children")
+def test_a_call_that_is_ended_ends_its_stage(tmp_path):
+    """As ``kill`` and a job's end do it."""
+    folder, stage = str(tmp_path / "rows"), "check-loop"
+    command = [
+        sys.executable,
+        "-m",
+        "comfyui_dmm.tests.gpu.runner",
+        "--device",
+        "cpu",
+        "--size",
+        "tiny",
+        "--folder",
+        folder,
+        "--only",
+        stage,
+    ]
+    call = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = next(line for line in call.stdout if line.startswith(stage))
+    children = Path(f"/proc/{call.pid}/task/{call.pid}/children")
+    while not (child := children.read_text().split()):
+        time.sleep(0.05)
+    time.sleep(1)  # the call, too, knows of it by now
+    call.terminate()
+    assert "call again to go on" in call.communicate(timeout=60)[0] and said
+    assert not Path(f"/proc/{child[0]}").exists() and [row.status for row in read_rows(Path(folder, NAME))] == [CUT_OFF]
+
+
+@pytest.mark.parametrize("text", ["{", "", "null", "[1]", '[{"stage": "x"}]', '[{"odd": 1}]', "{}"])
+def test_damaged_rows_are_said_and_left(tmp_path, text):
+    (tmp_path / NAME).write_text(text)
+    with pytest.raises(ValueError, match=r"rows.json' is damaged \(.*put back a copy"):
+        Results(tmp_path)
+    assert (tmp_path / NAME).read_text() == text
+    with pytest.raises(ValueError, match="cannot be made: .* is a file"):
+        Results(tmp_path / "other", [tmp_path / NAME])
 
 
 def test_no_stage_is_begun_that_may_end_too_late(tmp_path, capsys):

@@ -240,6 +240,7 @@ def test_held_out_pictures_are_not_learnt():
 def test_how_many_are_held_out(count, held):
     learn, out = split_pictures(count, LearnConfig())
     assert len(out) == held and sorted(learn + out) == list(range(count))
+    assert split_pictures(count, LearnConfig(held_out=0.89))[0], "one to learn from is left"
 
 
 def test_the_same_command_learns_the_same_style():
@@ -363,6 +364,21 @@ def test_a_folder_as_people_have_it(tmp_path):
     with pytest.raises(ValueError, match="no pictures in"):
         (tmp_path / "empty").mkdir()
         read_folder(tmp_path / "empty")
+
+
+def test_captions_that_cannot_be_read_are_said(tmp_path):
+    for name in "abcd":
+        Image.new("RGB", (128, 128), "red").save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_bytes("ein grünes Haus".encode("latin-1"))
+    (tmp_path / "b.txt").write_text("one")
+    (tmp_path / "b.caption").write_text("two")
+    (tmp_path / "c.txt").write_text(" ")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "away.png", "text": "gone"}\n')
+    _, captions, remarks = read_folder(tmp_path, "a house")
+    assert captions == ["a house"] * 4
+    assert remarks[0].startswith("3 captions could not be used: ")
+    for said in ("metadata.jsonl line 1", "'a.txt' is not UTF-8 text", "'b.png': it has two captions"):
+        assert said in remarks[0]
 
 
 def test_other_captions_are_none_of_the_pictures():

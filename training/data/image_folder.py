@@ -165,11 +165,15 @@ def _stem(name: str) -> str:
 # --- captions ---------------------------------------------------------------------------------------------------------
 
 
+NO_CAPTION, EMPTY = "it has no caption", "its caption is empty"
+"""How reasons begin where nobody has said anything."""
+
+
 def clean_caption(text: str) -> str:
     """One line, single spaces. Raises ValueError for an empty caption and for broken Unicode."""
     text = " ".join(text.split())
     if not text:
-        raise ValueError("its caption is empty")
+        raise ValueError(EMPTY)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -210,7 +214,7 @@ def read_text_beside(picture: str, files: Mapping[str, Path], texts: Mapping[str
         if said:
             return next(iter(said.values()))
     expected = f"{PurePosixPath(picture).stem}.txt"
-    raise ValueError(f"it has no caption: neither a file {expected!r} nor a line in {METADATA}")
+    raise ValueError(f"{NO_CAPTION}: neither a file {expected!r} nor a line in {METADATA}")
 
 
 def read_text(path: Path) -> str:

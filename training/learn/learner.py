@@ -293,7 +293,7 @@ def trained_parts(weights: dict[str, Tensor], known: Mapping[str, Sequence[int]]
 
 def split_pictures(count: int, config: LearnConfig) -> tuple[list[int], list[int]]:
     """The pictures to learn from, and those that are held out."""
-    held = 0 if count < FEW or not config.held_out else max(1, round(config.held_out * count))
+    held = 0 if count < FEW or not config.held_out else min(count - 1, max(1, round(config.held_out * count)))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(hash_seed(config.seed, "split"))).tolist()
     return sorted(order[held:]), sorted(order[:held])
 

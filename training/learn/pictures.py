@@ -18,6 +18,8 @@ from ...dmm_core.vae import latent_scale, load_vae
 from ..data.buckets import bucket_sizes, choose_bucket, default_resolution, enlargement, fit, kept_share, size_multiple
 from ..data.demo.family import FIRST
 from ..data.image_folder import (
+    EMPTY,
+    NO_CAPTION,
     Problem,
     clean_caption,
     decode,
@@ -125,17 +127,18 @@ def read_folder(folder: str | os.PathLike, text: str = "") -> tuple[list[Image.I
     """The pictures of a folder, in the order of their names, what they show, and remarks. text: what those show that have no caption of
     their own (``data.image_folder`` says where captions are looked for).
 
-    A file that cannot be read is left out, and said. Raises ValueError without a folder, or without a picture that can be read.
+    A picture that cannot be read is left out, and said, and so is a caption. Raises ValueError without a folder, or without a picture
+    that can be read.
     """
     paths = find_pictures(folder)
-    found, _ = read_captions(folder, paths)
+    found, problems = read_captions(folder, paths)
     text = clean_caption(text) if text.strip() else ""
     pictures, captions, bad, own = [], [], list[Problem](), 0
     for name, path in paths.items():
         try:
             pictures.append(decode(path.read_bytes()))
         except (ValueError, OSError) as error:
-            bad.append(Problem(name, str(error)))
+            bad.append(Problem(name, getattr(error, "strerror", None) or str(error)))
             continue
         own += name in found
         captions.append(found.get(name, text))
@@ -143,6 +146,10 @@ def read_folder(folder: str | os.PathLike, text: str = "") -> tuple[list[Image.I
     if not pictures:
         raise ValueError(f"no picture of '{folder}' can be read: {first_few(bad)}")
     remarks = [f"{len(bad)} pictures left out: {first_few(bad)}"] if bad else []
+    left_out = {problem.name for problem in bad}
+    wrong = [one for one in problems if one.name not in left_out and not one.reason.startswith((NO_CAPTION, EMPTY))]
+    if wrong:
+        remarks.append(f"{len(wrong)} captions could not be used: {first_few(wrong)}")
     if text and own < len(pictures):
         remarks.append(f"{len(pictures) - own} of {len(pictures)} pictures have the caption '{text[:60]}'")
     if missing := sum(not caption for caption in captions):
