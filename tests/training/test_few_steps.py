@@ -394,8 +394,9 @@ def test_the_command_writes_a_model_and_a_lora(folder, capsys):
     assert main(["fewstep", "--config", config_file(folder)]) == 0, "the same command again goes on, here from the end"
     capsys.readouterr()
     again = config_file(folder, base="out.safetensors", output="more.safetensors", run_dir="run2")
-    assert main(["fewstep", "--config", again]) == 1
-    assert "few-step model already (4 steps)" in capsys.readouterr().err
+    for more in ([], ["--dry-run"]):
+        assert main(["fewstep", "--config", again, *more]) == 1
+        assert "few-step model already (4 steps)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

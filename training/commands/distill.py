@@ -158,6 +158,7 @@ def run_distill(args: argparse.Namespace) -> None:
     if args.dry_run:
         with joined(ranks, device), ranks.together():
             run = load_run(config, device, bool(args.grown), ranks)
+            run.check()
         show(run.plan.describe() if run.plan else "memory: nothing planned (see the setting 'memory')")
         return
     with watched(config.picture_every, ranks) as watch, joined(ranks, device, raised_by_all=(StopAndSave,)):

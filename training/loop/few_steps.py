@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,24 +214,32 @@ def few_stepping(
     few-step model already, and for what cannot be trained so.
     """
     settings, ranks = settings or FewStepConfig(), ranks or Ranks()
+    check_few_steps(config, settings, recipe or {}, has_targets=data.has_targets, world=ranks.world)
+    config = without_the_rest(config)
+    kind = FewSteps(settings, Phases(NoiseSchedule(base.zero_snr), settings.steps, base.prediction))
+    return Trainer(base, styles, data, config, device=device, kind=kind, ranks=ranks)
+
+
+def check_few_steps(
+    config: TrainConfig, settings: FewStepConfig, recipe: Mapping[str, Any], *, has_targets: bool, world: int
+) -> None:
+    """Raises ValueError for settings that make no sense here, and for a model that is a few-step model already. recipe: of its file;
+    has_targets: of the data; world: the processes."""
     settings.validate()
-    if already := (recipe or {}).get(FEW_STEPS):
+    if already := recipe.get(FEW_STEPS):
         raise ValueError(
             f"the model is a few-step model already ({already.get('steps')} steps): start from the model that it was made from"
         )
     if config.trainable == "style":
         raise ValueError("trainable is 'style', and styles stay as they are in a few-step run: use lora, or all")
-    if config.parallel == "fsdp" and ranks.world > 1:
+    if config.parallel == "fsdp" and world > 1:
         raise ValueError(
             "parallel is 'fsdp', which cannot learn few steps: the averaged weights are asked too; use ddp"
         )
-    if data.has_targets:
+    if has_targets:
         raise ValueError(
             "the data are rollouts: few steps are learnt from pictures (demo_scenes, latents or an image cache)"
         )
-    config = without_the_rest(config)
-    kind = FewSteps(settings, Phases(NoiseSchedule(base.zero_snr), settings.steps, base.prediction))
-    return Trainer(base, styles, data, config, device=device, kind=kind, ranks=ranks)
 
 
 def without_the_rest(config: TrainConfig) -> TrainConfig:

@@ -23,7 +23,8 @@ from ..files.model_settings import say_guesses, told, with_settings
 from ..files.outputs import check_folder, check_output
 from ..files.remembered import side_by_side
 from ..files.style_file import centred_at_base
-from ..loop.few_steps import few_stepping, without_the_rest
+from ..loop.checks import check_run
+from ..loop.few_steps import check_few_steps, few_stepping, without_the_rest
 from ..loop.forget import forgetting
 from ..loop.trainer import Trainer
 from ..memory.fitting import fitted
@@ -54,6 +55,13 @@ class Run:
     attack: AttackConfig = field(default_factory=AttackConfig)
     few_steps: FewStepConfig | None = None
     ranks: Ranks = field(default_factory=Ranks)
+
+    def check(self) -> None:
+        """Raises ValueError where ``start`` would, before anything is made."""
+        check_run(self.base, self.teachers, self.data, config=self.config, world=self.ranks.world)
+        if self.few_steps:
+            recipe, targets = self.parts.recipe, self.data.has_targets
+            check_few_steps(self.config, self.few_steps, recipe, has_targets=targets, world=self.ranks.world)
 
     def start(self) -> Trainer:
         share_hashes([*self.teachers, self.base], self.ranks)
