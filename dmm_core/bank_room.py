@@ -17,31 +17,71 @@ from torch import Tensor
 from .bank import BANK, PARTS, bank_key, banked_layers, layer_parts, split_key
 from .bank_drop import has_style_rows, without_rows
 from .bank_grow import gained, insert
-from .style import CODEBOOK
+from .style import CODEBOOK, MLP_NAMES, StyleMLP
 
 SEED = 17
+SEARCH = 200
+"""Steps of the search for a code."""
+FAR = 1e-3
+"""Weight of its distance from where it began, in codes' sizes, beside the miss."""
 
 
 def with_room(model: Mapping[str, Tensor], rank: int, start: Sequence[float]) -> dict[str, Tensor]:
     """A UNet's state dict with a style more, in the dtypes that it had.
 
-    start: weights (N,) of the old styles, whose blend the new one begins as; zeros begin it as no style. rank: directions that every layer
-    of the bank gains, where it has as many left; 0 leaves the basis as it is. Old codes, cores, rows and columns keep every bit.
+    start: weights (N,) of the old styles, whose blend the new one begins as. What they lack of 1 is no style, and zeros begin it as that:
+    the cores do exactly, the code as far as one can be found for it (``blend_code``). rank: directions that every layer of the bank gains,
+    where it has as many left; 0 leaves the basis as it is. Old codes, cores, rows and columns keep every bit.
     """
     styles = model[f"{CODEBOOK}.weight"].shape[0]
     weights = torch.tensor([list(start)], dtype=torch.float32)
     if weights.shape != (1, styles):
         raise ValueError(f"{weights.shape[1]} weights for a model with {styles} styles")
-    out = {
-        key: insert(value, (weights.to(value.device) @ value[:styles].float()).to(value.dtype), styles)
-        if has_style_rows(key)
-        else value
-        for key, value in model.items()
-    }
+    none = 1 - weights.sum(1, keepdim=True)
+
+    def blended(value: Tensor) -> Tensor:
+        """(1, ...) of a weight with a row for each style, and in a bank perhaps one for no style."""
+        shares = torch.cat([weights, none], 1)[:, : len(value)].to(value.device)
+        return (shares @ value.float()).to(value.dtype)
+
+    out = {key: insert(value, blended(value), styles) if has_style_rows(key) else value for key, value in model.items()}
+    key = f"{CODEBOOK}.weight"
+    out[key][styles] = blend_code(model, weights[0]).to(out[key])
     g = torch.Generator().manual_seed(SEED)
     for name in banked_layers(model) if rank else ():
         out |= {bank_key(name, part): value for part, value in wider(layer_parts(out, name), rank, g).items()}
     return out
+
+
+def blend_code(model: Mapping[str, Tensor], weights: Tensor) -> Tensor:
+    """The code (D,) float32 that is, alone and at strength 1, what a blend with a share of no style is: weights (N,), their sum s at most
+    1.
+
+    MLP(code) = s MLP(w / s @ codebook). The mean of the codes has it where s is 1; below, its MLP says too much, as MLP(0) is not 0. So the
+    code is looked for (L-BFGS, from that mean), and comes as near as the MLP lets it.
+    """
+    codes = model[f"{CODEBOOK}.weight"].float().cpu()
+    mean, share = weights.cpu() @ codes, float(weights.sum())
+    if share > 1 - 1e-4:
+        return mean
+    name = next(name for name in MLP_NAMES if f"{name}.linear_1.weight" in model)
+    with torch.enable_grad():
+        mlp = StyleMLP(codes.shape[1]).requires_grad_(False)
+        mlp.load_state_dict({k: model[f"{name}.{k}"].float().cpu() for k in mlp.state_dict()})
+        target = share * mlp(mean / share) if share > 0 else torch.zeros_like(mean)
+        code = mean.clone().requires_grad_()
+        size = (mlp(mean) - target).square().sum().clamp_min(1e-12).item()
+        spread = codes.square().sum(1).mean().clamp_min(1e-12).item()
+        search = torch.optim.LBFGS([code], max_iter=SEARCH, line_search_fn="strong_wolfe")
+
+        def miss() -> Tensor:
+            search.zero_grad()
+            loss = (mlp(code) - target).square().sum() / size + FAR * (code - mean).square().sum() / spread
+            loss.backward()
+            return loss
+
+        search.step(miss)
+    return code.detach()
 
 
 def wider(parts: Mapping[str, Tensor], rank: int, g: torch.Generator) -> dict[str, Tensor]:

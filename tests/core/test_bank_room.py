@@ -61,6 +61,22 @@ def test_the_new_style_begins_as_a_blend(demo, question):
     )  # float16
 
 
+@pytest.mark.parametrize(
+    ("start", "left"), [([0.0] * 7, 0.1), ([0.28, 0, 0, 0, 0, 0, 0], 0.15), ([0, 0, 0, 0.2, 0.3, 0, 0], 0.15)]
+)
+def test_a_blend_with_a_share_of_no_style_is_begun_as_that(demo, question, start, left):
+    """Independently: the blend at its strength, by the model itself. left: of the error of the blended code, which has no share of none."""
+    strength = sum(start)
+    blend = style_row(7, {i: w / strength for i, w in enumerate(start)}, strength) if strength else no_style_row(7)
+    roomy, expected = with_room(demo, 0, start), predicted(demo, question, blend)
+    error = (predicted(roomy, question, style_row(8, 7)) - expected).square().mean()
+    codes = f"{CODEBOOK}.weight"
+    mean = torch.tensor([start]) @ demo[codes].float()
+    blended = roomy | {codes: torch.cat([demo[codes], mean.to(demo[codes])])}
+    before = (predicted(blended, question, style_row(8, 7)) - expected).square().mean()
+    assert error < left * before, (error, before)
+
+
 def test_alone_it_paints_the_same_and_nothing_is_left_of_the_others(demo, question):
     roomy = with_room(demo, 2, [0.0, 1.0, 0, 0, 0, 0, 0])
     alone = last_alone(roomy)
