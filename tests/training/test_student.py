@@ -7,7 +7,7 @@ import torch
 from comfyui_dmm.dmm_core.unet import load_unet
 from comfyui_dmm.training.config import TrainConfig
 from comfyui_dmm.training.loop.adapters import folded_state_dict
-from comfyui_dmm.training.loop.student import style_rows
+from comfyui_dmm.training.loop.student import compiler_explained, style_rows
 
 from .families import small_run
 
@@ -119,3 +119,15 @@ def test_compiled_training_takes_the_same_steps():
 def test_settings_that_make_no_sense(setting, value, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**{setting: value}).check()
+
+
+def test_a_compiler_that_fails_is_explained_and_other_errors_are_not():
+    from torch._dynamo.exc import TorchDynamoException
+
+    with (
+        pytest.raises(ValueError, match=r"could not be compiled \(main.so: file too short\): set compile to false"),
+        compiler_explained(),
+    ):
+        raise TorchDynamoException("main.so: file too short\nand 200 lines more")
+    with pytest.raises(RuntimeError, match="out of memory"), compiler_explained():
+        raise RuntimeError("out of memory")

@@ -76,8 +76,8 @@ def refuse_few_steps(model: Checkpoint) -> None:
     """Raise ValueError for a model of few steps: it predicts where a path ends, not the noise in a picture."""
     if model.recipe.get(FEW_STEPS):
         raise ValueError(
-            "the model paints in a few steps, and a style cannot be learnt on it: learn it on the model that it was made of, whose "
-            "few-step LoRA then paints it too"
+            "the model paints in a few steps, and styles are matched and learnt by the noise that a model sees: take the model "
+            "that it was made of, whose few-step LoRA then paints the style too"
         )
 
 

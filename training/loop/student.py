@@ -69,7 +69,8 @@ class Student:
         """As ``Teacher.predict``, with the base's text states and parameterisation, and with gradients."""
         with self.autocast():
             context, y = self.base.conditioning(rows, x_t.shape[2:], x_t.device)
-            out = self.forward(x_t, t, context, y=y, style=sent(style, x_t.device), features=features)
+            with compiler_explained():
+                out = self.forward(x_t, t, context, y=y, style=sent(style, x_t.device), features=features)
         out, blocks = out if features else (out, [])
         return Prediction(out.float(), blocks)
 
@@ -144,3 +145,18 @@ def style_rows(teacher: Tensor, num_styles: int) -> Tensor:
     rows = hot.clone()
     rows[:, -1] = 1.0 - hot[:, -1]  # the last column is the strength
     return rows
+
+
+@contextlib.contextmanager
+def compiler_explained() -> Iterator[None]:
+    """Raises ValueError for what torch.compile cannot do on this machine, as where an earlier run was stopped while it wrote its cache."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).strip().splitlines()[0][:300]
+        raise ValueError(
+            f"the student could not be compiled ({reason}): set compile to false. If a compiled run was stopped while it compiled, empty "
+            "torch's cache instead (the folder torchinductor_... of temporary files, or TORCHINDUCTOR_CACHE_DIR)"
+        ) from error
