@@ -277,7 +277,7 @@ def test_a_plain_model_is_refused():
 
 
 def test_a_few_step_model_is_refused_in_words():
-    with pytest.raises(ValueError, match="few steps.*learn it on the model that it was made of"):
+    with pytest.raises(ValueError, match="few steps.*take the model that it was made of"):
         learnt(model=dataclasses.replace(MODEL, recipe={FEW_STEPS: {"steps": 4}}))
 
 
