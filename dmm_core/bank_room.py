@@ -37,16 +37,15 @@ def with_room(model: Mapping[str, Tensor], rank: int, start: Sequence[float]) ->
     weights = torch.tensor([list(start)], dtype=torch.float32)
     if weights.shape != (1, styles):
         raise ValueError(f"{weights.shape[1]} weights for a model with {styles} styles")
-    none = 1 - weights.sum(1, keepdim=True)
+    shares = torch.cat([weights, 1 - weights.sum(1, keepdim=True)], 1)
 
-    def blended(value: Tensor) -> Tensor:
-        """(1, ...) of a weight with a row for each style, and in a bank perhaps one for no style."""
-        shares = torch.cat([weights, none], 1)[:, : len(value)].to(value.device)
-        return (shares @ value.float()).to(value.dtype)
+    def begun(key: str, value: Tensor) -> Tensor:
+        """(1, ...), the new row of a weight with one for each style, and in a bank perhaps one for no style."""
+        if key == f"{CODEBOOK}.weight":
+            return blend_code(model, weights[0])[None].to(value)
+        return (shares[:, : len(value)].to(value.device) @ value.float()).to(value.dtype)
 
-    out = {key: insert(value, blended(value), styles) if has_style_rows(key) else value for key, value in model.items()}
-    key = f"{CODEBOOK}.weight"
-    out[key][styles] = blend_code(model, weights[0]).to(out[key])
+    out = {key: insert(v, begun(key, v), styles) if has_style_rows(key) else v for key, v in model.items()}
     g = torch.Generator().manual_seed(SEED)
     for name in banked_layers(model) if rank else ():
         out |= {bank_key(name, part): value for part, value in wider(layer_parts(out, name), rank, g).items()}

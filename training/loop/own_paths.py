@@ -63,7 +63,7 @@ class OwnPaths:
         """
         count, size, ranks = settings.paths * (run.num_styles + 1), run.config.batch_size, run.ranks
         each, timesteps = settings.paths, path_timesteps(phases, settings.path_steps)
-        digest = made_from(run, phases, settings)
+        digest = made_from(run, phases, settings) if folder else ""
         with ranks.together():
             if ranks.is_main:
                 check_room(count * len(timesteps) * math.prod(run.data.shape) * 2, settings.paths, folder)
