@@ -9,7 +9,7 @@ leaves no basis orthonormal); the old cores are padded with zeros, so that what 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -256,31 +256,41 @@ def grow_codes(model: Mapping[str, Tensor], new: int) -> tuple[dict[str, Tensor]
     random; where it was trained, codes are looked for of which it makes as little as possible (L-BFGS on their own numbers).
     """
     book = model[f"{CODEBOOK}.weight"]
+    offset = code_offsets(model)
+    g = torch.Generator().manual_seed(SEED)
+    codes = torch.randn(len(book) + new, book.shape[1], generator=g)[len(book) :].double().to(book.device)
+    start = offset(codes)
+    if start.any():  # a trained MLP
+        codes = searched_codes(offset, codes, torch.zeros_like(start))
+    codes = codes.to(book.dtype)
+    return {f"{CODEBOOK}.weight": torch.cat([book, codes])}, offset(codes.double()).float()
+
+
+def code_offsets(model: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Codes (M, D) float64 -> what the model's style MLP makes of them, the offsets of the time embedding."""
     mlp = next(name for name in MLP_NAMES if f"{name}.linear_1.weight" in model)
     w1, b1, w2, b2 = (
         model[f"{mlp}.linear_{i}.{what}"].detach().double() for i in (1, 2) for what in ("weight", "bias")
     )
-    g = torch.Generator().manual_seed(SEED)
-    codes = torch.randn(len(book) + new, book.shape[1], generator=g)[len(book) :].double().to(book.device)
+    return lambda codes: F.silu(codes @ w1.T + b1) @ w2.T + b2
 
-    def offset(codes: Tensor) -> Tensor:
-        return F.silu(codes @ w1.T + b1) @ w2.T + b2
 
-    if w2.any() or b2.any():
-        with torch.enable_grad():
-            codes.requires_grad_()
-            optimizer = torch.optim.LBFGS([codes], max_iter=200, history_size=20, line_search_fn="strong_wolfe")
-            scale = offset(codes).detach().square().sum()
+def searched_codes(offset: Callable[[Tensor], Tensor], codes: Tensor, target: Tensor, pull: float = 0.0) -> Tensor:
+    """Codes near ``codes`` (M, D) whose offsets are as near to ``target`` as can be (L-BFGS on their own numbers), both float64. pull:
+    weight of a code's squared distance from where it began."""
+    with torch.enable_grad():
+        found = codes.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([found], max_iter=200, history_size=20, line_search_fn="strong_wolfe")
+        scale = (offset(codes) - target).detach().square().sum().clamp_min(1e-12)
 
-            def error() -> Tensor:
-                optimizer.zero_grad()
-                loss = offset(codes).square().sum() / scale
-                loss.backward()
-                return loss
+        def error() -> Tensor:
+            optimizer.zero_grad()
+            loss = (offset(found) - target).square().sum() / scale + pull * (found - codes).square().sum()
+            loss.backward()
+            return loss
 
-            optimizer.step(error)
-    codes = codes.detach().to(book.dtype)
-    return {f"{CODEBOOK}.weight": torch.cat([book, codes])}, offset(codes.double()).float()
+        optimizer.step(error)
+    return found.detach()
 
 
 def take_up_offsets(weights: dict[str, Tensor], offsets: Tensor, styles: int) -> bool:

@@ -16,12 +16,10 @@ from torch import Tensor
 
 from .bank import BANK, PARTS, bank_key, banked_layers, layer_parts, split_key
 from .bank_drop import has_style_rows, without_rows
-from .bank_grow import gained, insert
-from .style import CODEBOOK, MLP_NAMES, StyleMLP
+from .bank_grow import code_offsets, gained, insert, searched_codes
+from .style import CODEBOOK
 
 SEED = 17
-SEARCH = 200
-"""Steps of the search for a code."""
 FAR = 1e-3
 """Weight of its distance from where it began, in codes' sizes, beside the miss."""
 
@@ -59,28 +57,14 @@ def blend_code(model: Mapping[str, Tensor], weights: Tensor) -> Tensor:
     MLP(code) = s MLP(w / s @ codebook). The mean of the codes has it where s is 1; below, its MLP says too much, as MLP(0) is not 0. So the
     code is looked for (L-BFGS, from that mean), and comes as near as the MLP lets it.
     """
-    codes = model[f"{CODEBOOK}.weight"].float().cpu()
-    mean, share = weights.cpu() @ codes, float(weights.sum())
+    codes = model[f"{CODEBOOK}.weight"]
+    mean, share = weights.to(codes.device) @ codes.float(), float(weights.sum())
     if share > 1 - 1e-4:
         return mean
-    name = next(name for name in MLP_NAMES if f"{name}.linear_1.weight" in model)
-    with torch.enable_grad():
-        mlp = StyleMLP(codes.shape[1]).requires_grad_(False)
-        mlp.load_state_dict({k: model[f"{name}.{k}"].float().cpu() for k in mlp.state_dict()})
-        target = share * mlp(mean / share) if share > 0 else torch.zeros_like(mean)
-        code = mean.clone().requires_grad_()
-        size = (mlp(mean) - target).square().sum().clamp_min(1e-12).item()
-        spread = codes.square().sum(1).mean().clamp_min(1e-12).item()
-        search = torch.optim.LBFGS([code], max_iter=SEARCH, line_search_fn="strong_wolfe")
-
-        def miss() -> Tensor:
-            search.zero_grad()
-            loss = (mlp(code) - target).square().sum() / size + FAR * (code - mean).square().sum() / spread
-            loss.backward()
-            return loss
-
-        search.step(miss)
-    return code.detach()
+    offset, begun = code_offsets(model), mean[None].double()
+    target = share * offset(begun / share) if share > 0 else torch.zeros_like(begun)
+    pull = FAR / codes.double().square().sum(1).mean().clamp_min(1e-12).item()
+    return searched_codes(offset, begun, target, pull)[0].float()
 
 
 def wider(parts: Mapping[str, Tensor], rank: int, g: torch.Generator) -> dict[str, Tensor]:
