@@ -10,7 +10,8 @@ model by its teachers, as many steps. All of it goes on after an interruption: r
 The reference is the demo model at 25 euler steps (sgm_uniform), cfg 4, from the same noise. Of each model, by style: PAIR to the reference,
 the share of pictures that show what the caption says and the style's look (the family's classifier), and how far apart the twins ink and
 pen are, as a share of the reference's distance. "none" is painting without a style. With --teachers also EXCESS and LEAK to the teachers,
-which paint as the reference does.
+which paint as the reference does. With --size the pictures have another size than the family's, and only PAIR and the twins are told: the
+classifier knows no other.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ SEED = 5_000_000
 PROJECT = 40
 """Directions of the features in which FID is taken, as in docs/evaluation.md."""
 REFERENCE = (25, 4.0)
+SIZE = (128, 128)
+"""Width and height of the family's pictures."""
 CONSISTENCY = {"objective": "consistency"}
 ARMS = {
     "default": {"paths": FewStepConfig().paths},
@@ -100,8 +103,8 @@ def arm_config(arm: str, steps: int, batch: int, seed: int, data: DataSpec, fold
 class Judge:
     """What models paint of ``count`` scenes in each style of the demo model (and without one), and what is to be said of it."""
 
-    def __init__(self, count: int, folder: Path):
-        self.count, self.folder = count, folder
+    def __init__(self, count: int, folder: Path, size: tuple[int, int] = SIZE):
+        self.count, self.folder, self.size = count, folder, size
         whole = load_checkpoint(MODEL)
         self.styles = [style.name for style in whole.styles]
         self.vae, self.unet = load_vae(whole.vae).eval(), load_unet(whole.unet)
@@ -113,9 +116,10 @@ class Judge:
 
     @torch.no_grad()
     def paint(self, unet: UNet, style: str | None, steps: int, cfg: float, seed: int = SEED) -> Tensor:
-        """Latents (count, 4, 16, 16), kept in the folder; picture k is of scene k and seed + k. style: None without one, "" of a plain
-        UNet."""
-        key = repr_sha256(weights_hash(unet.state_dict()), style, steps, cfg, seed, self.count)[:24]
+        """Latents (count, 4, height / 8, width / 8), kept in the folder; picture k is of scene k and
+        seed + k. style: None without one, "" of a plain UNet."""
+        sized = () if self.size == SIZE else (self.size,)
+        key = repr_sha256(weights_hash(unet.state_dict()), style, steps, cfg, seed, self.count, *sized)[:24]
         path = self.folder / f"{key}.safetensors"
         if found := read_piece(path, self.count):
             return found["latents"]
@@ -124,7 +128,8 @@ class Judge:
         if n:
             row = style_row(n, self.styles.index(style)) if style else no_style_row(n)
         text = Teacher("model", unet, self.contexts)
-        noise = torch.cat([host_noise((1, 4, 16, 16), seed + k) for k in range(self.count)])
+        shape = (1, 4, self.size[1] // 8, self.size[0] // 8)
+        noise = torch.cat([host_noise(shape, seed + k) for k in range(self.count)])
         latents = paint_rows(
             unet, text, torch.arange(1, self.count + 1), noise,
             steps=steps, cfg=cfg, style=row, sampler="euler", scheduler="sgm_uniform",
@@ -149,7 +154,8 @@ class Judge:
     def figures(self, painted: dict[str, Tensor], reference: dict[str, Tensor]) -> dict:
         once = torch.ones(1, self.count, dtype=torch.float64)
         out: dict = {"pair": {name: pair(z, reference[name], once).item() for name, z in painted.items()}}
-        answers = {name: self.answers(z, FIRST.base if name == "none" else name) for name, z in painted.items()}
+        judged = painted if self.size == SIZE else {}
+        answers = {name: self.answers(z, FIRST.base if name == "none" else name) for name, z in judged.items()}
         out["caption"] = {name: both for name, (both, _) in answers.items()}
         out["look"] = {name: look for name, (_, look) in answers.items()}
         apart = [(z["ink"] - z["pen"]).square().mean().sqrt().item() for z in (painted, reference)]
@@ -180,7 +186,8 @@ def table(rows: dict[str, dict]) -> str:
     for name, row in rows.items():
         cells = [f"{row['pair'][style]:.3f}" for style in styles]
         styled = [style for style in styles if style != "none"]
-        cells += [f"{100 * statistics.mean(row[what][s] for s in styled):.1f}%" for what in ("caption", "look")]
+        answered = [[row[what][s] for s in styled if s in row[what]] for what in ("caption", "look")]
+        cells += [f"{100 * statistics.mean(shares):.1f}%" if shares else "" for shares in answered]
         cells.append(f"{row['twins']:.2f}")
         cells += [f"{row[what]:.1f}" if what in row else "" for what in ("excess", "leak")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -196,6 +203,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--count", type=int, default=48, help="pictures a style")
     parser.add_argument("--latents", help="the scenes, as data of kind latents, where they are made already")
+    parser.add_argument("--cache", help="a folder of dmm cache images to learn from instead, as of several sizes")
+    parser.add_argument("--size", default="128x128", help="of the pictures that are judged, as WIDTHxHEIGHT")
     parser.add_argument(
         "--also", action="append", default=[], metavar="NAME=FILE", help="judge another few-step model too"
     )
@@ -207,13 +216,17 @@ def main() -> None:
     runs = args.out / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     data = DataSpec("latents", args.latents) if args.latents else DataSpec("demo_scenes", count=640)
+    data = DataSpec("cache", args.cache) if args.cache else data
+    width, height = map(int, args.size.split("x"))
+    if args.teachers and (width, height) != SIZE:
+        parser.error("--teachers asks the classifier, which knows 128x128 alone: leave --size out")
     files = dict(one.split("=", 1) for one in args.also)
     for seed in [int(seed) for seed in args.seeds.split(",")]:
         for arm in filter(None, args.arms.split(",")):
             config = arm_config(arm, args.steps, args.batch, seed, data, runs)
             distill(config, grown=arm != PLAIN)
             files[f"{arm}, seed {seed}"] = config.output
-    judge = Judge(args.count, args.out / "painted")
+    judge = Judge(args.count, args.out / "painted", (width, height))
     reference = judge.paint_all(judge.unet, *REFERENCE)
     painted = {"DMM, 25 steps, cfg 4": reference}
     for steps in (4, 8):

@@ -15,7 +15,7 @@ from comfyui_dmm.training.config import FewStepConfig, TrainConfig
 from comfyui_dmm.training.data.batches import CaptionedLatents
 from comfyui_dmm.training.files.checksums import read_checked
 from comfyui_dmm.training.loop.few_steps import few_stepping
-from comfyui_dmm.training.loop.own_paths import path_timesteps, random_rows
+from comfyui_dmm.training.loop.own_paths import SizePaths, groups_of, path_timesteps, random_rows
 from comfyui_dmm.training.loop.phased import CLEAN, Phases, huber_loss
 from comfyui_dmm.training.run.state import identity
 from comfyui_dmm.training.run.student_file import save_lora
@@ -55,6 +55,12 @@ def few(
     if paint:
         run.kind.prepare(run, folder, None, lambda: False)
     return run
+
+
+def only(run) -> SizePaths:
+    """The run's own paths, where its data have one size."""
+    (found,) = run.kind.paths.sizes.values()
+    return found
 
 
 def test_style_rows_are_the_styles_blends_of_two_and_none():
@@ -123,17 +129,17 @@ def test_a_step_compares_the_students_jump_with_that_from_the_frozen_models_own_
 
 def test_own_paths_are_the_frozen_models_guided_euler_paths_in_their_styles():
     run = few()
-    paths, phases = run.kind.paths, run.kind.phases
-    assert paths.t == path_timesteps(phases, 2) and len(paths.t) == 9 and paths.t[::2] == phases.edges
+    paths, phases, told = only(run), run.kind.phases, run.kind.paths.t
+    assert told == path_timesteps(phases, 2) and len(told) == 9 and told[::2] == phases.edges
     assert paths.states.shape == (8, 9, 4, 8, 8) and paths.style[6:].sum() == 0, "the last two are of no style"
     assert all(paths.style[i, i // 2] > 0 for i in range(6))
     x = paths.states[:, 3].float()
-    t = torch.full((8,), paths.t[3])
+    t = torch.full((8,), told[3])
     style, text = paths.style, run.base
     null = text.predict(x, t, torch.zeros(8, dtype=torch.long), style).out
     out = null + 4.0 * (text.predict(x, t, paths.caption, style).out - null)
     torch.testing.assert_close(
-        phases.step(x, out, t, torch.full((8,), paths.t[4])), paths.states[:, 4].float(), atol=0.02, rtol=0.01
+        phases.step(x, out, t, torch.full((8,), told[4])), paths.states[:, 4].float(), atol=0.02, rtol=0.01
     )
 
 
@@ -153,12 +159,58 @@ def test_only_the_adapters_learn_and_the_styles_stay():
     assert len(whole.student.trained) > 50
 
 
-def test_pictures_of_another_size_than_the_paintings():
-    """Regression learns from the paintings alone, whatever size a batch has; the others learn from the batch's own pictures then."""
-    wide = torch.randn(12, 4, 8, 16, generator=torch.Generator().manual_seed(1))
-    data = CaptionedLatents([*DATA.buckets, wide[:4]], [*DATA.captions, *DATA.captions[:4]])
+@pytest.mark.parametrize(
+    ("paths", "pictures", "each"),
+    [(4, [12], [4]), (4, [12, 4], [3, 1]), (128, [900, 90, 10], [114, 12, 2]), (2, [5, 9, 7], [1, 1]), (3, [1, 1, 1], [1, 1, 1])],
+)  # fmt: skip
+def test_paintings_are_shared_out_between_the_sizes_of_the_data(paths, pictures, each):
+    shapes = {(4, 8, 8 + i): count for i, count in enumerate(pictures)}
+    groups = groups_of(paths, shapes, 5)
+    assert [group.each for group in groups] == each and sum(each) == paths
+    assert [shapes[group.shape] for group in groups] == sorted(pictures, reverse=True)[: len(groups)]
+    numbers = [number for group in groups for part in group.parts(7) for number in part]
+    assert numbers == list(range(5 * paths)), "every number once: the paths' seeds and the parts' files go by them"
+    assert all(group.count == 5 * group.each for group in groups)
+
+
+WIDE = torch.randn(4, 4, 8, 16, generator=torch.Generator().manual_seed(1))
+TWO_SIZES = CaptionedLatents([*DATA.buckets, WIDE], [*DATA.captions, *DATA.captions[:4]])
+
+
+@pytest.mark.parametrize("xl", [False, True])
+@pytest.mark.parametrize("objective", ["regression", "both", "consistency"])
+def test_the_model_paints_in_every_size_of_the_data(objective, xl):
+    """A batch's rows are states of paths of its own pictures' size, each on the frozen model's path in that size."""
+    run = few(FewStepConfig(paths=4, path_steps=2, objective=objective), data=TWO_SIZES, steps=50, xl=xl)
+    paths, phases = run.kind.paths, run.kind.phases
+    assert {shape: (one.each, one.states.shape[1:]) for shape, one in paths.sizes.items()} == {
+        (4, 8, 8): (3, (9, 4, 8, 8)), (4, 8, 16): (1, (9, 4, 8, 16))
+    }  # fmt: skip
+    for one in paths.sizes.values():
+        x, count = one.states[:, 3].float(), len(one.states)
+        t, s = (torch.full((count,), paths.t[at]) for at in (3, 4))
+        null = run.base.predict(x, t, torch.zeros(count, dtype=torch.long), one.style).out
+        out = null + 4.0 * (run.base.predict(x, t, one.caption, one.style).out - null)
+        torch.testing.assert_close(phases.step(x, out, t, s), one.states[:, 4].float(), atol=0.02, rtol=0.01)
+    seen = set()
+    for number in range(40):
+        batch = run.draws(number)
+        rows, shape = run.kind.rows(run, batch, number), tuple(batch.x_t.shape[1:])
+        states = paths.sizes[shape].states.flatten(0, 1).float()
+        assert rows.x_t.shape == batch.x_t.shape == rows.edge.shape
+        for x in rows.x_t[rows.known]:
+            assert (states == x).all((1, 2, 3)).any()
+        seen.add((shape, bool(rows.known.any())))
+    assert {((4, 8, 8), True), ((4, 8, 16), True)} <= seen
+    run.train_step()
+    assert validation_error(run) > 0
+
+
+def test_a_size_without_paintings():
+    """With fewer paintings than sizes: regression learns from those of the other size, the others from the batch's own pictures."""
     for objective in ("regression", "both", "consistency"):
-        run = few(FewStepConfig(paths=2, path_steps=2, objective=objective), data=data, steps=50)
+        run = few(FewStepConfig(paths=1, path_steps=2, objective=objective), data=TWO_SIZES, steps=50)
+        assert list(run.kind.paths.sizes) == [(4, 8, 8)]
         sizes = set()
         for number in range(40):
             batch = run.draws(number)
@@ -174,15 +226,25 @@ def test_pictures_of_another_size_than_the_paintings():
         run.train_step()
 
 
+def test_the_fixed_check_asks_in_every_size():
+    """Worse in one of two sizes, worse in the whole: by half of what it is worse there."""
+    run = few(REGRESSION_OF_FOUR, data=TWO_SIZES, validation=64, batch_size=8)
+    before = validation_error(run)
+    wide = run.kind.paths.sizes[4, 8, 16]
+    wide.states = wide.states * 3
+    assert validation_error(run) > 1.2 * before
+
+
 BOTH = FewStepConfig(paths=2, path_steps=2, objective="both", follows="student")
 REGRESSION = FewStepConfig(paths=2, path_steps=2)
+REGRESSION_OF_FOUR = FewStepConfig(paths=4, path_steps=2)
 
 
 def test_regression_is_to_where_the_painting_crosses_the_edge():
     """By default. Each row against the formula, with the student called alone; the frozen model is not asked in a step."""
     run = few(REGRESSION, trainable="all")
     run.train_step()
-    batch, kind, paths = run.draws(1), run.kind, run.kind.paths
+    batch, kind, paths, told = run.draws(1), run.kind, only(run), run.kind.paths.t
     rows = kind.rows(run, batch, 1)
     asked = []
     hook = run.targets.pool.get(run.num_styles).register_forward_pre_hook(lambda *_: asked.append(1))
@@ -195,9 +257,9 @@ def test_regression_is_to_where_the_painting_crosses_the_edge():
             p for p in range(len(paths.states)) if (paths.states[p].float() == rows.x_t[i]).all((1, 2, 3)).any()
         )
         at = int((paths.states[path].float() == rows.x_t[i]).all((1, 2, 3)).nonzero()[0, 0])
-        assert int(rows.t[i]) == paths.t[at] and torch.equal(rows.style[i], paths.style[path])
+        assert int(rows.t[i]) == told[at] and torch.equal(rows.style[i], paths.style[path])
         edge = next(k for k in (2, 4, 6, 8) if k > at)
-        x, t, s = rows.x_t[i : i + 1], rows.t[i : i + 1], torch.tensor([paths.t[edge]])
+        x, t, s = rows.x_t[i : i + 1], rows.t[i : i + 1], torch.tensor([told[edge]])
         context, y = run.base.conditioning(paths.caption[path : path + 1], x.shape[2:], CPU)
         with torch.no_grad():
             ours = phases.step(x, raw(x, t, context, y=y, style=rows.style[i : i + 1]), t, s)
@@ -212,24 +274,19 @@ def test_it_goes_on_bitwise(tmp_path, settings):
 
 
 def test_painted_paths_are_kept_with_the_run_and_a_stop_ends_the_painting(tmp_path):
-    run = few()
-    run.kind.paths.each = 0
+    run = few(paint=False)
     watch = Watch()
     watch.controls.ask("stop")
     with pytest.raises(StopAndSave):
         train(run, tmp_path, watch)
-    one = few()
-    one.kind.paths.each = 0
+    one = few(paint=False)
     train(one, tmp_path)
     kept = sorted((tmp_path / "own-paths").iterdir())
-    assert kept and torch.equal(one.kind.paths.states, few().kind.paths.states)
+    assert kept and torch.equal(only(one).states, only(few()).states)
     stamps = [path.stat().st_mtime_ns for path in kept]
-    again = few(steps=7)
-    again.kind.paths.each = 0
+    again = few(paint=False, steps=7)
     again.kind.prepare(again, tmp_path, None, lambda: False)
-    assert stamps == [path.stat().st_mtime_ns for path in kept] and torch.equal(
-        again.kind.paths.states, one.kind.paths.states
-    )
+    assert stamps == [path.stat().st_mtime_ns for path in kept] and torch.equal(only(again).states, only(one).states)
 
 
 @pytest.mark.parametrize("changed", ["cfg", "seed", "captions", "model", "path_steps"])
@@ -246,7 +303,7 @@ def test_paths_of_other_settings_models_or_captions_are_painted_anew(tmp_path, c
         if changed == "captions":
             run.base.contexts = run.base.contexts * 1.1
         run.kind.prepare(run, folder, None, lambda: False)
-        return run.kind.paths.states
+        return only(run).states
 
     painted(tmp_path)
     caplog.clear()
@@ -290,9 +347,9 @@ def test_it_learns_to_jump_as_the_frozen_models_many_steps_do(objective):
 
 def test_the_fixed_check_is_zero_for_what_the_paths_say():
     run = few(trainable="all")
-    paths, phases = run.kind.paths, run.kind.phases
+    paths, phases, told = only(run), run.kind.phases, run.kind.paths.t
     at, edge = paths.states[:, 0].float(), paths.states[:, 2].float()
-    t, s = torch.full((8,), paths.t[0]), torch.full((8,), paths.t[2])
+    t, s = torch.full((8,), told[0]), torch.full((8,), told[2])
     zero, one = (phases.step(at, value, t, s) for value in (torch.zeros_like(at), torch.ones_like(at)))
     exact = (edge - zero) / (one - zero)
     torch.testing.assert_close(phases.step(at, exact, t, s), edge, atol=1e-4, rtol=1e-4)

@@ -128,7 +128,9 @@ def test_pictures_of_several_sizes():
     g = torch.Generator().manual_seed(0)
     buckets = [torch.randn(5, 4, 8, 8, generator=g), torch.randn(9, 4, 8, 16, generator=g)]
     data = CaptionedLatents(buckets, [f"caption {i}" for i in range(14)])
-    assert len(data) == 14 and data.shape == (4, 8, 16)
+    assert len(data) == 14 and data.shape == (4, 8, 16) and data.shapes == {(4, 8, 8): 5, (4, 8, 16): 9}
+    again = CaptionedLatents([*buckets, buckets[0]], ["x"] * 19)
+    assert again.shape == (4, 8, 8) and again.shapes == {(4, 8, 8): 10, (4, 8, 16): 9}, "of one size in two parts"
     run = small_run(data=data, steps=8)
     sizes = {tuple(run.draws(n).x_t.shape[2:]) for n in range(8)}
     assert sizes == {(8, 8), (8, 16)}

@@ -468,7 +468,7 @@ def test_the_shipped_family_from_files(tmp_path):
     )  # fmt: skip
     assert counts == {"ink": 6, "pop": 6, BASE_NAME: 3}
     data = open_rollouts(tmp_path / "r", verify=True)
-    assert data.shape == (4, 16, 16) and data.has_targets
+    assert data.shape == (4, 16, 16) and data.shapes == {(4, 16, 16): 6 + 6 + 3} and data.has_targets
     assert data.owners["ink"].file == "demo-teacher-ink.safetensors" and data.owners["ink"].sha256 == file_sha256(
         files["ink"]
     )

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -150,6 +150,10 @@ class TrainingData(Protocol):
     def prompts(self) -> Sequence[str]: ...
 
     @property
+    def shapes(self) -> Mapping[tuple[int, int, int], int]:
+        """(C, h, w) of every size of samples -> their number."""
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(C, h, w) of a typical sample, for pictures on the way."""
 
@@ -220,9 +224,17 @@ class CaptionedLatents:
         return sum(len(bucket) for bucket in self.buckets)
 
     @property
+    def shapes(self) -> dict[tuple[int, int, int], int]:
+        found: dict[tuple[int, int, int], int] = {}
+        for bucket in self.buckets:
+            _, channels, height, width = bucket.shape
+            found[channels, height, width] = found.get((channels, height, width), 0) + len(bucket)
+        return found
+
+    @property
     def shape(self) -> tuple[int, int, int]:
-        channels, height, width = max(self.buckets, key=len).shape[1:]
-        return channels, height, width
+        shapes = self.shapes
+        return max(shapes, key=shapes.__getitem__)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256("\0".join(self.captions).encode())

@@ -116,11 +116,18 @@ class Rollouts:
         return sum(len(one) for owners in self.states for one in owners)
 
     @property
+    def shapes(self) -> dict[tuple[int, int, int], int]:
+        found: dict[tuple[int, int, int], int] = {}
+        for owners in self.states:
+            channels, height, width = owners[0].reader.shape("x_t")[1:]
+            found[channels, height, width] = found.get((channels, height, width), 0) + sum(map(len, owners))
+        return found
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(C, h, w) of most states."""
-        largest = max(self.states, key=lambda owners: sum(len(one) for one in owners))
-        channels, height, width = largest[0].reader.shape("x_t")[1:]
-        return channels, height, width
+        shapes = self.shapes
+        return max(shapes, key=shapes.__getitem__)
 
     def fingerprint(self) -> str:
         shards = [[one.reader.fingerprint() for one in owners] for owners in self.states]

@@ -83,7 +83,7 @@ class FewSteps(RunKind):
     def prepare(
         self, run: Trainer, folder: Path | None, tick: ProgressCallback | None, stopping: Callable[[], bool]
     ) -> bool:
-        if not self.settings.paths or self.paths.each:
+        if not self.settings.paths or self.paths.sizes:
             return True
         place = folder / "own-paths" if folder else None
         return self.paths.paint(run, self.phases, self.settings, folder=place, tick=tick, stopping=stopping)
@@ -130,26 +130,26 @@ class FewSteps(RunKind):
         g, styles, mine = generator(run, "few steps", number), run.num_styles, own(batch)
         teacher = batch.global_batch.teacher
         style = random_rows(teacher, styles, settings.blends, g)[mine]
-        paths_alone = settings.objective == "regression"  # also where a batch's pictures have another size
+        paths_alone = settings.objective == "regression"  # also where a batch's pictures have a size without paths
         known = (torch.rand(count, generator=g) < (1.0 if paths_alone else settings.path_share))[mine]
         pick, place = (torch.rand(count, generator=g)[mine] for _ in range(2))
         x_t = batch.x_t.float()
-        if not paths_alone and (not paths.each or paths.shape != tuple(x_t.shape[1:])):
-            return Rows(
-                sent(x_t, run.device), batch.t, batch.caption, style, sent(x_t, run.device), torch.zeros_like(known)
-            )
-        path = batch.teacher * paths.each + (pick * paths.each).long()
+        own_paths = paths.like(x_t, other=paths_alone)
+        if own_paths is None:
+            x_t = sent(x_t, run.device)
+            return Rows(x_t, batch.t, batch.caption, style, x_t, torch.zeros_like(known))
+        path = batch.teacher * own_paths.each + (pick * own_paths.each).long()
         steps = len(paths.t) - 1
         at = (place * steps).long()
         per_phase = steps // self.phases.count
         edge = (at // per_phase + 1) * per_phase
-        states = paths.states[path, at].float()
+        states = own_paths.states[path, at].float()
         return Rows(
             sent(states if paths_alone else torch.where(known.view(-1, 1, 1, 1), states, x_t), run.device),
             torch.where(known, torch.tensor(paths.t)[at], batch.t),
-            torch.where(known, paths.caption[path], batch.caption),
-            torch.where(known[:, None], paths.style[path], style),
-            sent(paths.states[path, edge].float(), run.device),
+            torch.where(known, own_paths.caption[path], batch.caption),
+            torch.where(known[:, None], own_paths.style[path], style),
+            sent(own_paths.states[path, edge].float(), run.device),
             known,
         )
 
@@ -158,32 +158,38 @@ class FewSteps(RunKind):
     @torch.no_grad()
     def check_error(self, run: Trainer) -> float | None:
         """Mean squared error, in the network's output, of the averaged student's jumps from edge to edge of the model's own paths: of
-        ``validation`` jumps, in every style alike. Where there are no paths, the loss of the first batches."""
-        c, paths, phases = run.config, self.paths, self.phases
+        ``validation`` jumps, in every style and size alike. Where there are no paths, the loss of the first batches."""
+        c = run.config
         total, count = 0.0, 0
         with run.student.averaged():
             for number in range(-(-c.validation // c.batch_size)):
-                places = torch.arange(number * c.batch_size, (number + 1) * c.batch_size)
-                places = places[run.ranks.share(len(places))]
-                if not paths.each:
-                    draw = Draw(hash_seed(c.seed, "validation"), c.batch_size, run.num_styles, 0.0, 0.0, run.schedule)
-                    batch = run.draws.local(run.data.batch(number, draw))
-                    error = self.losses(run, batch, number).score
+                if self.paths.sizes:
+                    error = self.jump_errors(run, number)
                 else:
-                    per_phase = (len(paths.t) - 1) // phases.count
-                    phase = places % phases.count
-                    of_style = places // phases.count
-                    path = of_style % (run.num_styles + 1) * paths.each + of_style // (run.num_styles + 1) % paths.each
-                    at = phase * per_phase
-                    x_t, edge = (sent(paths.states[path, i].float(), run.device) for i in (at, at + per_phase))
-                    t = torch.tensor(paths.t)[at]
-                    s = phases.below(t)
-                    out = run.student.predict(x_t, sent(t, run.device), paths.caption[path], paths.style[path]).out
-                    slope = phases.slope(t, s, x_t)
-                    error = score_loss(phases.step(x_t, out, t, s) / slope, edge / slope)
-                total, count = total + error.sum().item(), count + len(places)
+                    draw = Draw(hash_seed(c.seed, "validation"), c.batch_size, run.num_styles, 0.0, 0.0, run.schedule)
+                    error = self.losses(run, run.draws.local(run.data.batch(number, draw)), number).score
+                total, count = total + error.sum().item(), count + len(error)
         total, count = run.ranks.sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
         return total / count
+
+    def jump_errors(self, run: Trainer, number: int) -> Tensor:
+        """This process's rows of batch ``number`` of the jumps from edge to edge, (B,): the sizes take turns, in each the phases and then
+        the styles do."""
+        size, paths, phases = run.config.batch_size, self.paths, self.phases
+        own_paths = list(paths.sizes.values())[number % len(paths.sizes)]
+        turn = number // len(paths.sizes)
+        places = torch.arange(turn * size, (turn + 1) * size)[run.ranks.share(size)]
+        per_phase = (len(paths.t) - 1) // phases.count
+        phase, of_style = places % phases.count, places // phases.count
+        styles = run.num_styles + 1
+        path = of_style % styles * own_paths.each + of_style // styles % own_paths.each
+        at = phase * per_phase
+        x_t, edge = (sent(own_paths.states[path, i].float(), run.device) for i in (at, at + per_phase))
+        t = torch.tensor(paths.t)[at]
+        s = phases.below(t)
+        out = run.student.predict(x_t, sent(t, run.device), own_paths.caption[path], own_paths.style[path]).out
+        slope = phases.slope(t, s, x_t)
+        return score_loss(phases.step(x_t, out, t, s) / slope, edge / slope)
 
 
 def generator(run: Trainer, what: str, number: int) -> torch.Generator:

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,19 +31,45 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 
-@dataclass
-class OwnPaths:
-    """P paths of S steps, the same number for each of N styles and for none; empty until ``paint``.
+Shape = tuple[int, int, int]
 
-    states (P, S+1, C, h, w) float16, from noise to the picture; t (S+1,) their timesteps, the last CLEAN; style (P, N+1) rows; caption (P,)
-    rows of the run's prompts. Path i is of style i // each, N for none.
+
+@dataclass
+class SizePaths:
+    """P paths of S steps in one size, ``each`` for each of N styles and for none.
+
+    states (P, S+1, C, h, w) float16, from noise to the picture; style (P, N+1) rows; caption (P,) rows of the run's prompts. Path i is of
+    style i // each, N for none.
     """
 
-    each: int = 0
+    each: int
+    states: Tensor
+    style: Tensor
+    caption: Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """The paths of one size that are to be painted, by their numbers from ``start`` on."""
+
+    shape: Shape
+    each: int
+    start: int
+    count: int
+
+    def parts(self, size: int) -> list[range]:
+        """At most ``size`` at a time."""
+        end = self.start + self.count
+        return [range(at, min(at + size, end)) for at in range(self.start, end, size)]
+
+
+@dataclass
+class OwnPaths:
+    """The paths by the size of their states, (C, h, w), that of most pictures first; t (S+1,) the timesteps of all, the last CLEAN. Empty
+    until ``paint``."""
+
     t: list[int] = field(default_factory=list)
-    states: Tensor = field(default_factory=lambda: torch.empty(0))
-    style: Tensor = field(default_factory=lambda: torch.empty(0))
-    caption: Tensor = field(default_factory=lambda: torch.empty(0))
+    sizes: dict[Shape, SizePaths] = field(default_factory=dict)
 
     def paint(
         self,
@@ -55,22 +81,24 @@ class OwnPaths:
         tick: ProgressCallback | None,
         stopping: Callable[[], bool],
     ) -> bool:
-        """Fill it (in place); False where a stop came first. It follows from the run's seed, models and captions alone.
+        """Fill it (in place) in the sizes of the run's data; False where a stop came first. It follows from the run's seed, models and
+        captions alone, and from what sizes there are.
 
         folder: where finished parts are kept, None for nowhere; parts that were made from anything else are made anew. Several processes
         with a folder share them out; so this is for all of them together. Raises ValueError when the model paints NaN, and where there is
         no room for all paths.
         """
-        count, size, ranks = settings.paths * (run.num_styles + 1), run.config.batch_size, run.ranks
-        each, timesteps = settings.paths, path_timesteps(phases, settings.path_steps)
-        digest = made_from(run, phases, settings) if folder else ""
+        ranks, timesteps = run.ranks, path_timesteps(phases, settings.path_steps)
+        groups = groups_of(settings.paths, run.data.shapes, run.num_styles + 1)
+        digest = made_from(run, phases, settings, groups) if folder else ""
         with ranks.together():
             if ranks.is_main:
-                check_room(count * len(timesteps) * math.prod(run.data.shape) * 2, settings.paths, folder)
-        parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
+                numbers = sum(group.count * math.prod(group.shape) for group in groups)
+                check_room(numbers * len(timesteps) * 2, settings.paths, folder)
+        todo = [(group, part) for group in groups for part in group.parts(run.config.batch_size)]
 
-        def finish(mine: list[range]) -> Iterator[dict[str, Tensor]]:
-            for done, part in enumerate(mine):
+        def finish(mine: Sequence[tuple[Group, range]]) -> Iterator[dict[str, Tensor]]:
+            for done, (group, part) in enumerate(mine):
 
                 def say(done: int = done) -> None:
                     if tick:
@@ -79,7 +107,7 @@ class OwnPaths:
                 path = folder / f"{part.start:06d}.safetensors" if folder else None
                 found = read_piece(path, len(part), digest) if path else None
                 if found is None or found.keys() != {"states", "style", "caption"}:
-                    found = paint_part(run, phases, settings, part, on_step=say)
+                    found = paint_part(run, phases, settings, group, part, on_step=say)
                     if path:
                         write_piece(path, found, digest)
                 say(done + 1)
@@ -87,32 +115,49 @@ class OwnPaths:
 
         if folder and ranks.world > 1:  # each process its share, and then all of them read all files
             with ranks.together():
-                for _ in finish(parts[ranks.share(len(parts))]):
+                for _ in finish(todo[ranks.share(len(todo))]):
                     if stopping():
                         break
             if ranks.any([stopping()])[0]:
                 return False
-        whole: dict[str, Tensor] = {}
-        for part, found in zip(parts, finish(parts)):  # one after the other: at SDXL's size all of it is gigabytes
+        whole: dict[Shape, dict[str, Tensor]] = {group.shape: {} for group in groups}
+        for (group, part), found in zip(
+            todo, finish(todo)
+        ):  # one after the other: at SDXL's size all of it is gigabytes
+            mine = whole[group.shape]
             for key, value in found.items():
-                if key not in whole:
-                    whole[key] = value.new_empty(count, *value.shape[1:])
-                whole[key][part.start : part.stop] = value
-        self.each, self.t = each, timesteps
-        self.states, self.style, self.caption = whole["states"], whole["style"], whole["caption"]
+                if key not in mine:
+                    mine[key] = value.new_empty(group.count, *value.shape[1:])
+                mine[key][part.start - group.start : part.stop - group.start] = value
+        self.t = timesteps
+        self.sizes = {group.shape: SizePaths(group.each, **whole[group.shape]) for group in groups}
         return True
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(C, h, w) of a state; () where there are no paths."""
-        return tuple(self.states.shape[2:])
+    def like(self, x_t: Tensor, other: bool) -> SizePaths | None:
+        """The paths of the size of ``x_t`` (B, C, h, w); where there are none, with ``other`` those of most pictures' size."""
+        channels, height, width = x_t.shape[1:]
+        found = self.sizes.get((channels, height, width))
+        return next(iter(self.sizes.values()), None) if found is None and other else found
 
 
-def made_from(run: Trainer, phases: Phases, settings: FewStepConfig) -> str:
+def groups_of(paths: int, shapes: Mapping[Shape, int], styles: int) -> list[Group]:
+    """Shares out the ``paths`` of each of ``styles`` between the sizes of the data by their numbers of pictures (``shapes``), the largest
+    number first: one for each size, and the rest by the largest remainders. With fewer paths than sizes the last sizes have none."""
+    shapes = dict(sorted(shapes.items(), key=lambda one: -one[1])[:paths])
+    total, rest = sum(shapes.values()), paths - len(shapes)
+    each = [1 + rest * pictures // total for pictures in shapes.values()]
+    remainders = [rest * pictures % total for pictures in shapes.values()]
+    for k in sorted(range(len(each)), key=lambda k: -remainders[k])[: paths - sum(each)]:
+        each[k] += 1
+    ends = list(itertools.accumulate(each))
+    return [Group(shape, n, (end - n) * styles, n * styles) for shape, n, end in zip(shapes, each, ends)]
+
+
+def made_from(run: Trainer, phases: Phases, settings: FewStepConfig, groups: Sequence[Group]) -> str:
     """A digest of everything that the paths follow from, but their numbers."""
     c, base, f = run.config, run.base, settings
     return repr_sha256(
-        (c.seed, c.precision, c.teacher_dtype, run.num_styles, tuple(run.data.shape), base.unet.config.num_heads),
+        (c.seed, c.precision, c.teacher_dtype, run.num_styles, *groups, base.unet.config.num_heads),
         (base.weights_sha256, base.prediction, base.zero_snr, rows_fingerprint(base.contexts)),
         (phases.edges, f.paths, f.path_steps, f.cfg, f.cfg_spread, f.blends),
     )
@@ -174,16 +219,24 @@ def draw_cfg(count: int, settings: FewStepConfig, g: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def paint_part(
-    run: Trainer, phases: Phases, settings: FewStepConfig, paths: range, *, on_step: Callable[[], object]
+    run: Trainer,
+    phases: Phases,
+    settings: FewStepConfig,
+    group: Group,
+    paths: range,
+    *,
+    on_step: Callable[[], object],
 ) -> dict[str, Tensor]:
-    """Some of the paths, by number: ``states``, ``style`` and ``caption`` as in ``OwnPaths``. on_step: called before every step."""
-    shape, known = tuple(run.data.shape), len(run.data.prompts) - 1
+    """Some of a group's paths, by number: ``states``, ``style`` and ``caption`` as in ``SizePaths``. on_step: called before every step."""
+    known = len(run.data.prompts) - 1
     timesteps = path_timesteps(phases, settings.path_steps)
     noise, style, caption, cfg = [], [], [], []
     for path in paths:
         g = torch.Generator().manual_seed(hash_seed(run.config.seed, "own path", path))
-        noise.append(torch.randn(shape, generator=g))
-        style.append(random_rows(torch.tensor([path // settings.paths]), run.num_styles, settings.blends, g))
+        noise.append(torch.randn(group.shape, generator=g))
+        style.append(
+            random_rows(torch.tensor([(path - group.start) // group.each]), run.num_styles, settings.blends, g)
+        )
         caption.append(1 + int(torch.randint(known, (), generator=g)) if known else 0)
         cfg.append(draw_cfg(1, settings, g))
     rows, captions, strength = torch.cat(style), torch.tensor(caption), torch.cat(cfg)
