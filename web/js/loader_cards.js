@@ -1,10 +1,11 @@
 // Under Load DMM Model and Add DMM Styles to Model: the styles in the chosen file, before anything has run.
 
 import { app } from "../../../scripts/app.js";
+import { element } from "./dom.js";
 import { onBeatOf } from "./heartbeat.js";
 import { fileOf, isLoader } from "./model_styles.js";
 import { addUnsaved, makeRoom } from "./node_widgets.js";
-import { element, shown, strip } from "./style_cards.js";
+import { shown, strip } from "./style_cards.js";
 import { say } from "./words.js";
 
 const WIDGET = "dmm_cards";

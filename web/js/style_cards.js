@@ -1,21 +1,12 @@
 // Pictures of styles with their names, as elements of the page. Names, descriptions and pictures come from strangers' files: they
 // become text nodes, attributes and data URIs that model_styles.js has checked, never markup.
 
+import { element } from "./dom.js";
+
 const SHEET = new URL("./style_cards.css", import.meta.url).href;
 const LONGEST_TIP = 600;
 
 document.head.append(element("link", { rel: "stylesheet", href: SHEET }));
-
-// An element with attributes (or properties, where they are functions) and children, which may be texts.
-export function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (typeof value === "function") made[name] = value;
-    else if (value !== undefined && value !== false) made.setAttribute(name, value === true ? "" : value);
-  }
-  made.append(...children);
-  return made;
-}
 
 // A text without the marks that turn the direction of what follows them: a name must not look like another one.
 export const shown = (text) => text.replace(/[\u202a-\u202e\u2066-\u2069]/g, "\ufffd");

@@ -1,7 +1,8 @@
 // The panel in which a style is chosen: cards with picture, name and description. A click or Enter takes a style; "add" blends it
 // with what is there, in a share that a slider sets. It writes the text that one would have typed.
 
-import { element, nameOf, picture, shown, tip } from "./style_cards.js";
+import { element } from "./dom.js";
+import { nameOf, picture, shown, tip } from "./style_cards.js";
 import { namesOfField } from "./style_check.js";
 import { NO_STYLE, quoteName, strip, withLine, withShare, withStyle } from "./style_text.js";
 import { say } from "./words.js";

@@ -2,10 +2,11 @@
 // means to that model. A name that the model does not know is marked at once, before a run.
 
 import { app } from "../../../scripts/app.js";
+import { element } from "./dom.js";
 import { onBeatOf } from "./heartbeat.js";
 import { modelStyles, NO_STYLE, onlyModelStyles, setting } from "./model_styles.js";
 import { addUnsaved, makeRoom } from "./node_widgets.js";
-import { element, picture, shown } from "./style_cards.js";
+import { picture, shown } from "./style_cards.js";
 import { namesOfField, problem } from "./style_check.js";
 import { FIELDS, write } from "./style_fields.js";
 import { openPanel } from "./style_panel.js";
