@@ -40,7 +40,8 @@ def learn_few_steps(ranks, folder: str, settings, **train_settings) -> dict:
 
     run = few(settings, ranks=ranks, folder=Path(folder), **train_settings)
     metrics = list(run.run())
-    return {"metrics": metrics, "paths": run.kind.paths.states, "check": validation_error(run), **weights_of(run)}
+    (paths,) = run.kind.paths.sizes.values()
+    return {"metrics": metrics, "paths": paths.states, "check": validation_error(run), **weights_of(run)}
 
 
 def train_with_other_signs(ranks, **settings) -> dict:
