@@ -948,7 +948,15 @@ def test_an_area_on_a_regions_own_prompt(model, unet):
 # --- torch.compile, clones, other models ----------------------------------------------------------------------------------
 
 
-def test_compiled(model, monkeypatch):
+SHORT_TOUR = [("none", {}), ("one pass", {}), ("schedule", {}), ("none", {})]
+LONG_TOUR = [
+    *((name, {}) for name in ("none", "one pass", "schedule", "own prompts", "one pass")),
+    ("schedule", {"cfg": 1.0}), ("schedule", {"batch": 3}), ("schedule", {"size": 12}), ("one pass", {"size": 12}), ("none", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tour", [SHORT_TOUR, pytest.param(LONG_TOUR, marks=pytest.mark.slow)], ids=["short", "long"])
+def test_compiled(model, monkeypatch, tour):
     """One TorchCompileModel for everything, in an order in which each kind of painting follows each other kind.
 
     The backend is "eager": the graphs are the ones that a GPU would get, run as they are. The node drops the guards on
@@ -965,18 +973,13 @@ def test_compiled(model, monkeypatch):
         scenes = {name: [make(one) for one in (model, compiled)] for name, make in SCENES.items()}
         scenes["none"] = [(one, lambda h, w: (POSITIVE, NEGATIVE)) for one in (model, compiled)]
 
-        def compare(name, size=8, **settings):
-            latent = {"samples": picture(size, size, settings.pop("batch", 2))}
+        def compare(name, size=8, batch=2, **settings):
+            latent = {"samples": picture(size, size, batch)}
             paintings = [paint(s[0], *s[1](size, size), latent=latent, denoise=0.9, **settings) for s in scenes[name]]
             assert_close(paintings[1], paintings[0])
 
-        for name in ("none", "one pass", "schedule", "own prompts", "one pass"):
-            compare(name)
-        compare("schedule", cfg=1.0)
-        compare("schedule", batch=3)
-        compare("schedule", size=12)
-        compare("one pass", size=12)
-        compare("none")
+        for name, settings in tour:
+            compare(name, **settings)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
