@@ -4,7 +4,9 @@ import pytest
 import torch
 from comfyui_dmm.dmm_core.bank import BANK, folded_bank
 from comfyui_dmm.dmm_core.style import style_row
-from comfyui_dmm.dmm_core.unet import load_unet, unet_config_from_state_dict
+from comfyui_dmm.dmm_core.unet import UNetConfig, load_unet, unet_config_from_state_dict
+from comfyui_dmm.training.config import TrainConfig
+from comfyui_dmm.training.loop.new_student import student_bank
 from comfyui_dmm.training.memory.planner import GB, Want, plan
 from comfyui_dmm.training.run.state import identity
 
@@ -100,15 +102,18 @@ def test_what_makes_no_sense(settings, message):
         run.config.check()
 
 
-def test_the_planner_knows_the_bank():
-    """The student's bytes are those of its parameters; and where not all weights fit, the bank alone learns."""
-    from comfyui_dmm.dmm_core.unet import UNetConfig
-    from comfyui_dmm.training.config import TrainConfig
-    from comfyui_dmm.training.loop.new_student import student_bank
-
-    sd15 = UNetConfig()
-    bank = student_bank(sd15, 8, TrainConfig(init="bank"))
-    roomy = plan(sd15, (64, 64), 8, 48 * GB, want=Want(bank=bank))
-    tight = plan(sd15, (64, 64), 8, 9 * GB, want=Want(bank=bank))
+@pytest.mark.parametrize(
+    ("config", "roomy_gb", "tight_gb"),
+    [
+        (UNetConfig(model_channels=1280, channel_mult=(1,), num_res_blocks=(2,), depth_input=(1, 1), depth_output=(1, 1, 1)), 24, 6),
+        pytest.param(UNetConfig(), 48, 9, marks=pytest.mark.slow),
+    ],
+    ids=["one wide level", "sd15"],
+)  # fmt: skip
+def test_the_planner_knows_the_bank(config, roomy_gb, tight_gb):
+    """Where not all weights fit, the bank alone learns."""
+    bank = student_bank(config, 8, TrainConfig(init="bank"))
+    roomy = plan(config, (64, 64), 8, roomy_gb * GB, want=Want(bank=bank))
+    tight = plan(config, (64, 64), 8, tight_gb * GB, want=Want(bank=bank))
     assert roomy.trainable == "all" and tight.trainable == "bank"
-    assert tight.peak < 9 * GB
+    assert tight.peak < tight_gb * GB
