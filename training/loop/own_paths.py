@@ -107,7 +107,7 @@ class OwnPaths:
                 path = folder / f"{part.start:06d}.safetensors" if folder else None
                 found = read_piece(path, len(part), digest) if path else None
                 if found is None or found.keys() != {"states", "style", "caption"}:
-                    found = paint_part(run, phases, settings, group, part, on_step=say)
+                    found = paint_part(run, phases, settings, group, paths=part, on_step=say)
                     if path:
                         write_piece(path, found, digest)
                 say(done + 1)
@@ -223,8 +223,8 @@ def paint_part(
     phases: Phases,
     settings: FewStepConfig,
     group: Group,
-    paths: range,
     *,
+    paths: range,
     on_step: Callable[[], object],
 ) -> dict[str, Tensor]:
     """Some of a group's paths, by number: ``states``, ``style`` and ``caption`` as in ``SizePaths``. on_step: called before every step."""
