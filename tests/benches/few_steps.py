@@ -118,8 +118,7 @@ class Judge:
     def paint(self, unet: UNet, style: str | None, steps: int, cfg: float, seed: int = SEED) -> Tensor:
         """Latents (count, 4, height / 8, width / 8), kept in the folder; picture k is of scene k and
         seed + k. style: None without one, "" of a plain UNet."""
-        sized = () if self.size == SIZE else (self.size,)
-        key = repr_sha256(weights_hash(unet.state_dict()), style, steps, cfg, seed, self.count, *sized)[:24]
+        key = repr_sha256(weights_hash(unet.state_dict()), style, steps, cfg, seed, self.count, self.size)[:24]
         path = self.folder / f"{key}.safetensors"
         if found := read_piece(path, self.count):
             return found["latents"]
@@ -215,8 +214,9 @@ def main() -> None:
     torch.set_num_threads(1)
     runs = args.out / "runs"
     runs.mkdir(parents=True, exist_ok=True)
-    data = DataSpec("latents", args.latents) if args.latents else DataSpec("demo_scenes", count=640)
-    data = DataSpec("cache", args.cache) if args.cache else data
+    data = DataSpec("demo_scenes", count=640)
+    for kind, file in (("latents", args.latents), ("cache", args.cache)):
+        data = DataSpec(kind, file) if file else data
     width, height = map(int, args.size.split("x"))
     if args.teachers and (width, height) != SIZE:
         parser.error("--teachers asks the classifier, which knows 128x128 alone: leave --size out")

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ...dmm_core.checkpoint import load_checkpoint
 from ...dmm_core.sampling import host_noise
-from ...dmm_core.vae import SCALE_SD, load_vae
+from ...dmm_core.vae import load_vae
 from ...training.data.demo.family import FIRST
 from ...training.data.text_states import TextStates
 from ...training.learn.match import masses_row, match_blend
 from ...training.learn.pictures import encoder_of, make_examples
+from ...training.paint.images import decode_to_pil
 from ...training.paint.paint_rows import paint_rows
 from ...training.teachers.teacher import Teacher, styled_unet
 
@@ -64,8 +64,7 @@ class Bench:
             text.unet, text, rows, noise,
             steps=25, cfg=4.0, style=masses_row(shares), sampler="euler", scheduler="sgm_uniform",
         )  # fmt: skip
-        painted = self.vae.decode(latents / SCALE_SD).clamp(-1, 1).add(1).mul(127.5).round().byte()
-        pictures = [Image.fromarray(one) for one in painted.permute(0, 2, 3, 1).numpy()]
+        pictures = decode_to_pil(self.vae, latents)
         examples = make_examples(pictures, captions, [], config=self.model.config, prediction="eps", encode=self.encode)
         began = time.perf_counter()
         match = match_blend(text, self.names, examples, rows, seed=number)

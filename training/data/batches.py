@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,17 +225,16 @@ class CaptionedLatents:
         return sum(len(bucket) for bucket in self.buckets)
 
     @property
-    def shapes(self) -> dict[tuple[int, int, int], int]:
-        found: dict[tuple[int, int, int], int] = {}
+    def shapes(self) -> Counter[tuple[int, int, int]]:
+        found: Counter[tuple[int, int, int]] = Counter()
         for bucket in self.buckets:
             _, channels, height, width = bucket.shape
-            found[channels, height, width] = found.get((channels, height, width), 0) + len(bucket)
+            found[channels, height, width] += len(bucket)
         return found
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        shapes = self.shapes
-        return max(shapes, key=shapes.__getitem__)
+        return self.shapes.most_common(1)[0][0]
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256("\0".join(self.captions).encode())

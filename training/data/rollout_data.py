@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,18 +117,17 @@ class Rollouts:
         return sum(len(one) for owners in self.states for one in owners)
 
     @property
-    def shapes(self) -> dict[tuple[int, int, int], int]:
-        found: dict[tuple[int, int, int], int] = {}
+    def shapes(self) -> Counter[tuple[int, int, int]]:
+        found: Counter[tuple[int, int, int]] = Counter()
         for owners in self.states:
             channels, height, width = owners[0].reader.shape("x_t")[1:]
-            found[channels, height, width] = found.get((channels, height, width), 0) + sum(map(len, owners))
+            found[channels, height, width] += sum(map(len, owners))
         return found
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, h, w) of most states."""
-        shapes = self.shapes
-        return max(shapes, key=shapes.__getitem__)
+        return self.shapes.most_common(1)[0][0]
 
     def fingerprint(self) -> str:
         shards = [[one.reader.fingerprint() for one in owners] for owners in self.states]

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,9 +122,8 @@ class OwnPaths:
             if ranks.any([stopping()])[0]:
                 return False
         whole: dict[Shape, dict[str, Tensor]] = {group.shape: {} for group in groups}
-        for (group, part), found in zip(
-            todo, finish(todo)
-        ):  # one after the other: at SDXL's size all of it is gigabytes
+        # One part after the other: at SDXL's size all of them are gigabytes.
+        for (group, part), found in zip(todo, finish(todo)):
             mine = whole[group.shape]
             for key, value in found.items():
                 if key not in mine:
@@ -143,7 +143,7 @@ class OwnPaths:
 def groups_of(paths: int, shapes: Mapping[Shape, int], styles: int) -> list[Group]:
     """Shares out the ``paths`` of each of ``styles`` between the sizes of the data by their numbers of pictures (``shapes``), the largest
     number first: one for each size, and the rest by the largest remainders. With fewer paths than sizes the last sizes have none."""
-    shapes = dict(sorted(shapes.items(), key=lambda one: -one[1])[:paths])
+    shapes = dict(Counter(shapes).most_common(paths))
     total, rest = sum(shapes.values()), paths - len(shapes)
     each = [1 + rest * pictures // total for pictures in shapes.values()]
     remainders = [rest * pictures % total for pictures in shapes.values()]
@@ -234,9 +234,8 @@ def paint_part(
     for path in paths:
         g = torch.Generator().manual_seed(hash_seed(run.config.seed, "own path", path))
         noise.append(torch.randn(group.shape, generator=g))
-        style.append(
-            random_rows(torch.tensor([(path - group.start) // group.each]), run.num_styles, settings.blends, g)
-        )
+        primary = torch.tensor([(path - group.start) // group.each])
+        style.append(random_rows(primary, run.num_styles, settings.blends, g))
         caption.append(1 + int(torch.randint(known, (), generator=g)) if known else 0)
         cfg.append(draw_cfg(1, settings, g))
     rows, captions, strength = torch.cat(style), torch.tensor(caption), torch.cat(cfg)
