@@ -4,11 +4,14 @@ import * as boxes from "./region_boxes.js";
 import { NO_STYLE, origin, setting } from "./model_styles.js";
 import { say } from "./words.js";
 
+const linked = (node, name) => node.inputs?.find((input) => input.name === name)?.link != null;
+// The input of a Style Region that decides its place instead of its box, if there is one.
+const decides = (node) => ["mask", "bboxes"].find((name) => linked(node, name));
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
 
 // The box of a Style Region in the graph, or null where a link or a mask decides.
 function boxOf(node) {
-  if (["mask", "bboxes"].some((name) => node.inputs?.find((input) => input.name === name)?.link != null)) return null;
+  if (decides(node)) return null;
   const [x, y, w, h] = ["x", "y", "width", "height"].map((name) => setting(node, name));
   return [x, y, w, h].every(Number.isFinite) ? { x, y, w, h, style: setting(node, "style") ?? "", node } : null;
 }
@@ -22,7 +25,6 @@ function promptOf(node) {
 // Of the list in the widget ``name``.
 export function listSource(node, name) {
   let text = "";
-  const linked = (input) => node.inputs?.find((other) => other.name === input)?.link != null;
   const ghosts = () => {
     const inputs = (node.graph && node.inputs?.filter((input) => input.name.startsWith("regions.") && input.link != null)) || [];
     const nodes = inputs.map((input) => origin(node, input)?.node).filter((other) => other?.comfyClass === "DMMRegion");
@@ -37,11 +39,11 @@ export function listSource(node, name) {
     },
     set: (changed) => (text = changed),
     name: (region) => [region.style ?? NO_STYLE, region.prompt ?? ""],
-    locked: () => (linked(name) ? say("The list comes from a link") : linked("bboxes") ? say("bboxes decide where these regions are") : ""),
+    locked: () => (linked(node, name) ? say("The list comes from a link") : linked(node, "bboxes") ? say("bboxes decide where these regions are") : ""),
     advice: (regions) =>
-      regions.some((region) => region.prompt || region.negative) && !linked("clip") ? say("Connect clip: regions have prompts of their own") : "",
+      regions.some((region) => region.prompt || region.negative) && !linked(node, "clip") ? say("Connect clip: regions have prompts of their own") : "",
     ghosts,
-    sees: () => linked("clip"),
+    sees: () => linked(node, "clip"),
   };
 }
 
@@ -66,7 +68,7 @@ export function boxSource(node) {
     name: () => [setting(node, "style") ?? "", promptOf(node)],
     locked() {
       if (boxOf(node)) return "";
-      const input = ["mask", "bboxes"].find((name) => node.inputs?.find((other) => other.name === name)?.link != null);
+      const input = decides(node);
       return input ? say("The place comes from {input}", { input }) : say("The place comes from a link");
     },
     ghosts: () => [],
