@@ -172,6 +172,7 @@ def test_nothing_is_left(model, error):
     import comfy.model_management as mm
     from comfyui_dmm.nodes import once, style_patch
 
+    paint(model, (POSITIVE, NEGATIVE))  # the host marks the layers it has loaded
     kept, unet = [], model.model.diffusion_model
     attributes = [set(vars(module)) for module in unet.modules()]
     made = once.OfSampling.__init__
