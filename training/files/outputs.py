@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -66,6 +67,11 @@ def check_folder(folder: Path, what: str) -> None:
             pass
     except OSError as error:
         raise ValueError(f"{what} cannot be written: {error.strerror or error} ('{place}')") from error
+
+
+def free_bytes(folder: Path) -> int:
+    """On the disk of a folder, which may be made later."""
+    return shutil.disk_usage(_existing(folder)).free
 
 
 def _existing(folder: Path) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ..config import FewStepConfig
 from ..files.hashing import repr_sha256
+from ..files.outputs import free_bytes
 from ..files.pieces import read_piece, write_piece
 from ..parallel.devices import available_bytes, sent
 from ..parallel.ranks import AgreedError
@@ -169,9 +169,8 @@ def check_room(needed: int, paths: int, folder: Path | None) -> None:
     with contextlib.suppress(ValueError):  # a machine that does not say
         rooms["of memory"] = available_bytes("cpu")
     if folder:
-        place = next(place for place in (folder, *folder.parents) if place.exists())
         written = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
-        rooms[f"on the disk of '{folder}'"] = shutil.disk_usage(place).free + written
+        rooms[f"on the disk of '{folder}'"] = free_bytes(folder) + written
     for what, free in rooms.items():
         if needed > free:
             raise ValueError(

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from ..config import TrainConfig
 from ..fields import default_of
 from ..files.checksums import read_checked, write_checked
+from ..files.outputs import free_bytes
 from ..loop.optimizers import load_optimizer, optimizer_tensors
 from ..loop.trainer import Trainer
 from ..memory.footprint import optimizer_state_bytes, tensor_bytes
@@ -152,8 +153,7 @@ def check_room(run: Trainer, folder: Path) -> None:
     count = min(c.keep + 1, len(states(folder)) + saves) + bool(c.validation)
     one = state_bytes(run)
     used = sum({path.stat().st_ino: path.stat().st_size for path in there}.values())
-    place = next(place for place in (folder, *folder.parents) if place.exists())
-    free = shutil.disk_usage(place).free
+    free = free_bytes(folder)
     if count * one - used > free:
         raise ValueError(
             f"too little disk for the states of this run in '{folder}': up to {count} of {_size(one)} each are kept at a time (keep: "
