@@ -61,6 +61,7 @@ CONSISTENCY = {"objective": "consistency"}
 ARMS = {
     "default": {"paths": FewStepConfig().paths},
     "regression": {},
+    "short paths": {"paths": 384, "path_steps": 2},
     "more paths": {"paths": 120},
     "more paths and all weights": {"paths": 120, "trainable": "all", "lr": 5e-4},
     "many paths": {"paths": 640},
