@@ -71,7 +71,9 @@ def check_folder(folder: Path, what: str) -> None:
 
 def free_bytes(folder: Path) -> int:
     """On the disk of a folder, which may be made later."""
-    place = next(place for place in (folder, *folder.parents) if place.exists())  # a link that leads nowhere has no disk
+    place = next(
+        place for place in (folder, *folder.parents) if place.exists()
+    )  # a link that leads nowhere has no disk
     return shutil.disk_usage(place).free
 
 
