@@ -70,10 +70,8 @@ def check_folder(folder: Path, what: str) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """On the disk of a folder, which may be made later."""
-    place = next(
-        place for place in (folder, *folder.parents) if place.exists()
-    )  # a link that leads nowhere has no disk
+    """On the disk of a folder, which may be made later, or be a link that leads nowhere."""
+    place = next(place for place in (folder, *folder.parents) if place.exists())
     return shutil.disk_usage(place).free
 
 
